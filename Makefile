@@ -1,0 +1,51 @@
+# The verbs of the README; continuous integration calls the same ones.
+#
+#   make book [PROFILE=smoke|laptop|paper]   execute what changed, build the pages
+#   make test                                every test, chapters and pages included
+#   make lab                                 JupyterLab on the chapters
+#   make clean                               delete what runs made; the environment stays
+#   make lock                                write requirements.lock anew from pyproject.toml
+
+PROFILE ?= laptop
+PYTHON ?= python3
+BIN := .venv/bin
+# The stamp carries the lock's digest: another lock makes another environment.
+LOCKED := .venv/locked-$(shell sha256sum requirements.lock 2>/dev/null | cut -c1-16)
+DONOR := $(or $(DERNET_DONOR),.cache/donor)
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+.DEFAULT_GOAL := book
+.PHONY: book test lab clean lock
+# A killed step leaves nothing that looks finished.
+.DELETE_ON_ERROR:
+
+book: $(LOCKED) $(DONOR)/.fetched
+	@$(BIN)/dernet run --profile "$(PROFILE)"
+
+test: $(LOCKED) $(DONOR)/.fetched
+	@tools/system.sh chromium
+	@$(BIN)/python -m pytest -q
+
+lab: $(LOCKED) $(DONOR)/.fetched
+	@$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf runs _build .pytest_cache .ruff_cache .hypothesis
+
+lock: $(LOCKED)
+	@$(BIN)/uv --no-config pip compile pyproject.toml --universal --all-extras --generate-hashes \
+	  --no-header --quiet --output-file requirements.lock
+
+$(LOCKED):
+	@PYTHON="$(PYTHON)" tools/system.sh venv opencv
+	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info < (3, 13) or sys.exit('Python 3.11 or 3.12 is needed, not ' + sys.version.split()[0] + ': name one with make PYTHON=python3.11')"
+	@echo "Setting up .venv from requirements.lock: about 5 minutes and 8 GB, once …"
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --no-deps --require-hashes -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(DONOR)/.fetched: | $(LOCKED)
+	@$(BIN)/dernet donor
+	@touch $@

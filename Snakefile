@@ -1,0 +1,62 @@
+"""The book's rules: the chapters beside one another, then the pages; before them, the data.
+
+`dernet run` calls this. On a cluster, call Snakemake itself with one of its executor plug-ins, first
+for the data, then for the book:
+
+    snakemake prepare --config profile=paper --rerun-triggers params --executor slurm --jobs 8
+    snakemake book --config profile=paper --rerun-triggers params --executor slurm --jobs 8
+
+Each rule's digest is a parameter; with --rerun-triggers params a rule runs again when the contents
+it depends on have changed, and file times do not count.
+"""
+
+import sys
+
+from dernet_utils import workflow as steps  # Snakemake has a `workflow` of its own
+from dernet_utils.workspace import open_workspace
+
+workspace = open_workspace(config.get("profile", ""))
+profile = workspace.profile.name
+dernet = f"'{sys.executable}' -m dernet_utils.cli"
+chapters = steps.chapter_names()
+# Snakemake frees more cores than it has, and starts two trainings at once, where a rule asks for more.
+every_core = min(workflow.cores or steps.MAX_THREADS, steps.MAX_THREADS)
+
+
+workdir: str(workspace.folder)
+
+
+rule book:
+    input:
+        expand("chapters/{chapter}.ipynb", chapter=chapters),
+    output:
+        "book/_build/html/index.html",
+    params:
+        digest=steps.book_digest(workspace),
+    shell:
+        "{dernet} build --profile {profile} 2>&1"
+
+
+rule chapter:
+    output:
+        "chapters/{chapter}.ipynb",
+    wildcard_constraints:
+        chapter="|".join(chapters),
+    params:
+        digest=lambda wildcards: steps.chapter_digest(wildcards.chapter, workspace),
+    # Training takes every core, so that two trainings do not share them; the others run abreast.
+    threads: lambda wildcards: every_core if steps.is_training(wildcards.chapter) else 1
+    shell:
+        "{dernet} chapter {wildcards.chapter} --profile {profile} --threads {threads} 2>&1"
+
+
+# No rule's input: as one, whatever it depends on would run every chapter again. What a chapter takes
+# from the data is in the chapter's own digest.
+rule prepare:
+    output:
+        touch("prepared"),
+    params:
+        digest=steps.prepare_digest(workspace),
+    threads: every_core
+    shell:
+        "{dernet} prepare --profile {profile} --workers {threads} 2>&1"

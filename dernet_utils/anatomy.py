@@ -1,0 +1,150 @@
+"""Landmarks of the donor's spine: a frame for each vertebra, a place for each disc."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dernet_utils.donor import LABELS, Donor
+
+MID_MM = 7.0  # half width of the midline slab in which the vertebral canal is looked for
+CUT_MM = 2.5  # a body that reaches closer to the scan's end than one slice is cut through
+
+
+@dataclass(frozen=True)
+class Vertebra:
+    """A vertebral body as a frame in the donor's millimetres, vectors in (x, y, z) order.
+
+    Attributes:
+        name: Level, such as ``L1``.
+        centre_mm: Centre of the body, shape (3,).
+        up: Unit vector from the lower to the upper endplate, shape (3,).
+        front: Unit vector to the anterior, at right angles to `up`, shape (3,).
+        height_mm: Mean distance of the endplates.
+        depth_mm: From the canal to the anterior wall.
+        width_mm: From side to side.
+    """
+
+    name: str
+    centre_mm: np.ndarray
+    up: np.ndarray
+    front: np.ndarray
+    height_mm: float
+    depth_mm: float
+    width_mm: float
+
+    @property
+    def left(self) -> np.ndarray:
+        """Unit vector to the patient's left, shape (3,)."""
+        return np.cross(self.up, self.front) * -1.0
+
+    def point(self, left: float = 0.0, front: float = 0.0, up: float = 0.0) -> np.ndarray:
+        """Return a place on the body, in half widths, half depths and half heights.
+
+        ``point(front=1, up=1)`` is the upper front edge; shape (3,), donor millimetres.
+        """
+        return (
+            self.centre_mm
+            + self.left * (left * self.width_mm / 2)
+            + self.front * (front * self.depth_mm / 2)
+            + self.up * (up * self.height_mm / 2)
+        )
+
+
+@dataclass(frozen=True)
+class Disc:
+    """The disc between two vertebrae, as a frame in the donor's millimetres."""
+
+    below: Vertebra
+    above: Vertebra
+    centre_mm: np.ndarray
+    up: np.ndarray
+    front: np.ndarray
+    height_mm: float
+
+    @property
+    def name(self) -> str:
+        """Level, such as ``T12/L1``."""
+        return f"{self.above.name}/{self.below.name}"
+
+
+def find_vertebrae(donor: Donor) -> list[Vertebra]:
+    """Measure the donor's whole vertebral bodies, from the lowest to the highest.
+
+    Vertebrae that the scan cuts through are left out.
+    """
+    order = sorted(LABELS)  # TotalSegmentator numbers from the lowest vertebra up
+    top_mm = (len(donor.labels) - 1) * donor.spacing_mm[0]
+    found = []
+    for label in order:
+        where = np.argwhere(donor.labels == label)
+        if len(where):
+            points = where[:, ::-1] * np.array(donor.spacing_mm[::-1])
+            vertebra = _measure(LABELS[label], points)
+            ends = [vertebra.point(up=u, front=f)[2] for u in (-1, 1) for f in (-1, 1)]
+            if min(ends) > CUT_MM and max(ends) < top_mm - CUT_MM:
+                found.append(vertebra)
+    return found
+
+
+def find_discs(vertebrae: list[Vertebra]) -> list[Disc]:
+    """Place a disc between each vertebra and the next above."""
+    discs = []
+    for below, above in zip(vertebrae, vertebrae[1:], strict=False):
+        floor, ceiling = below.point(up=1.0), above.point(up=-1.0)
+        up = _unit(below.up + above.up)
+        front = _unit(_across(below.front + above.front, up))
+        height = max(float((ceiling - floor) @ up), 2.0)
+        discs.append(Disc(below, above, (floor + ceiling) / 2, up, front, height))
+    return discs
+
+
+def _measure(name: str, points: np.ndarray) -> Vertebra:
+    """Separate the body from the arch at the canal, and fit its endplates."""
+    middle = np.median(points[:, 0])
+    midline = points[np.abs(points[:, 0] - middle) < MID_MM]
+    body_back = _canal_front(midline[:, 1])
+    body = points[points[:, 1] > body_back]
+    body = body[np.abs(body[:, 0] - middle) < 24.0]
+    centre = np.array([(np.percentile(b, 2) + np.percentile(b, 98)) / 2 for b in body.T])
+    # Endplates: the highest and the lowest voxel of each column, fitted by planes.
+    columns = np.round(body[:, :2] / 1.5).astype(int)
+    _, column = np.unique(columns, axis=0, return_inverse=True)
+    column = column.ravel()
+    count = column.max() + 1
+    top, base = np.full(count, -np.inf), np.full(count, np.inf)
+    np.maximum.at(top, column, body[:, 2])
+    np.minimum.at(base, column, body[:, 2])
+    place = np.zeros((count, 2))
+    np.add.at(place, column, body[:, :2])
+    place = place / np.bincount(column)[:, None] - centre[:2]
+    inner = (np.abs(place) < 11.0).all(axis=1) & (top - base > 8.0)
+    design = np.column_stack([place[inner], np.ones(inner.sum())])
+    upper, lower = (np.linalg.lstsq(design, edge[inner], rcond=None)[0] for edge in (top, base))
+    centre[2] = (upper[2] + lower[2]) / 2
+    slope = (upper[:2] + lower[:2]) / 2
+    up = _unit(np.array([-slope[0], -slope[1], 1.0]))
+    front = _unit(_across(np.array([0.0, 1.0, 0.0]), up))
+    depth, width = (np.percentile(body[:, i], 98) - np.percentile(body[:, i], 2) for i in (1, 0))
+    return Vertebra(name, centre, up, front, float(upper[2] - lower[2]), float(depth), float(width))
+
+
+def _canal_front(y: np.ndarray) -> float:
+    """Return where the vertebral body begins: in front of the emptiest midline stretch."""
+    edges = np.arange(y.min(), y.max() + 1.0, 1.0)
+    counts, _ = np.histogram(y, edges)
+    smooth = np.convolve(counts, np.ones(5) / 5, "same")
+    full = smooth > 0.5 * smooth.max()
+    front_run = len(full) - 1 - np.argmax(full[::-1])  # anterior wall
+    back = front_run
+    while back > 0 and full[back]:
+        back -= 1
+    return float(edges[back + 1])
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+def _across(vector: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Return the part of a vector at right angles to a unit axis."""
+    return vector - axis * (vector @ axis)

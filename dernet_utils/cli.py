@@ -1,0 +1,236 @@
+"""The command ``dernet``: every step of the book, each ending in one clear sentence.
+
+Heavy imports stand inside the commands, so that ``dernet --help`` answers at once.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from dernet_utils import workflow
+from dernet_utils.errors import DernetError
+from dernet_utils.workspace import PROJECT, open_workspace
+
+app = typer.Typer(
+    help="DERNet as a research book: virtual radiographs, chapters, pages.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ProfileName = Annotated[
+    str, typer.Option("--profile", help="smoke, laptop or paper; else DERNET_PROFILE, else laptop.")
+]
+Root = Annotated[Path, typer.Argument(help="A folder in the form of VinDr-SpineXR.")]
+
+# Errors that are about the machine, not about a fault of ours.
+_MACHINE = {
+    errno.ENOSPC: "the disk is full; make room and call again",
+    errno.EDQUOT: "your disk quota is used up; make room and call again",
+    errno.EROFS: "the disk is read-only; choose a folder that can be written",
+    errno.EACCES: "access is denied; choose a folder that you may use",
+    errno.EPERM: "access is denied; choose a folder that you may use",
+}
+
+
+def main() -> None:
+    """Run the command line."""
+    # A shell that starts a job in the background has it ignore Ctrl-C; a run must hear it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    app()
+
+
+def _interrupt(*_) -> NoReturn:
+    # Once is enough: a second signal must not cut the cleaning up short.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn what a user can act on into a sentence and an exit code, without a traceback."""
+    try:
+        yield
+    except DernetError as error:
+        _end(str(error), 1)
+    except KeyboardInterrupt:
+        if "DERNET_STEP" in os.environ:  # `dernet run` started this and says it for all its steps
+            raise typer.Exit(130) from None
+        _end("Interrupted; the next call continues where this one stopped.", 130)
+    except OSError as error:
+        if error.errno not in _MACHINE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _end(f"It stopped because {_MACHINE[error.errno]}{where}.", 1)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    # Plain text: a traceback from a chapter may hold square brackets, which rich would read.
+    Console(stderr=True, soft_wrap=True).print(sentence, markup=False, highlight=False)
+    raise typer.Exit(code)
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+    sys.stdout.flush()
+
+
+@app.command()
+def donor() -> None:
+    """Fetch the donor CT, from which virtual patients are made, and verify it."""
+    with _one_sentence():
+        from dernet_utils.donor import fetch_donor
+
+        _say(f"The donor CT is in {fetch_donor()}.")
+
+
+@app.command()
+def cohort(
+    out: Annotated[Path, typer.Argument(help="A folder that is new or empty.")],
+    patients: Annotated[int, typer.Option(min=1, help="How many virtual patients.")],
+    seed: Annotated[int, typer.Option(min=0, help="One seed gives the same bytes.")] = 42,
+) -> None:
+    """Write virtual radiographs as a VinDr-SpineXR folder with a manifest."""
+    with _one_sentence():
+        from dernet_utils.cohort import write_cohort
+
+        write_cohort(out, patients, seed, workers=workflow.cores())
+        _say(f"{patients} virtual patients are in {out}.")
+
+
+@app.command()
+def check(
+    root: Root,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT", help="Also write OUT, a copy without empty boxes, others clipped."
+        ),
+    ] = None,
+) -> None:
+    """Print a dataset's fingerprint and every problem, with file and row.
+
+    Exit code 0: no problem; 1: problems, or no dataset.
+    """
+    with _one_sentence():
+        from dataclasses import asdict
+
+        from tqdm import tqdm
+
+        from dernet_utils.data import check_dataset, repair_dataset
+
+        report = check_dataset(root, lambda items: tqdm(items, "files", leave=False, disable=None))
+        done = [] if repair is None else repair_dataset(root, repair)
+        if as_json:
+            _say(json.dumps(asdict(report), indent=2))
+        else:
+            _print_report(report)
+        if repair is not None:
+            note = f"{len(done)} repairs; the cleaned copy is in {repair}."
+            typer.echo("\n".join([*done, note]), err=as_json)
+        if report.problems:
+            raise typer.Exit(1)
+
+
+def _print_report(report) -> None:
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    table = Table("", *report.fingerprint, title="Fingerprint", title_justify="left")
+    rows: dict[str, dict[str, str]] = {}
+    for split, facts in report.fingerprint.items():
+        for name, value in _flat(facts):
+            rows.setdefault(name, {})[split] = value
+    for name, values in rows.items():
+        table.add_row(name, *(values.get(split, "–") for split in report.fingerprint))
+    console.print(table)
+    for problem in report.problems:
+        console.print(str(problem), markup=False, highlight=False)
+    count = len(report.problems)
+    console.print(
+        "No problem." if not count else f"{count} problem{'s' * (count > 1)}.", highlight=False
+    )
+
+
+def _flat(facts: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in facts.items():
+        label = f"{prefix}{str(name).replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{label}: ")
+        elif isinstance(value, float):
+            yield label, f"{value:,.1f}"
+        else:
+            yield label, f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@app.command()
+def prepare(
+    profile: ProfileName = "",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at once.")] = None,
+) -> None:
+    """Make what all chapters share: virtual cohort, folds, cached images."""
+    with _one_sentence():
+        workflow.prepare(open_workspace(profile), workers or workflow.cores(), _say)
+
+
+@app.command()
+def chapter(
+    name: Annotated[str, typer.Argument(help="Such as 02_imaging.")],
+    profile: ProfileName = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("-p", metavar="NAME=VALUE", help="A value for the `parameters` cell."),
+    ] = None,
+) -> None:
+    """Execute one chapter; with -p as a trial, which leaves the book's copy alone."""
+    with _one_sentence():
+        values = dict(_parameter(text) for text in parameter or [])
+        executed = workflow.execute_chapter(
+            name, open_workspace(profile), threads or workflow.cores(), _say, values
+        )
+        if values:
+            _say(f"The executed notebook is {executed}.")
+
+
+def _parameter(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise DernetError(f"A parameter is given as -p NAME=VALUE, not {text!r}.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+@app.command()
+def build(profile: ProfileName = "") -> None:
+    """Build the pages from the executed chapters."""
+    with _one_sentence():
+        workflow.build_book(open_workspace(profile), _say)
+
+
+@app.command()
+def run(
+    profile: ProfileName = "",
+    html: Annotated[Path, typer.Option(help="Where the pages go.")] = PROJECT / "_build" / "html",
+) -> None:
+    """Bring the book up to date: data, chapters, pages. What has not changed is left alone."""
+    with _one_sentence():
+        workflow.run(open_workspace(profile), html, _say)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+"""Where the lesions are: YOLO11-L trained on boxes, and its boxes on new films."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torchvision.ops import batched_nms, box_convert
+
+from dernet_utils import yolo
+from dernet_utils.data import CORNERS, LESION_TYPES
+from dernet_utils.errors import DernetError
+from dernet_utils.evaluate import mean_average_precision
+from dernet_utils.imaging import load_cached
+from dernet_utils.profiles import Profile
+
+GREY = 114  # ultralytics' padding, so that the network meets the same margin as in training
+COLUMNS = ["image_id", "lesion_type", *CORNERS, "score"]
+MIN_SCORE = 0.001  # ultralytics' floor for evaluation: a curve needs the weak boxes too
+MAX_BOXES = 300  # a film; ultralytics' default
+NMS_IOU = 0.5  # paper, Algorithm 1, line 18
+LOOKS = 4  # at the validation fold, spread evenly over a run: each costs as much as a few steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of one training run.
+
+    Attributes:
+        image_px: Side of the square input.
+        epochs: Passes over the training images; all are made, the last one counts.
+        batch: Images a step.
+        lr: Peak of AdamW's learning rate, which then falls to a hundredth along a cosine.
+        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        seed: Seed of the weights, the order of images and the augmentations.
+    """
+
+    image_px: int
+    epochs: int
+    batch: int
+    lr: float
+    mosaic_until: int
+    seed: int = 42
+
+    @classmethod
+    def of(cls, profile: Profile) -> "Recipe":
+        """Return the recipe that a profile asks for."""
+        return cls(
+            profile.detect_px,
+            profile.detect_epochs,
+            profile.detect_batch,
+            profile.detect_lr,
+            profile.mosaic_until,
+            profile.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run leaves.
+
+    Attributes:
+        network: The smoothed network after the last epoch, in evaluation mode.
+        history: One row an epoch: `epoch` from 1, `mosaic`, `box`, `cls`, `dfl` (Eq. 4's terms
+            with their weights, means over the epoch), `lr`, `seconds`, and `map50` (mAP@0.5 of
+            the validation films; nan where not looked at).
+        checkpoint: The safetensors file with weights and history.
+    """
+
+    network: yolo.Detector
+    history: pd.DataFrame
+    checkpoint: Path
+
+
+# Images
+
+
+def letterbox(grey: np.ndarray, px: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Fit an image into a grey square without changing its proportions.
+
+    Args:
+        grey: 8-bit image, shape (H, W).
+        px: Side of the square.
+
+    Returns:
+        The square, shape (px, px), and where in it the image lies: left, top, width, height.
+
+    >>> square, place = letterbox(np.zeros((400, 200), np.uint8), 100)
+    >>> square.shape, place
+    ((100, 100), (25, 0, 50, 100))
+    """
+    fitted = fit(grey, px)
+    height, width = fitted.shape
+    left, top = (px - width) // 2, (px - height) // 2
+    square = np.full((px, px), GREY, np.uint8)
+    square[top : top + height, left : left + width] = fitted
+    return square, (left, top, width, height)
+
+
+def fit(grey: np.ndarray, px: int) -> np.ndarray:
+    """Return an 8-bit image (H, W) with its long side `px` long, proportions kept."""
+    height, width = grey.shape
+    gain = px / max(height, width)
+    size = max(1, round(width * gain)), max(1, round(height * gain))
+    method = cv2.INTER_AREA if gain < 1 else cv2.INTER_LINEAR
+    return cv2.resize(grey, size, interpolation=method)
+
+
+def to_stored(
+    xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
+) -> np.ndarray:
+    """Take corners from a letterboxed square back to the stored image, within its edges.
+
+    Args:
+        xyxy: Corners in the square's pixels, shape (n, 4).
+        place: As `letterbox` returns it.
+        height, width: Of the stored image.
+
+    >>> to_stored(np.array([[25, 50, 50, 120]]), (25, 0, 50, 100), 400, 200).tolist()
+    [[0.0, 200.0, 100.0, 400.0]]
+    """
+    left, top, fitted_width, fitted_height = place
+    gain = np.tile([width / fitted_width, height / fitted_height], 2)
+    stored = (np.asarray(xyxy, np.float64) - [left, top, left, top]) * gain
+    return stored.clip(0, [width, height, width, height])
+
+
+def export_yolo(images: pd.DataFrame, boxes: pd.DataFrame, px: int, folder: Path) -> Path:
+    """Write films and boxes in the form that YOLO trains on.
+
+    Args:
+        images: `image_id`, cached `path`, and the stored image's `height` and `width`.
+        boxes: `image_id`, `lesion_type` and corners in stored pixels.
+        px: Long side of the written images.
+        folder: Replaced where it exists.
+
+    Returns:
+        The folder of images; ``labels`` beside it holds one text file an image, with a line
+        ``class x y width height`` a box: class in the order of LESION_TYPES, centre and size as
+        fractions of the image. A film without lesions has an empty file.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    of_image = dict(list(boxes.groupby("image_id")))
+    for image in images.itertuples():
+        fitted = fit(load_cached(image.path), px)
+        cv2.imwrite(str(folder / "images" / f"{image.image_id}.png"), fitted)
+        own = of_image.get(image.image_id, boxes.iloc[:0])
+        lines = _label_lines(own, image.height, image.width)
+        (folder / "labels" / f"{image.image_id}.txt").write_text("".join(lines))
+    return folder / "images"
+
+
+def _label_lines(boxes: pd.DataFrame, height: int, width: int) -> list[str]:
+    centres = box_convert(torch.tensor(boxes[list(CORNERS)].to_numpy(np.float64)), "xyxy", "cxcywh")
+    fractions = centres / torch.tensor([width, height, width, height])
+    classes = [LESION_TYPES.index(name) for name in boxes["lesion_type"]]
+    return [
+        f"{number} " + " ".join(f"{value:.6f}" for value in row) + "\n"
+        for number, row in zip(classes, fractions.tolist(), strict=True)
+    ]
+
+
+def training_views(
+    images: pd.DataFrame, boxes: pd.DataFrame, recipe: Recipe, epoch: int, folder: Path
+) -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
+    """Yield what the network may be shown of each film in an epoch.
+
+    Args:
+        images, boxes: As `export_yolo` takes them.
+        recipe: Its `mosaic_until` decides whether the epoch is one with mosaic.
+        epoch: From 1.
+        folder: Where the films are exported to; replaced where it exists.
+
+    Yields:
+        The augmented film, 8-bit, shape (image_px, image_px), and its boxes, with `lesion_type`
+        and corners in its pixels.
+    """
+    films = str(export_yolo(images, boxes, recipe.image_px, folder))
+    hyp = yolo.settings_of(_settings(recipe, folder))
+    data = {"names": dict(enumerate(LESION_TYPES)), "nc": len(LESION_TYPES), "channels": 3}
+    dataset = yolo.SpineDataset(films, imgsz=recipe.image_px, augment=True, hyp=hyp, data=data)
+    dataset.set_mosaic(hyp, epoch < recipe.mosaic_until)
+    yolo.seed_augmentations(recipe.seed)
+    for number in range(len(dataset)):
+        view = dataset[number]
+        corners = box_convert(view["bboxes"], "cxcywh", "xyxy") * recipe.image_px
+        shown = pd.DataFrame(corners.numpy(), columns=list(CORNERS))
+        shown["lesion_type"] = [LESION_TYPES[int(c)] for c in view["cls"].ravel()]
+        yield view["img"][0].numpy(), shown
+
+
+# Training
+
+
+def train_detector(
+    training: pd.DataFrame,
+    validation: pd.DataFrame,
+    boxes: pd.DataFrame,
+    recipe: Recipe,
+    folder: Path,
+    weights: Path | None = None,
+    progress: Callable[[dict], None] = lambda row: None,
+) -> Trained:
+    """Train YOLO11-L, or load it where this very run is finished.
+
+    A run is named by a digest of its numbers, films, boxes, starting weights and the source text
+    of this module and of `dernet_utils.yolo`. One that was killed goes on after its last finished
+    epoch, to the same weights as if it had not been.
+
+    Args:
+        training: `image_id`, cached `path`, stored `height` and `width`.
+        validation: The same of other studies' films, for the learning curve; may be empty.
+        boxes: Of both: `image_id`, `lesion_type`, corners in stored pixels.
+        recipe: The run's recipe.
+        folder: Where checkpoints lie; one run is ``yolo11l-<digest>.safetensors``, and the folder
+            ``yolo11l-<digest>`` while it is not finished.
+        weights: Checkpoint to start from; None for random weights.
+        progress: Called with the history's row after each epoch, those before a resumption
+            included.
+
+    Raises:
+        DernetError: No box to learn from, or a checkpoint that cannot be read.
+    """
+    if not boxes["image_id"].isin(training["image_id"]).any():
+        raise DernetError(
+            "YOLO11-L learns from boxes, and none of these "
+            f"{len(training)} training films has one: pass abnormal films too."
+        )
+    key = _run_key(training, validation, boxes, recipe, weights)
+    checkpoint = Path(folder) / f"yolo11l-{key}.safetensors"
+    if not checkpoint.is_file():
+        _train(training, validation, boxes, recipe, checkpoint, weights, progress)
+    return Trained(*load_detector(checkpoint), checkpoint)
+
+
+def load_detector(checkpoint: Path) -> tuple[yolo.Detector, pd.DataFrame]:
+    """Return the network, ready for `predict_boxes`, and the learning curve of a finished run.
+
+    Args:
+        checkpoint: A file that `train_detector` left.
+    """
+    with safe_open(checkpoint, framework="pt") as file:
+        history = json.loads(file.metadata()["history"])
+    network = yolo.build_detector(LESION_TYPES, seed=0)
+    network.load_state_dict(load_file(checkpoint))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return network.to(device).eval(), pd.DataFrame(history)
+
+
+def epoch_line(row: dict) -> str:
+    """Return one line of a training log.
+
+    >>> epoch_line({"epoch": 3, "mosaic": True, "box": 3.1, "cls": 0.2, "dfl": 2.9,
+    ...             "map50": float("nan"), "seconds": 52.3})
+    'epoch  3  mosaic     box 3.10  class 0.200  DFL 2.90  52 s'
+    """
+    mosaic = "mosaic   " if row["mosaic"] else "no mosaic"
+    looked = "" if np.isnan(row["map50"]) else f"  validation mAP@0.5 {row['map50']:.3f}"
+    return (
+        f"epoch {row['epoch']:2d}  {mosaic}  box {row['box']:.2f}  class {row['cls']:.3f}  "
+        f"DFL {row['dfl']:.2f}  {row['seconds']:.0f} s{looked}"
+    )
+
+
+def _run_key(training, validation, boxes, recipe, weights) -> str:
+    """Name of a run: equal inputs, equal name."""
+    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    for module in (Path(__file__), Path(yolo.__file__)):
+        digest.update(module.read_bytes())
+    for images in (training, validation):
+        for image in images.sort_values("image_id").itertuples():
+            digest.update(f"{image.image_id} {image.height} {image.width}".encode())
+            digest.update(Path(image.path).read_bytes())
+        own = boxes[boxes["image_id"].isin(images["image_id"])]
+        columns = ["image_id", "lesion_type", *CORNERS]
+        digest.update(own[columns].sort_values(columns).to_csv(index=False).encode())
+    digest.update(weights.read_bytes() if weights else b"random")
+    return digest.hexdigest()[:16]
+
+
+def _train(training, validation, boxes, recipe, checkpoint, weights, progress) -> None:
+    """Run the epochs that are still to be run and leave a finished checkpoint."""
+    kept = checkpoint.with_suffix("")
+    films = str(export_yolo(training, boxes, recipe.image_px, kept / "yolo"))
+    names = dict(enumerate(LESION_TYPES))
+    trainer = yolo.MosaicDecay(
+        yolo.build_detector(LESION_TYPES, recipe.seed, weights),
+        _settings(recipe, kept),
+        recipe.mosaic_until,
+        {"train": films, "val": films, "names": names, "nc": len(names), "channels": 3},
+        _looker(validation, boxes, recipe),
+        progress,
+    )
+    with yolo.denormals_flushed():
+        trainer.train()
+    smoothed = trainer.ema.ema.state_dict()
+    tensors = {name: value.contiguous().cpu() for name, value in smoothed.items()}
+    half_written = kept / "detector.safetensors"
+    save_file(tensors, half_written, {"history": json.dumps(trainer.history)})
+    half_written.replace(checkpoint)
+    shutil.rmtree(kept)
+
+
+def _looker(validation, boxes, recipe) -> Callable[[int, torch.nn.Module], dict]:
+    """What to measure after an epoch: the validation films' mAP@0.5, a few times a run."""
+    looks = {round(recipe.epochs * look / LOOKS) for look in range(1, LOOKS + 1)}
+    truth = boxes[boxes["image_id"].isin(validation["image_id"])]
+
+    def look(epoch: int, network: torch.nn.Module) -> dict:
+        if epoch not in looks or not len(truth):
+            return {"map50": float("nan")}
+        found = predict_boxes(network, validation, recipe.image_px)
+        return {"map50": mean_average_precision(truth, found)[0]}
+
+    return look
+
+
+def _settings(recipe: Recipe, kept: Path) -> dict:
+    """ultralytics' settings: the paper's, its companion code's, and what a short run needs."""
+    return {
+        "model": "yolo11l.yaml", "save_dir": str(kept), "data": str(kept), "pretrained": False,
+        "imgsz": recipe.image_px, "epochs": recipe.epochs, "batch": recipe.batch,
+        "nbs": recipe.batch,  # one optimiser step a batch
+        "optimizer": "AdamW", "lr0": recipe.lr, "lrf": 0.01, "cos_lr": True,
+        "weight_decay": 5e-4,
+        "warmup_epochs": recipe.epochs * 3 / 55,  # 3 of the paper's 55 epochs
+        "warmup_bias_lr": 0.0,  # ultralytics' 0.1 is meant for SGD
+        "box": 7.5, "cls": 0.5, "dfl": 1.5,  # paper, Eq. 4
+        "mosaic": 1.0, "close_mosaic": 0,  # MosaicDecay closes it
+        "degrees": 5.0, "translate": 0.1, "scale": 0.5, "fliplr": 0.5, "flipud": 0.5,
+        "copy_paste": 0.2,  # moves outlines; boxes have none, so it does nothing here
+        "hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.2,  # grey films; brightness as the classifiers'
+        "augmentations": [], "mixup": 0.0, "cutmix": 0.0,
+        "seed": recipe.seed, "deterministic": True, "workers": 0, "cache": False,
+        "amp": False,  # its check would download weights; the forward pass is bfloat16 anyway
+        "val": False, "plots": False, "patience": 0, "verbose": False, "exist_ok": True,
+    }  # fmt: skip
+
+
+# Prediction
+
+
+def predict_boxes(
+    network: torch.nn.Module, images: pd.DataFrame, px: int, batch: int = 16
+) -> pd.DataFrame:
+    """Return the boxes that a network finds, the surest of each film first.
+
+    Overlapping boxes of one lesion type are thinned by non-maximum suppression at IoU 0.5
+    (Algorithm 1, line 18).
+
+    Args:
+        network: YOLO11-L in evaluation mode.
+        images: `image_id`, cached `path`, stored `height` and `width`.
+        px: Side of the network's square input.
+        batch: Films a forward pass.
+
+    Returns:
+        `image_id`, `lesion_type`, `xmin` … `ymax` in stored pixels within the image, and `score`,
+        the probability in [0.001, 1].
+    """
+    network = network.eval()
+    films = list(images.itertuples())
+    found = [
+        _table(film, *box)
+        for first in range(0, len(films), batch)
+        for film, box in _forward(network, films[first : first + batch], px)
+    ]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS)
+
+
+def _forward(network: torch.nn.Module, films: list, px: int) -> Iterator[tuple]:
+    squares, places = zip(*(letterbox(load_cached(film.path), px) for film in films), strict=True)
+    images = torch.from_numpy(np.stack(squares)).to(next(network.parameters()).device)
+    images = (images[:, None].float() / 255).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        outputs = network(images.contiguous(memory_format=torch.channels_last))[0].cpu()
+    for film, place, output in zip(films, places, outputs, strict=True):
+        corners, classes, scores = suppress(output)
+        yield film, (to_stored(corners.numpy(), place, film.height, film.width), classes, scores)
+
+
+def suppress(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Thin a film's raw boxes by non-maximum suppression (Algorithm 1, line 18).
+
+    Args:
+        raw: Centre, width and height in pixels, then one probability a lesion type, of each
+            anchor: shape (4 + C, anchors).
+
+    Returns:
+        Corners (n, 4) in pixels, classes (n,) and scores (n,), the surest first.
+    """
+    corners, prob = box_convert(raw[:4].T, "cxcywh", "xyxy"), raw[4:].T
+    anchors, classes = (prob > MIN_SCORE).nonzero(as_tuple=True)
+    scores = prob[anchors, classes]
+    kept = batched_nms(corners[anchors], scores, classes, NMS_IOU)[:MAX_BOXES]
+    return corners[anchors[kept]], classes[kept], scores[kept]
+
+
+def _table(film, xyxy, classes, scores) -> pd.DataFrame:
+    table = pd.DataFrame(xyxy, columns=list(CORNERS))
+    table.insert(0, "image_id", film.image_id)
+    table.insert(1, "lesion_type", [LESION_TYPES[number] for number in classes])
+    return table.assign(score=scores.numpy().astype(np.float64))

@@ -1,0 +1,500 @@
+"""What a classifier's and a detector's answers are worth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+from sklearn.metrics import roc_curve
+
+from dernet_utils.data import CORNERS
+from dernet_utils.errors import DernetError
+from dernet_utils.stats import Interval, bootstrap_by_study, resample_by_study
+
+# Classification: normal (0) or abnormal (1).
+
+
+def auroc(y: np.ndarray, prob: np.ndarray) -> float:
+    """Return the area under the receiver operating characteristic.
+
+    It is the chance that an abnormal image scores above a normal one, a tie counting half: the
+    Mann-Whitney statistic divided by its maximum (Hanley & McNeil, Radiology 143, 1982).
+
+    Args:
+        y: Labels, shape (n,), 0 or 1.
+        prob: Scores, shape (n,), any monotone scale.
+
+    Returns:
+        A number in [0, 1]; nan where `y` holds one class only.
+
+    Raises:
+        DernetError: Shapes differ, labels are not 0 or 1, or a score is nan.
+
+    >>> float(auroc([0, 1, 0, 1], [0.1, 0.4, 0.4, 0.8]))
+    0.875
+    """
+    y, prob = _checked(y, prob)
+    n_abnormal = int(y.sum())
+    n_normal = len(y) - n_abnormal
+    if not n_abnormal or not n_normal:
+        return float("nan")
+    rank_sum = rankdata(prob)[y].sum()
+    wins = rank_sum - n_abnormal * (n_abnormal + 1) / 2
+    return float(wins / (n_abnormal * n_normal))
+
+
+def operating_point(y: np.ndarray, prob: np.ndarray, threshold: float) -> dict[str, float]:
+    """Return F1, sensitivity and specificity where a score above a threshold means abnormal.
+
+    Args:
+        y: Labels, shape (n,), 0 or 1.
+        prob: Probabilities of abnormal, shape (n,).
+        threshold: An image is called abnormal where ``prob > threshold``, strictly, as in line
+            17 of the paper's Algorithm 1.
+
+    Returns:
+        ``f1``, ``sensitivity`` and ``specificity`` in [0, 1]; nan where a denominator is zero.
+
+    Raises:
+        DernetError: As `auroc` raises.
+
+    >>> operating_point([0, 0, 1, 1], [0.2, 0.6, 0.7, 0.9], 0.65)
+    {'f1': 1.0, 'sensitivity': 1.0, 'specificity': 1.0}
+    """
+    y, prob = _checked(y, prob)
+    called = prob > threshold
+    hits, misses = int((called & y).sum()), int((~called & y).sum())
+    false_alarms, cleared = int((called & ~y).sum()), int((~called & ~y).sum())
+    return {
+        "f1": _ratio(2 * hits, 2 * hits + misses + false_alarms),
+        "sensitivity": _ratio(hits, hits + misses),
+        "specificity": _ratio(cleared, cleared + false_alarms),
+    }
+
+
+def youden_threshold(y: np.ndarray, prob: np.ndarray) -> float:
+    """Return the threshold with the largest sensitivity + specificity - 1.
+
+    Candidates lie halfway between neighbouring scores. Of equally good ones the lowest is
+    taken, since a miss costs more than a false alarm in triage (Youden, Cancer 3, 1950).
+
+    Args:
+        y: Labels, shape (n,), 0 or 1, of out-of-fold images: a threshold chosen on the test
+            split makes the test optimistic.
+        prob: Probabilities of abnormal, shape (n,).
+
+    Returns:
+        A threshold for `operating_point`. Where all scores are equal, that score.
+
+    Raises:
+        DernetError: `y` holds one class only, or as `auroc` raises.
+
+    >>> round(youden_threshold([0, 0, 1, 1], [0.1, 0.3, 0.5, 0.9]), 3)
+    0.4
+    """
+    y, prob = _checked(y, prob)
+    if y.all() or not y.any():
+        raise DernetError(
+            "A threshold needs normal and abnormal images, and all of these are "
+            f"{'abnormal' if y.all() else 'normal'}: choose it on more images."
+        )
+    scores = np.unique(prob)
+    if len(scores) == 1:
+        return float(scores[0])
+    lower, upper = scores[:-1], scores[1:]
+    middle = lower + (upper - lower) / 2
+    candidates = np.where(middle < upper, middle, lower)  # floats next to each other
+    abnormal, normal = np.sort(prob[y]), np.sort(prob[~y])
+    sensitivity = 1 - np.searchsorted(abnormal, candidates, side="right") / len(abnormal)
+    specificity = np.searchsorted(normal, candidates, side="right") / len(normal)
+    # Rounded, so that two equal sums of fractions tie and the lowest threshold wins.
+    return float(candidates[np.argmax(np.round(sensitivity + specificity, 12))])
+
+
+def classification_table(
+    y: np.ndarray,
+    prob: np.ndarray,
+    studies: np.ndarray,
+    threshold: float,
+    resamples: int = 1000,
+    seed: int = 42,
+) -> pd.DataFrame:
+    """Return AUROC, F1, sensitivity and specificity with 95 % intervals by study.
+
+    Args:
+        y: Labels, shape (n,), 0 or 1.
+        prob: Probabilities of abnormal, shape (n,).
+        studies: Study of each image, shape (n,).
+        threshold: As in `operating_point`; chosen elsewhere, never on these images.
+        resamples: Number of bootstrap draws (paper, section 4.1: 1,000).
+        seed: Seed of the draws; one seed pairs the four metrics draw by draw.
+
+    Returns:
+        One row per metric, indexed ``auroc``, ``f1``, ``sensitivity``, ``specificity``, with
+        the columns of `dernet_utils.stats.Interval` as fractions of one.
+
+    Raises:
+        DernetError: As `auroc` and `resample_by_study` raise, or lengths differ.
+    """
+    y, prob = _checked(y, prob)
+    studies = _studies_of(y, studies)
+
+    def point(name: str):
+        return lambda rows: operating_point(y[rows], prob[rows], threshold)[name]
+
+    statistics = {"auroc": lambda rows: auroc(y[rows], prob[rows])}
+    statistics |= {name: point(name) for name in ("f1", "sensitivity", "specificity")}
+    rows = {
+        name: vars(bootstrap_by_study(statistic, studies, resamples, seed))
+        for name, statistic in statistics.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
+
+
+def roc_band(
+    y: np.ndarray,
+    prob: np.ndarray,
+    studies: np.ndarray,
+    resamples: int = 1000,
+    seed: int = 42,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Return the receiver operating characteristic with a pointwise band by study.
+
+    Args:
+        y: Labels, shape (n,), 0 or 1, of both classes.
+        prob: Probabilities of abnormal, shape (n,).
+        studies: Study of each image, shape (n,).
+        resamples: Number of bootstrap draws; those of one class are left out.
+        seed: Seed of the draws.
+        level: Coverage of the band at each false-alarm rate, in (0, 1).
+
+    Returns:
+        101 rows: ``false_alarm_rate`` (1 - specificity) from 0 to 1, ``sensitivity``, ``low``
+        and ``high``, all in [0, 1].
+
+    Raises:
+        DernetError: `y` holds one class only, or as `auroc` and `resample_by_study` raise.
+    """
+    y, prob = _checked(y, prob)
+    studies = _studies_of(y, studies)
+    if y.all() or not y.any():
+        raise DernetError("A ROC curve needs normal and abnormal images: these are of one class.")
+    grid = np.linspace(0, 1, 101)
+    draws = [
+        _sensitivity_at(grid, y[rows], prob[rows])
+        for rows in resample_by_study(studies, resamples, seed)
+        if 0 < y[rows].sum() < len(rows)
+    ]
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    curve = _sensitivity_at(grid, y, prob)
+    return pd.DataFrame(
+        {"false_alarm_rate": grid, "sensitivity": curve, "low": low, "high": high}
+    )
+
+
+def _sensitivity_at(grid: np.ndarray, y: np.ndarray, prob: np.ndarray) -> np.ndarray:
+    false_alarm_rate, sensitivity, _ = roc_curve(y, prob)
+    return np.interp(grid, false_alarm_rate, sensitivity)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _checked(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as bool, scores as float64, both of shape (n,), or one sentence."""
+    y, prob = np.asarray(y), np.asarray(prob, dtype=np.float64)
+    if y.ndim != 1 or y.shape != prob.shape:
+        raise DernetError(
+            f"Labels and scores are two lists of one length, not of shapes {y.shape} and "
+            f"{prob.shape}: pass one score for each label."
+        )
+    if not np.isin(y, (0, 1)).all():
+        raise DernetError("Labels are 0 (normal) or 1 (abnormal): another value came.")
+    if np.isnan(prob).any():
+        raise DernetError(f"{int(np.isnan(prob).sum())} of {len(prob)} scores are not a number.")
+    return y.astype(bool), prob
+
+
+def _studies_of(y: np.ndarray, studies: np.ndarray) -> np.ndarray:
+    studies = np.asarray(studies)
+    if studies.shape != y.shape:
+        raise DernetError(
+            f"Each label needs its study: {len(y)} labels and shape {studies.shape} came."
+        )
+    return studies
+
+
+# Detection: boxes against boxes, at one overlap. The rules are COCO's, as in pycocotools.
+
+RECALLS = np.linspace(0, 1, 101)  # where COCO reads the precision-recall curve
+MOST_BOXES = 100  # of one lesion type on one film; COCO's limit
+
+
+@dataclass(frozen=True)
+class Matches:
+    """A lesion type's predictions, surest first, each matched to a true box or to none.
+
+    Attributes:
+        film: Row of each prediction's film in the list that was passed, shape (n,).
+        score: Probability, shape (n,), falling.
+        hit: Whether it is a true box's one match, shape (n,).
+        truths: Number of true boxes of each film, shape (films,).
+    """
+
+    film: np.ndarray
+    score: np.ndarray
+    hit: np.ndarray
+    truths: np.ndarray
+
+
+def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the intersection over union of every pair of boxes.
+
+    Args:
+        first: Corners xmin, ymin, xmax, ymax, shape (n, 4).
+        second: The same, shape (m, 4).
+
+    Returns:
+        Shape (n, m), in [0, 1]; zero where neither box has an area.
+
+    >>> box_iou(np.array([[0, 0, 2, 2]]), np.array([[1, 0, 3, 2], [5, 5, 6, 6]])).round(3).tolist()
+    [[0.333, 0.0]]
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    shared = (high - low).clip(0).prod(2)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def match_boxes(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    lesion_type: str,
+    films: Sequence[str],
+    iou: float = 0.5,
+) -> Matches:
+    """Match a lesion type's predictions to its true boxes, film by film.
+
+    The surest prediction chooses first, and takes the free true box that it overlaps most, where
+    that overlap is at least `iou`; a true box is taken once.
+
+    Args:
+        truth: `image_id`, `lesion_type` and corners.
+        predictions: The same, and `score`.
+        lesion_type: The type to match.
+        films: Image ids, each once; boxes of other films are left out.
+        iou: Least overlap of a match, in (0, 1].
+
+    Raises:
+        DernetError: A column is missing, a film is listed twice, or a score is not a number.
+    """
+    if len(set(films)) != len(films):
+        raise DernetError("Each film is evaluated once, and one is listed twice: drop duplicates.")
+    row_of = {film: row for row, film in enumerate(films)}
+    true_of = _by_film(truth, lesion_type, [])
+    found_of = _by_film(predictions, lesion_type, ["score"])
+    parts = [
+        (row_of[film], found[:, 4], _hits(true_of.get(film, np.empty((0, 4))), found, iou))
+        for film, found in found_of.items()
+        if film in row_of
+    ]
+    parts.sort(key=lambda part: part[0])  # equal scores rank in the order of the films
+    rows = np.concatenate([np.full(len(hit), row) for row, _, hit in parts] or [np.empty(0, int)])
+    score = np.concatenate([score for _, score, _ in parts] or [np.empty(0)])
+    hit = np.concatenate([hit for _, _, hit in parts] or [np.empty(0, bool)])
+    order = np.argsort(-score, kind="stable")
+    truths = np.array([len(true_of.get(film, ())) for film in films])
+    return Matches(rows[order], score[order], hit[order], truths)
+
+
+def _by_film(boxes: pd.DataFrame, lesion_type: str, more: list[str]) -> dict[str, np.ndarray]:
+    """Corners (and score) of one lesion type, by film, surest first."""
+    needed = ["image_id", "lesion_type", *CORNERS, *more]
+    if missing := [name for name in needed if name not in boxes]:
+        raise DernetError(f"A table of boxes has the columns {needed}, and {missing} are missing.")
+    own = boxes[boxes["lesion_type"] == lesion_type]
+    values = own[[*CORNERS, *more]].to_numpy(np.float64)
+    if np.isnan(values).any():
+        raise DernetError("A box has four corners, and a prediction a score: one is not a number.")
+    rows_of = own.groupby("image_id", sort=False).indices
+    by_film = {film: values[rows] for film, rows in rows_of.items()}
+    if more:
+        for film, found in by_film.items():
+            by_film[film] = found[np.argsort(-found[:, 4], kind="stable")[:MOST_BOXES]]
+    return by_film
+
+
+def _hits(true: np.ndarray, found: np.ndarray, iou: float) -> np.ndarray:
+    hit = np.zeros(len(found), bool)
+    if not len(true):
+        return hit
+    overlaps = box_iou(found[:, :4], true)
+    for row, overlap in enumerate(overlaps):
+        # Of equally good true boxes pycocotools takes the last.
+        best = len(overlap) - 1 - int(np.argmax(overlap[::-1]))
+        if overlap[best] >= min(iou, 1 - 1e-10):
+            hit[row] = True
+            overlaps[:, best] = -1  # taken
+    return hit
+
+
+def precision_recall(matches: Matches) -> pd.DataFrame:
+    """Return the precision-recall curve that the average precision is the area under.
+
+    Returns:
+        101 rows, `recall` from 0 to 1, and the best `precision` at that recall or beyond; zero
+        beyond the last true box found.
+    """
+    curve = _curves(matches, np.ones((1, len(matches.truths))))[0]
+    return pd.DataFrame({"recall": RECALLS, "precision": curve})
+
+
+def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """Precision at RECALLS where film i counts weights[:, i] times, shape (draws, 101).
+
+    Only hits move the recall, and only at a hit can the precision be the best at its recall or
+    beyond, so the curve is read at the hits alone.
+    """
+    counts = weights[:, matches.film]
+    ranked = counts.cumsum(1)[:, matches.hit]
+    hits = (counts * matches.hit).cumsum(1)[:, matches.hit]
+    precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    best = np.column_stack([best, np.zeros(len(best))])  # beyond the last hit
+    truths = weights @ matches.truths
+    recall = np.divide(hits, truths[:, None], out=np.zeros_like(hits), where=truths[:, None] > 0)
+    first = np.stack([row.searchsorted(RECALLS) for row in recall])
+    return np.take_along_axis(best, first, axis=1)
+
+
+def _areas(matches: Matches, weights: np.ndarray, chunk: int = 100) -> np.ndarray:
+    """Average precision of each row of weights (draws, films); nan without a true box."""
+    parts = [
+        _curves(matches, weights[first : first + chunk]).mean(1)
+        for first in range(0, len(weights), chunk)
+    ]
+    return np.where(weights @ matches.truths > 0, np.concatenate(parts), np.nan)
+
+
+def average_precision(
+    truth: pd.DataFrame, predictions: pd.DataFrame, lesion_type: str, iou: float = 0.5
+) -> float:
+    """Return a lesion type's average precision: COCO's mean over 101 recalls.
+
+    Args:
+        truth: `image_id`, `lesion_type`, `xmin`, `ymin`, `xmax`, `ymax`.
+        predictions: The same, and `score`; on the same films, in the same pixels.
+        lesion_type: The type to evaluate.
+        iou: Least overlap that counts as found.
+
+    Returns:
+        A number in [0, 1]; nan where the truth holds no box of the type.
+
+    Raises:
+        DernetError: As `match_boxes` raises.
+
+    >>> box = {"image_id": "a", "lesion_type": "Osteophytes", "xmin": 0, "ymin": 0, "xmax": 9,
+    ...        "ymax": 9}
+    >>> average_precision(pd.DataFrame([box]), pd.DataFrame([box | {"score": 0.7}]), "Osteophytes")
+    1.0
+    """
+    films = _films(truth, predictions)
+    matches = match_boxes(truth, predictions, lesion_type, films, iou)
+    return float(_areas(matches, np.ones((1, len(films))))[0])
+
+
+def _films(truth: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
+    return sorted({*truth["image_id"], *predictions["image_id"]})
+
+
+def mean_average_precision(
+    truth: pd.DataFrame, predictions: pd.DataFrame, iou: float = 0.5
+) -> tuple[float, pd.Series]:
+    """Return the mean of the average precisions of the lesion types that the truth holds.
+
+    Args:
+        truth, predictions, iou: As `average_precision` takes them.
+
+    Returns:
+        The mean, in [0, 1], nan where there is no true box; and each type's value, by name.
+
+    Raises:
+        DernetError: As `match_boxes` raises.
+    """
+    types = sorted(truth["lesion_type"].unique())
+    each = pd.Series({name: average_precision(truth, predictions, name, iou) for name in types})
+    return float(each.mean()) if types else float("nan"), each
+
+
+def detection_table(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    images: pd.DataFrame,
+    resamples: int = 1000,
+    seed: int = 42,
+    iou: float = 0.5,
+) -> pd.DataFrame:
+    """Return each lesion type's average precision, and their mean, with 95 % intervals by study.
+
+    Predictions are matched once; a draw of studies only weighs the films anew.
+
+    Args:
+        truth, predictions, iou: As `average_precision` takes them.
+        images: `image_id` and `study_id` of every film that was searched, also those without a
+            box: they count as studies, and their false alarms count.
+        resamples: Number of bootstrap draws (paper, section 4.1: 1,000).
+        seed: Seed of the draws; one seed pairs the rows draw by draw.
+
+    Returns:
+        One row a lesion type of the truth and a last row ``mAP``, with `boxes` (true boxes) and
+        the columns of `dernet_utils.stats.Interval` as fractions of one.
+
+    Raises:
+        DernetError: As `match_boxes` and `resample_by_study` raise, or a box's film is not listed.
+    """
+    films = list(images["image_id"])
+    if strangers := {*truth["image_id"], *predictions["image_id"]} - set(films):
+        raise DernetError(
+            f"Every box lies on a film of the list, and {len(strangers)} films are not in it: "
+            "pass all films that were searched."
+        )
+    types = sorted(truth["lesion_type"].unique())
+    matched = [match_boxes(truth, predictions, name, films, iou) for name in types]
+    weights = np.stack(
+        [np.ones(len(films))]
+        + [
+            np.bincount(rows, minlength=len(films))
+            for rows in resample_by_study(images["study_id"].to_numpy(), resamples, seed)
+        ]
+    )
+    areas = np.stack([_areas(matches, weights) for matches in matched])
+    present = ~np.isnan(areas)
+    mean = np.nansum(areas, axis=0) / np.where(present.any(0), present.sum(0), np.nan)
+    areas = np.vstack([areas, mean])
+    boxes = [int(matches.truths.sum()) for matches in matched]
+    rows = [
+        {"boxes": count, **vars(_interval(values, images["study_id"]))}
+        for count, values in zip([*boxes, sum(boxes)], areas, strict=True)
+    ]
+    return pd.DataFrame(rows, index=pd.Index([*types, "mAP"], name="lesion_type"))
+
+
+def _interval(values: np.ndarray, studies: pd.Series) -> Interval:
+    """The first value, with the percentiles of the others where they are defined."""
+    defined = values[1:][~np.isnan(values[1:])]
+    low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (np.nan, np.nan)
+    return Interval(
+        value=float(values[0]),
+        low=float(low),
+        high=float(high),
+        n_images=len(studies),
+        n_studies=studies.nunique(),
+        resamples=len(defined),
+        undefined=len(values) - 1 - len(defined),
+    )

@@ -1,0 +1,90 @@
+"""Profiles: the numbers of a run, frozen and validated.
+
+A profile changes numbers only; no chapter has a second code path.
+"""
+
+import os
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dernet_utils.errors import DernetError
+
+
+class Profile(BaseModel):
+    """The numbers of a run.
+
+    Sizes are in pixels, epochs are passes over the training images, seeds are unsigned
+    integers. `patients` is the number of virtual patients; None means that the data are a
+    VinDr-SpineXR folder named by the environment variable ``DERNET_DATA``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    patients: int | None = Field(gt=0)
+    seed: int = Field(42, ge=0)  # paper, section 4.1
+    folds: int = Field(5, ge=2)  # paper, section 4.1
+    clip_limit: float = Field(2.0, gt=0)  # paper, section 3.1
+    tiles: int = Field(8, gt=0)  # OpenCV's default grid, 8 x 8
+    cache_px: int = Field(gt=0, description="long side of a cached image")
+    triage_px: int = Field(gt=0, multiple_of=32)
+    triage_epochs: int = Field(gt=0)
+    triage_batch: int = Field(gt=0)
+    triage_lr: float = Field(gt=0)
+    detect_px: int = Field(gt=0, multiple_of=32)
+    detect_epochs: int = Field(gt=0)
+    detect_batch: int = Field(gt=0)
+    detect_lr: float = Field(gt=0)
+    mosaic_until: int = Field(ge=0, description="last epoch with mosaic")
+    bootstrap: int = Field(1000, ge=100)  # paper, section 4.1
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the run's radiographs are virtual."""
+        return self.patients is not None
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        # Tests and continuous integration: the same networks, a step or two.
+        Profile(
+            name="smoke", patients=24, cache_px=256,
+            triage_px=64, triage_epochs=2, triage_batch=8, triage_lr=1e-3,
+            detect_px=96, detect_epochs=2, detect_batch=8, detect_lr=1e-3, mosaic_until=1,
+            bootstrap=200,
+        ),
+        # A person's first run: from random weights, so the learning rate is higher than the
+        # paper's, which starts from ImageNet and COCO.
+        Profile(
+            name="laptop", patients=200, cache_px=640,
+            triage_px=256, triage_epochs=14, triage_batch=16, triage_lr=1e-3,
+            detect_px=256, detect_epochs=12, detect_batch=12, detect_lr=1e-3, mosaic_until=5,
+        ),
+        # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.
+        Profile(
+            name="paper", patients=None, cache_px=1280,
+            triage_px=384, triage_epochs=60, triage_batch=16, triage_lr=1e-4,
+            detect_px=640, detect_epochs=55, detect_batch=12, detect_lr=1e-4, mosaic_until=25,
+        ),
+    )
+}  # fmt: skip
+
+
+def get_profile(name: str = "") -> Profile:
+    """Return a profile by name.
+
+    Args:
+        name: ``smoke``, ``laptop`` or ``paper``; empty means the environment variable
+            ``DERNET_PROFILE`` and, where that is not set, ``laptop``.
+
+    Raises:
+        DernetError: The name is none of them.
+
+    >>> get_profile("paper").triage_px
+    384
+    """
+    name = name or os.environ.get("DERNET_PROFILE", "") or "laptop"
+    if name not in PROFILES:
+        raise DernetError(f"The profile is one of {', '.join(PROFILES)}, not {name!r}.")
+    return PROFILES[name]

@@ -1,0 +1,533 @@
+"""Normal or abnormal: the three networks, their training, their probabilities.
+
+One contract for `densenet121`, `tf_efficientnetv2_s` and `resnet50`: a square grey image goes in
+as three equal channels with ImageNet's mean and deviation, one logit comes out. A training run
+is named by a digest of everything that shapes it, so that a finished run is loaded and a killed
+one goes on at its last finished epoch.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dernet_utils.errors import DernetError
+from dernet_utils.evaluate import auroc
+from dernet_utils.imaging import load_cached
+from dernet_utils.profiles import Profile
+
+NETWORKS = ("densenet121", "tf_efficientnetv2_s", "resnet50")  # paper, section 3.2; timm's names
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ROTATION_DEG = 15.0  # companion code: up to 10-15 degrees
+BRIGHTNESS = CONTRAST = 0.2  # companion code: up to 20 %
+WEIGHT_DECAY = 0.01  # torch's default for AdamW; the paper is silent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of one training run.
+
+    Attributes:
+        image_px: Side of the square input.
+        epochs: Passes over the training images; all are made, the last one counts.
+        batch: Images a step.
+        lr: Learning rate of the first step; a cosine takes it to zero.
+        seed: Seed of initial weights, order, augmentation and dropout.
+    """
+
+    image_px: int
+    epochs: int
+    batch: int
+    lr: float
+    seed: int = 42
+
+    @classmethod
+    def of(cls, profile: Profile) -> "Recipe":
+        """Return the recipe that a profile asks for."""
+        return cls(
+            profile.triage_px,
+            profile.triage_epochs,
+            profile.triage_batch,
+            profile.triage_lr,
+            profile.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images with their labels.
+
+    Attributes:
+        pixels: uint8, shape (n, 1, px, px), 0 black to 255 white.
+        y: float32, shape (n,), 1 abnormal, 0 normal.
+    """
+
+    pixels: Tensor
+    y: Tensor
+
+    @classmethod
+    def load(cls, images: pd.DataFrame, image_px: int) -> "Sample":
+        """Read cached images into memory, each resized to a square.
+
+        Args:
+            images: Rows with ``path`` (as `imaging.cache_images` returns it) and ``abnormal``.
+            image_px: Side of the square; the aspect ratio is not kept, as in the companion code.
+        """
+        squares = [
+            cv2.resize(load_cached(path), (image_px, image_px), interpolation=cv2.INTER_AREA)
+            for path in images["path"]
+        ]
+        pixels = torch.from_numpy(np.stack(squares)).unsqueeze(1)
+        return cls(pixels, torch.tensor(images["abnormal"].to_numpy(np.float32)))
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 4 or self.pixels.shape[1] != 1 or self.pixels.dtype != torch.uint8:
+            raise DernetError(
+                "Images for triage are 8-bit grey of shape (n, 1, px, px), not "
+                f"{self.pixels.dtype} of shape {tuple(self.pixels.shape)}."
+            )
+        if self.y.shape != self.pixels.shape[:1] or not len(self.y):
+            raise DernetError(
+                f"Triage needs one label for each of at least one image: {len(self.y)} labels "
+                f"and {len(self.pixels)} images came."
+            )
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run leaves.
+
+    Attributes:
+        network: After the last epoch, in evaluation mode.
+        history: One row an epoch: ``epoch`` from 1, ``lr`` at its end, ``train_loss`` (with
+            augmentation), ``validation_loss``, ``validation_auroc``, ``seconds``.
+        checkpoint: The safetensors file with weights and history.
+    """
+
+    network: nn.Module
+    history: pd.DataFrame
+    checkpoint: Path
+
+
+# Networks
+
+
+def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.Module:
+    """Return one of the three networks with a single logit.
+
+    Args:
+        name: One of `NETWORKS`.
+        weights: A local checkpoint in timm's naming (``.safetensors``, or ``.pth`` / ``.pt`` /
+            ``.bin`` with tensors only); its classification head is left out. None: random.
+        seed: Seed of the random weights; torch's global generator is left as it was.
+
+    Returns:
+        A network that maps (b, 3, px, px) to (b, 1).
+
+    Raises:
+        DernetError: The name is unknown, or the checkpoint is of another network.
+    """
+    if name not in NETWORKS:
+        raise DernetError(f"The triage network is one of {', '.join(NETWORKS)}, not {name!r}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = timm.create_model(name, pretrained=False, num_classes=1)
+    if weights is not None:
+        _load_body(network, Path(weights))
+    return network
+
+
+def _load_body(network: nn.Module, path: Path) -> None:
+    """Load all but the classification head."""
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    head = network.default_cfg["classifier"] + "."
+    body = {key: value for key, value in state.items() if not key.startswith(head)}
+    wanted = {key for key in network.state_dict() if not key.startswith(head)}
+    try:
+        network.load_state_dict(body, strict=False)
+    except RuntimeError as error:
+        raise DernetError(
+            f"{path} does not fit this network: a tensor in it has another shape."
+        ) from error
+    if set(body) != wanted:
+        raise DernetError(
+            f"{path} does not fit this network: {len(wanted - set(body))} of {len(wanted)} tensors "
+            "are missing; save a timm checkpoint of the network with that name."
+        )
+
+
+def starting_weights(name: str) -> Path | None:
+    """Return the local checkpoint that training starts from, or None for random weights.
+
+    The environment variable ``DERNET_WEIGHTS`` names a folder with ``<name>.safetensors``,
+    ``.pth``, ``.pt`` or ``.bin``.
+
+    Raises:
+        DernetError: The variable is set and the folder holds no such file.
+    """
+    folder = os.environ.get("DERNET_WEIGHTS", "")
+    if not folder:
+        return None
+    for suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        path = Path(folder).expanduser() / f"{name}{suffix}"
+        if path.is_file():
+            return path
+    raise DernetError(
+        f"DERNET_WEIGHTS names {folder}, which holds no {name}.safetensors (or .pth, .pt, .bin): "
+        "put the checkpoint there, or unset the variable to start from random weights."
+    )
+
+
+def starting_sentence(name: str, weights: Path | None) -> str:
+    """Return the sentence in which a page says where training starts.
+
+    >>> starting_sentence("resnet50", None)
+    'resnet50 starts from random weights; the paper starts from ImageNet.'
+    """
+    if weights is None:
+        return f"{name} starts from random weights; the paper starts from ImageNet."
+    return f"{name} starts from the local checkpoint {weights.name}."
+
+
+# Images
+
+
+def as_input(pixels: Tensor) -> Tensor:
+    """Return images as the networks take them.
+
+    Args:
+        pixels: Shape (b, 1, px, px): uint8, or float in [0, 1].
+
+    Returns:
+        float32, shape (b, 3, px, px): three equal channels less ImageNet's mean, divided by its
+        deviation, in channels-last memory.
+    """
+    grey = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+    mean = torch.tensor(IMAGENET_MEAN, device=grey.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=grey.device).view(1, 3, 1, 1)
+    return ((grey - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip, rotate, brighten and stretch each image of a batch by a draw of its own.
+
+    Horizontal flip with probability 0.5, rotation within +-15 degrees, contrast about the
+    image's mean and brightness within +-20 % (companion code of the paper).
+
+    Args:
+        pixels: uint8, shape (b, 1, px, px).
+        generator: Seeded; on the CPU.
+
+    Returns:
+        float32 in [0, 1], same shape; corners that rotation uncovers are black.
+    """
+    grey = pixels.float() / 255
+    n = len(grey)
+
+    def between(low: float, high: float) -> Tensor:
+        draw = torch.rand(n, generator=generator) * (high - low) + low
+        return draw.to(grey.device)
+
+    flip = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
+    angle = torch.deg2rad(between(-ROTATION_DEG, ROTATION_DEG))
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    affine = torch.stack([flip * cos, -sin, zero, flip * sin, cos, zero], dim=1).view(n, 2, 3)
+    grid = F.affine_grid(affine, list(grey.shape), align_corners=False)
+    grey = F.grid_sample(grey, grid, mode="bilinear", align_corners=False)
+
+    contrast = between(1 - CONTRAST, 1 + CONTRAST).view(n, 1, 1, 1)
+    brightness = between(1 - BRIGHTNESS, 1 + BRIGHTNESS).view(n, 1, 1, 1)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+    return (((grey - mean) * contrast + mean) * brightness).clamp(0, 1)
+
+
+# Training
+
+
+def train_triage(
+    name: str,
+    train: Sample,
+    validation: Sample,
+    recipe: Recipe,
+    folder: Path,
+    weights: Path | None = None,
+    progress: Callable[[dict], None] | None = None,
+) -> Trained:
+    """Train a triage network, or load it where this very run is finished.
+
+    AdamW on binary cross-entropy, lines 3 to 6 of the paper's Algorithm 1, with a cosine from
+    `recipe.lr` to zero. The validation images are scored after each epoch and change nothing.
+
+    Args:
+        name: One of `NETWORKS`.
+        train: Images to learn from, of both classes.
+        validation: Images of other studies, for the learning curve.
+        recipe: The run's numbers.
+        folder: Where checkpoints lie; one run is ``<name>-<digest>.safetensors``, and
+            ``<name>-<digest>.resume`` while it is not finished.
+        weights: As in `build_network`.
+        progress: Called with the history's row after each epoch that is trained now.
+
+    Returns:
+        The trained network, its learning curve and its checkpoint.
+
+    Raises:
+        DernetError: The network is unknown, or the training images are of one class or of
+            another size than the recipe's.
+    """
+    _check_training(train, recipe)
+    key = _run_key(name, train, validation, recipe, weights)
+    checkpoint = Path(folder) / f"{name}-{key}.safetensors"
+    if not checkpoint.is_file():
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        with _fast_and_deterministic():
+            _train(name, train, validation, recipe, checkpoint, weights, progress)
+    network, history = load_trained(name, checkpoint)
+    return Trained(network, history, checkpoint)
+
+
+def load_trained(name: str, checkpoint: Path) -> tuple[nn.Module, pd.DataFrame]:
+    """Return the network and the learning curve of a finished run.
+
+    Args:
+        name: One of `NETWORKS`.
+        checkpoint: A file that `train_triage` left.
+    """
+    with safe_open(checkpoint, framework="pt") as file:
+        history = json.loads(file.metadata()["history"])
+    network = build_network(name)
+    network.load_state_dict(load_file(checkpoint))
+    network.to(_device(), memory_format=torch.channels_last).eval()
+    return network, pd.DataFrame(history)
+
+
+def epoch_line(row: dict) -> str:
+    """Return one line of a training log.
+
+    >>> epoch_line({"epoch": 3, "train_loss": 0.61, "validation_loss": 0.58,
+    ...             "validation_auroc": 0.74, "seconds": 12.3})
+    'epoch  3   train loss 0.610   validation loss 0.580   validation AUROC 0.740   12 s'
+    """
+    return (
+        f"epoch {row['epoch']:2d}   train loss {row['train_loss']:.3f}   "
+        f"validation loss {row['validation_loss']:.3f}   "
+        f"validation AUROC {row['validation_auroc']:.3f}   {row['seconds']:.0f} s"
+    )
+
+
+def _train(
+    name: str,
+    train: Sample,
+    validation: Sample,
+    recipe: Recipe,
+    checkpoint: Path,
+    weights: Path | None,
+    progress: Callable[[dict], None] | None,
+) -> None:
+    """Run the epochs that are still to be run and leave a finished checkpoint."""
+    device = _device()
+    network = build_network(name, weights, recipe.seed)
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY, foreach=True
+    )
+    resume = checkpoint.with_suffix(".resume")
+    history: list[dict] = []
+    if resume.is_file():
+        saved = torch.load(resume, map_location=device, weights_only=True)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history = saved["history"]
+    for epoch in range(len(history), recipe.epochs):
+        started = time.perf_counter()
+        train_loss = _train_epoch(network, optimizer, train, recipe, epoch)
+        logits = torch.cat(list(_logits(network, validation.pixels, recipe.batch)))
+        row = {
+            "epoch": epoch + 1,
+            "lr": optimizer.param_groups[0]["lr"],
+            "train_loss": train_loss,
+            "validation_loss": float(F.binary_cross_entropy_with_logits(logits, validation.y)),
+            "validation_auroc": auroc(validation.y.numpy(), logits.numpy()),
+            "seconds": time.perf_counter() - started,
+        }
+        history.append(row)
+        saved = {
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "history": history,
+        }
+        _replace(resume, lambda path, saved=saved: torch.save(saved, path))
+        if progress is not None:
+            progress(row)
+    state = {key: value.contiguous().cpu() for key, value in network.state_dict().items()}
+    metadata = {"network": name, "recipe": json.dumps(asdict(recipe))}
+    metadata["history"] = json.dumps(history)
+    _replace(checkpoint, lambda path: save_file(state, path, metadata))
+    resume.unlink(missing_ok=True)
+
+
+def _train_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Sample,
+    recipe: Recipe,
+    epoch: int,
+) -> float:
+    """Pass once over the training images; return the mean loss."""
+    device = next(network.parameters()).device
+    # Every epoch has a seed of its own, so that a resumed run draws what an unbroken one draws.
+    seed = recipe.seed * 100_003 + epoch
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # stochastic depth of EfficientNetV2-S
+    batches = _batches(len(train), recipe.batch, generator)
+    network.train()
+    losses = []
+    for step, rows in enumerate(batches):
+        done = (epoch + step / len(batches)) / recipe.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * (1 + math.cos(math.pi * done)) / 2
+        x = as_input(augment(train.pixels[rows].to(device), generator))
+        with _autocast(device):
+            logits = network(x)
+        loss = F.binary_cross_entropy_with_logits(logits.float().squeeze(1), train.y[rows].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
+def _batches(n: int, batch: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """Shuffled rows in batches; a last one that is not full is left out of this epoch."""
+    batches = torch.randperm(n, generator=generator).split(batch)
+    return batches if len(batches) == 1 or len(batches[-1]) == batch else batches[:-1]
+
+
+# Probabilities
+
+
+def predict_triage(network: nn.Module, pixels: Tensor, batch: int = 16) -> np.ndarray:
+    """Return the probability that each image is abnormal.
+
+    The mean over the image and its horizontal flip (companion code), in full precision.
+
+    Args:
+        network: As `build_network` or `train_triage` returns it; put in evaluation mode.
+        pixels: uint8, shape (n, 1, px, px).
+        batch: Images at a time; the result does not depend on it beyond rounding.
+
+    Returns:
+        float64 in [0, 1], shape (n,).
+    """
+    both = [
+        torch.cat(list(_logits(network, view, batch, fast=False))).double().sigmoid()
+        for view in (pixels, pixels.flip(-1))
+    ]
+    return ((both[0] + both[1]) / 2).numpy()
+
+
+@torch.no_grad()
+def _logits(
+    network: nn.Module, pixels: Tensor, batch: int, fast: bool = True
+) -> Iterator[Tensor]:
+    """Logits on the CPU, float32, a batch at a time; `fast` in bfloat16 where that is faster."""
+    device = next(network.parameters()).device
+    network.eval()
+    for part in pixels.split(batch):
+        with _autocast(device, fast):
+            logits = network(as_input(part.to(device)))
+        yield logits.float().squeeze(1).cpu()
+
+
+# The machine
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
+    """bfloat16 where the machine has units for it; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported()
+    else:  # measured: without AMX, 3.0 s a step of DenseNet121 against 2.4 s in float32
+        able = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and able)
+
+
+@contextmanager
+def _fast_and_deterministic() -> Iterator[None]:
+    """Deterministic algorithms, denormals flushed (they slow a CPU tenfold); undone at the end."""
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    with torch.random.fork_rng():
+        torch.use_deterministic_algorithms(True, warn_only=True)  # CUDA lacks one or two
+        torch.set_flush_denormal(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            torch.set_flush_denormal(False)
+
+
+# Checkpoints
+
+
+def _check_training(train: Sample, recipe: Recipe) -> None:
+    if train.pixels.shape[-1] != recipe.image_px or train.pixels.shape[-2] != recipe.image_px:
+        raise DernetError(
+            f"The recipe trains on squares of {recipe.image_px} px, and the images are "
+            f"{train.pixels.shape[-1]} x {train.pixels.shape[-2]} px: load them at that size."
+        )
+    if len(train.y.unique()) < 2:
+        raise DernetError("Training needs normal and abnormal images, and all are of one class.")
+
+
+def _run_key(
+    name: str, train: Sample, validation: Sample, recipe: Recipe, weights: Path | None
+) -> str:
+    """Digest of all that shapes a run: images, labels, numbers, start, code, libraries."""
+    digest = hashlib.sha256()
+    facts = [name, json.dumps(asdict(recipe), sort_keys=True), torch.__version__, timm.__version__]
+    for fact in facts:
+        digest.update(fact.encode() + b"\0")
+    digest.update(Path(__file__).read_bytes())
+    for sample in (train, validation):
+        digest.update(str(tuple(sample.pixels.shape)).encode())
+        digest.update(sample.pixels.contiguous().numpy())
+        digest.update(sample.y.contiguous().numpy())
+    if weights is not None:
+        digest.update(Path(weights).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Write beside `path` and rename, so that a killed run never leaves half a file."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,77 @@
+"""Where a run keeps its files: ``runs/<profile>/`` and nothing outside it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dernet_utils.errors import DernetError
+from dernet_utils.profiles import Profile, get_profile
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of one run.
+
+    Attributes:
+        profile: The run's numbers.
+        folder: ``runs/<profile>``; created on first use.
+    """
+
+    profile: Profile
+    folder: Path
+
+    @property
+    def data_root(self) -> Path:
+        """The dataset: the virtual cohort, or the folder that ``DERNET_DATA`` names."""
+        if self.profile.virtual:
+            return self.folder / "cohort"
+        named = os.environ.get("DERNET_DATA", "")
+        if not named:
+            raise DernetError(
+                f"The profile {self.profile.name!r} reads VinDr-SpineXR from disk: set the "
+                "environment variable DERNET_DATA to its folder."
+            )
+        return Path(named).expanduser()
+
+    @property
+    def cache(self) -> Path:
+        """Preprocessed images."""
+        return self._made("cache")
+
+    @property
+    def weights(self) -> Path:
+        """Checkpoints and training curves."""
+        return self._made("weights")
+
+    @property
+    def tables(self) -> Path:
+        """Folds, probabilities, boxes and scores, as Parquet and JSON."""
+        return self._made("tables")
+
+    @property
+    def chapters(self) -> Path:
+        """Executed notebooks."""
+        return self._made("chapters")
+
+    def _made(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def open_workspace(profile: str = "") -> Workspace:
+    """Return the workspace of a profile.
+
+    Args:
+        profile: A name as `get_profile` takes it.
+
+    The runs are kept beside the package, or in the folder that ``DERNET_RUNS`` names.
+
+    Raises:
+        DernetError: The profile is unknown.
+    """
+    chosen = get_profile(profile)
+    runs = Path(os.environ.get("DERNET_RUNS", "") or PROJECT / "runs")
+    return Workspace(chosen, runs.resolve() / chosen.name)

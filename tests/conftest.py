@@ -1,0 +1,107 @@
+"""A small folder in the form of VinDr-SpineXR, for every test that reads one."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    DigitalXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+)
+
+from dernet_utils.data import COLUMNS, LESION_TYPES, NO_FINDING
+
+SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, ImplicitVRLittleEndian)
+
+
+@pytest.fixture
+def tiny_dataset(tmp_path: Path, _tiny_original: Path) -> Path:
+    """A copy of its own for each test: 14 train and 4 test studies of two or three images.
+
+    Films are noise over a gradient, 64 to 112 px, in four transfer syntaxes, both photometric
+    interpretations and 10 to 14 bits. Of three studies one is normal, one has one abnormal image
+    and one has two, with a bright patch in each of four boxes; all seven lesion types occur in
+    both splits, once by a rarer name.
+    """
+    root = tmp_path / "tiny"
+    shutil.copytree(_tiny_original, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def _tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("original") / "tiny"
+    rng = np.random.default_rng(42)
+    (root / "annotations").mkdir(parents=True)
+    for split, studies in (("train", 14), ("test", 4)):
+        (root / f"{split}_images").mkdir()
+        rows = [row for study in range(studies) for row in _study(root, split, study, rng)]
+        with (root / f"annotations/{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+    return root
+
+
+def _study(root: Path, split: str, study: int, rng: np.random.Generator) -> list[tuple]:
+    """Write a study's films and return its CSV rows."""
+    study_id, series_id = rng.bytes(16).hex(), rng.bytes(16).hex()
+    rows = []
+    for number in range(2 + study % 2):
+        image_id = rng.bytes(16).hex()
+        ids = (study_id, series_id, image_id, f"rad{1 + study % 3}")
+        height, width = (int(side) for side in rng.integers(64, 113, 2))
+        abnormal = number < 2 - study % 3
+        boxes = _boxes(study + 2 * number, height, width, rng) if abnormal else []
+        rows += [(*ids, name, *corners) for name, *corners in boxes]
+        rows += [] if boxes else [(*ids, NO_FINDING, "", "", "", "")]
+        path = root / f"{split}_images" / f"{image_id}.dicom"
+        write_film(path, height, width, [box[1:] for box in boxes], study + number, rng)
+    return rows
+
+
+def _boxes(kind: int, height: int, width: int, rng: np.random.Generator) -> list[tuple]:
+    boxes = []
+    for number in range(4):
+        name = LESION_TYPES[(kind * 2 + number) % len(LESION_TYPES)]
+        if kind == 6 and name == "Other lesions":
+            name = "Enthesophytes"
+        x, y = rng.uniform(0, width - 24), rng.uniform(0, height - 24)
+        boxes.append((name, x, y, x + rng.uniform(8, 24), y + rng.uniform(8, 24)))
+    return boxes
+
+
+def write_film(
+    path: Path, height: int, width: int, boxes: list, kind: int, rng: np.random.Generator
+) -> None:
+    """Write one DICOM film whose encoding depends on `kind`."""
+    bits = 10 + kind % 5
+    grey = np.linspace(0.2, 0.6, width) + rng.normal(0, 0.03, (height, width))
+    for xmin, ymin, xmax, ymax in boxes:
+        grey[int(ymin) : int(ymax), int(xmin) : int(xmax)] += 0.3
+    inverted = kind % 3 == 0
+    grey = np.clip(1 - grey if inverted else grey, 0, 1) * (2**bits - 1)
+    film = Dataset()
+    film.file_meta = FileMetaDataset()
+    film.file_meta.TransferSyntaxUID = SYNTAXES[kind % 4]
+    film.SOPClassUID = DigitalXRayImageStorageForPresentation
+    film.SOPInstanceUID = f"2.25.{int(path.stem, 16)}"
+    film.Modality, film.PatientName, film.PatientID = "DX", "", ""
+    film.Rows, film.Columns, film.SamplesPerPixel = height, width, 1
+    film.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+    film.BitsAllocated, film.BitsStored, film.HighBit = 16, bits, bits - 1
+    film.PixelRepresentation = 0
+    if kind % 2:
+        film.WindowCenter, film.WindowWidth = 2 ** (bits - 1), 2**bits
+    film.PixelData = grey.round().astype("<u2").tobytes()
+    film["PixelData"].VR = "OW"
+    syntax = film.file_meta.TransferSyntaxUID
+    if syntax.is_compressed:
+        film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        film.compress(syntax, generate_instance_uid=False)
+    pydicom.dcmwrite(path, film, enforce_file_format=True)

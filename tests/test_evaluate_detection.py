@@ -1,0 +1,204 @@
+"""Average precision: by hand, at the edges, and against pycocotools."""
+
+import contextlib
+import io
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dernet_utils.errors import DernetError
+from dernet_utils.evaluate import (
+    CORNERS,
+    average_precision,
+    box_iou,
+    detection_table,
+    match_boxes,
+    mean_average_precision,
+    precision_recall,
+)
+
+TYPES = ("Osteophytes", "Surgical implant", "Vertebral collapse")
+
+
+def table(rows, scored=False):
+    columns = ["image_id", "lesion_type", *CORNERS, *(["score"] if scored else [])]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def random_boxes(rng, films, most, scored=False, levels=8):
+    """Boxes on a coarse grid, so that overlaps and scores tie often."""
+    rows = []
+    for film in films:
+        for _ in range(rng.integers(0, most + 1)):
+            x, y = rng.integers(0, 6, 2) * 10
+            width, height = rng.integers(1, 4, 2) * 10
+            row = [film, rng.choice(TYPES), x, y, x + width, y + height]
+            rows.append([*row, rng.integers(1, levels + 1) / levels] if scored else row)
+    return table(rows, scored)
+
+
+def by_pycocotools(truth, predictions, lesion_type, films):
+    """AP@0.5 as the reference implementation computes it."""
+    number = {film: row + 1 for row, film in enumerate(films)}
+    truth, predictions = (t[t["lesion_type"] == lesion_type] for t in (truth, predictions))
+
+    def annotations(boxes):
+        for i, box in enumerate(boxes.itertuples()):
+            size = [float(box.xmax - box.xmin), float(box.ymax - box.ymin)]
+            yield {
+                "id": i + 1, "image_id": number[box.image_id], "category_id": 1, "iscrowd": 0,
+                "bbox": [float(box.xmin), float(box.ymin), *size], "area": size[0] * size[1],
+                **({"score": box.score} if hasattr(box, "score") else {}),
+            }  # fmt: skip
+
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": n} for n in number.values()],
+        "categories": [{"id": 1, "name": lesion_type}],
+        "annotations": list(annotations(truth)),
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        found = COCO()
+        found.dataset = coco.dataset | {"annotations": list(annotations(predictions))}
+        found.createIndex()
+        run = COCOeval(coco, found, "bbox")
+        run.params.iouThrs = np.array([0.5])
+        run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
+        run.params.maxDets = [100]
+        run.evaluate()
+        run.accumulate()
+    precision = run.eval["precision"][0, :, 0, 0, 0]
+    return np.nan if (precision < 0).any() else precision.mean()
+
+
+def test_average_precision_by_hand():
+    truth = table([["a", TYPES[0], 0, 0, 10, 10], ["b", TYPES[0], 0, 0, 10, 10]])
+    predictions = table(
+        [
+            ["a", TYPES[0], 0, 0, 10, 10, 0.9],  # a hit: precision 1 up to recall 0.5
+            ["a", TYPES[0], 0, 0, 10, 10, 0.8],  # the same box again: a false alarm
+            ["b", TYPES[0], 0, 0, 10, 8, 0.7],  # a hit: precision 2/3 up to recall 1
+        ],
+        scored=True,
+    )
+    expected = (51 * 1 + 50 * 2 / 3) / 101
+    assert average_precision(truth, predictions, TYPES[0]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equal_to_pycocotools_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    films = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, films, most=8)
+    predictions = random_boxes(rng, films, most=30, scored=True)
+    seen = sorted({*truth["image_id"], *predictions["image_id"]})
+    for lesion_type in TYPES:
+        expected = by_pycocotools(truth, predictions, lesion_type, seen)
+        got = average_precision(truth, predictions, lesion_type)
+        assert got == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_equal_to_pycocotools_on_a_crowded_film():
+    rng = np.random.default_rng(3)
+    truth = random_boxes(rng, ["a"], most=60)
+    truth["lesion_type"] = TYPES[0]
+    predictions = pd.concat(
+        [random_boxes(rng, ["a"], 400, scored=True, levels=1000) for _ in range(2)]
+    )
+    predictions["lesion_type"] = TYPES[0]
+    assert len(predictions) > 100  # more than COCO's limit a film
+    expected = by_pycocotools(truth, predictions, TYPES[0], ["a"])
+    assert average_precision(truth, predictions, TYPES[0]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_edges():
+    box = [["a", TYPES[0], 0, 0, 10, 10]]
+    found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
+    none, none_found = table([]), table([], scored=True)
+    assert average_precision(table(box), none_found, TYPES[0]) == 0
+    assert np.isnan(average_precision(none, found, TYPES[0]))
+    assert np.isnan(mean_average_precision(none, found)[0])
+    assert mean_average_precision(table(box), found)[0] == 1
+    # The truth's types only: a false alarm of an absent type costs nothing in the mean.
+    assert list(mean_average_precision(table(box), found)[1].index) == [TYPES[0]]
+
+
+def test_iou_of_boxes_without_an_area_is_zero():
+    assert box_iou([[1, 1, 1, 1]], [[1, 1, 1, 1], [0, 0, 2, 2]]).tolist() == [[0, 0]]
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_weights_equal_films_counted_again(seed):
+    """A film drawn twice is two films: the shortcut of the bootstrap changes nothing."""
+    rng = np.random.default_rng(seed)
+    films = [f"{i}" for i in range(5)]
+    truth = random_boxes(rng, films, most=4)
+    predictions = random_boxes(rng, films, most=6, scored=True)
+    from dernet_utils.evaluate import _areas
+
+    counts = rng.integers(0, 3, len(films))
+    repeated = [t.assign(copy=0) for t in (truth, predictions)]
+    repeated = [
+        pd.concat(
+            [
+                t[t["image_id"] == film].assign(image_id=f"{film}-{copy}")
+                for film, count in zip(films, counts, strict=True)
+                for copy in range(count)
+            ]
+            or [t.iloc[:0]]
+        )
+        for t in repeated
+    ]
+    for name in TYPES:
+        weighed = _areas(match_boxes(truth, predictions, name, films), counts[None].astype(float))
+        assert weighed[0] == pytest.approx(average_precision(*repeated, name), nan_ok=True)
+
+
+def test_curve_is_what_the_average_is_taken_of():
+    rng = np.random.default_rng(0)
+    films = list("abcd")
+    truth, predictions = random_boxes(rng, films, 6), random_boxes(rng, films, 20, scored=True)
+    curve = precision_recall(match_boxes(truth, predictions, TYPES[0], films))
+    assert (curve["precision"].diff().dropna() <= 1e-12).all()
+    expected = average_precision(truth, predictions, TYPES[0])
+    assert curve["precision"].mean() == pytest.approx(expected)
+
+
+def test_table_of_intervals_is_fast_and_holds_its_values():
+    rng = np.random.default_rng(1)
+    films = [f"{i:03d}" for i in range(100)]
+    images = pd.DataFrame({"image_id": films, "study_id": [f"s{i // 2}" for i in range(100)]})
+    truth = random_boxes(rng, films, 5)
+    predictions = random_boxes(rng, films, 150, scored=True, levels=10_000)
+    begun = time.perf_counter()
+    result = detection_table(truth, predictions, images, resamples=1000, seed=42)
+    assert time.perf_counter() - begun < 20
+    assert list(result.index) == [*TYPES, "mAP"]
+    assert ((result["low"] <= result["value"]) & (result["value"] <= result["high"])).all()
+    mean, each = mean_average_precision(truth, predictions)
+    assert result.loc["mAP", "value"] == pytest.approx(mean)
+    assert result.loc[each.index, "value"].tolist() == pytest.approx(each.tolist())
+    assert result["boxes"].tolist()[-1] == len(truth)
+    assert (result["n_studies"] == 50).all()
+
+
+def test_errors_say_what_to_do():
+    truth = table([["a", TYPES[0], 0, 0, 10, 10]])
+    found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
+    with pytest.raises(DernetError, match="score"):
+        average_precision(truth, truth, TYPES[0])
+    with pytest.raises(DernetError, match="not a number"):
+        average_precision(truth, found.assign(score=np.nan), TYPES[0])
+    with pytest.raises(DernetError, match="twice"):
+        match_boxes(truth, found, TYPES[0], ["a", "a"])
+    other = pd.DataFrame({"image_id": ["b"], "study_id": ["s"]})
+    with pytest.raises(DernetError, match="not in it"):
+        detection_table(truth, found, other)

@@ -1,0 +1,301 @@
+"""Triage networks: images, training, checkpoints, probabilities."""
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dernet_utils.errors import DernetError
+from dernet_utils.evaluate import auroc
+from dernet_utils.profiles import get_profile
+from dernet_utils.triage import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NETWORKS,
+    Recipe,
+    Sample,
+    as_input,
+    augment,
+    build_network,
+    epoch_line,
+    load_trained,
+    predict_triage,
+    starting_sentence,
+    starting_weights,
+    train_triage,
+)
+
+RECIPE = Recipe(image_px=32, epochs=3, batch=8, lr=1e-3, seed=1)
+NETWORK = "densenet121"  # the smallest checkpoint of the three
+
+
+def bright_or_dark(n: int, seed: int) -> Sample:
+    """Noise whose lower half is bright where the label is 1."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    pixels = rng.integers(0, 120, (n, 1, 32, 32))
+    pixels[:, :, 16:] += 120 * y[:, None, None, None]
+    return Sample(torch.tensor(pixels, dtype=torch.uint8), torch.tensor(y, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return bright_or_dark(16, seed=0), bright_or_dark(8, seed=9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture(scope="module")
+def trained(samples, folder):
+    return train_triage(NETWORK, *samples, RECIPE, folder)
+
+
+def same_weights(first, second) -> bool:
+    first, second = first.state_dict(), second.state_dict()
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+# Networks
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_contract_for_the_three_networks(name):
+    network = build_network(name).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 1)
+
+
+def test_random_weights_follow_the_seed_and_leave_torch_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first, again, other = (build_network(NETWORK, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(torch.rand(3), expected)
+    assert same_weights(first, again) and not same_weights(first, other)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_local_checkpoint_gives_the_body_and_not_the_head(tmp_path, monkeypatch, suffix):
+    state = build_network(NETWORK, seed=3).state_dict()
+    state["classifier.weight"] = torch.ones(1000, 1024)
+    state["classifier.bias"] = torch.ones(1000)
+    path = tmp_path / f"{NETWORK}{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    monkeypatch.setenv("DERNET_WEIGHTS", str(tmp_path))
+    assert starting_weights(NETWORK) == path
+    network = build_network(NETWORK, path, seed=4)
+    first = "features.conv0.weight"
+    assert torch.equal(network.state_dict()[first], state[first])
+    assert network.classifier.weight.shape == (1, 1024)
+    assert path.name in starting_sentence(NETWORK, path)
+
+
+def test_start_is_random_unless_a_folder_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("DERNET_WEIGHTS", raising=False)
+    assert starting_weights(NETWORK) is None
+    assert "random weights" in starting_sentence(NETWORK, None)
+    monkeypatch.setenv("DERNET_WEIGHTS", str(tmp_path))
+    with pytest.raises(DernetError, match=f"holds no {NETWORK}"):
+        starting_weights(NETWORK)
+
+
+def test_checkpoint_of_another_network_is_refused(tmp_path):
+    path = tmp_path / f"{NETWORK}.safetensors"
+    save_file(build_network("resnet50").state_dict(), path)
+    with pytest.raises(DernetError, match="does not fit"):
+        build_network(NETWORK, path)
+    with pytest.raises(DernetError, match="one of densenet121"):
+        build_network("vgg16")
+
+
+# Images
+
+
+def test_sample_reads_squares_and_labels(tmp_path):
+    grey = np.tile(np.arange(0, 80, 2, dtype=np.uint8), (60, 1))  # 60 x 40
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), grey)
+    sample = Sample.load(pd.DataFrame({"path": [path, path], "abnormal": [True, False]}), 20)
+    assert sample.pixels.shape == (2, 1, 20, 20) and sample.y.tolist() == [1, 0]
+    assert sample.pixels[0, 0, 0].tolist() == [4 * k + 1 for k in range(20)]  # means of pairs
+
+
+def test_input_is_three_equal_channels_normalised():
+    pixels = torch.tensor([[[[0, 255], [51, 102]]]], dtype=torch.uint8)
+    x = as_input(pixels)
+    assert x.shape == (1, 3, 2, 2) and x.dtype == torch.float32
+    for channel in range(3):
+        back = x[0, channel] * IMAGENET_STD[channel] + IMAGENET_MEAN[channel]
+        assert torch.allclose(back, torch.tensor([[0, 1], [0.2, 0.4]]), atol=1e-6)
+
+
+def test_augmentation_stays_in_range_and_follows_the_generator():
+    pixels = bright_or_dark(12, seed=4).pixels
+    first, again = (augment(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
+    other = augment(pixels, torch.Generator().manual_seed(4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == pixels.shape and first.min() >= 0 and first.max() <= 1
+
+
+def test_augmentation_flips_half_and_rotates_rigidly():
+    # A bright dot on the right: its distance from the centre is kept, its side is not.
+    n, px = 400, 65
+    pixels = torch.zeros(n, 1, px, px, dtype=torch.uint8)
+    pixels[:, :, 31:34, 51:54] = 255  # centre at (32, 52), 20 px right of the middle
+    out = augment(pixels, torch.Generator().manual_seed(0))[:, 0]
+    out = (out - out.amin(dim=(1, 2), keepdim=True) - 0.1).clamp(min=0)  # the dot alone
+    axis = torch.arange(px) - 32.0
+    mass = out.sum(dim=(1, 2))
+    x, y = (out.sum(1) * axis).sum(1) / mass, (out.sum(2) * axis).sum(1) / mass
+    assert torch.allclose(torch.hypot(x, y), torch.tensor(20.0), atol=0.5)
+    assert 0.4 < (x < 0).float().mean() < 0.6
+    angle = torch.rad2deg(torch.atan(y / x))
+    assert angle.abs().max() <= 15.5 and angle.abs().max() > 13
+
+
+def test_sample_refuses_what_is_not_grey_bytes():
+    with pytest.raises(DernetError, match="8-bit grey"):
+        Sample(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2))
+    with pytest.raises(DernetError, match="one label"):
+        Sample(torch.zeros(2, 1, 32, 32, dtype=torch.uint8), torch.zeros(3))
+
+
+# Training
+
+
+def test_recipe_comes_from_the_profile():
+    profile = get_profile("paper")
+    assert Recipe.of(profile) == Recipe(384, 60, 16, 1e-4, 42)
+
+
+def test_learns_what_is_easy(tmp_path):
+    train, validation = bright_or_dark(32, seed=0), bright_or_dark(16, seed=1)
+    trained = train_triage(NETWORK, train, validation, Recipe(32, 6, 8, 1e-3, 0), tmp_path)
+    prob = predict_triage(trained.network, validation.pixels)
+    assert auroc(validation.y, prob) > 0.95
+    assert trained.history["train_loss"].iloc[-1] < trained.history["train_loss"].iloc[0]
+
+
+def test_history_has_a_row_an_epoch(trained):
+    history = trained.history
+    assert history["epoch"].tolist() == [1, 2, 3]
+    assert history["lr"].is_monotonic_decreasing
+    # Cosine by hand: the last of 3 x 2 steps is taken at 5/6 of the way.
+    assert history["lr"].iloc[-1] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 5 / 6)) / 2)
+    assert history["validation_auroc"].between(0, 1).all()
+    assert epoch_line(history.iloc[0].to_dict() | {"epoch": 1}).startswith("epoch  1")
+
+
+def test_finished_run_is_loaded_not_trained(trained, samples, folder):
+    rows = []
+    again = train_triage(NETWORK, *samples, RECIPE, folder, progress=rows.append)
+    assert rows == [] and again.checkpoint == trained.checkpoint
+    assert same_weights(again.network, trained.network)
+    assert again.history.equals(trained.history)
+    assert list(folder.glob("*.resume")) == [] and list(folder.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("change", ["image", "label", "number", "start"])
+def test_any_change_of_a_run_is_another_run(trained, samples, tmp_path, change):
+    train, validation = samples
+    pixels, y, recipe, weights = train.pixels.clone(), train.y.clone(), RECIPE, None
+    if change == "image":
+        pixels[3, 0, 5, 5] ^= 1
+    elif change == "label":
+        y[0] = 1 - y[0]
+    elif change == "number":
+        recipe = Recipe(32, 1, 8, 2e-3, 1)
+    else:
+        weights = tmp_path / "start.safetensors"
+        save_file(load_file(trained.checkpoint), weights)
+
+    def stop(row):
+        assert row["epoch"] == 1
+        raise KeyboardInterrupt
+
+    changed = Sample(pixels, y)
+    with pytest.raises(KeyboardInterrupt):
+        train_triage(NETWORK, changed, validation, recipe, tmp_path, weights, stop)
+    (begun,) = tmp_path.glob("*.resume")
+    assert begun.stem != trained.checkpoint.stem
+
+
+def test_killed_run_goes_on_and_ends_as_an_unbroken_one(trained, samples, tmp_path):
+    def kill_after_first(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_triage(NETWORK, *samples, RECIPE, tmp_path, progress=kill_after_first)
+    assert len(list(tmp_path.glob("*.resume"))) == 1
+    assert list(tmp_path.glob("*.safetensors")) == []
+    rows = []
+    resumed = train_triage(NETWORK, *samples, RECIPE, tmp_path, progress=rows.append)
+    assert [row["epoch"] for row in rows] == [2, 3]
+    assert same_weights(resumed.network, trained.network)
+    assert resumed.history.drop(columns="seconds").equals(trained.history.drop(columns="seconds"))
+    assert list(tmp_path.glob("*.resume")) == []
+
+
+def test_training_leaves_torch_as_it_was(samples, tmp_path):
+    torch.manual_seed(11)
+    expected = torch.rand(2)
+    torch.manual_seed(11)
+    train_triage(NETWORK, *samples, Recipe(32, 1, 8, 1e-3, 2), tmp_path)
+    assert torch.equal(torch.rand(2), expected)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_validation_images_change_nothing(trained, samples, tmp_path):
+    train, _ = samples
+    recipe = Recipe(32, 1, 8, 1e-3, 1)
+    networks = [
+        train_triage(NETWORK, train, bright_or_dark(4, seed), recipe, tmp_path).network
+        for seed in (5, 6)
+    ]
+    assert same_weights(*networks)
+
+
+def test_training_refuses_one_class_and_another_size(samples, tmp_path):
+    train, validation = samples
+    with pytest.raises(DernetError, match="one class"):
+        one = Sample(train.pixels[::2], train.y[::2])
+        train_triage(NETWORK, one, validation, RECIPE, tmp_path)
+    with pytest.raises(DernetError, match="64 px"):
+        train_triage(NETWORK, train, validation, Recipe(64, 1, 8, 1e-3), tmp_path)
+
+
+# Probabilities
+
+
+def test_prediction_is_the_same_for_the_flipped_image(trained, samples):
+    pixels = samples[1].pixels
+    assert np.array_equal(
+        predict_triage(trained.network, pixels), predict_triage(trained.network, pixels.flip(-1))
+    )
+
+
+def test_prediction_is_the_mean_of_two_sigmoids(trained, samples):
+    pixels = samples[1].pixels[:3]
+    with torch.no_grad():
+        views = [trained.network(as_input(view))[:, 0] for view in (pixels, pixels.flip(-1))]
+    by_hand = sum(1 / (1 + np.exp(-view.double().numpy())) for view in views) / 2
+    assert predict_triage(trained.network, pixels) == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_prediction_does_not_depend_on_the_batch(trained, samples):
+    pixels = samples[0].pixels
+    one, many = (predict_triage(trained.network, pixels, batch) for batch in (1, 16))
+    assert one == pytest.approx(many, abs=1e-4) and one.shape == (16,)
+    assert ((one >= 0) & (one <= 1)).all()
+
+
+def test_loaded_network_predicts_the_same(trained, samples):
+    network, history = load_trained(NETWORK, trained.checkpoint)
+    pixels = samples[1].pixels
+    assert np.array_equal(predict_triage(network, pixels), predict_triage(trained.network, pixels))
+    assert len(history) == RECIPE.epochs

@@ -1,0 +1,40 @@
+#!/bin/sh
+# Makes sure of the system libraries named: `tools/system.sh venv opencv chromium`.
+# A missing one is installed when this runs as root on Debian (or Ubuntu), else named with the
+# command that installs it. Prints nothing where all are there.
+set -eu
+
+has_library() { ldconfig -p 2>/dev/null | grep -q "$1"; }
+
+missing=""
+for need in "$@"; do
+  case "$need" in
+    venv) "${PYTHON:-python3}" -c "import ensurepip, venv" 2>/dev/null || missing="$missing python3-venv" ;;
+    opencv)
+      has_library libGL.so.1 || missing="$missing libgl1"
+      has_library libgthread-2.0.so.0 || missing="$missing libglib2.0-0"
+      ;;
+    chromium) command -v chromium >/dev/null 2>&1 || missing="$missing chromium" ;;
+    *)
+      echo "tools/system.sh knows venv, opencv and chromium, not $need." >&2
+      exit 2
+      ;;
+  esac
+done
+[ -n "$missing" ] || exit 0
+
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
+  echo "Installing$missing (Debian packages) …"
+  log=$(mktemp)
+  # shellcheck disable=SC2086  # a list of packages
+  if { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing; } \
+    >"$log" 2>&1 </dev/null; then
+    rm -f "$log"
+    exit 0
+  fi
+  tail -n 5 "$log" >&2
+  echo "The system packages$missing could not be installed; apt-get's words are above and in $log." >&2
+  exit 1
+fi
+echo "Missing system packages:$missing. Install them, on Debian with: sudo apt-get install$missing" >&2
+exit 1
