@@ -11,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The stamp carries the lock's digest: another lock makes another environment.
 LOCKED := .venv/locked-$(shell sha256sum requirements.lock 2>/dev/null | cut -c1-16)
-DONOR := $(or $(DERNET_DONOR),.cache/donor)
+DONOR := $(or $(DERNET_DONOR),.cache/donor)/mask.nii.gz
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := book
@@ -19,14 +19,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # A killed step leaves nothing that looks finished.
 .DELETE_ON_ERROR:
 
-book: $(LOCKED) $(DONOR)/.fetched
+book: $(LOCKED) $(DONOR)
 	@$(BIN)/dernet run --profile "$(PROFILE)"
 
-test: $(LOCKED) $(DONOR)/.fetched
+test: $(LOCKED) $(DONOR)
 	@tools/system.sh chromium
 	@$(BIN)/python -m pytest -q
 
-lab: $(LOCKED) $(DONOR)/.fetched
+lab: $(LOCKED) $(DONOR)
 	@$(BIN)/jupyter lab notebooks
 
 clean:
@@ -40,12 +40,12 @@ $(LOCKED):
 	@PYTHON="$(PYTHON)" tools/system.sh venv opencv
 	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info < (3, 13) or sys.exit('Python 3.11 or 3.12 is needed, not ' + sys.version.split()[0] + ': name one with make PYTHON=python3.11')"
 	@echo "Setting up .venv from requirements.lock: about 5 minutes and 8 GB, once …"
+	@[ ! -e .venv ] || [ -e .venv/made-by-make ] || { echo "There is a .venv that this Makefile did not make: move it away." >&2; exit 1; }
 	@rm -rf .venv
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv && touch .venv/made-by-make
 	@$(PIP) install --no-deps --require-hashes -r requirements.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(DONOR)/.fetched: | $(LOCKED)
+$(DONOR): | $(LOCKED)
 	@$(BIN)/dernet donor
-	@touch $@

@@ -103,9 +103,14 @@ def cohort(
 ) -> None:
     """Write virtual radiographs as a VinDr-SpineXR folder with a manifest."""
     with _one_sentence():
+        from tqdm import tqdm
+
         from dernet_utils.cohort import write_cohort
 
-        write_cohort(out, patients, seed, workers=workflow.cores())
+        with tqdm(total=patients, unit="patient", leave=False, disable=None) as bar:
+            write_cohort(
+                out, patients, seed, workflow.cores(), lambda done, _: bar.update(done - bar.n)
+            )
         _say(f"{patients} virtual patients are in {out}.")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from scipy import ndimage
 
 from dernet_utils.errors import DernetError
@@ -113,7 +114,7 @@ def _prepare(folder: Path, prepared: Path) -> None:
         scan, mask = (nibabel.load(path) for path in paths)
         hu = np.asarray(scan.dataobj, dtype=np.float32).transpose(2, 1, 0)
         labels = np.asarray(mask.dataobj).astype(np.uint8).transpose(2, 1, 0)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, ImageFileError) as error:
         raise DernetError(
             f"The donor CT in {folder} is damaged ({error}): delete it and run `dernet donor`."
         ) from error

@@ -189,9 +189,7 @@ def roc_band(
     ]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
     curve = _sensitivity_at(grid, y, prob)
-    return pd.DataFrame(
-        {"false_alarm_rate": grid, "sensitivity": curve, "low": low, "high": high}
-    )
+    return pd.DataFrame({"false_alarm_rate": grid, "sensitivity": curve, "low": low, "high": high})
 
 
 def _sensitivity_at(grid: np.ndarray, y: np.ndarray, prob: np.ndarray) -> np.ndarray:

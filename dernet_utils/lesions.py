@@ -131,7 +131,7 @@ def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
 
     def make(form: str, **how) -> Lesion:
         name = "Disc space narrowing"
-        return Lesion(name, form, disc.name, severity, disc.centre_mm, 46.0, size, **how)
+        return Lesion(name, form, disc.name, severity, disc.centre_mm, 50.0, size, **how)
 
     sclerosis = 1250.0 + 400.0 * severity
     return [
@@ -141,9 +141,9 @@ def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
 
 
 def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesion]:
-    """A wedge, biconcave or crush fracture that lost 20 to 55 % of the body's height."""
+    """A wedge, biconcave or crush fracture that lost 20 to 46 % of the body's height."""
     half, depth = body.height_mm / 2, body.depth_mm / 2
-    most = (0.2 + 0.35 * severity) * body.height_mm
+    most = (0.20 + 0.26 * severity) * body.height_mm
 
     def lost(front: Tensor, above: Tensor) -> Tensor:
         """Height lost on one side of the middle, mm."""
@@ -165,7 +165,7 @@ def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesio
     name = "Vertebral collapse"
     size = float(np.hypot(body.width_mm, body.height_mm)) / 2
     region = _body_region(body)
-    return [Lesion(name, form, body.name, severity, body.centre_mm, 44.0, size, region, move)]
+    return [Lesion(name, form, body.name, severity, body.centre_mm, 50.0, size, region, move)]
 
 
 def spondylolisthesis(disc: Disc, severity: float) -> list[Lesion]:
@@ -188,8 +188,9 @@ def spondylolisthesis(disc: Disc, severity: float) -> list[Lesion]:
 
     grade = "grade I" if slip < 0.25 * disc.below.depth_mm else "grade II"
     name = "Spondylolysthesis"
-    size = float(np.hypot(disc.below.width_mm / 2, 0.5 * (height + tall)))
-    return [Lesion(name, grade, disc.name, severity, disc.centre_mm, 72.0, size, region, move)]
+    half_sizes = (disc.below.width_mm / 2, disc.below.depth_mm / 2, height / 2 + 0.45 * tall)
+    size = float(np.linalg.norm(half_sizes)) + SKIN_MM
+    return [Lesion(name, grade, disc.name, severity, disc.centre_mm, 100.0, size, region, move)]
 
 
 def _body_region(body: Vertebra) -> Callable[[Points], Tensor]:

@@ -35,7 +35,7 @@ class Profile(BaseModel):
     detect_epochs: int = Field(gt=0)
     detect_batch: int = Field(gt=0)
     detect_lr: float = Field(gt=0)
-    mosaic_until: int = Field(ge=0, description="last epoch with mosaic")
+    mosaic_until: int = Field(ge=0, description="first epoch without mosaic")
     bootstrap: int = Field(1000, ge=100)  # paper, section 4.1
 
     @property
@@ -51,14 +51,14 @@ PROFILES = {
         Profile(
             name="smoke", patients=24, cache_px=256,
             triage_px=64, triage_epochs=2, triage_batch=8, triage_lr=1e-3,
-            detect_px=96, detect_epochs=2, detect_batch=8, detect_lr=1e-3, mosaic_until=1,
+            detect_px=96, detect_epochs=2, detect_batch=8, detect_lr=1e-3, mosaic_until=2,
             bootstrap=200,
         ),
         # A person's first run: from random weights, so the learning rate is higher than the
         # paper's, which starts from ImageNet and COCO.
         Profile(
-            name="laptop", patients=200, cache_px=640,
-            triage_px=256, triage_epochs=14, triage_batch=16, triage_lr=1e-3,
+            name="laptop", patients=180, cache_px=640,
+            triage_px=192, triage_epochs=14, triage_batch=16, triage_lr=1e-3,
             detect_px=256, detect_epochs=12, detect_batch=12, detect_lr=1e-3, mosaic_until=5,
         ),
         # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.

@@ -411,7 +411,9 @@ def _train_epoch(
         x = as_input(augment(train.pixels[rows].to(device), generator))
         with _autocast(device):
             logits = network(x)
-        loss = F.binary_cross_entropy_with_logits(logits.float().squeeze(1), train.y[rows].to(device))
+        loss = F.binary_cross_entropy_with_logits(
+            logits.float().squeeze(1), train.y[rows].to(device)
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -449,9 +451,7 @@ def predict_triage(network: nn.Module, pixels: Tensor, batch: int = 16) -> np.nd
 
 
 @torch.no_grad()
-def _logits(
-    network: nn.Module, pixels: Tensor, batch: int, fast: bool = True
-) -> Iterator[Tensor]:
+def _logits(network: nn.Module, pixels: Tensor, batch: int, fast: bool = True) -> Iterator[Tensor]:
     """Logits on the CPU, float32, a batch at a time; `fast` in bfloat16 where that is faster."""
     device = next(network.parameters()).device
     network.eval()

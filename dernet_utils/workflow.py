@@ -1,7 +1,7 @@
 """Chapters executed, the book staged and built.
 
-The Snakefile is a thin list of rules; what the rules do is here. A rule runs again when the digest of
-what it depends on differs from the one it ran with, so only contents count, never file times.
+The Snakefile is a thin list of rules; what the rules do is here. A rule runs again when the digest
+of what it depends on differs from the one it ran with, so only contents count, never file times.
 """
 
 import ast
@@ -180,22 +180,28 @@ def prepare(workspace: Workspace, workers: int, report: Report) -> None:
     from dernet_utils.imaging import cache_images
 
     started = time.monotonic()
-    stamp = workspace.folder / "data.digest"
-    digest = data_digest(workspace)
-    if not stamp.is_file() or stamp.read_text() != digest:
-        # Everything measured on other data goes, and nothing outside the run's own folder.
-        stamp.unlink(missing_ok=True)
-        if workspace.profile.virtual:
-            shutil.rmtree(workspace.folder / "cohort", ignore_errors=True)
-        shutil.rmtree(workspace.folder / "tables", ignore_errors=True)
-    with _heartbeat("radiographs", started, report):
-        ensure_cohort(workspace)
-        stamp.write_text(digest)
+    _forget_other_data(workspace)
+    with _heartbeat("virtual patients", started, report) as progress:
+        ensure_cohort(workspace, progress)
     dataset = read_dataset(workspace.data_root)
     load_folds(workspace)
-    with _heartbeat("image cache", started, report):
-        cache_images(dataset.images, workspace.cache, workspace.profile, workers=workers)
+    with _heartbeat("cached images", started, report) as progress:
+        cache_images(dataset.images, workspace.cache, workspace.profile, workers, progress)
     report(f"data: {len(dataset.images)} images ready after {_clock(started)}")
+
+
+def _forget_other_data(workspace: Workspace) -> None:
+    """Delete what was made from other data, within the run's own folder."""
+    stamp, digest = workspace.folder / "data.digest", data_digest(workspace)
+    if stamp.is_file() and stamp.read_text() == digest:
+        return
+    if workspace.profile.virtual:
+        for name in ("cohort", "cohort.partial"):
+            shutil.rmtree(workspace.folder / name, ignore_errors=True)
+    shutil.rmtree(workspace.folder / "tables", ignore_errors=True)
+    workspace.folder.mkdir(parents=True, exist_ok=True)
+    # Written first: a killed run leaves a part of these data, and the next goes on with it.
+    stamp.write_text(digest)
 
 
 # One chapter ------------------------------------------------------------------------------------
@@ -571,17 +577,23 @@ def _end_group(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def _heartbeat(what: str, started: float, report: Report) -> Iterator[None]:
+def _heartbeat(what: str, started: float, report: Report) -> Iterator[Callable[[int, int], None]]:
+    """Report now and then, while a step lasts; yields what the step may tell its progress to."""
     over = threading.Event()
+    count = ""
+
+    def tell(done: int, of: int) -> None:
+        nonlocal count
+        count = f"{done} of {of}, "
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_S):
-            report(f"{what}: {_clock(started)}")
+            report(f"{what}: {count}{_clock(started)}")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield
+        yield tell
     finally:
         over.set()
         thread.join()

@@ -37,7 +37,7 @@
 profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
 clip_limit = 2.0  # the paper's τ, its section 3.1; try 8
 tiles = 8  # regions a side; OpenCV's default, for the paper names none
-n_images = 24  # radiographs in the measurement at the end
+n_images = 40  # radiographs in the measurement at the end
 
 # %% [markdown]
 # The set-up opens the run's workspace and reads the tables of {ref}`chap:data`.
@@ -74,7 +74,6 @@ def show(key: str, fig: plt.Figure) -> None:
     plt.close(fig)
 
 
-# %%
 workspace = open_workspace(profile)
 use_style()
 ensure_cohort(workspace)
@@ -99,26 +98,28 @@ def describe(path: str) -> dict:
     header = pydicom.dcmread(path, stop_before_pixels=True)
     return {
         "photometric": header.PhotometricInterpretation,
-        "LUT": "VOILUTSequence" in header,
-        "window": "WindowWidth" in header,
+        "LUT": "yes" if "VOILUTSequence" in header else "no",
+        "window": "yes" if "WindowWidth" in header else "no",
         "bits": header.BitsStored,
         "transfer syntax": header.file_meta.TransferSyntaxUID.name,
     }
 
 
+# %%
 forms = pd.DataFrame([describe(path) for path in films.path[:400]])
-forms.value_counts().rename("films").reset_index()
+counted = forms.astype(str).melt(var_name="attribute").value_counts()
+counted.sort_index().rename("films").to_frame()
 
 # %% [markdown]
-# Among {glue:text}`c02-n-headers` {glue:text}`c02-kind` there are {glue:text}`c02-n-forms`
-# forms. *Photometric* says whether the lowest value is to be shown black (MONOCHROME2) or white
+# The {glue:text}`c02-n-headers` {glue:text}`c02-kind` combine these to
+# {glue:text}`c02-n-forms` forms. *Photometric* says whether the lowest value is to be shown black (MONOCHROME2) or white
 # (MONOCHROME1). A *LUT* or a *window* is the maker's advice on which part of the range to show.
 # *Transfer syntax* is how the pixels were packed, plainly or compressed.
 #
 # We take one film with a window, a MONOCHROME1 one where there is any: it needs every step.
 
 # %%
-needs = 2 * (forms.window & ~forms.LUT)
+needs = 2 * ((forms.window == "yes") & (forms.LUT == "no"))
 needs += forms.photometric == "MONOCHROME1"
 path = films.path[needs.idxmax()]
 film = pydicom.dcmread(path)
@@ -182,55 +183,60 @@ if film.PhotometricInterpretation == "MONOCHROME1":
 grey = np.rint(255 * u).astype(np.uint8)
 assert np.array_equal(grey, read_grey(path))
 
+# %% [markdown]
+# What would another window have shown? One half as wide, about the median, for comparison.
+
 # %% tags=["hide-input", "remove-output"]
-fig, axes = plt.subplots(1, 4, figsize=(11, 3.6), width_ratios=[1.7, 1, 1, 1])
-step = max(1, round((m.max() - m.min()) / 120))
-axes[0].hist(m.ravel(), np.arange(m.min(), m.max() + step, step), color="0.65")
+narrow = float(np.median(m)), w_w / 2  # centre, width
+other_view = window(m, *narrow)
+if film.PhotometricInterpretation == "MONOCHROME1":
+    other_view = 1 - other_view
+fig, axes = plt.subplots(1, 5, figsize=(12, 3.4), width_ratios=[1.9, 1, 1, 1, 1])
+step = max(1, round((m.max() - m.min()) / 80))
+bins = np.arange(m.min(), m.max() + step, step)
+axes[0].hist(m.ravel(), bins, color="0.72", linewidth=0)
 axes[0].set(xlabel="value after step 1", ylabel="pixels")
 curve = axes[0].twinx()
 line = np.linspace(m.min(), m.max(), 400)
-ramp = 255 * window(line, w_c, w_w)
-curve.plot(line, ramp, color="C0", lw=2, label="step 2")
+curve.plot(line, 255 * window(line, w_c, w_w), "C0", lw=2, label="window")
+curve.plot(line, 255 * window(line, *narrow), color="0.2", ls=":", lw=2, label="narrower")
 if film.PhotometricInterpretation == "MONOCHROME1":
-    curve.plot(line, 255 - ramp, "C1--", lw=2, label="steps 2, 3")
-curve.set(ylabel="grey level", ylim=(-5, 260))
+    curve.plot(line, 255 - 255 * window(line, w_c, w_w), "C1--", lw=2, label="window, inverted")
+curve.set(ylabel="grey level", ylim=(-5, 330), yticks=[0, 64, 128, 192, 255])
 curve.grid(False)
-curve.legend(loc="center right", fontsize=8)
-show_film(axes[1], 255.0 * (s - s.min()) / np.ptp(s), "stored, full range")
-show_film(axes[2], 255 * window(m, w_c, w_w), "after step 2")
-show_film(axes[3], grey, "after step 3")
+curve.legend(loc="upper right", fontsize=8)
+show_film(axes[1], 255.0 * (s - s.min()) / np.ptp(s), "as stored")
+show_film(axes[2], 255 * window(m, w_c, w_w), "windowed")
+show_film(axes[3], grey, "as read")
+show_film(axes[4], 255 * other_view, "narrower window")
 show("pipeline", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-pipeline
-# ---
-# name: fig:pipeline
-# alt: >-
-#   Left, a histogram of stored values with the window's ramp over it; right, the same film as
-#   stored, after the window, and after inversion with bone bright.
-# ---
-# One film on its way to grey: histogram of its values with the window's ramp and, for a
-# negative, the ramp turned over; then the film before the window, after it, and as it is read. n
-# = 1 of the {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
+# :name: fig:pipeline
+# :alt: Histogram with the window's ramp; one film as stored, windowed, as read, and narrower.
+# One film on its way to grey: histogram of its values with the window's ramp; the film as stored,
+# after its window, as it is read (for a negative, inverted), and as a window half as wide
+# would have shown it. n = 1 of the {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 #
-# In {numref}`fig:pipeline` the ramp covers the part of the histogram where the anatomy lies.
-# Where it is flat, neighbouring tissues become one grey level, and no later step can part them
-# again: the window is a decision, made by someone, before any network sees the film.
+# A window decides. Where its ramp in {numref}`fig:pipeline` is steep, tissues are told apart;
+# where it is flat, they become one grey level, and no later step can part them again. The last film
+# gains contrast in the middle of the range and has lost both ends for good.
 #
 # Why must inversion come last? Because a window is given in the values of step 1. Turn the
-# stored values over first and the window meets the wrong ones.
+# stored values over first, and the window meets the wrong ones.
 
 # %%
 turned = 2**film.BitsStored - 1 - s.astype(float)
-wrong = window(slope * turned + intercept, w_c, w_w)
-right = 1 - window(m, w_c, w_w)
+wrong = window(slope * turned + intercept, *narrow)
+right = 1 - window(m, *narrow)
 share_wrong = (np.abs(wrong - right) > 10 / 255).mean()
 
 # %% [markdown]
-# With the two steps exchanged, {glue:text}`c02-share-wrong` of this film's pixels land more than
-# ten grey levels away from where they should be. Nothing warns: the result still looks like a
-# radiograph. (It is nought only where a window is centred on the very middle of the range.)
+# With the two steps exchanged, {glue:text}`c02-share-wrong` of this film's pixels, seen through
+# the narrower window, land more than ten grey levels from where they should be. Nothing warns:
+# the result still looks like a radiograph.
 #
 # Now the films of this chapter, one of each study and then
 # more if there are too few studies, as 8-bit grey with bone bright.
@@ -309,12 +315,8 @@ show("global", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-global
-# ---
-# name: fig:global
-# alt: >-
-#   A film with its histogram and cumulative curve, before equalisation where the curve bends, and
-#   after it where the curve is close to a straight line.
-# ---
+# :name: fig:global
+# :alt: Film, histogram and cumulative curve, bent before equalisation and straight after it.
 # Equalisation of the whole film, {eq}`eq:clahe` with one region. Grey: histogram; line: its
 # cumulative sum. n = 1 of the {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
@@ -379,8 +381,9 @@ assert blocky.min() >= 0 and blocky.max() <= 255
 # ```
 #
 # pixels: $\tau$ times what it would hold if all levels were equally frequent. What is cut
-# off is handed out to all bins alike, so that the tile keeps its number of pixels. The remainder
-# of that division goes to bins at even steps.
+# off is handed out to all bins alike, so that the tile keeps its number of pixels; the remainder
+# of that division goes to bins at even steps. The full bins rise a little above the limit
+# again, and OpenCV leaves it at that.
 
 
 # %%
@@ -433,12 +436,8 @@ show("clip", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-clip
-# ---
-# name: fig:clip
-# alt: >-
-#   A film with one tile marked; the tile's narrow histogram with the clip limit as a line and its
-#   clipped form; the table without limit, nearly a step, and with limit, a gentle slope.
-# ---
+# :name: fig:clip
+# :alt: A tile's narrow histogram cut at the limit; its table, a step before, a gentle slope after.
 # The tile with the most uniform grey: its histogram, what clipping leaves of it, and the two
 # tables. The count axis ends at six times the limit. n = 1 of the {glue:text}`c02-kind`,
 # profile {glue:text}`c02-profile`.
@@ -513,12 +512,8 @@ show("steps", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-steps
-# ---
-# name: fig:steps
-# alt: >-
-#   Four versions of one film: as read; with hard tile borders and loud noise; with hard borders
-#   and quiet noise; and smooth, with even contrast from border to border.
-# ---
+# :name: fig:steps
+# :alt: One film as read, in loud hard-edged tiles, in quiet hard-edged tiles, and smooth.
 # CLAHE step by step: each tile ranked alone, its histogram clipped at $\tau$ =
 # {glue:text}`c02-tau`, the tables blended. Tiles {glue:text}`c02-tiles`; n = 1 of the
 # {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
@@ -553,21 +548,13 @@ assert moved.max() <= np.ceil(clip_limit + 1 + 255 / (M * N)) + 1
 # The paper sets $\tau = 2.0$ "to prevent noise amplification in homogeneous bone structures". What
 # would other values have done? First by eye, on the part of the film richest in edges.
 
-
-# %%
-def edge_strength(picture: np.ndarray, sigma: float = 2.0) -> np.ndarray:
-    """Return the smoothed film's gradient, grey levels per px."""
-    smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), sigma)
-    return np.hypot(*np.gradient(smooth))
-
-
+# %% tags=["hide-input", "remove-output"]
 half = max(grey.shape) // 6
-density = cv2.boxFilter(edge_strength(grey, 4.0), -1, (2 * half, 2 * half))
+steepness = np.hypot(*np.gradient(cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 2)))
+density = cv2.boxFilter(steepness, -1, (2 * half, 2 * half))
 inside = density[half:-half, half:-half]
 top, left = np.unravel_index(inside.argmax(), inside.shape)
 crop = np.s_[top : top + 2 * half, left : left + 2 * half]
-
-# %% tags=["hide-input", "remove-output"]
 limits_shown = (None, 1.0, 2.0, 4.0, 8.0, 40.0)
 fig, axes = plt.subplots(2, 3, figsize=(10.5, 7.4))
 for ax, tau in zip(axes.flat, limits_shown, strict=True):
@@ -577,12 +564,8 @@ show("limits", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-limits
-# ---
-# name: fig:limits
-# alt: >-
-#   The same spine crop six times, as read and with clip limits 1, 2, 4, 8 and 40: from flat and
-#   soft to harsh and grainy.
-# ---
+# :name: fig:limits
+# :alt: One spine crop six times, from flat and soft as read to harsh and grainy at clip limit 40.
 # One crop as read and enhanced with five clip limits, tiles {glue:text}`c02-tiles`. n = 1 of the
 # {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
@@ -593,20 +576,26 @@ show("limits", fig)
 # tile fills the range, whatever it holds.
 #
 # Eyes are quick to be pleased; we measure. On the film *as read* mark two kinds of places, and
-# keep them for all limits: **edges**, the 5 % of pixels with the steepest grey, and **flat
-# bright** ones, bone and whatever soft tissue lies over it, where steepness is in the lowest
-# fifth.
+# keep them for all limits. Both lie in the brighter half, which is bone and whatever soft tissue
+# lies over it: **edges** are the fifth of its pixels where grey is steepest, **flat** ones the
+# fifth where it is least steep.
 
 
 # %%
+def edge_strength(picture: np.ndarray) -> np.ndarray:
+    """Return the smoothed film's gradient, grey levels per px."""
+    smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 2)
+    return np.hypot(*np.gradient(smooth))
+
+
 def places(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return two masks (H, W): the edges, and the flat bright places."""
+    """Return two masks (H, W): edges and flat places of the bright half."""
     smooth = cv2.GaussianBlur(grey, (0, 0), 4)
     usable = (smooth > 5) & (smooth < 245)  # neither air nor metal
-    steep = edge_strength(grey, 4.0)
     bright = usable & (smooth > np.median(smooth[usable]))
-    edges = usable & (steep > np.quantile(steep[usable], 0.95))
-    return edges, bright & (steep < np.quantile(steep[bright], 0.2))
+    steep = edge_strength(grey)
+    low, high = np.quantile(steep[bright], [0.2, 0.8])
+    return bright & (steep > high), bright & (steep < low)
 
 
 # %% [markdown]
@@ -650,9 +639,9 @@ table.map("{:.2f}".format)
 
 # %% tags=["hide-input", "remove-output"]
 fig, (ax0, ax1, ax2) = plt.subplots(1, 3, figsize=(11, 3.9), width_ratios=[0.9, 1.5, 1.5])
-edges, flat_bright = places(grey)
+edges, flat_places = places(grey)
 show_film(ax0, grey, "where we measure")
-for mask, colour in ((edges, (0.90, 0.62, 0, 1)), (flat_bright, (0.34, 0.71, 0.91, 0.75))):
+for mask, colour in ((edges, (0.90, 0.62, 0, 1)), (flat_places, (0.34, 0.71, 0.91, 0.75))):
     ax0.imshow(mask[..., None] * np.array(colour), interpolation="nearest")
 ax1.plot(limits, np.array(limits) + 1, "--", color="0.5", lw=1, label="τ + 1")
 for ax, shown in ((ax1, names[:2]), (ax2, names[2:])):
@@ -676,14 +665,9 @@ show("measured", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-measured
-# ---
-# name: fig:measured
-# alt: >-
-#   Left, a film with edges and flat bright places marked; middle, contrast and noise both rise
-#   with the clip limit; right, their ratio against the clip limit; the paper's 2.0 is a dotted
-#   line.
-# ---
-# Left: edges (orange) and flat bright places (blue) of one film. Middle and right: gains of edge
+# :name: fig:measured
+# :alt: Edge contrast, noise and their ratio plotted against the clip limit, the paper's 2.0 marked.
+# Left: edges (orange) and flat places (blue) in the bright half of one film. Middle and right: gains of edge
 # contrast and of noise against the clip limit, means with 95 % intervals over resampled studies.
 # n = {glue:text}`c02-n` {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
@@ -845,17 +829,18 @@ assert sorted(shares, reverse=True) == shares
 # :label: ex-imaging-order
 #
 # `preprocess` enhances first and shrinks afterwards. Shrinking first would be many times quicker.
-# How much do the two results differ, and which of them has less noise?
+# How much do the two results differ, and is one of them noisier?
 # ```
 #
 # ```{solution-start} ex-imaging-order
 # :class: dropdown
 # ```
 #
-# Shrinking averages pixels and so takes away noise *before* the tables are made. Histograms get
-# narrower, slopes steeper, and what noise is left is stretched further. Enhancing first keeps
-# CLAHE on the numbers that the detector gave. Whatever the difference, a network that was trained
-# on the one should not be fed with the other.
+# Two effects oppose each other. Shrinking averages noise away *before* the tables are made; but
+# then histograms are narrower, slopes steeper, and what is left is stretched further. Which wins
+# depends on the films, so we print it; and in a small image part of what we call noise is fine
+# anatomy. Enhancing first has another merit: the result does not hang on the size that a
+# network happens to take. In any case, one trained on the one should not be fed with the other.
 
 # %%
 small = preprocess(grey, p.cache_px, clip_limit, tiles)

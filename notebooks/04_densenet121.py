@@ -36,7 +36,10 @@ held_out_fold = 0  # the fold that chooses the threshold; the others are learnt 
 # The set-up opens this run's folder, makes the virtual cohort where it is missing, and reads
 # tables, folds and enhanced images.
 
-# %%
+# %% tags=["hide-input"]
+import platform
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -50,6 +53,13 @@ from dernet_utils.figures import show_film, use_style
 from dernet_utils.imaging import cache_images, load_cached
 from dernet_utils.workspace import open_workspace
 
+
+def show(key: str, fig: plt.Figure) -> None:
+    """Show a figure here, and hand it to the book under its key."""
+    glue(f"c04-fig-{key}", fig)
+    plt.close(fig)
+
+
 # %%
 workspace = open_workspace(profile)
 ensure_cohort(workspace)
@@ -60,22 +70,6 @@ folds = load_folds(workspace)[["image_id", "fold"]]
 images = dataset.images.drop(columns="path")  # the cached path takes its place
 images = images.merge(cached[["image_id", "path"]]).merge(folds, how="left")
 use_style()
-
-# %% tags=["hide-input", "remove-output"]
-import matplotlib.pyplot as plt
-
-
-def show(key: str, fig: plt.Figure) -> None:
-    """Show a figure here, and hand it to the book under its key."""
-    glue(f"c04-fig-{key}", fig)
-    plt.close(fig)
-
-
-kind = "virtual radiographs" if numbers.virtual else "radiographs"
-glue("c04-profile", numbers.name, display=False)
-glue("c04-kind", kind, display=False)
-glue("c04-px", numbers.triage_px, display=False)
-glue("c04-fold", held_out_fold, display=False)
 
 # %% [markdown]
 # ## One question, one number
@@ -105,8 +99,15 @@ counts.T.set_axis(["images", "studies", "abnormal images"], axis=1)
 
 # %%
 studies = [set(group["study_id"]) for group in groups.values()]
-assert sum(map(len, studies)) == len(set.union(*studies))  # no study is in two groups
-assert (train["split"] == "train").all() and (held_out["split"] == "train").all()
+assert sum(map(len, studies)) == len(set.union(*studies))  # no study twice
+assert set(train["split"]) == set(held_out["split"]) == {"train"}
+
+# %% tags=["remove-cell"]
+kind = "virtual radiographs" if numbers.virtual else "radiographs"
+glue("c04-profile", numbers.name, display=False)
+glue("c04-kind", kind, display=False)
+glue("c04-px", numbers.triage_px, display=False)
+glue("c04-fold", held_out_fold, display=False)
 for name, group in (("train", train), ("held", held_out), ("test", test)):
     glue(f"c04-n-{name}", len(group), display=False)
 glue("c04-n-test-studies", test["study_id"].nunique(), display=False)
@@ -150,7 +151,7 @@ generator = torch.Generator().manual_seed(numbers.seed)
 abnormal_rows = np.flatnonzero(train["abnormal"])
 shown = int(abnormal_rows[0])
 variants = triage.augment(train_sample.pixels[[shown] * 5], generator)
-assert 0 <= variants.min() and variants.max() <= 1
+assert variants.min() >= 0 and variants.max() <= 1
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(2, 3, figsize=(7.2, 5.6))
@@ -193,11 +194,13 @@ show("input", fig)
 #
 # Three functions are enough to write {eq}`eq:dense` down.
 
+
 # %%
 def batch_norm(x, norm):
     """Normalise by the running mean and variance, then scale and shift."""
     shape = (1, -1, 1, 1)
-    mean, variance = norm.running_mean.view(shape), norm.running_var.view(shape)
+    mean = norm.running_mean.view(shape)
+    variance = norm.running_var.view(shape)
     x = (x - mean) / torch.sqrt(variance + norm.eps)
     return x * norm.weight.view(shape) + norm.bias.view(shape)
 
@@ -205,8 +208,10 @@ def batch_norm(x, norm):
 # %%
 def dense_layer(x, layer):
     """H: to 128 channels by 1 x 1, to 32 new ones by 3 x 3."""
-    x = F.conv2d(F.relu(batch_norm(x, layer.norm1)), layer.conv1.weight)
-    return F.conv2d(F.relu(batch_norm(x, layer.norm2)), layer.conv2.weight, padding=1)
+    x = F.relu(batch_norm(x, layer.norm1))
+    x = F.conv2d(x, layer.conv1.weight)
+    x = F.relu(batch_norm(x, layer.norm2))
+    return F.conv2d(x, layer.conv2.weight, padding=1)
 
 
 def dense_block(x, layers):
@@ -251,41 +256,50 @@ assert torch.allclose(by_hand[:, 64:96], first_layer, atol=1e-4)
 # has two numbers a channel, a convolution from $c$ to $d$ channels with a window of $s$ pixels
 # has $cds^2$. That is all that is needed to count.
 
+
 # %%
-def count_parameters(growth=32, blocks=(6, 12, 24, 16), channels=64):
-    """Parameters of a DenseNet with one logit, and its channels after each layer."""
-    total, widths = 3 * channels * 7**2 + 2 * channels, [channels]
+def layer_parameters(c, k):
+    """Parameters of a dense layer with c channels before it and growth rate k."""
+    squeeze = 2 * c + c * 4 * k
+    grow = 2 * 4 * k + 4 * k * k * 3**2
+    return squeeze + grow
+
+
+# %%
+def count_parameters(k=32, blocks=(6, 12, 24, 16), c=64):
+    """Parameters of a DenseNet with one logit, and the channels on the way."""
+    total, widths = 3 * c * 7**2 + 2 * c, [c]
     for number, layers in enumerate(blocks):
+        if number:  # a transition leads here
+            total, c = total + 2 * c + c * (c // 2), c // 2
+            widths.append(c)
         for _ in range(layers):
-            total += 2 * channels + channels * 4 * growth  # normalise, 1 x 1
-            total += 2 * 4 * growth + 4 * growth * growth * 9  # normalise, 3 x 3
-            channels += growth
-            widths.append(channels)
-        if number < len(blocks) - 1:
-            total += 2 * channels + channels * (channels // 2)
-            channels //= 2
-            widths.append(channels)
-    return total + 2 * channels + channels + 1, widths
+            total, c = total + layer_parameters(c, k), c + k
+            widths.append(c)
+    return total + 2 * c + c + 1, widths
 
 
 # %%
+def parameters_of(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 total, widths = count_parameters()
-assert total == sum(parameter.numel() for parameter in network.parameters())
-resnet = triage.build_network("resnet50")
-share = total / sum(parameter.numel() for parameter in resnet.parameters())
-glue("c04-parameters", f"{total:,}", display=False)
-glue("c04-share", f"{share:.0%}", display=False)
-total, f"{share:.0%} of ResNet50"
+assert total == parameters_of(network)
+share = total / parameters_of(triage.build_network("resnet50"))
+print(f"{total:,}, {share:.0%} of ResNet50")
 
 # %% tags=["hide-input", "remove-output"]
 fig, ax = plt.subplots(figsize=(7.2, 3))
 ax.step(range(len(widths)), widths, where="mid", color="black", lw=1.2)
 starts = np.cumsum([0, 7, 13, 25])
-for number, (start, layers) in enumerate(zip(starts, (6, 12, 24, 16), strict=True), start=1):
+for number, start, layers in zip((1, 2, 3, 4), starts, (6, 12, 24, 16), strict=True):
     ax.axvspan(start, start + layers, color="0.9" if number % 2 else "0.8", zorder=0)
     ax.text(start + layers / 2, 1080, f"block {number}", ha="center", fontsize=9)
 ax.set(xlabel="dense layer or transition, from input to output", ylabel="channels", ylim=(0, 1180))
 show("widths", fig)
+glue("c04-parameters", f"{total:,}", display=False)
+glue("c04-share", f"{share:.0%}", display=False)
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-widths
@@ -394,18 +408,8 @@ trained = triage.train_triage(
     progress=lambda row: print(triage.epoch_line(row)),
 )
 
-# %% tags=["remove-cell"]
-import platform
-
-history = trained.history
-device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-machine = f"{torch.get_num_threads()} threads of {device}"
-glue("c04-start", triage.starting_sentence("densenet121", weights), display=False)
-glue("c04-train-minutes", f"{history['seconds'].sum() / 60:.1f}", display=False)
-glue("c04-machine", machine, display=False)
-glue("c04-epochs", recipe.epochs, display=False)
-
 # %%
+history = trained.history
 assert list(history["epoch"]) == list(range(1, recipe.epochs + 1))
 assert history["lr"].is_monotonic_decreasing
 history.set_index("epoch").drop(columns="seconds").tail(5).round(5)
@@ -427,6 +431,13 @@ fig.get_layout_engine().set(wspace=0.08)
 show("curve", fig)
 above = int((history["validation_loss"] > top).sum())
 glue("c04-above", f"{above} of {len(history)} epochs", display=False)
+
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+machine = f"{torch.get_num_threads()} threads of {device}"
+glue("c04-start", triage.starting_sentence("densenet121", weights), display=False)
+glue("c04-train-minutes", f"{history['seconds'].sum() / 60:.1f}", display=False)
+glue("c04-machine", machine, display=False)
+glue("c04-epochs", recipe.epochs, display=False)
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-curve
@@ -465,6 +476,7 @@ glue("c04-tau", f"{tau:.2f}", display=False)
 # Sensitivity is the share of abnormal images that are called so, specificity the share of normal
 # ones that are left alone. To see that nothing is hidden in the search, we try every
 # distinct probability.
+
 
 # %%
 def youden(threshold):
@@ -530,15 +542,6 @@ assert np.isclose(by_pairs, scores.loc["auroc", "value"])
 interval = stats.Interval(**scores.loc["auroc"])
 assert interval.n_images == len(test) and interval.n_studies == test["study_id"].nunique()
 
-# %% tags=["remove-cell"]
-glue("c04-bootstrap", f"{numbers.bootstrap:,}", display=False)
-glue("c04-auroc", f"{interval:.2f}", display=False)
-if interval.low > 0.5:
-    verdict = "The whole interval lies above one half: the order it puts images in is not chance."
-else:
-    verdict = "The interval reaches one half: this run does not show more than chance."
-glue("c04-verdict", verdict, display=False)
-
 # %% tags=["hide-input", "remove-output"]
 band = evaluate.roc_band(abnormal, prob_test, test["study_id"], **draws)
 fig, ax = plt.subplots(figsize=(4.6, 4.4))
@@ -551,6 +554,14 @@ ax.plot(1 - point["specificity"], point["sensitivity"], "k*", ms=12, label=f"thr
 ax.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
 ax.legend(fontsize=8, loc="lower right")
 show("roc", fig)
+
+glue("c04-bootstrap", f"{numbers.bootstrap:,}", display=False)
+glue("c04-auroc", f"{interval:.2f}", display=False)
+if interval.low > 0.5:
+    verdict = "The whole interval lies above one half: the order it puts images in is not chance."
+else:
+    verdict = "The interval reaches one half: this run does not show more than chance."
+glue("c04-verdict", verdict, display=False)
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-roc
@@ -567,8 +578,9 @@ show("roc", fig)
 #
 # ### Why by study?
 #
-# Had we drawn images as though each were a patient of its own, we would have claimed to
-# know more than we do. Both ways on the same probabilities:
+# Had we drawn images as though each were a patient of its own, we would have counted one spine
+# several times and taken that for knowledge. Both ways, on the same probabilities:
+
 
 # %%
 def test_auroc(rows):
@@ -587,8 +599,9 @@ glue("c04-images-per-study", f"{len(test) / test['study_id'].nunique():.1f}", di
 
 # %% [markdown]
 # The interval by study is {glue:text}`c04-width-study` wide and the one by image
-# {glue:text}`c04-width-image`, at {glue:text}`c04-images-per-study` images a study. They part the
-# more, the more images a study has and the more alike these score.
+# {glue:text}`c04-width-image`, at {glue:text}`c04-images-per-study` images a study. The more
+# images a study has, and the more alike these score, the wider the first becomes beside the second;
+# with a handful of studies chance can turn the order round.
 #
 # ### Right and wrong
 #
@@ -640,13 +653,15 @@ show("examples", fig)
 # with which it reads that source. Their mean size, as in the original paper's heat map
 # {cite}`huang2017`, shows how much attention each source gets.
 
+
 # %%
 def reuse(block, first):
     """Mean size of a layer's weights for each source, over the layer's mean."""
     table = np.full((len(block), len(block)), np.nan)
     for target, layer in enumerate(block.values()):
         size = layer.conv1.weight.detach().abs().mean(dim=(0, 2, 3)).cpu()
-        sources = [part.mean() for part in size.split([first] + [32] * target)]
+        parts = size.split([first] + [32] * target)
+        sources = [part.mean() for part in parts]
         table[: target + 1, target] = torch.stack(sources) / size.mean()
     return table
 
@@ -699,9 +714,9 @@ glue("c04-reuse-spread", f"{spread:.2f}", display=False)
 # %%
 rows = [held_out.assign(prob=prob_held_out), test.assign(prob=prob_test)]
 columns = ["image_id", "study_id", "split", "fold", "abnormal", "prob"]
-kept = pd.concat(rows)[columns].rename(columns={"abnormal": "label"}).astype({"fold": "Int64"})
+kept = pd.concat(rows)[columns].rename(columns={"abnormal": "label"})
 target = workspace.tables / "probabilities_densenet121.parquet"
-kept.to_parquet(target.with_suffix(".part"), index=False)
+kept.astype({"fold": "Int64"}).to_parquet(target.with_suffix(".part"), index=False)
 target.with_suffix(".part").replace(target)
 assert kept["image_id"].is_unique and kept["prob"].between(0, 1).all()
 
@@ -774,7 +789,7 @@ assert widths[7] == 128 and widths[7 + 12] == 512 and widths[7 + 12 + 1] == 256
 # below four.
 
 # %%
-thin, _ = count_parameters(growth=16)
+thin, _ = count_parameters(k=16)
 assert 2 < total / thin < 4
 print(f"{total:,} / {thin:,} = {total / thin:.2f}")
 
@@ -799,8 +814,10 @@ print(f"{total:,} / {thin:,} = {total / thin:.2f}")
 
 # %%
 with torch.no_grad():
-    batches = held_out_sample.pixels.to(next(trained.network.parameters()).device).split(16)
-    logits = [trained.network(triage.as_input(batch)) for batch in batches]
+    logits = [
+        trained.network(triage.as_input(batch.to(blocks.conv0.weight.device)))
+        for batch in held_out_sample.pixels.split(16)
+    ]
 alone = torch.cat(logits).squeeze(1).cpu().numpy()
 without = evaluate.auroc(y_held_out, alone)
 print(f"held-out AUROC without {without:.3f}, with {out_of_fold:.3f}")

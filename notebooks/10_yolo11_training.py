@@ -537,15 +537,13 @@ paper = [26.70, 41.40, 40.60, 54.80, 74.10, 51.20, 2.99, 40.10]  # Table 3, Ours
 names = [*LESION_TYPES, "mAP"]
 ours = [f"{s['value']:.1%} [{s['low']:.1%}, {s['high']:.1%}]" for _, s in scores.iterrows()]
 ours = pd.Series(ours, index=scores.index).str.replace("%", "")
-data_name = f"this run: {kind}, {workspace.profile.name}"
-beside = pd.DataFrame(
-    {
-        ("paper: VinDr-SpineXR", "AP@0.5 (%)"): pd.Series(paper, index=names),
-        (data_name, "AP@0.5 (%), 95 % interval"): ours,
-        (data_name, "test boxes"): scores["boxes"],
-    }
-).loc[names]
-beside.index = [f"{name} ({PAPER_CODES[name]})" if name != "mAP" else "mAP@0.5" for name in names]
+columns = {
+    ("paper: VinDr-SpineXR", "AP@0.5 (%)"): pd.Series(paper, index=names),
+    (f"this run: {kind}, {recipe.image_px} px", "AP@0.5 (%), 95 % interval"): ours,
+    (f"this run: {kind}, {recipe.image_px} px", "test boxes"): scores["boxes"].astype(str),
+}
+beside = pd.DataFrame(columns).loc[names]
+beside.index = [*(f"{name} ({PAPER_CODES[name]})" for name in LESION_TYPES), "mAP@0.5"]
 beside.fillna("–")
 
 # %% [markdown]

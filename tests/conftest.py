@@ -15,6 +15,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
     RLELossless,
 )
+from smoke import smoke_book  # noqa: F401  (a fixture of test_notebooks and test_book)
 
 from dernet_utils.data import COLUMNS, LESION_TYPES, NO_FINDING
 

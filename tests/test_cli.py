@@ -1,0 +1,189 @@
+"""The command line: every end is one sentence and an exit code, never a traceback."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from smoke import run_dernet
+from typer.testing import CliRunner
+
+from dernet_utils import cli, cohort, data, donor
+from dernet_utils.errors import DernetError
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_answers_at_once_and_loads_nothing_heavy():
+    code = (
+        "import sys; from dernet_utils import cli; "
+        "print([m for m in ('torch', 'pandas', 'cv2', 'papermill') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "[]"
+    code, out, _ = call("--help")
+    assert code == 0
+    for command in ("donor", "cohort", "check", "prepare", "chapter", "build", "run"):
+        assert command in out
+
+
+@pytest.mark.parametrize("command", [["run"], ["prepare"], ["build"], ["chapter", "01_data"]])
+def test_unknown_profile(command: list[str]):
+    code, out, err = call(*command, "--profile", "desktop")
+    assert code == 1 and out == ""
+    assert err == "The profile is one of smoke, laptop, paper, not 'desktop'.\n"
+
+
+def test_paper_profile_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("DERNET_RUNS", str(tmp_path))
+    monkeypatch.delenv("DERNET_DATA", raising=False)
+    code, _, err = call("run", "--profile", "paper")
+    assert code == 1 and "DERNET_DATA" in err
+    monkeypatch.setenv("DERNET_DATA", str(tmp_path))
+    code, _, err = call("run", "--profile", "paper")
+    assert code == 1 and "is not a VinDr-SpineXR folder" in err
+
+
+def test_check_of_a_good_dataset(tiny_dataset: Path):
+    code, out, _ = call("check", tiny_dataset)
+    assert code == 0
+    assert "Fingerprint" in out and out.strip().endswith("No problem.")
+    code, out, _ = call("check", tiny_dataset, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["problems"] == []
+    assert set(report["fingerprint"]) == {"train", "test"}
+
+
+def test_check_names_file_and_row_and_repairs_on_request_only(tiny_dataset: Path, tmp_path: Path):
+    table = tiny_dataset / "annotations" / "train.csv"
+    lines = table.read_text().splitlines()
+    row = next(i for i, line in enumerate(lines) if "Osteophytes" in line)
+    cells = lines[row].split(",")
+    cells[7] = cells[5]  # xmax = xmin
+    lines[row] = ",".join(cells)
+    table.write_text("\n".join(lines) + "\n")
+    before = table.read_bytes()
+
+    code, out, _ = call("check", tiny_dataset)
+    assert code == 1 and f"train.csv, row {row + 1}" in out and "1 problem." in out
+    code, out, _ = call("check", tiny_dataset, "--json")
+    assert code == 1 and json.loads(out)["problems"][0]["row"] == row + 1
+
+    copy = tmp_path / "copy"
+    code, out, _ = call("check", tiny_dataset, "--repair", copy)
+    assert code == 1 and "dropped" in out
+    assert call("check", copy)[0] == 0
+    assert table.read_bytes() == before
+    code, _, err = call("check", tiny_dataset, "--repair", copy)
+    assert code == 1 and "exists" in err
+
+
+def test_check_of_a_folder_that_is_no_dataset(tmp_path: Path):
+    code, out, err = call("check", tmp_path)
+    assert code == 1 and out == "" and len(err.splitlines()) == 1
+
+
+def test_cohort_does_not_overwrite(tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("mine")
+    code, _, err = call("cohort", tmp_path, "--patients", 20, "--seed", 1)
+    assert code == 1 and "not empty" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EACCES, "access is denied")],
+)
+def test_the_machine_refuses(monkeypatch: pytest.MonkeyPatch, number: int, words: str):
+    def refuse(*_, **__):
+        raise OSError(number, "no", "some/file")
+
+    monkeypatch.setattr(cohort, "write_cohort", refuse)
+    code, _, err = call("cohort", "somewhere", "--patients", 20)
+    assert code == 1 and words in err and "some/file" in err and len(err.splitlines()) == 1
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_, **__):
+        raise OSError(errno.EBADF, "a bug")
+
+    monkeypatch.setattr(donor, "fetch_donor", fail)
+    result = CliRunner().invoke(cli.app, ["donor"])
+    assert isinstance(result.exception, OSError)
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "check_dataset", interrupt)
+    code, _, err = call("check", "anything")
+    assert code == 130
+    assert err == "Interrupted; the next call continues where this one stopped.\n"
+
+
+def test_an_error_with_brackets_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_, **__):
+        raise DernetError("a [bold]word[/bold] in list[int]")
+
+    monkeypatch.setattr(donor, "fetch_donor", fail)
+    assert call("donor")[2] == "a [bold]word[/bold] in list[int]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("n=8", ("n", 8)),
+        ("n=2.5", ("n", 2.5)),
+        ("n=smoke", ("n", "smoke")),
+        ("n=a=b", ("n", "a=b")),
+        ("n=", ("n", "")),
+    ],
+)
+def test_parameter(text: str, value: tuple):
+    assert cli._parameter(text) == value
+
+
+def test_parameter_without_value():
+    with pytest.raises(DernetError, match="NAME=VALUE"):
+        cli._parameter("clip_limit")
+
+
+def test_unknown_chapter_and_parameter(tmp_path: Path):
+    done = run_dernet("chapter", "99_nothing", "--profile", "smoke", DERNET_RUNS=str(tmp_path))
+    assert done.returncode == 1 and "There is no chapter '99_nothing'" in done.stderr
+    done = run_dernet(
+        *("chapter", "02_imaging", "--profile", "smoke", "-p", "clip=8"), DERNET_RUNS=str(tmp_path)
+    )
+    assert done.returncode == 1 and "has no parameter clip;" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_that_ignored_it_from_its_shell(number: int):
+    code = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "from dernet_utils import cli, donor; "
+        "donor.fetch_donor = lambda: (print('ready', flush=True), time.sleep(60)); cli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "donor"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    started = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and time.monotonic() - started < 10
+    assert err == "Interrupted; the next call continues where this one stopped.\n"

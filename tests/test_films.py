@@ -1,0 +1,126 @@
+"""Rays through bodies whose thickness is known, and what a detector makes of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from dernet_utils.anatomy import Vertebra
+from dernet_utils.donor import Donor
+from dernet_utils.films import (
+    CORTICAL_BONE,
+    ENERGY_WEIGHTS,
+    TITANIUM,
+    WATER,
+    Block,
+    Paths,
+    Scene,
+    Shape,
+    View,
+    develop,
+    expose,
+    transmission,
+)
+from dernet_utils.lesions import Lesion
+
+CUBE_MM = 100.0
+
+
+@pytest.fixture
+def body() -> list[Vertebra]:
+    up, front = np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0])
+    return [
+        Vertebra(name, np.array([75.0, 75.0, z]), up, front, 20.0, 25.0, 30.0)
+        for name, z in (("L2", 50.0), ("L1", 100.0))
+    ]
+
+
+def scene_of(hu: float, body: list[Vertebra], lesions: list[Lesion] = ()) -> Scene:
+    """Return a cube of 100 mm of one material in the middle of 150 mm of air."""
+    density = np.zeros((76, 76, 76), np.float32)
+    density[:, 13:63, 13:63] = hu + 1000.0
+    labels = np.zeros(density.shape, np.uint8)
+    z = np.linspace(-100.0, 300.0, 41)
+    shape = Shape(z, z, 0 * z, 0 * z, 0 * z, girth=1.0, bone=1.0)
+    return Scene(Donor(density, labels, (2.0, 2.0, 2.0)), body, shape, list(lesions))
+
+
+def look(name: str = "AP", angle: float = 0.0) -> View:
+    return View(name, angle, np.array([75.0, 75.0, 75.0]), 40.0, 40.0, 0.0, False)
+
+
+@pytest.mark.parametrize("angle", [0.0, np.pi / 2])
+def test_water_is_ten_grams_a_square_centimetre_thick(body, angle):
+    paths = scene_of(0.0, body).paths(look(angle=angle), [])
+    assert np.allclose(paths.soft, CUBE_MM / 10.0, rtol=0.03)
+    assert not paths.bone.any() and not paths.metal.any()
+
+
+def test_pure_bone_weighs_its_density(body):
+    paths = scene_of(1600.0, body).paths(look(), [])
+    assert np.allclose(paths.bone, 1.92 * CUBE_MM / 10.0, rtol=0.03)
+    assert paths.soft.max() < 2 * 0.2 * 1.08  # at most in its two outermost voxels, 2 mm each
+
+
+def test_a_block_is_a_part_of_the_whole(body):
+    scene, view = scene_of(0.0, body), look()
+    whole, steps = scene.paths(view, []), scene.whole(view).steps
+    part = scene.paths(view, [], Block((3, 21), (5, 30), steps))
+    assert np.allclose(part.soft, whole.soft[3:21, 5:30], atol=1e-4)
+
+
+def test_metal_displaces_water(body):
+    centre = np.array([75.0, 75.0, 75.0])
+
+    def ball(points):
+        square = sum((p - float(c)) ** 2 for p, c in zip(points, centre, strict=True))
+        return (0.5 - (square.sqrt() - 8.0)).clamp(0.0, 1.0)
+
+    lesion = Lesion("Surgical implant", "ball", "L1", 1.0, centre, 10.0, 10.0, ball, metal=4.5)
+    scene = scene_of(0.0, body, [lesion])
+    with_it, without = (scene.paths(look(), lesions) for lesions in ([lesion], []))
+    middle = tuple(n // 2 for n in with_it.metal.shape)
+    assert with_it.metal[middle] == pytest.approx(4.5 * 1.6, rel=0.15)
+    assert (without.soft - with_it.soft)[middle] == pytest.approx(1.6, rel=0.15)
+    assert with_it.metal[0, 0] == 0.0 and without.metal.max() == 0.0
+
+
+def test_beer_and_lambert_by_hand():
+    paths = Paths(np.array([[0.0, 10.0]]), np.array([[0.0, 2.0]]), np.array([[0.0, 0.5]]))
+    by_hand = sum(
+        w * np.exp(-(10.0 * a + 2.0 * b + 0.5 * c))
+        for w, a, b, c in zip(ENERGY_WEIGHTS, WATER, CORTICAL_BONE, TITANIUM, strict=True)
+    )
+    assert transmission(paths)[0, 0] == pytest.approx(1.0)  # air stops nothing
+    assert transmission(paths)[0, 1] == pytest.approx(by_hand)
+
+
+def test_thickness_hardens_the_beam():
+    """Twice the water stops less than twice as much, in the logarithm."""
+    once, twice = (
+        -np.log(transmission(Paths(np.array([[t]]), np.zeros((1, 1)), np.zeros((1, 1)))))[0, 0]
+        for t in (15.0, 30.0)
+    )
+    assert once < twice < 2 * once
+
+
+def test_noise_falls_with_the_root_of_the_exposure():
+    flat = np.full((200, 200), 0.01)
+    spread = [
+        expose(flat, 0.3, photons, 0.2, np.random.default_rng(0)).std() for photons in (500, 8000)
+    ]
+    assert spread[0] / spread[1] == pytest.approx(4.0, rel=0.1)
+
+
+def test_film_shows_dense_as_white():
+    signal = np.ones((120, 120))
+    signal[40:80, 40:80] = 0.5
+    film = develop(signal, 0.5, contrast=1.0, detail=1.0)
+    assert film.min() >= 0.0 and film.max() <= 1.0
+    assert film[60, 60] > film[5, 5]
+
+
+def test_volume_is_not_changed_by_looking(body):
+    scene = scene_of(0.0, body)
+    before = scene.volume.clone()
+    scene.paths(look(), [])
+    assert torch.equal(before, scene.volume)
