@@ -27,7 +27,7 @@ test: $(LOCKED) $(DONOR)
 	@$(BIN)/python -m pytest -q
 
 lab: $(LOCKED) $(DONOR)
-	@$(BIN)/jupyter lab notebooks
+	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 clean:
 	rm -rf runs _build .pytest_cache .ruff_cache .hypothesis

@@ -5,13 +5,13 @@ Modules import in one direction, from the bottom of this list to its top::
     errors      what went wrong, in one sentence
     profiles    smoke, laptop, paper: the numbers of a run, frozen
     workspace   where a run keeps its files
-    data        a VinDr-SpineXR folder as checked tables; folds by study
+    folder, data    a VinDr-SpineXR folder as checked tables; folds by study
     imaging     DICOM, PNG, JPEG to 8-bit grey; CLAHE; the image cache
     donor, anatomy, lesions, films, cohort    the virtual radiographs
     stats       intervals by resampling studies
     evaluate    what a classifier's and a detector's answers are worth
     triage      normal or abnormal: networks, training, probabilities
-    detect      where the lesions are: YOLO11-L, training, boxes
+    yolo, detect    where the lesions are: YOLO11-L, training, boxes
     figures     the drawing that chapters share
     workflow    chapters executed, the book staged and built
     cli         the command `dernet`

@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that ``dernet --help`` answers at on
 import errno
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -69,10 +70,13 @@ def _one_sentence() -> Iterator[None]:
             raise typer.Exit(130) from None
         _end("Interrupted; the next call continues where this one stopped.", 130)
     except OSError as error:
-        if error.errno not in _MACHINE:
+        # pydicom and worker processes raise anew, and only the text keeps the number.
+        told = re.search(r"\[Errno (\d+)\]", str(error))
+        number = error.errno or (int(told[1]) if told else None)
+        if number not in _MACHINE:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _end(f"It stopped because {_MACHINE[error.errno]}{where}.", 1)
+        _end(f"It stopped because {_MACHINE[number]}{where}.", 1)
 
 
 def _end(sentence: str, code: int) -> NoReturn:

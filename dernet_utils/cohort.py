@@ -481,7 +481,7 @@ def _put_pixels(data: DicomDataset, grey: np.ndarray, drawn: dict) -> None:
     """Store grey values (0 to 1) so that the file's own VOI and photometric give them back."""
     bits = drawn["bits"]
     top = 2**bits - 1
-    low, high = (0.08 * top, 0.92 * top) if drawn["voi"] == "window" else (0.0, top)
+    low, high = (0.05 * top, 0.80 * top) if drawn["voi"] == "window" else (0.0, top)
     gamma = 1.6  # the VOI LUT's exponent
     shown = 1.0 - grey if drawn["photometric"] == "MONOCHROME1" else grey
     if drawn["voi"] == "lut":

@@ -320,10 +320,11 @@ def develop(signal: np.ndarray, spacing_mm: float, contrast: float, detail: floa
     """
     dense = -np.log(signal)
     # Metal is left out of what the film is adapted to: it would darken all the rest.
-    tissue = np.minimum(dense, np.percentile(dense, 90.0) + 0.3)
+    ceiling = np.percentile(dense, 90.0) + 0.3
+    tissue = np.minimum(dense, ceiling)
     slow = _smooth(tissue, 18.0 / spacing_mm)
     middle, fine = _smooth(tissue, 5.0 / spacing_mm), _smooth(dense, 0.8 / spacing_mm)
-    image = dense - 0.65 * (slow - slow.mean()) + detail * (np.minimum(fine, tissue) - middle)
+    image = dense - 0.65 * (slow - slow.mean()) + detail * (np.minimum(fine, ceiling) - middle)
     low, high = np.percentile(image, (2.0, 90.0))
     high += 0.25 * (high - low)
     scaled = (image - low) / (high - low) * 2.0 - 1.0

@@ -163,7 +163,7 @@ def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesio
         return _shift(points, body.up, up.sign() * torch.minimum(inner, outer) * window)
 
     name = "Vertebral collapse"
-    size = float(np.hypot(body.width_mm, body.height_mm)) / 2
+    size = float(np.hypot(body.width_mm, body.height_mm)) / 2 + 2 * SKIN_MM
     region = _body_region(body)
     return [Lesion(name, form, body.name, severity, body.centre_mm, 50.0, size, region, move)]
 

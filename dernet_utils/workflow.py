@@ -282,7 +282,7 @@ def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         # The run is offline: nothing looks for newer versions, weights or fonts.
         "YOLO_OFFLINE": "1",
-        "YOLO_CONFIG_DIR": str(workspace.folder / "ultralytics"),
+        "YOLO_CONFIG_DIR": str(workspace.folder.parent / ".ultralytics"),
         "HF_HUB_OFFLINE": "1",
     }
 

@@ -447,7 +447,9 @@ plt.close(fig)
 #
 # For the {glue:text}`c03-n-has` images with a sibling, the nearest film is of the own study in a
 # share of {glue:text}`c03-recognised` (95 % interval by resampling studies), against
-# {glue:text}`c03-by-chance` by chance. In the median, {glue:text}`c03-nearer` of all films come
+# {glue:text}`c03-by-chance` by chance. (Where the share is exactly none or all, resampling gives an
+# interval without width; three divided by the number of studies then bounds what it cannot see.)
+# In the median, {glue:text}`c03-nearer` of all films come
 # before the first sibling; half of them would if siblings were like any others. Look at
 # {numref}`fig:nearest` for the reason in either direction: films of one projection look alike
 # across people, and two projections of one person need not look alike at all. A sibling of the
@@ -466,6 +468,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 pca = PCA(min(components, len(train) // 2), random_state=seed)
 logistic = make_pipeline(pca, StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
@@ -477,6 +480,7 @@ learners = {"logistic regression": logistic, "nearest neighbour": KNeighborsClas
 
 
 # %%
+@threadpool_limits.wrap(limits=1)  # on matrices this small, threads mostly wait for each other
 def out_of_fold(learner, x, y, fold):
     """Probability of abnormal for each image, by a model that learnt from the other folds."""
     prob = np.full(len(y), np.nan)

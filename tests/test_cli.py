@@ -112,6 +112,15 @@ def test_the_machine_refuses(monkeypatch: pytest.MonkeyPatch, number: int, words
     assert code == 1 and words in err and "some/file" in err and len(err.splitlines()) == 1
 
 
+def test_a_full_disk_that_a_library_told_in_words_only(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_, **__):
+        raise OSError("With tag (7FE0,0010) got exception: [Errno 28] No space left on device")
+
+    monkeypatch.setattr(cohort, "write_cohort", refuse)
+    code, _, err = call("cohort", "somewhere", "--patients", 20)
+    assert code == 1 and "disk is full" in err and len(err.splitlines()) == 1
+
+
 def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
     def fail(*_, **__):
         raise OSError(errno.EBADF, "a bug")

@@ -138,8 +138,7 @@ def test_chapter_is_executed_with_its_profile_and_offline(tmp_path: Path, worksp
         "01_x",
         "import os\nprint(profile, factor, os.environ['OMP_NUM_THREADS'])",
         "print(os.environ['YOLO_OFFLINE'], os.environ['HF_HUB_OFFLINE'])",
-        "print(os.environ['DERNET_RUNS'] == os.path.dirname(os.path.dirname("
-        "os.environ['YOLO_CONFIG_DIR'])))",
+        "print(os.path.dirname(os.environ['YOLO_CONFIG_DIR']) == os.environ['DERNET_RUNS'])",
     )
     path, lines = execute(tmp_path, workspace)
     cells = nbformat.read(path, as_version=4).cells
