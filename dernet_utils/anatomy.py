@@ -1,6 +1,7 @@
 """Landmarks of the donor's spine: a frame for each vertebra, a place for each disc."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def find_vertebrae(donor: Donor) -> list[Vertebra]:
 def find_discs(vertebrae: list[Vertebra]) -> list[Disc]:
     """Place a disc between each vertebra and the next above."""
     discs = []
-    for below, above in zip(vertebrae, vertebrae[1:], strict=False):
+    for below, above in pairwise(vertebrae):
         floor, ceiling = below.point(up=1.0), above.point(up=-1.0)
         up = _unit(below.up + above.up)
         front = _unit(_across(below.front + above.front, up))

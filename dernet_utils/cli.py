@@ -94,9 +94,11 @@ def _say(line: str) -> None:
 def donor() -> None:
     """Fetch the donor CT, from which virtual patients are made, and verify it."""
     with _one_sentence():
-        from dernet_utils.donor import fetch_donor
+        from dernet_utils.donor import fetch_donor, load_donor
 
-        _say(f"The donor CT is in {fetch_donor()}.")
+        folder = fetch_donor()
+        load_donor()  # prepares the volume, so that no run has to
+        _say(f"The donor CT is in {folder}.")
 
 
 @app.command()
@@ -147,7 +149,7 @@ def check(
         else:
             _print_report(report)
         if repair is not None:
-            note = f"{len(done)} repairs; the cleaned copy is in {repair}."
+            note = f"Repairs: {len(done)}; the cleaned copy is in {repair}."
             typer.echo("\n".join([*done, note]), err=as_json)
         if report.problems:
             raise typer.Exit(1)

@@ -36,12 +36,32 @@ from dernet_utils import lesions as make
 from dernet_utils.anatomy import Disc, Vertebra, find_discs, find_vertebrae
 from dernet_utils.donor import Donor, load_donor
 from dernet_utils.errors import DernetError
-from dernet_utils.films import GRID_MM, Block, Paths, Scene, Shape, View, develop, expose, transmission
+from dernet_utils.films import (
+    GRID_MM,
+    Block,
+    Paths,
+    Scene,
+    Shape,
+    View,
+    develop,
+    expose,
+    transmission,
+)
 from dernet_utils.lesions import Lesion
 from dernet_utils.workspace import Workspace
 
 VERSION = 1  # of the cohort's recipe; a change makes old cohorts stale
-COLUMNS = "study_id,series_id,image_id,rad_id,lesion_type,xmin,ymin,xmax,ymax".split(",")
+COLUMNS = [
+    "study_id",
+    "series_id",
+    "image_id",
+    "rad_id",
+    "lesion_type",
+    "xmin",
+    "ymin",
+    "xmax",
+    "ymax",
+]
 
 ABNORMAL = 0.54  # of patients; about half of the images then show a finding, as in the dataset
 TEST = 0.20  # of patients: 1,000 of the dataset's 5,000 studies
@@ -135,13 +155,17 @@ def _plan_patient(
     rng: np.random.Generator,
 ) -> dict:
     """Draw one patient; `types` is None for a healthy one."""
-    age = int(rng.integers(22, 50) if types is None and rng.random() < 0.5 else rng.integers(35, 89))
+    age = int(
+        rng.integers(22, 50) if types is None and rng.random() < 0.5 else rng.integers(35, 89)
+    )
     height_mm = float(rng.uniform(140.0, 195.0))
     lowest = 5.0 + 0.61 * (height_mm + FIELD_MARGIN_MM)
     aim_z = float(rng.uniform(lowest, max(lowest + 8.0, 185.0)))
     shape = {
         "stature": _normal(rng, 1.0, 0.04, 0.9, 1.1),
-        "scoliosis_mm": float(rng.normal(0.0, 3.0) if rng.random() < 0.8 else rng.normal(0.0, 10.0)),
+        "scoliosis_mm": float(
+            rng.normal(0.0, 3.0) if rng.random() < 0.8 else rng.normal(0.0, 10.0)
+        ),
         "scoliosis_phase": float(rng.uniform(0.0, 6.28)),
         "kyphosis_mm": float(rng.normal(0.0, 5.0)),
         "girth": _normal(rng, 1.0, 0.10, 0.8, 1.25),
@@ -194,7 +218,11 @@ def _plan_view(name: str, height_mm: float, aim_z: float, rng: np.random.Generat
 
 
 def _plan_findings(
-    types: list[str], height_mm: float, aim_z: float, bodies: list[Vertebra], rng: np.random.Generator
+    types: list[str],
+    height_mm: float,
+    aim_z: float,
+    bodies: list[Vertebra],
+    rng: np.random.Generator,
 ) -> list[dict]:
     """Draw an abnormal patient's findings, at levels inside the field."""
     half = height_mm / 2 - 12.0
@@ -204,7 +232,9 @@ def _plan_findings(
 
     def add(lesion_type: str, form: str, level: int, **more) -> None:
         severity = float(rng.beta(2.0, 2.2))
-        findings.append({"type": lesion_type, "form": form, "level": level, "severity": severity} | more)
+        findings.append(
+            {"type": lesion_type, "form": form, "level": level, "severity": severity} | more
+        )
 
     if "Surgical implant" in types:
         form = str(rng.choice(["screws", "plate", "cement"], p=[0.7, 0.15, 0.15]))
@@ -235,7 +265,9 @@ def _plan_findings(
             for upper in (False, True):
                 for angle in (0.0, 1.45, -1.45):
                     if rng.random() < 0.34:
-                        form = str(rng.choice(["claw", "traction", "bridging"], p=[0.6, 0.32, 0.08]))
+                        form = str(
+                            rng.choice(["claw", "traction", "bridging"], p=[0.6, 0.32, 0.08])
+                        )
                         turned = angle + float(rng.normal(0.0, 0.25))
                         add("Osteophytes", form, level, upper=upper, angle=turned)
         if not findings:
@@ -255,7 +287,9 @@ def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
     factors = np.concatenate([[1.0], np.repeat(1.0, len(knots) - 2)])
     factors[1 : len(knots) - 2] = drawn["proportions"][: len(knots) - 3]
     z = np.linspace(knots[0], knots[-1], 321)
-    stretch = drawn["stature"] * factors[np.clip(np.searchsorted(knots, z) - 1, 0, len(factors) - 1)]
+    stretch = (
+        drawn["stature"] * factors[np.clip(np.searchsorted(knots, z) - 1, 0, len(factors) - 1)]
+    )
     kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2.0) ** 2)
     stretch = np.convolve(np.pad(stretch, 6, "edge"), kernel / kernel.sum(), "valid")
     # Integrated from the scan's lower end, which stays in place.
@@ -291,9 +325,7 @@ def build_finding(finding: dict, bodies: list[Vertebra], discs: list[Disc]) -> l
         case "Surgical implant":
             return make.implant(bodies[level : level + finding["count"]], form)
         case _:
-            return make.osteophyte(
-                discs[level], severity, form, finding["upper"], finding["angle"]
-            )
+            return make.osteophyte(discs[level], severity, form, finding["upper"], finding["angle"])
 
 
 def render_film(plan: dict, number: int, anatomy: Anatomy) -> Film:
@@ -391,12 +423,8 @@ def _twin(
     else:
         others = [lesion for lesion in everything if lesion not in group]
         with_it, without = (scene.paths(view, ls, block) for ls in (everything, others))
-        changed = Paths(
-            *(
-                np.maximum(getattr(paths, part)[where] - getattr(with_it, part) + getattr(without, part), 0.0)
-                for part in ("soft", "bone", "metal")
-            )
-        )
+        before, here, there = (vars(p) for p in (paths, with_it, without))
+        changed = Paths(*(np.maximum(before[k][where] - here[k] + there[k], 0.0) for k in before))
         twin = -np.log(transmission(changed))
         difference = np.percentile(np.abs(dense[where] - twin)[solid[where]], 95)
         around = cv2.dilate(solid.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
@@ -540,10 +568,14 @@ def write_cohort(
     todo = [plan for plan in plans if not _record(partial, plan).is_file()]
     done = patients - len(todo)
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for _ in pool.map(_render_patient, [partial] * len(todo), todo):
-            done += 1
-            if progress:
-                progress(done, patients)
+        try:
+            for _ in pool.map(_render_patient, [partial] * len(todo), todo):
+                done += 1
+                if progress:
+                    progress(done, patients)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
+            raise
     manifest = _assemble(partial, plans, patients, seed)
     if out.is_dir():
         out.rmdir()

@@ -153,7 +153,9 @@ class Scene:
             )
         ]
         across = torch.from_numpy((column[None, :] * wider[:, None]).astype(np.float32))
-        cos, sin = (torch.from_numpy(f(turn).astype(np.float32))[..., None] for f in (np.cos, np.sin))
+        cos, sin = (
+            torch.from_numpy(f(turn).astype(np.float32))[..., None] for f in (np.cos, np.sin)
+        )
         fixed = np.cos(view.angle_rad), np.sin(view.angle_rad)
         # The beam runs to the back (-y) at angle 0 and to the left (+x) at a right angle.
         away = [offset[i] - moved[i] - middle[i] for i in (0, 1)]
@@ -202,7 +204,9 @@ class Scene:
                 others = tuple(i for i in range(3) if i != axis)
                 where = np.flatnonzero(near.any(axis=others)) * every
                 if len(where):
-                    spans.append((max(int(where[0]) - every, 0), min(int(where[-1]) + every, count)))
+                    spans.append(
+                        (max(int(where[0]) - every, 0), min(int(where[-1]) + every, count))
+                    )
             found.append(Block(*spans) if spans else None)
         return found
 
@@ -248,12 +252,14 @@ class Scene:
             where = np.flatnonzero(near.any(axis=tuple({0, 1, 2} - {axis}))) * every
             if not len(where):
                 return None
-            slices.append(slice(max(int(where[0]) - every, 0), min(int(where[-1]) + 2 * every, size)))
+            slices.append(
+                slice(max(int(where[0]) - every, 0), min(int(where[-1]) + 2 * every, size))
+            )
         return tuple(slices)
 
 
 def _count(size_mm: float) -> int:
-    return int(round(size_mm / GRID_MM))
+    return round(size_mm / GRID_MM)
 
 
 def _slimmer(offset: Tensor, girth: float) -> Tensor:

@@ -47,12 +47,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import Markdown, display
 from myst_nb import glue
 
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.data import LESION_TYPES, PAPER_CODES, check_dataset, read_dataset
-from dernet_utils.figures import LESION_STYLE, show_boxes, show_film, use_style
+from dernet_utils.figures import show_boxes, show_film, use_style
 from dernet_utils.imaging import read_grey
 from dernet_utils.stats import bootstrap_by_study
 from dernet_utils.workspace import open_workspace
@@ -191,7 +190,10 @@ def draw_crop(ax: plt.Axes, box: pd.Series, title: str) -> None:
     side = min(side, *grey.shape)
     x, y = (
         np.clip((low + high) / 2 - side / 2, 0, limit - side)
-        for low, high, limit in ((box.xmin, box.xmax, grey.shape[1]), (box.ymin, box.ymax, grey.shape[0]))
+        for low, high, limit in (
+            (box.xmin, box.xmax, grey.shape[1]),
+            (box.ymin, box.ymax, grey.shape[0]),
+        )
     )
     show_film(ax, grey, title)
     show_boxes(ax, box.to_frame().T, names=False)
@@ -350,7 +352,9 @@ sns.stripplot(
     size=3, alpha=0.5, jitter=0.25, log_scale=True,
 )  # fmt: skip
 ax.axvline(100 * small_share, color="black", ls="--", lw=1.2)
-ax.annotate("small", (100 * small_share, -0.42), ha="right", xytext=(-5, 0), textcoords="offset points")
+ax.annotate(
+    "small", (100 * small_share, -0.42), ha="right", xytext=(-5, 0), textcoords="offset points"
+)
 ax.set(xlabel="box area, % of the film (logarithmic)", ylabel="")
 show("sizes", fig)
 
@@ -430,7 +434,9 @@ ours = {
     "imbalance": f"{r:.1f} : 1",
 }
 theirs = [5000, 8389 + 2078, 4129, 4260, "46.9 : 1"]
-pd.DataFrame({"paper and dataset (VinDr-SpineXR)": theirs, f"this run ({kind})": ours.values()}, index=ours)
+pd.DataFrame(
+    {"paper and dataset (VinDr-SpineXR)": theirs, f"this run ({kind})": ours.values()}, index=ours
+)
 
 # %% [markdown]
 # The paper writes of $N = 8{,}389$ radiographs where it describes the data, and of $N = 2{,}078$

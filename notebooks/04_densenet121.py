@@ -6,7 +6,6 @@
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
-#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -421,7 +420,7 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3))
 left.plot(history["epoch"], history["train_loss"], "o-", ms=3, label="learnt from")
 left.plot(history["epoch"], history["validation_loss"], "s--", ms=3, label="held out")
 left.axhline(np.log(2), color="0.4", lw=0.8, ls=":", label="always one half")
-top = max(1.5, history["train_loss"].max() * 1.1)
+top = max(1.5, 1.1 * history["train_loss"].max(), 1.1 * history["validation_loss"].iloc[-1])
 left.set(xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, top))
 left.legend(fontsize=8)
 right.plot(history["epoch"], history["validation_auroc"], "s--", ms=3, color="C1")
@@ -454,7 +453,7 @@ glue("c04-epochs", recipe.epochs, display=False)
 # In {numref}`fig:densenet-curve` the loss of an image learnt from is measured with augmentation
 # and while the weights move, the held-out one at the end of the epoch. Early held-out losses jump:
 # in evaluation mode batch normalisation relies on running means that still trail behind the
-# weights. They settle as the cosine shortens the steps.
+# weights. Given enough epochs they settle as the cosine shortens the steps.
 
 # %% [markdown]
 # ## The threshold, chosen on the held-out fold
@@ -469,7 +468,8 @@ glue("c04-epochs", recipe.epochs, display=False)
 y_held_out = held_out["abnormal"].to_numpy()
 prob_held_out = triage.predict_triage(trained.network, held_out_sample.pixels)
 mirrored = held_out_sample.pixels[:8].flip(-1)
-assert np.allclose(triage.predict_triage(trained.network, mirrored), prob_held_out[:8])
+prob_mirrored = triage.predict_triage(trained.network, mirrored)
+assert np.allclose(prob_mirrored, prob_held_out[:8], atol=1e-4)
 tau = evaluate.youden_threshold(y_held_out, prob_held_out)
 out_of_fold = evaluate.auroc(y_held_out, prob_held_out)
 glue("c04-tau", f"{tau:.2f}", display=False)
@@ -523,9 +523,8 @@ test_sample = triage.Sample.load(test, recipe.image_px)
 prob_test = triage.predict_triage(trained.network, test_sample.pixels)
 abnormal = test["abnormal"].to_numpy()
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
-scores = evaluate.classification_table(
-    abnormal, prob_test, test["study_id"], tau, **draws
-)  # fmt: skip
+test_studies = test["study_id"]
+scores = evaluate.classification_table(abnormal, prob_test, test_studies, tau, **draws)
 scores.round(3)
 
 # %% [markdown]
@@ -542,7 +541,8 @@ pairs = prob_test[abnormal][:, None] - prob_test[~abnormal][None, :]
 by_pairs = (pairs > 0).mean() + (pairs == 0).mean() / 2
 assert np.isclose(by_pairs, scores.loc["auroc", "value"])
 interval = stats.Interval(**scores.loc["auroc"])
-assert interval.n_images == len(test) and interval.n_studies == test["study_id"].nunique()
+assert interval.n_images == len(test)
+assert interval.n_studies == test_studies.nunique()
 
 # %% tags=["hide-input", "remove-output"]
 band = evaluate.roc_band(abnormal, prob_test, test["study_id"], **draws)
@@ -589,7 +589,7 @@ def test_auroc(rows):
     return evaluate.auroc(abnormal[rows], prob_test[rows])
 
 
-by_study = stats.bootstrap_by_study(test_auroc, test["study_id"], **draws)
+by_study = stats.bootstrap_by_study(test_auroc, test_studies, **draws)
 by_image = stats.bootstrap_by_study(test_auroc, test["image_id"], **draws)
 assert by_study.value == by_image.value and by_study.low == interval.low
 print(f"by study {by_study:.3f}\nby image {by_image:.3f}")

@@ -128,13 +128,15 @@ def test_a_film_has_the_size_and_the_range_that_were_planned(abnormal, anatomy):
     film, drawn = cohort.render_film(abnormal, 0, anatomy), abnormal["views"][0]
     expected = [round(drawn[s] / drawn["spacing_mm"]) for s in ("height_mm", "width_mm")]
     assert list(film.grey.shape) == expected
-    assert 0.0 <= film.grey.min() and film.grey.max() <= 1.0 and film.grey.std() > 0.1
+    assert film.grey.min() >= 0.0 and film.grey.max() <= 1.0 and film.grey.std() > 0.1
     assert len(film.twins) == len(abnormal["findings"])
 
 
 def test_a_healthy_twin_differs_only_where_the_lesions_are(anatomy, abnormal):
     """Without its findings a film is the same, noise included, except about the shadows."""
-    metal = abnormal | {"findings": [f for f in abnormal["findings"] if f["type"] == "Surgical implant"]}
+    metal = abnormal | {
+        "findings": [f for f in abnormal["findings"] if f["type"] == "Surgical implant"]
+    }
     film, healthy = (
         cohort.render_film(plan, 0, anatomy) for plan in (metal, abnormal | {"findings": []})
     )
@@ -149,7 +151,12 @@ def test_a_healthy_twin_differs_only_where_the_lesions_are(anatomy, abnormal):
 )
 def test_a_dicom_file_gives_its_film_back(tmp_path, plans, photometric, voi, syntax):
     grey = np.linspace(0.0, 1.0, 64 * 48).reshape(64, 48)
-    drawn = plans[0]["views"][0] | {"photometric": photometric, "voi": voi, "syntax": syntax, "bits": 12}
+    drawn = plans[0]["views"][0] | {
+        "photometric": photometric,
+        "voi": voi,
+        "syntax": syntax,
+        "bits": 12,
+    }
     ids = {"study_id": "a" * 32, "series_id": "b" * 32, "image_id": "c" * 32}
     path = tmp_path / "film.dicom"
     cohort.write_dicom(path, grey, plans[0] | {"views": [drawn]}, 0, ids)
