@@ -337,7 +337,8 @@ def _settings(recipe: Recipe, kept: Path) -> dict:
         "warmup_bias_lr": 0.0,  # ultralytics' 0.1 is meant for SGD
         "box": 7.5, "cls": 0.5, "dfl": 1.5,  # paper, Eq. 4
         "mosaic": 1.0, "close_mosaic": 0,  # MosaicDecay closes it
-        "degrees": 5.0, "translate": 0.1, "scale": 0.5, "fliplr": 0.5, "flipud": 0.5,
+        "degrees": 5.0, "translate": 0.1, "scale": 0.5,
+        "fliplr": 0.5, "flipud": 0.0,  # no film hangs upside down
         "copy_paste": 0.2,  # moves outlines; boxes have none, so it does nothing here
         "hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.2,  # grey films; brightness as the classifiers'
         "augmentations": [], "mixup": 0.0, "cutmix": 0.0,

@@ -76,8 +76,8 @@ def _fade(distance: Tensor, near: float, far: float) -> Tensor:
     return t * t * (3.0 - 2.0 * t)
 
 
-def _chain(points: Points, places: np.ndarray, radii: np.ndarray) -> Tensor:
-    """Return the occupancy of a tapering tube through some places (mm, shape (n, 3))."""
+def _chain(points: tuple[Tensor, ...], places: np.ndarray, radii: np.ndarray) -> Tensor:
+    """Return the occupancy of a tapering tube through some places, mm, shape (n, 2 or 3)."""
     distance = torch.full(points[0].shape, torch.inf)
     for start, end, r0, r1 in zip(places, places[1:], radii, radii[1:], strict=False):
         along = end - start
@@ -208,7 +208,7 @@ def _body_region(body: Vertebra) -> Callable[[Points], Tensor]:
 
 
 def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float) -> list[Lesion]:
-    """A spur on a body's rim, next to a disc.
+    """A spur on a body's rim, next to a disc: a ridge along 40 to 75 degrees of it.
 
     Args:
         disc: The disc that the spur flanks.
@@ -220,31 +220,44 @@ def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float
     """
     body = disc.above if upper else disc.below
     toward = -1.0 if upper else 1.0  # the direction of the disc along `up`
-    out = np.cos(angle) * body.front + np.sin(angle) * body.left
-    rim = (np.cos(angle) ** 2 / body.depth_mm**2 + np.sin(angle) ** 2 / body.width_mm**2) ** -0.5
-    length = 3.0 + 8.0 * severity
-    root = body.centre_mm + out * (rim / 2 - 1.5) + body.up * toward * (body.height_mm / 2 - 1.5)
+    length, thick = 3.0 + 8.0 * severity, 1.8 + 1.4 * severity
+    arc = 0.35 + 0.30 * severity  # half of the stretch of rim that it grows on, radians
     reach = {"claw": 0.75, "traction": 0.9, "bridging": 0.8}[form] * length
     rise = {"claw": 0.65, "traction": 0.05, "bridging": 0.4}[form] * length
-    middle = root + out * reach * 0.7 + body.up * toward * rise * 0.2
-    tip = root + out * reach + body.up * toward * rise
-    places = [root, middle, tip]
-    thick = 1.8 + 1.4 * severity
-    radii = [thick, 0.8 * thick, 0.35 * thick]
+    # Its section through the rim: (outward, toward the disc) in mm from the rim's edge.
+    section = np.array([[-1.5, -1.5], [0.7 * reach, 0.2 * rise], [reach, rise]])
+    radii = np.array([thick, 0.8 * thick, 0.35 * thick])
     if form == "bridging":
-        other = disc.below if upper else disc.above
-        end = other.centre_mm + out * (rim / 2 - 1.0)
-        places += [end - other.up * toward * (other.height_mm / 2 - 3.0)]
-        radii = [thick, 0.8 * thick, 0.8 * thick, 0.7 * thick]
-    places, radii = np.array(places), np.array(radii)
-    centre = places.mean(axis=0)
-    size = float(np.linalg.norm(places - centre, axis=1).max()) + thick + 1.0
-    return [
-        Lesion(
-            "Osteophytes", form, body.name, severity, centre, size, size,
-            region=lambda points: _chain(points, places, radii), fill=BONE,
-        )
-    ]  # fmt: skip
+        section = np.vstack([section, [-1.0, disc.height_mm + 3.0]])
+        radii = np.array([thick, 0.8 * thick, 0.8 * thick, 0.7 * thick])
+
+    def region(points: Points) -> Tensor:
+        left, front, up = _frame(points, body)
+        turned = torch.atan2(left, front) - angle
+        turned = torch.atan2(turned.sin(), turned.cos())
+        out = (left**2 + front**2).sqrt() - _rim(body, torch.atan2(left, front))
+        # A ridge: highest in its middle, level with the rim at its ends.
+        taper = (1.0 - (turned / arc) ** 2).clamp(min=0.0).sqrt()
+        place = (out + (1.0 - taper) * (reach + thick), toward * up - body.height_mm / 2)
+        return _chain(place, section, radii) * (turned.abs() < arc)
+
+    rim = float(_rim(body, torch.tensor(angle)))
+    out = np.cos(angle) * body.front + np.sin(angle) * body.left
+    middle = section.mean(axis=0)
+    centre = (
+        body.centre_mm
+        + out * (rim + middle[0])
+        + body.up * toward * (body.height_mm / 2 + middle[1])
+    )
+    size = float(np.hypot(*np.abs(section - middle).max(axis=0)) + thick + rim * np.sin(arc))
+    name = "Osteophytes"
+    return [Lesion(name, form, body.name, severity, centre, size, size, region, fill=BONE)]
+
+
+def _rim(body: Vertebra, angle: Tensor) -> Tensor:
+    """Return how far a body's wall is from its axis at an angle from the front, mm."""
+    front, left = angle.cos() / (body.depth_mm / 2), angle.sin() / (body.width_mm / 2)
+    return (front**2 + left**2) ** -0.5
 
 
 def foraminal_stenosis(disc: Disc, severity: float) -> list[Lesion]:

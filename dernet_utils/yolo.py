@@ -1,9 +1,9 @@
 """YOLO11-L in ultralytics' own trainer, with what this book changes in it.
 
-Five changes, each small enough to read: the loss (Eq. 6 in place of plain cross-entropy), the
-forward pass (channels last, bfloat16 where that is faster), the mosaic (its centre, and the epoch
-at which it stops), seeds that make an epoch depend on nothing but the epochs before it, and
-checkpoints without pickled code. ultralytics' ways to the network are closed before its import.
+Four changes, each small enough to read: the forward pass (channels last, bfloat16 where that is
+faster), the mosaic (its centre, and the epoch at which it stops), seeds that make an epoch depend
+on nothing but the epochs before it, and checkpoints without pickled code. ultralytics' ways to
+the network are closed before its import.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional
 
 from dernet_utils.errors import DernetError
 from dernet_utils.workspace import PROJECT
@@ -39,48 +38,16 @@ from ultralytics.data.dataset import YOLODataset  # noqa: E402
 from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
 from ultralytics.nn.tasks import DetectionModel  # noqa: E402
 from ultralytics.utils import SETTINGS  # noqa: E402
-from ultralytics.utils.loss import v8DetectionLoss  # noqa: E402
 from ultralytics.utils.torch_utils import intersect_dicts  # noqa: E402
 
 if SETTINGS["sync"]:
     SETTINGS.update(sync=False)
 
-GAMMA = 2.0  # paper, Eq. 6
-ALPHA = 0.25  # the paper's companion code, and Lin et al. 2017
 CENTRE = (0.3, 0.7)  # paper, Algorithm 1, line 10: the mosaic's centre as a fraction of its width
-
-
-class FocalLoss(nn.Module):
-    """Eq. 6 for logits and soft targets, one value per anchor and class.
-
-    For a target y between 0 and 1, as YOLO's assigner gives, the cross-entropy is weighed by
-    ``(1 - p_t) ** GAMMA`` with ``p_t = y p + (1 - y) (1 - p)``, and by ``ALPHA`` for the
-    lesion's part of the target, ``1 - ALPHA`` for the background's.
-
-    >>> loss = FocalLoss()(torch.zeros(1), torch.ones(1))  # p = 0.5: 0.25 * 0.5 ** 2 * log 2
-    >>> round(float(loss), 4)
-    0.0433
-    """
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss, same shape as `logits` (any) and `targets` in [0, 1]."""
-        cross_entropy = functional.binary_cross_entropy_with_logits(
-            logits, targets, reduction="none"
-        )
-        p = logits.sigmoid()
-        p_t = targets * p + (1 - targets) * (1 - p)
-        alpha_t = targets * ALPHA + (1 - targets) * (1 - ALPHA)
-        return alpha_t * (1 - p_t) ** GAMMA * cross_entropy
 
 
 class Detector(DetectionModel):
     """YOLO11-L whose forward pass may run in bfloat16 while its loss stays in float32."""
-
-    def init_criterion(self) -> v8DetectionLoss:
-        """Return CIoU, DFL and the focal loss in place of ultralytics' plain cross-entropy."""
-        criterion = v8DetectionLoss(self)
-        criterion.bce = FocalLoss()
-        return criterion
 
     def loss(self, batch: dict, preds: dict | None = None) -> tuple[torch.Tensor, dict]:
         """Return Eq. 4's three terms times the batch size, and the terms by name.

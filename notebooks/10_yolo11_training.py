@@ -189,6 +189,12 @@ assert np.allclose(returned, [[0, 0, film["width"], film["height"]]])
 # $\mathcal{L}_{DFL}$ treats each edge as a distribution over 16 distances, since the edge of an
 # osteophyte is not one line {cite}`li2020`.
 #
+# ```{admonition} One departure
+# :class: note
+# In this edition the middle term is YOLO11's own, plain binary cross-entropy, in place of the focal
+# loss; the weights are the paper's. {ref}`page:deviations` lists this with the other departures.
+# ```
+#
 # What the trainer uses must be this sum. We give the network a small batch of noise with one box a
 # film, take the three terms without weights, and add them by hand.
 
@@ -300,7 +306,7 @@ plt.close(fig)
 # ```
 #
 # In {numref}`fig:mosaic`, each view is also turned by up to 5°, moved by up to a tenth, scaled by
-# half to one and a half, flipped either way with probability one half, and made up to a fifth
+# half to one and a half, flipped left to right with probability one half, and made up to a fifth
 # brighter or darker. Boxes follow, and a box of which less than a tenth remains is dropped.
 # (The companion code's *copy-paste* needs outlines, not boxes; asked for on boxes, ultralytics does
 # nothing. We ask for it too, so that the settings agree, and say here that it has no effect.)
