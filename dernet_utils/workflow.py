@@ -279,6 +279,8 @@ def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
         "DERNET_PROFILE": workspace.profile.name,
         "DERNET_RUNS": str(workspace.folder.parent),
         "OMP_NUM_THREADS": str(threads),
+        # A thread that waits sleeps: spinning ones stall one another where chapters run abreast.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         # The run is offline: nothing looks for newer versions, weights or fonts.
         "YOLO_OFFLINE": "1",

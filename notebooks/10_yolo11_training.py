@@ -91,8 +91,8 @@ for key, value in {
 
 # %% [markdown]
 # Of the training studies, fold 0 is held out: the learning curve is drawn on its
-# {glue:text}`c10-validation` films, and the numbers of the profile (image size, epochs, learning
-# rate) were chosen on such films, never on test films. The network learns from the other
+# {glue:text}`c10-validation` films. The numbers of the profile (image size, epochs, learning rate)
+# were set to fit the time, without a look at a test film. The network learns from the other
 # {glue:text}`c10-training`. The test split waits, {glue:text}`c10-test` {glue:text}`c10-kind` of
 # {glue:text}`c10-test-studies` studies.
 #
@@ -631,4 +631,4 @@ pd.Series({"mean of seven": all_seven, "without Other lesions": without_other}).
 #   that do.
 # - AP is the mean height of a precision-recall curve. It needs enough boxes to mean something, so
 #   read its interval before its value.
-# - Size, epochs and learning rate were chosen on fold 0. The test split was used once, here.
+# - Size, epochs and learning rate were set before the test split was used. It was used once, here.
