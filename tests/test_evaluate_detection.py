@@ -137,11 +137,15 @@ def test_iou_of_boxes_without_an_area_is_zero():
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_weights_equal_films_counted_again(seed):
-    """A film drawn twice is two films: the shortcut of the bootstrap changes nothing."""
+    """A film drawn twice is two films: the shortcut of the bootstrap changes nothing.
+
+    Scores differ here: the order of equal ones is arbitrary, and with it their precision.
+    """
     rng = np.random.default_rng(seed)
     films = [f"{i}" for i in range(5)]
     truth = random_boxes(rng, films, most=4)
     predictions = random_boxes(rng, films, most=6, scored=True)
+    predictions["score"] = rng.permutation(len(predictions)) / max(len(predictions), 1)
     from dernet_utils.evaluate import _areas
 
     counts = rng.integers(0, 3, len(films))
