@@ -320,8 +320,7 @@ show("imbalance", fig)
 #
 # The paper calls a lesion small when it covers less than 1 % of the field of view. The relative
 # area of a box is $a = (x_{max} - x_{min})(y_{max} - y_{min}) / (W H)$, with $W$ and $H$ the width
-# and height of its film in pixels. The sizes of the films are in the files' headers, which the image
-# cache also keeps; here they are read from the decoded images.
+# and height of its film in pixels.
 
 # %%
 size_of = {row.image_id: read_grey(row.path).shape for row in images.itertuples()}
@@ -342,7 +341,7 @@ share = bootstrap_by_study(
 )
 glue("c01-small", f"{share:.2f}", display=False)
 glue("c01-median-area", f"{100 * train.a.median():.2f} %", display=False)
-share
+print(f"share of small boxes: {share:.2f}")
 
 # %% tags=["hide-input", "remove-output"]
 order = train.groupby("lesion_type").a.median().sort_values().index
@@ -508,9 +507,9 @@ bootstrap_by_study(ratio, train.study_id.to_numpy(), workspace.profile.bootstrap
 # ```{solution} ex-data-small
 # :class: dropdown
 #
-# Osteophytes mostly stay small, most other types leave the regime. And no: 1 % of a tightly collimated
-# film is a smaller lesion than 1 % of a film of the whole spine. A border in square millimetres
-# would need the pixel spacing, which real files do not always carry.
+# Only part of the osteophytes stays small; most other types leave the regime. And no: 1 % of a
+# tightly collimated film is a smaller lesion than 1 % of a film of the whole spine. A border in
+# square millimetres would need the pixel spacing, which real files do not always carry.
 # ```
 #
 # ```{exercise} One reader
@@ -535,7 +534,7 @@ bootstrap_by_study(ratio, train.study_id.to_numpy(), workspace.profile.bootstrap
 #
 # - A dataset is read through checks, and its problems are listed with file and row.
 # - Splits, folds and intervals go by study. An image is not an observation of its own.
-# - The types are uneven by more than an order of magnitude, and most boxes cover less than 1 % of
-#   the film. Averages over boxes hide the rare types.
+# - The types are uneven by more than an order of magnitude, and a typical box covers about a
+#   hundredth of the film. Averages over boxes hide the rare types.
 # - Lesions come together. What a network has used to call a film abnormal is a question of its
 #   own.
