@@ -5,7 +5,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from myst_nb import glue
 
 # One colour a lesion type, the same in every chapter: Okabe and Ito's palette, distinguishable
 # with any colour vision; each also has its own dash, so that a grey print is legible.
@@ -33,6 +35,17 @@ def use_style() -> None:
             "image.cmap": "gray",
         }
     )
+
+
+def show_figure(key: str, fig: Figure) -> None:
+    """Show a figure in the notebook, and hand it to the book under a key.
+
+    Args:
+        key: Name for MyST's ``glue:figure``, such as ``c01-fig-sizes``.
+        fig: The figure; it is closed.
+    """
+    glue(key, fig)
+    plt.close(fig)
 
 
 def show_film(ax: Axes, grey: np.ndarray, title: str = "") -> None:

@@ -51,17 +51,10 @@ from myst_nb import glue
 
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.data import LESION_TYPES, PAPER_CODES, check_dataset, read_dataset
-from dernet_utils.figures import show_boxes, show_film, use_style
+from dernet_utils.figures import show_boxes, show_figure, show_film, use_style
 from dernet_utils.imaging import read_grey
 from dernet_utils.stats import bootstrap_by_study
 from dernet_utils.workspace import open_workspace
-
-
-def show(key: str, fig: plt.Figure) -> None:
-    """Show a figure here, and hand it to the book under its key."""
-    glue(f"c01-fig-{key}", fig)
-    plt.close(fig)
-
 
 # %%
 workspace = open_workspace(profile)
@@ -212,7 +205,7 @@ grey = read_grey(normal.path)
 side = min(grey.shape)
 show_film(axes.flat[-1], grey, "(h) Normal")
 axes.flat[-1].set(xlim=(0, side), ylim=(grey.shape[0] / 2 + side / 2, grey.shape[0] / 2 - side / 2))
-show("examples", fig)
+show_figure("c01-fig-examples", fig)
 
 # %% [markdown]
 # ```{glue:figure} c01-fig-examples
@@ -238,7 +231,7 @@ fig, axes = plt.subplots(1, 4, figsize=(11, 4.6))
 for ax, row in zip(axes, few.itertuples(), strict=False):
     show_film(ax, read_grey(row.path), f"{row.boxes} boxes")
     show_boxes(ax, boxes[boxes.image_id == row.image_id])
-show("films", fig)
+show_figure("c01-fig-films", fig)
 
 # %% [markdown]
 # ```{glue:figure} c01-fig-films
@@ -299,7 +292,7 @@ for bars, hatch in zip(ax.containers, ("//", ""), strict=True):
         bar.set_hatch(hatch)
 ax.set(xscale="log", xlabel="share of training boxes, % (logarithmic)", ylabel="")
 ax.legend(loc="lower right")
-show("imbalance", fig)
+show_figure("c01-fig-imbalance", fig)
 
 # %% [markdown]
 # ```{glue:figure} c01-fig-imbalance
@@ -355,7 +348,7 @@ ax.annotate(
     "small", (100 * small_share, -0.42), ha="right", xytext=(-5, 0), textcoords="offset points"
 )
 ax.set(xlabel="box area, % of the film (logarithmic)", ylabel="")
-show("sizes", fig)
+show_figure("c01-fig-sizes", fig)
 
 # %% [markdown]
 # ```{glue:figure} c01-fig-sizes
@@ -391,7 +384,7 @@ sns.heatmap(given, annot=together, fmt="d", cmap="Blues", vmin=0, vmax=1, ax=ax,
             cbar_kws={"label": "share of the row's images"})  # fmt: skip
 ax.tick_params(axis="x", rotation=40)
 plt.setp(ax.get_xticklabels(), ha="right")
-show("together", fig)
+show_figure("c01-fig-together", fig)
 
 # %% [markdown]
 # ```{glue:figure} c01-fig-together

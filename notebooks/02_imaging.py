@@ -55,7 +55,7 @@ from myst_nb import glue
 
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.data import read_dataset
-from dernet_utils.figures import show_film, use_style
+from dernet_utils.figures import show_figure, show_film, use_style
 from dernet_utils.imaging import (
     cache_images,
     clahe,
@@ -66,13 +66,6 @@ from dernet_utils.imaging import (
 )
 from dernet_utils.stats import bootstrap_by_study
 from dernet_utils.workspace import open_workspace
-
-
-def show(key: str, fig: plt.Figure) -> None:
-    """Show a figure here, and hand it to the book under its key."""
-    glue(f"c02-fig-{key}", fig)
-    plt.close(fig)
-
 
 workspace = open_workspace(profile)
 use_style()
@@ -209,7 +202,7 @@ show_film(axes[1], 255.0 * (s - s.min()) / np.ptp(s), "as stored")
 show_film(axes[2], 255 * window(m, w_c, w_w), "windowed")
 show_film(axes[3], grey, "as read")
 show_film(axes[4], 255 * other_view, "narrower window")
-show("pipeline", fig)
+show_figure("c02-fig-pipeline", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-pipeline
@@ -311,7 +304,7 @@ for ax, picture in ((axes[1], grey), (axes[3], flat)):
     steps.plot(np.cumsum(np.bincount(picture.ravel(), minlength=256)) / picture.size, "C0", lw=2)
     steps.set(ylabel="CDF / (M·N)", ylim=(0, 1.02))
     steps.grid(False)
-show("global", fig)
+show_figure("c02-fig-global", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-global
@@ -432,7 +425,7 @@ axes[2].plot(tables_of(clipped)[r, k], "C0--", lw=2, label="with limit")
 axes[2].set(xlabel="grey level", ylabel="grey level, enhanced", xlim=(0, 255), ylim=(0, 260))
 for ax in axes[1:]:
     ax.legend(fontsize=8)
-show("clip", fig)
+show_figure("c02-fig-clip", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-clip
@@ -508,7 +501,7 @@ unblended = T[i // M, j // N, grey]
 titles = ("as read", "tiles alone", "tiles, clipped", "tiles, clipped, blended")
 for ax, picture, title in zip(axes, (grey, blocky, unblended, enhanced), titles, strict=True):
     show_film(ax, picture, title)
-show("steps", fig)
+show_figure("c02-fig-steps", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-steps
@@ -560,7 +553,7 @@ fig, axes = plt.subplots(2, 3, figsize=(10.5, 7.4))
 for ax, tau in zip(axes.flat, limits_shown, strict=True):
     picture = grey if tau is None else clahe_by_hand(grey, tau, tiles)
     show_film(ax, picture[crop], "as read" if tau is None else f"τ = {tau:g}")
-show("limits", fig)
+show_figure("c02-fig-limits", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-limits
@@ -661,7 +654,7 @@ ax1.set_ylim(0.8, 1.3 * max(x.high for x in table["noise"]))
 ax1.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
 ax1.minorticks_off()
 ax2.set(ylabel="gain of contrast / gain of noise")
-show("measured", fig)
+show_figure("c02-fig-measured", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-measured

@@ -56,7 +56,7 @@ from dernet_utils.errors import DernetError
 
 # %%
 from dernet_utils.evaluate import auroc
-from dernet_utils.figures import show_film, use_style
+from dernet_utils.figures import show_figure, show_film, use_style
 from dernet_utils.imaging import cache_images, load_cached
 from dernet_utils.stats import bootstrap_by_study
 from dernet_utils.workspace import open_workspace
@@ -253,10 +253,9 @@ for f in range(F):
     ax.text(f, bottom[f], text, ha="center", va="bottom", fontsize=8)
 ax.set(xlabel="fold", ylabel="images", xticks=range(F), ylim=(0, bottom.max() * 1.15))
 ax.legend(loc="lower right", framealpha=1)
-glue("c03-fig-folds", fig, display=False)
 glue("c03-within", f"{within:.0%}", display=False)
 glue("c03-across", f"{across:.0%}", display=False)
-plt.close(fig)
+show_figure("c03-fig-folds", fig)
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-folds
@@ -330,9 +329,8 @@ for ax, dealt, title in zip(axes, (fold, image_fold), ("by study", "by image"), 
     ax.set_yticklabels(range(1, len(shown) + 1))
     ax.grid(visible=False)
 axes[0].set_ylabel("study")
-glue("c03-fig-deals", fig, display=False)
 glue("c03-shown", len(shown), display=False)
-plt.close(fig)
+show_figure("c03-fig-deals", fig)
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-deals
@@ -428,13 +426,12 @@ for column, i in zip(axes.T, chosen, strict=True):
     show_film(column[0], load_cached(cached["path"][i]), "film")
     whose = "of its own study" if own[i] else "of another study"
     show_film(column[1], load_cached(cached["path"][nearest[i]]), whose)
-glue("c03-fig-nearest", fig, display=False)
 glue("c03-n-nearest", len(chosen), display=False)
 glue("c03-recognised", f"{recognised:.2f}", display=False)
 glue("c03-by-chance", f"{(siblings[has] / (len(train) - 1)).mean():.3f}", display=False)
 glue("c03-nearer", f"{np.median(nearer):.0%}", display=False)
 glue("c03-n-has", len(has), display=False)
-plt.close(fig)
+show_figure("c03-fig-nearest", fig)
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-nearest
@@ -540,7 +537,7 @@ def gain(name, rows):
 flattery = {name: interval(lambda rows, name=name: gain(name, rows)) for name in learners}
 
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "remove-output"]
 def verdict(difference):
     """Say in words where the interval of a difference lies."""
     if difference.low > 0:
@@ -568,8 +565,7 @@ ax.axvline(0.5, color="grey", linestyle=":", label="a coin")
 ax.set(yticks=range(len(learners)), yticklabels=list(learners), ylim=(1.6, -0.6))
 ax.set_xlabel("AUROC, out of fold")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-glue("c03-fig-leak", fig, display=False)
-plt.close(fig)
+show_figure("c03-fig-leak", fig)
 
 table = pd.DataFrame(
     {f"dealt {way}": [f"{score[name, way]:.2f}" for name in learners] for way in ways},
@@ -655,11 +651,10 @@ ax.set(xscale="log", xticks=tries, xlabel="candidates tried", ylabel="mean AUROC
 ax.set_xticklabels(tries)
 ax.minorticks_off()
 ax.legend()
-glue("c03-fig-optimism", fig, display=False)
 glue("c03-reported", f"{reported[-1]:.2f}", display=False)
 glue("c03-true", f"{true[-1]:.2f}", display=False)
 glue("c03-n-played", len(played), display=False)
-plt.close(fig)
+show_figure("c03-fig-optimism", fig)
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-optimism

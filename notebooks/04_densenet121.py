@@ -50,16 +50,9 @@ from myst_nb import glue
 from dernet_utils import evaluate, stats, triage
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.data import load_folds, read_dataset
-from dernet_utils.figures import show_film, use_style
+from dernet_utils.figures import show_figure, show_film, use_style
 from dernet_utils.imaging import cache_images, load_cached
 from dernet_utils.workspace import open_workspace
-
-
-def show(key: str, fig: plt.Figure) -> None:
-    """Show a figure here, and hand it to the book under its key."""
-    glue(f"c04-fig-{key}", fig)
-    plt.close(fig)
-
 
 # %%
 workspace = open_workspace(profile)
@@ -161,7 +154,7 @@ show_film(axes[0, 0], film, f"enhanced film, {film.shape[0]} × {film.shape[1]} 
 show_film(axes[0, 1], train_sample.pixels[shown, 0].numpy(), "as a square")
 for number, ax in enumerate(axes.flat[2:]):
     show_film(ax, variants[number, 0].numpy() * 255, f"variant {number + 1}")
-show("input", fig)
+show_figure("c04-fig-input", fig)
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-input
@@ -298,7 +291,7 @@ for number, start, layers in zip((1, 2, 3, 4), starts, (6, 12, 24, 16), strict=T
     ax.axvspan(start, start + layers, color="0.9" if number % 2 else "0.8", zorder=0)
     ax.text(start + layers / 2, 1080, f"block {number}", ha="center", fontsize=9)
 ax.set(xlabel="dense layer or transition, from input to output", ylabel="channels", ylim=(0, 1180))
-show("widths", fig)
+show_figure("c04-fig-widths", fig)
 glue("c04-parameters", f"{total:,}", display=False)
 glue("c04-share", f"{share:.0%}", display=False)
 
@@ -429,7 +422,7 @@ right.set(xlabel="epoch", ylabel="AUROC, held out", ylim=(0, 1.04))
 for ax in (left, right):
     ax.xaxis.get_major_locator().set_params(integer=True)
 fig.get_layout_engine().set(wspace=0.08)
-show("curve", fig)
+show_figure("c04-fig-curve", fig)
 above = int((history["validation_loss"] > top).sum())
 glue("c04-above", f"{above} of {len(history)} epochs", display=False)
 
@@ -499,7 +492,7 @@ ax.hist(
 ax.axvline(tau, color="black", ls="--", label=f"threshold {tau:.2f}")
 ax.set(xlabel="probability of abnormal", ylabel="images", xlim=(0, 1))
 ax.legend(fontsize=8)
-show("threshold", fig)
+show_figure("c04-fig-threshold", fig)
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-threshold
@@ -555,7 +548,7 @@ point = scores["value"]
 ax.plot(1 - point["specificity"], point["sensitivity"], "k*", ms=12, label=f"threshold {tau:.2f}")
 ax.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
 ax.legend(fontsize=8, loc="lower right")
-show("roc", fig)
+show_figure("c04-fig-roc", fig)
 
 glue("c04-bootstrap", f"{numbers.bootstrap:,}", display=False)
 glue("c04-auroc", f"{interval:.2f}", display=False)
@@ -632,7 +625,7 @@ for ax, (name, rows) in zip(axes.flat, answers.items(), strict=True):
         film = load_cached(test["path"].iloc[surest])
         found = test["boxes"].iloc[surest]
         show_film(ax, film, f"{name}\nprobability {prob_test[surest]:.2f}, {found} boxes")
-show("examples", fig)
+show_figure("c04-fig-examples", fig)
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-examples
@@ -688,7 +681,7 @@ for ax, (number, table) in zip(axes.flat, tables.items(), strict=True):
     ax.grid(False)
 fig.get_layout_engine().set(wspace=0.08, hspace=0.06)
 fig.colorbar(shown, ax=axes, shrink=0.6, label="mean |weight|, relative to the layer's")
-show("reuse", fig)
+show_figure("c04-fig-reuse", fig)
 spread = np.nanmax(tables[4]) - np.nanmin(tables[4])
 glue("c04-reuse-spread", f"{spread:.2f}", display=False)
 

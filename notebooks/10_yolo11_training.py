@@ -57,7 +57,7 @@ from dernet_utils.cohort import ensure_cohort
 from dernet_utils.data import CORNERS, LESION_TYPES, PAPER_CODES, load_folds, read_dataset
 
 # %%
-from dernet_utils.figures import LESION_STYLE, show_boxes, show_film, use_style
+from dernet_utils.figures import LESION_STYLE, show_boxes, show_figure, show_film, use_style
 from dernet_utils.imaging import cache_images, load_cached
 from dernet_utils.triage import starting_weights
 from dernet_utils.workspace import open_workspace
@@ -293,8 +293,7 @@ words = {True: "with mosaic", False: "without mosaic"}
 fig = draw_views(
     {f"epoch {t}, {words[shows_mosaic(t, recipe.mosaic_until)]}": views(t) for t in (1, T_max)}
 )
-glue("c10-fig-mosaic", fig, display=False)
-plt.close(fig)
+show_figure("c10-fig-mosaic", fig)
 
 # %% [markdown]
 # ```{glue:figure} c10-fig-mosaic
@@ -350,8 +349,7 @@ for ax, label in ((ax_loss, "training loss, weighted"), (ax_map, "validation mAP
     ax.set(xlabel="epoch", ylabel=label, ylim=(0, None), xlim=(0.5, T_max + 0.5))
     ax.axvspan(0.5, sum(schedule) + 0.5, color="0.9", zorder=0, label="with mosaic")
 ax_loss.legend(fontsize=8)
-glue("c10-fig-learning", fig, display=False)
-plt.close(fig)
+show_figure("c10-fig-learning", fig)
 
 # %% [markdown]
 # ```{glue:figure} c10-fig-learning
@@ -399,8 +397,7 @@ axes[1, 0].set_title("found", loc="left")
 lines = [plt.Line2D([], [], color=c, ls=d) for c, d in LESION_STYLE.values()]
 place = {"loc": "outside lower center", "ncols": 4, "fontsize": 8}
 fig.legend(lines, LESION_STYLE, facecolor="0.35", labelcolor="w", **place)
-glue("c10-fig-found", fig, display=False)
-plt.close(fig)
+show_figure("c10-fig-found", fig)
 
 # %% [markdown]
 # ```{glue:figure} c10-fig-found
@@ -462,8 +459,7 @@ for number, name in enumerate(t for t in LESION_TYPES if (truth["lesion_type"] =
 ax.set(xlabel="recall", ylabel="best precision at this recall or beyond")
 ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
 ax.legend(fontsize=8)
-glue("c10-fig-pr", fig, display=False)
-plt.close(fig)
+show_figure("c10-fig-pr", fig)
 
 # %% [markdown]
 # ```{glue:figure} c10-fig-pr
@@ -501,8 +497,7 @@ for row, (name, score) in enumerate(shown.iterrows()):
     ax.plot(score["value"], row, "D" if name == "mAP" else "o", color="k")
 ax.set_yticks(range(len(shown)), labels)
 ax.set(xlabel=f"average precision at IoU {iou_match}", xlim=(-0.02, 1))
-glue("c10-fig-ap", fig, display=False)
-plt.close(fig)
+show_figure("c10-fig-ap", fig)
 
 # %% [markdown]
 # ```{glue:figure} c10-fig-ap
