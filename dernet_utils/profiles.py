@@ -57,7 +57,7 @@ PROFILES = {
         # A person's first run: from random weights, so the learning rate is higher than the
         # paper's, which starts from ImageNet and COCO.
         Profile(
-            name="laptop", patients=180, cache_px=640,
+            name="laptop", patients=360, cache_px=640,
             triage_px=128, triage_epochs=34, triage_batch=16, triage_lr=3e-4,
             detect_px=160, detect_epochs=16, detect_batch=6, detect_lr=1e-3, mosaic_until=4,
         ),

@@ -27,7 +27,7 @@ from dernet_utils.workspace import PROJECT, Workspace
 Report = Callable[[str], None]
 
 HEARTBEAT_S = 30  # ours: often enough to see that a training lives
-TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these takes every core
+TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
 MAX_THREADS = 8  # more help none of our networks
 
 
@@ -76,7 +76,7 @@ def _imports_of(path: Path, package: Path) -> set[str]:
 
 
 def is_training(name: str, project: Path = PROJECT) -> bool:
-    """Return whether a chapter trains a network, so that it wants the machine for itself."""
+    """Return whether a chapter trains a network, so that one core is not enough for it."""
     path = project / "notebooks" / f"{name}.py"
     return bool(modules_of(path, project / "dernet_utils") & TRAINING)
 
