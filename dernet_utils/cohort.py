@@ -411,9 +411,8 @@ def _twin(
     if group[0].metal:
         contrast = np.inf
     else:
-        others = [lesion for lesion in everything if lesion not in group]
-        with_it, without = (scene.paths(view, ls, block) for ls in (everything, others))
-        before, here, there = (vars(p) for p in (paths, with_it, without))
+        twins = scene.twins(view, everything, group, block)
+        before, here, there = (vars(p) for p in (paths, *twins))
         changed = Paths(*(np.maximum(before[k][where] - here[k] + there[k], 0.0) for k in before))
         twin = -np.log(transmission(changed))
         difference = np.percentile(np.abs(dense[where] - twin)[solid[where]], 95)

@@ -1,5 +1,6 @@
 """From a volume to a film: the patient's shape, the rays, Beer and Lambert, the detector."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -172,13 +173,24 @@ class Scene:
     def paths(self, view: View, lesions: list[Lesion], block: Block | None = None) -> Paths:
         """Integrate soft tissue, bone and metal along every ray of a block (default: the view)."""
         block = block or self.whole(view)
-        columns, steps = (high - low for low, high in (block.columns, block.steps))
-        at_once = max(1, SAMPLES // (columns * steps))
-        strips = []
-        for start in range(block.rows[0], block.rows[1], at_once):
-            rows = (start, min(start + at_once, block.rows[1]))
-            strips.append(self._strip(view, lesions, Block(rows, block.columns, block.steps)))
-        return Paths(*(np.concatenate(part) for part in zip(*strips, strict=True)))
+        return _join(self._integrate(*self._tissue(view, lesions, s)) for s in _strips(block))
+
+    def twins(
+        self, view: View, lesions: list[Lesion], finding: list[Lesion], block: Block
+    ) -> tuple[Paths, Paths]:
+        """Integrate a block twice: with all lesions, and with all but those of one finding."""
+        others = [lesion for lesion in lesions if lesion not in finding]
+        if any(lesion.move for lesion in finding):
+            return self.paths(view, lesions, block), self.paths(view, others, block)
+        # Nothing moves: the rays, and the tissue before any lesion is put in, are the same.
+        pairs = []
+        for strip in _strips(block):
+            density, points, near = self._tissue(view, lesions, strip)
+            rest = [(lesion, place) for lesion, place in near if lesion not in finding]
+            both = (near, density.clone()), (rest, density)
+            pairs.append([self._integrate(tissue, points, some) for some, tissue in both])
+        with_it, without = map(_join, zip(*pairs, strict=True))
+        return with_it, without
 
     def occupancy(
         self, view: View, lesion: Lesion, lesions: list[Lesion], block: Block
@@ -210,9 +222,13 @@ class Scene:
             found.append(Block(*spans) if spans else None)
         return found
 
-    def _strip(self, view: View, lesions: list[Lesion], block: Block) -> tuple:
-        """Integrate a few rows of rays."""
-        points = self.donor_places(view, block)
+    def _tissue(self, view: View, lesions: list[Lesion], strip: Block) -> tuple:
+        """Sample the moved tissue on a few rows of rays.
+
+        Returns:
+            Density (rows, steps, columns), the donor's places, and the lesions near with where.
+        """
+        points = self.donor_places(view, strip)
         near = [(lesion, self._near(points, lesion)) for lesion in lesions]
         near = [(lesion, place) for lesion, place in near if place]
         for lesion, place in near:
@@ -223,7 +239,10 @@ class Scene:
                     p[place] = q
         grid = [2.0 * p / size - 1.0 for p, size in zip(points, self.extent_mm, strict=True)]
         grid = torch.stack(grid, dim=-1)[None]
-        density = F.grid_sample(self.volume, grid, align_corners=True)[0, 0]
+        return F.grid_sample(self.volume, grid, align_corners=True)[0, 0], points, near
+
+    def _integrate(self, density: Tensor, points: tuple, near: list) -> tuple:
+        """Put lesions into the tissue, which is changed, and sum along the rays."""
         metal = torch.zeros(density.shape[0], density.shape[2])
         for lesion, place in near:
             if lesion.fill is None and not lesion.metal:
@@ -256,6 +275,20 @@ class Scene:
                 slice(max(int(where[0]) - every, 0), min(int(where[-1]) + 2 * every, size))
             )
         return tuple(slices)
+
+
+def _strips(block: Block) -> Iterator[Block]:
+    """Cut a block into strips of a few rows, each small enough to be sampled in one go."""
+    columns, steps = (high - low for low, high in (block.columns, block.steps))
+    at_once = max(1, SAMPLES // (columns * steps))
+    for start in range(block.rows[0], block.rows[1], at_once):
+        rows = (start, min(start + at_once, block.rows[1]))
+        yield Block(rows, block.columns, block.steps)
+
+
+def _join(strips: Iterable[tuple]) -> Paths:
+    """Put strips together again."""
+    return Paths(*(np.concatenate(part) for part in zip(*strips, strict=True)))
 
 
 def _count(size_mm: float) -> int:

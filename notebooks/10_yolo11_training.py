@@ -24,7 +24,7 @@
 # **You need** {ref}`chap:data` for boxes and lesion types and {ref}`chap:protocol` for folds by
 # study. No earlier acquaintance with detectors.
 #
-# **It takes** about twenty minutes to read. At the profile `laptop` it runs for ten to fifteen minutes
+# **It takes** about twenty minutes to read. At the profile `laptop` it runs for about a quarter of an hour
 # on two cores, nearly all of it training, and under a minute when the training is there already.
 # ```
 #

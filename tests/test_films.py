@@ -68,14 +68,33 @@ def test_a_block_is_a_part_of_the_whole(body):
     assert np.allclose(part.soft, whole.soft[3:21, 5:30], atol=1e-4)
 
 
-def test_metal_displaces_water(body):
+def ball(severity: float = 1.0, **how) -> Lesion:
+    """A ball of 8 mm in the middle of the cube."""
     centre = np.array([75.0, 75.0, 75.0])
 
-    def ball(points):
+    def region(points):
         square = sum((p - float(c)) ** 2 for p, c in zip(points, centre, strict=True))
         return (0.5 - (square.sqrt() - 8.0)).clamp(0.0, 1.0)
 
-    lesion = Lesion("Surgical implant", "ball", "L1", 1.0, centre, 10.0, 10.0, ball, metal=4.5)
+    return Lesion("Other lesions", "ball", "L1", severity, centre, 10.0, 10.0, region, **how)
+
+
+@pytest.mark.parametrize("how", [{"fill": 2000.0}, {"metal": 4.5}, {"move": lambda points: (
+    points[0], points[1], points[2] + 30.0)}])  # fmt: skip
+def test_twins_are_the_block_with_and_without(body, how):
+    finding, other = ball(0.2, **how), ball(0.7, fill=1400.0)
+    scene, view = scene_of(0.0, body), look()
+    block = Block((3, 40), (5, 50), scene.whole(view).steps)
+    twins = scene.twins(view, [finding, other], [finding], block)
+    for twin, lesions in zip(twins, ([finding, other], [other]), strict=True):
+        alone = scene.paths(view, lesions, block)
+        for name in ("soft", "bone", "metal"):
+            assert np.array_equal(getattr(twin, name), getattr(alone, name))
+    assert not np.array_equal(twins[0].soft, twins[1].soft)  # a mover carries the other along
+
+
+def test_metal_displaces_water(body):
+    lesion = ball(metal=4.5)
     scene = scene_of(0.0, body, [lesion])
     with_it, without = (scene.paths(look(), lesions) for lesions in ([lesion], []))
     middle = tuple(n // 2 for n in with_it.metal.shape)
