@@ -23,7 +23,7 @@ book: $(LOCKED) $(DONOR)
 	@$(BIN)/dernet run --profile "$(PROFILE)"
 
 test: $(LOCKED) $(DONOR)
-	@tools/system.sh chromium
+	@tools/system.sh chromium dciodvfy
 	@$(BIN)/python -m pytest -q
 
 lab: $(LOCKED) $(DONOR)

@@ -7,7 +7,7 @@ Modules import in one direction, from the bottom of this list to its top::
     workspace   where a run keeps its files
     folder, data    a VinDr-SpineXR folder as checked tables; folds by study
     imaging     DICOM, PNG, JPEG to 8-bit grey; CLAHE; the image cache
-    donor, anatomy, lesions, films, cohort    the virtual radiographs
+    donor, anatomy, lesions, films, dicom, cohort    the virtual radiographs
     stats       intervals by resampling studies
     evaluate    what a classifier's and a detector's answers are worth
     triage      normal or abnormal: networks, training, probabilities

@@ -20,20 +20,10 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from pydicom.dataset import Dataset as DicomDataset
-from pydicom.dataset import FileMetaDataset
-from pydicom.sequence import Sequence
-from pydicom.uid import (
-    DigitalXRayImageStorageForPresentation,
-    ExplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGLSLossless,
-    RLELossless,
-    generate_uid,
-)
 
 from dernet_utils import lesions as make
 from dernet_utils.anatomy import Disc, Vertebra, find_discs, find_vertebrae
+from dernet_utils.dicom import SYNTAXES, write_dicom
 from dernet_utils.donor import Donor, load_donor
 from dernet_utils.errors import DernetError
 from dernet_utils.films import (
@@ -444,84 +434,12 @@ def _put_marker(grey: np.ndarray, letter: str, rng: np.random.Generator) -> None
     grey += (0.97 - grey) * cv2.GaussianBlur(lead, (0, 0), 0.8)
 
 
-# ---------------------------------------------------------------- DICOM
-
-
-def _explicit(dataset: DicomDataset) -> None:
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-
-
-SYNTAXES = {
-    "raw": _explicit,
-    "rle": lambda dataset: dataset.compress(RLELossless, generate_instance_uid=False),
-    "jpeg2000": lambda dataset: dataset.compress(JPEG2000Lossless, generate_instance_uid=False),
-    "jpegls": lambda dataset: dataset.compress(JPEGLSLossless, generate_instance_uid=False),
-}
+# ---------------------------------------------------------------- the folder
 
 
 def identify(*parts: object) -> str:
     """Return 32 hexadecimal digits that depend on the parts alone."""
     return hashlib.md5("/".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
-
-
-def write_dicom(path: Path, grey: np.ndarray, plan: dict, number: int, ids: dict) -> None:
-    """Write a film as Digital X-Ray Image Storage - For Presentation (DICOM PS3.3, A.26)."""
-    drawn = plan["views"][number]
-    data = DicomDataset()
-    data.file_meta = FileMetaDataset()
-    data.file_meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    uid = generate_uid(entropy_srcs=[ids["image_id"]])
-    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = uid
-    data.SOPClassUID = DigitalXRayImageStorageForPresentation
-    data.StudyInstanceUID = generate_uid(entropy_srcs=[ids["study_id"]])
-    data.SeriesInstanceUID = generate_uid(entropy_srcs=[ids["series_id"]])
-    data.Modality, data.PresentationIntentType = "DX", "FOR PRESENTATION"
-    data.PatientName, data.PatientID = "", ids["study_id"][:16]
-    data.PatientAge, data.PatientSex = f"{plan['age']:03d}Y", plan["sex"]
-    data.StudyDate = data.StudyTime = data.AccessionNumber = data.ReferringPhysicianName = ""
-    data.StudyID = ""
-    data.SeriesNumber, data.InstanceNumber = 1, number + 1
-    data.Manufacturer = "virtual radiograph"
-    data.BodyPartExamined = "SPINE"
-    data.ViewPosition = "LL" if drawn["name"] == "LATERAL" else "AP"
-    data.ImageLaterality = "U"
-    data.ImageComments = "Virtual: computed from one donor CT. Not a patient."
-    data.ImageType = ["DERIVED", "PRIMARY"]
-    data.ImagerPixelSpacing = [f"{drawn['spacing_mm']:.4f}"] * 2
-    _put_pixels(data, grey, drawn)
-    SYNTAXES[drawn["syntax"]](data)
-    data.save_as(path, enforce_file_format=True)
-
-
-def _put_pixels(data: DicomDataset, grey: np.ndarray, drawn: dict) -> None:
-    """Store grey values (0 to 1) so that the file's own VOI and photometric give them back."""
-    bits = drawn["bits"]
-    top = 2**bits - 1
-    low, high = (0.05 * top, 0.80 * top) if drawn["voi"] == "window" else (0.0, top)
-    gamma = 1.6  # the VOI LUT's exponent
-    shown = 1.0 - grey if drawn["photometric"] == "MONOCHROME1" else grey
-    if drawn["voi"] == "lut":
-        shown = shown ** (1.0 / gamma)
-        curve = (np.linspace(0.0, 1.0, top + 1) ** gamma * top).round().astype("<u2")
-        table = DicomDataset()
-        table.add_new("LUTDescriptor", "US", [top + 1, 0, bits if bits > 8 else 16])
-        table.add_new("LUTData", "OW", curve.tobytes())
-        data.VOILUTSequence = Sequence([table])
-    if drawn["voi"] == "window":
-        data.WindowCenter, data.WindowWidth = f"{(low + high) / 2:.1f}", f"{high - low:.1f}"
-    stored = (low + shown * (high - low)).round().clip(0, top).astype("<u2")
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, drawn["photometric"]
-    data.PresentationLUTShape = "INVERSE" if drawn["photometric"] == "MONOCHROME1" else "IDENTITY"
-    data.Rows, data.Columns = stored.shape
-    data.BitsAllocated, data.BitsStored, data.HighBit = 16, bits, bits - 1
-    data.PixelRepresentation = 0
-    data.RescaleSlope, data.RescaleIntercept, data.RescaleType = "1", "0", "US"
-    data.BurnedInAnnotation, data.LossyImageCompression = "NO", "00"
-    data.PixelData = stored.tobytes()
-
-
-# ---------------------------------------------------------------- the folder
 
 
 def write_cohort(

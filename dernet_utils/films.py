@@ -15,7 +15,8 @@ from dernet_utils.lesions import Lesion
 
 GRID_MM = 0.7  # rays are this far apart in the plane of the spine
 STEP_MM = 2.0  # and are sampled this often along their way
-SOURCE_MM = 950.0  # focal spot to spine: 1,150 mm to the detector, the spine 200 mm before it
+SOURCE_MM = 950.0  # focal spot to spine
+DETECTOR_MM = 1150.0  # focal spot to detector: the spine is 200 mm before it
 MARGIN_MM = 14.0  # how far a lesion that moves tissue may carry another, or itself
 SAMPLES = 700_000  # in one go: bounds the memory, and fits the processor's cache
 

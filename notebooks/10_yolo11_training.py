@@ -183,9 +183,11 @@ assert np.allclose(returned, [[0, 0, film["width"], film["height"]]])
 #
 # ```{math}
 # :label: eq:total-loss
-# \mathcal{L}_{total} = \lambda_{box}\, \mathcal{L}_{CIoU} + \lambda_{cls}\, \mathcal{L}_{Focal}
-#     + \lambda_{dfl}\, \mathcal{L}_{DFL},
-# \qquad \lambda_{box} = 7.5,\ \lambda_{cls} = 0.5,\ \lambda_{dfl} = 1.5 .
+# \begin{aligned}
+# \mathcal{L}_{total} &= \lambda_{box}\, \mathcal{L}_{CIoU}
+#     + \lambda_{cls}\, \mathcal{L}_{Focal} + \lambda_{dfl}\, \mathcal{L}_{DFL}, \\
+# \lambda_{box} &= 7.5, \quad \lambda_{cls} = 0.5, \quad \lambda_{dfl} = 1.5 .
+# \end{aligned}
 # ```
 #
 # $\mathcal{L}_{CIoU}$ asks a predicted box to overlap the true one, to share its centre and its

@@ -1,7 +1,6 @@
 """The donor's landmarks, the plan of a cohort, its films, and the folder it becomes."""
 
 import json
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from dernet_utils import cohort
 from dernet_utils.data import LESION_TYPES, check_dataset, read_dataset, read_manifest
 from dernet_utils.donor import fetch_donor, load_donor
 from dernet_utils.errors import DernetError
-from dernet_utils.imaging import read_grey
 from dernet_utils.profiles import PROFILES
 from dernet_utils.workspace import Workspace
 
@@ -145,24 +143,6 @@ def test_a_twin_differs_only_behind_the_lesion(anatomy, abnormal):
         difference = np.abs(getattr(with_it, part) - getattr(without, part))
         assert difference[~behind].max() < 1e-4
         assert difference[behind].max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("photometric", "voi", "syntax"),
-    product(["MONOCHROME1", "MONOCHROME2"], ["window", "none", "lut"], list(cohort.SYNTAXES)),
-)
-def test_a_dicom_file_gives_its_film_back(tmp_path, plans, photometric, voi, syntax):
-    grey = np.linspace(0.0, 1.0, 64 * 48).reshape(64, 48)
-    drawn = plans[0]["views"][0] | {
-        "photometric": photometric,
-        "voi": voi,
-        "syntax": syntax,
-        "bits": 12,
-    }
-    ids = {"study_id": "a" * 32, "series_id": "b" * 32, "image_id": "c" * 32}
-    path = tmp_path / "film.dicom"
-    cohort.write_dicom(path, grey, plans[0] | {"views": [drawn]}, 0, ids)
-    assert np.abs(read_grey(path).astype(float) - 255 * grey).max() <= 1.5
 
 
 def test_a_box_surrounds_its_shadow_and_stays_on_the_film():

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes sure of the system libraries named: `tools/system.sh venv opencv chromium`.
+# Makes sure of the system libraries named: `tools/system.sh venv opencv chromium dciodvfy`.
 # A missing one is installed when this runs as root on Debian (or Ubuntu), else named with the
 # command that installs it. Prints nothing where all are there.
 set -eu
@@ -15,8 +15,9 @@ for need in "$@"; do
       has_library libgthread-2.0.so.0 || missing="$missing libglib2.0-0"
       ;;
     chromium) command -v chromium >/dev/null 2>&1 || missing="$missing chromium" ;;
+    dciodvfy) command -v dciodvfy >/dev/null 2>&1 || missing="$missing dicom3tools" ;;
     *)
-      echo "tools/system.sh knows venv, opencv and chromium, not $need." >&2
+      echo "tools/system.sh knows venv, opencv, chromium and dciodvfy, not $need." >&2
       exit 2
       ;;
   esac
