@@ -24,8 +24,9 @@
 # **You need** {ref}`chap:data` for boxes and lesion types and {ref}`chap:protocol` for folds by
 # study. No earlier acquaintance with detectors.
 #
-# **It takes** about twenty minutes to read. At the profile `laptop` it runs for about a quarter of an hour
-# on two cores, nearly all of it training, and under a minute when the training is there already.
+# **It takes** about twenty minutes to read. At the profile `laptop` it runs for about a quarter of
+# an hour on two cores, nearly all of it training, and under a minute when the training is there
+# already.
 # ```
 #
 # Triage says *whether* a film is abnormal. A radiologist wants to know *where*. This chapter
@@ -83,7 +84,8 @@ recipe = detect.Recipe.of(workspace.profile)
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 for key, value in {
     "profile": workspace.profile.name, "kind": kind, "training": len(training),
-    "left-out": len(left_out), "validation": len(validation), "test": len(test), "test-studies": test["study_id"].nunique(),
+    "left-out": len(left_out), "validation": len(validation),
+    "test": len(test), "test-studies": test["study_id"].nunique(),
     "px": recipe.image_px, "epochs": recipe.epochs, "batch": recipe.batch, "lr": recipe.lr,
     "tau": recipe.mosaic_until, "least-score": least_score,
     "resamples": f"{workspace.profile.bootstrap:,}",
@@ -547,8 +549,8 @@ glue("c10-easy-hard", text, display=False)
 #
 # The paper's row of its Table 3 was measured on VinDr-SpineXR, with a network that started from
 # COCO and learnt for 55 epochs, at 640 pixels, from the dataset's training split, which has 8,389
-# films. The right-hand columns are this run. They answer the same question on different data and with different means, and a difference
-# between them is no finding.
+# films. The right-hand columns are this run. They answer the same question on different data and
+# with different means, and a difference between them is no finding.
 
 # %%
 paper = [26.70, 41.40, 40.60, 54.80, 74.10, 51.20, 2.99, 40.10]  # Table 3, Ours (YOLO11-L), %
