@@ -111,6 +111,15 @@ def test_first_page_names_profile_and_commit(site: str, browser: Browser):
     page.close()
 
 
+def test_leading_page_has_an_icon_of_its_own(smoke_book: Path):
+    """Without one a browser asks for /favicon.ico, which is not there."""
+    page = (smoke_book / "html" / "index.html").read_text()
+    icon = re.search(r'rel="icon" href="([^"]+)"', page).group(1)
+    assert (smoke_book / "html" / icon).is_file()
+    first = re.search(r"url=([^\"]+)", page).group(1)
+    assert (smoke_book / "html" / first).is_file()
+
+
 def test_a_word_is_found_by_the_search(site: str, browser: Browser):
     page, faults = open_page(browser, f"{site}/search.html?q=osteophytes", 1280)
     page.wait_for_selector("#search-results li a")
