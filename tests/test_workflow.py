@@ -240,7 +240,8 @@ class SmallBook:
         write_chapter(root, "01_a", "from dernet_utils.used import VALUE", "print(VALUE)")
         write_chapter(root, "02_b", "print(factor)")
         pages = root / "book"
-        (pages / "_static").mkdir(parents=True)
+        shutil.copytree(PROJECT / "book" / "_root", pages / "_root")
+        (pages / "_static").mkdir()
         for name in ("logo.svg", "style.css"):
             shutil.copy(PROJECT / "book" / "_static" / name, pages / "_static")
         (pages / "references.bib").write_text("")
