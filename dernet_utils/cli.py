@@ -92,7 +92,7 @@ def _say(line: str) -> None:
 
 @app.command()
 def donor() -> None:
-    """Fetch the donor CT, from which virtual patients are made, and verify it."""
+    """Fetch the built-in donor CT, from which virtual patients are made, and verify it."""
     with _one_sentence():
         from dernet_utils.donor import fetch_donor, load_donor
 
@@ -106,6 +106,14 @@ def cohort(
     out: Annotated[Path, typer.Argument(help="A folder that is new or empty.")],
     patients: Annotated[int, typer.Option(min=1, help="How many virtual patients.")],
     seed: Annotated[int, typer.Option(min=0, help="One seed gives the same bytes.")] = 42,
+    ct: Annotated[
+        Path | None,
+        typer.Option("--donor", metavar="CT", help="Another donor: a CT (NIfTI), with --mask."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="MASK", help="Its vertebrae, as TotalSegmentator numbers them."),
+    ] = None,
 ) -> None:
     """Write virtual radiographs as a VinDr-SpineXR folder with a manifest."""
     with _one_sentence():
@@ -115,7 +123,13 @@ def cohort(
 
         with tqdm(total=patients, unit="patient", leave=False, disable=None) as bar:
             write_cohort(
-                out, patients, seed, workflow.cores(), lambda done, _: bar.update(done - bar.n)
+                out,
+                patients,
+                seed,
+                workflow.cores(),
+                lambda done, _: bar.update(done - bar.n),
+                ct=ct,
+                mask=mask,
             )
         _say(f"{patients} virtual patients are in {out}.")
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from functools import partial as partial_of
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,37 +30,63 @@ from dernet_utils.errors import DernetError
 from dernet_utils.films import (
     GRID_MM,
     Block,
+    Development,
     Paths,
     Scene,
     Shape,
     View,
-    develop,
     expose,
     transmission,
 )
 from dernet_utils.folder import COLUMNS, NO_FINDING, SPLITS
 from dernet_utils.lesions import Lesion
+from dernet_utils.truth import Twin, write_twins
 from dernet_utils.workspace import Workspace
 
-VERSION = 1  # of the cohort's recipe; a change makes old cohorts stale
+VERSION = 2  # of the cohort's recipe; a change makes old cohorts stale
 
-ABNORMAL = 0.54  # of patients; about half of the images then show a finding, as in the dataset
+ABNORMAL = 0.52  # of patients; about half of the images then show a finding, as in the dataset
 TEST = 0.20  # of patients: 1,000 of the dataset's 5,000 studies
-# Share of patients who carry a type, chosen so that boxes a class follow the dataset's training
-# split (book/data_card.md); osteophytes are in nine of ten abnormal patients.
+# Share of patients who carry a type, chosen so that labelled boxes a class follow the dataset's
+# training split (book/data_card.md); osteophytes are in nine of ten abnormal patients.
 CARRIERS = {
-    "Vertebral collapse": 0.100,
-    "Other lesions": 0.045,
-    "Spondylolysthesis": 0.070,
-    "Surgical implant": 0.055,
-    "Foraminal stenosis": 0.100,
-    "Disc space narrowing": 0.110,
+    "Vertebral collapse": 0.072,
+    "Other lesions": 0.058,
+    "Spondylolysthesis": 0.054,
+    "Surgical implant": 0.060,
+    "Foraminal stenosis": 0.082,
+    "Disc space narrowing": 0.120,
 }
 SPURS = 0.90  # of abnormal patients
+# Severity runs from the least that a reader would report to the worst. The least: a fifth of the
+# height for a collapse (Genant), a tenth of the depth for a slip, and what can be seen for others.
+LEAST = {
+    "Vertebral collapse": 0.42,
+    "Other lesions": 0.35,
+    "Spondylolysthesis": 0.20,
+    "Foraminal stenosis": 0.40,
+    "Disc space narrowing": 0.35,
+    "Osteophytes": 0.12,
+}
+# How many images a study has, as in the dataset 2.1 in the mean, and from which sides.
+STUDIES = {
+    ("LATERAL",): 0.09,
+    ("AP",): 0.09,
+    ("LATERAL", "AP"): 0.64,
+    ("LATERAL", "AP", "LPO"): 0.05,
+    ("LATERAL", "AP", "RPO"): 0.05,
+    ("LATERAL", "AP", "LPO", "RPO"): 0.08,
+}
+ANGLES = {"AP": 0.0, "LATERAL": 90.0, "LPO": 45.0, "RPO": -45.0}
 FIELD_MARGIN_MM = 12.0  # rendered beyond the collimated field, for the film's rotation
 BOX_MARGIN_MM = 1.5  # annotators draw a little outside the lesion's edge
-SEEN = 0.5  # least contrast of a labelled lesion, in standard deviations of its surroundings
+SEEN = 0.75  # least visibility of a labelled lesion, in standard deviations of its surroundings
 PART_ON_FILM = 0.5  # least share of a lesion's shadow inside the collimated field
+LUMBAR_MM = 150.0  # from L1 to L5, over which a lordosis is spread
+TURN = 0.35  # axial rotation to lateral curvature in a scoliosis: ours, after Nash and Moe's grades
+SHOULDERS_MM = 100.0  # a field's middle lies as far below the highest vertebra but one, or more
+LEAST_BODIES = 6  # of a donor
+AIR_UGY = 30.0  # behind the table and grid, for 1 mAs at 80 kVp and nobody in the beam
 
 
 class Anatomy(NamedTuple):
@@ -75,12 +102,13 @@ class Film(NamedTuple):
 
     Attributes:
         grey: 0 black to 1 white, shape (H, W).
-        twins: For each finding of the plan, the contrast in its shadow and the shadow itself,
-            bool (H, W); None where it is off the film.
+        mas: Tube current times exposure time that automatic exposure control took, mAs.
+        twins: For each finding of the plan, its twin; None where it is off the film.
     """
 
     grey: np.ndarray
-    twins: list[tuple[float, np.ndarray] | None]
+    mas: float
+    twins: list[Twin | None]
 
 
 # ---------------------------------------------------------------- the plan
@@ -135,36 +163,49 @@ def _plan_patient(
     rng: np.random.Generator,
 ) -> dict:
     """Draw one patient; `types` is None for a healthy one."""
-    age = int(
-        rng.integers(22, 50) if types is None and rng.random() < 0.5 else rng.integers(35, 89)
-    )
-    height_mm = float(rng.uniform(140.0, 195.0))
+    age, sex = int(rng.integers(25, 86)), str(rng.choice(["F", "M"]))
+    height_mm = float(rng.uniform(160.0, 225.0))
+    # The cone's lower edge stays in the scan, the shoulders stay out of the field.
     lowest = 5.0 + 0.61 * (height_mm + FIELD_MARGIN_MM)
-    aim_z = float(rng.uniform(lowest, max(lowest + 8.0, 185.0)))
-    shape = {
-        "stature": _normal(rng, 1.0, 0.04, 0.9, 1.1),
-        "scoliosis_mm": float(
-            rng.normal(0.0, 3.0) if rng.random() < 0.8 else rng.normal(0.0, 10.0)
-        ),
-        "scoliosis_phase": float(rng.uniform(0.0, 6.28)),
-        "kyphosis_mm": float(rng.normal(0.0, 5.0)),
-        "girth": _normal(rng, 1.0, 0.10, 0.8, 1.25),
-        "bone": _normal(rng, 1.9 - 0.014 * (age - 22), 0.15, 0.7, 2.2),
-        "proportions": [float(v) for v in rng.normal(1.0, 0.04, 2 * len(bodies))],
-    }
-    views = [_plan_view(name, height_mm, aim_z, rng) for name in ("LATERAL", "AP")]
-    if rng.random() < 0.1:
-        views.pop(int(rng.integers(2)))
+    highest = bodies[-2].centre_mm[2] - SHOULDERS_MM
+    aim_z = float(rng.uniform(lowest, max(lowest + 8.0, highest)))
+    shape = _plan_shape(age, sex, len(bodies), rng)
+    names = list(STUDIES)[int(rng.choice(len(STUDIES), p=list(STUDIES.values())))]
+    views = [_plan_view(name, height_mm, aim_z, rng) for name in names]
     findings = [] if types is None else _plan_findings(types, height_mm, aim_z, bodies, rng)
     return {
         "patient": patient,
         "seed": seed,
         "split": split,
         "age": age,
-        "sex": str(rng.choice(["F", "M"])),
+        "sex": sex,
         "shape": shape,
         "views": views,
         "findings": findings,
+    }
+
+
+def _plan_shape(age: int, sex: str, bodies: int, rng: np.random.Generator) -> dict:
+    """Draw a body; whether it has a lesion plays no part (sources: book/data_card.md)."""
+    # Adults differ by 4 % in stature, women and men by 7 (NCD-RisC, eLife 2016).
+    stature = _normal(rng, 1.035 if sex == "M" else 0.965, 0.04, 0.87, 1.13)
+    # Curves beyond 10 degrees: 8.85 % of adults (Kebaish, Spine 2011); most of them are mild.
+    curved = rng.random() < 0.0885
+    cobb = 10.0 + rng.exponential(7.0) if curved else abs(rng.normal(0.0, 4.0))
+    return {
+        "stature": stature,
+        "cobb_deg": float(min(cobb, 35.0) * rng.choice([-1.0, 1.0])),
+        "curve_phase": float(rng.uniform(0.0, 2 * np.pi)),
+        "curve_mm": float(rng.uniform(240.0, 340.0)),
+        # Of the thorax, 27 degrees at 25 years, 41 at 75 (Fon, Am J Roentgenol 1980).
+        "kyphosis_deg": _normal(rng, 27.0 + 0.28 * (age - 25), 8.0, 12.0, 58.0),
+        # Beside the donor's own; between L1 and L5 it varies by 11 degrees (Vialle, JBJS 2005).
+        "lordosis_deg": _normal(rng, 0.0, 11.0, -22.0, 22.0),
+        "girth": _normal(rng, 1.0, 0.12, 0.78, 1.28),
+        # Spongy bone loses 1.4 % of its value at 50 a year (Jang, Radiology 2019); half of a
+        # vertebra's mineral is in its cortex, which keeps more.
+        "bone": _normal(rng, 1.55 * (1.0 - 0.007 * (age - 50)), 0.16, 0.8, 2.1),
+        "proportions": [float(v) for v in rng.normal(1.0, 0.04, 2 * bodies)],
     }
 
 
@@ -175,18 +216,28 @@ def _normal(rng: np.random.Generator, mean: float, sd: float, low: float, high: 
 
 def _plan_view(name: str, height_mm: float, aim_z: float, rng: np.random.Generator) -> dict:
     """Draw how one film is taken, processed and stored."""
+    lateral, spacing_mm = name == "LATERAL", float(np.exp(rng.uniform(np.log(0.2), np.log(0.5))))
+    height_mm = height_mm * float(rng.uniform(0.94, 1.0))
+    width_mm = float(rng.uniform(0.54, 0.76) * height_mm)
+    shutter = None
+    if rng.random() < 0.2:
+        shutter = [int(s * rng.uniform(0.0, 0.05) / spacing_mm)
+                   for s in (height_mm, height_mm, width_mm, width_mm)]  # fmt: skip
     return {
         "name": name,
         "turn_deg": float(rng.normal(0.0, 3.0)),
         "tilt_deg": _normal(rng, 0.0, 1.2, -3.0, 3.0),
         "height_mm": height_mm,
-        "width_mm": float(rng.uniform(0.58, 0.80) * height_mm),
+        "width_mm": width_mm,
         "aim_z_mm": aim_z + _normal(rng, 0.0, 3.0, -5.0, 5.0),
-        "aside_mm": float(rng.normal(8.0 if name == "LATERAL" else 0.0, 4.0)),
-        "mirrored": bool(name == "LATERAL" and rng.random() < 0.3),
-        "spacing_mm": float(rng.uniform(0.24, 0.36)),
-        "photons": float(np.exp(rng.uniform(np.log(2000.0), np.log(12000.0)))),
+        "aside_mm": float(rng.normal(8.0 if lateral else 0.0, 4.0)),
+        "mirrored": bool(lateral and rng.random() < 0.3),
+        "spacing_mm": spacing_mm,
+        "shutter": shutter,
+        "kvp": float(round(rng.uniform(78.0, 90.0) if lateral else rng.uniform(70.0, 82.0))),
+        "dose_ugy": float(np.exp(rng.uniform(np.log(0.8), np.log(4.0)))),
         "scatter": float(rng.uniform(0.10, 0.30)),
+        "grid_lines_px": float(rng.uniform(2.5, 6.0)) if rng.random() < 0.03 else 0.0,
         "contrast": float(rng.uniform(0.7, 1.1)),
         "detail": float(rng.uniform(1.4, 2.4)),
         "marker": bool(rng.random() < 0.6),
@@ -211,13 +262,16 @@ def _plan_findings(
     findings: list[dict] = []
 
     def add(lesion_type: str, form: str, level: int, **more) -> None:
-        severity = float(rng.beta(2.0, 2.2))
+        # Most spurs are small, down to the hardly visible.
+        drawn = rng.beta(1.2, 2.0) if lesion_type == "Osteophytes" else rng.beta(2.0, 2.2)
+        least = LEAST.get(lesion_type, 1.0)
+        severity = float(least + (1.0 - least) * drawn)
         findings.append(
             {"type": lesion_type, "form": form, "level": level, "severity": severity} | more
         )
 
     if "Surgical implant" in types:
-        form = str(rng.choice(["screws", "plate", "cement"], p=[0.7, 0.15, 0.15]))
+        form = str(rng.choice(["screws", "cages", "plate", "cement"], p=[0.5, 0.2, 0.15, 0.15]))
         count = 1 if form == "cement" else int(rng.integers(2, min(4, len(inside)) + 1))
         start = int(rng.integers(0, len(inside) - count + 1))
         add("Surgical implant", form, inside[start], count=count)
@@ -263,29 +317,59 @@ def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
     drawn = plan["shape"]
     edges = [(b.point(up=-1.0)[2], b.point(up=1.0)[2]) for b in bodies]
     knots = np.maximum.accumulate(np.array(edges).ravel())
-    knots = np.concatenate([[-120.0], knots, [knots[-1] + 60.0, 520.0]])
-    factors = np.concatenate([[1.0], np.repeat(1.0, len(knots) - 2)])
+    knots = np.concatenate([[-120.0], knots, [knots[-1] + 60.0, knots[-1] + 220.0]])
+    factors = np.ones(len(knots))
     factors[1 : len(knots) - 2] = drawn["proportions"][: len(knots) - 3]
     z = np.linspace(knots[0], knots[-1], 321)
-    stretch = (
-        drawn["stature"] * factors[np.clip(np.searchsorted(knots, z) - 1, 0, len(factors) - 1)]
-    )
-    kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2.0) ** 2)
-    stretch = np.convolve(np.pad(stretch, 6, "edge"), kernel / kernel.sum(), "valid")
+    step = z[1] - z[0]
+    stretch = drawn["stature"] * factors[np.clip(np.searchsorted(knots, z) - 1, 0, len(knots) - 1)]
     # Integrated from the scan's lower end, which stays in place.
-    patient = np.concatenate([[0.0], np.cumsum((stretch[1:] + stretch[:-1]) / 2 * np.diff(z))])
+    patient = _sum(_soften(stretch, 4.0 / step), step)
     patient -= np.interp(0.0, z, patient)
-    wave = np.sin(2 * np.pi * z / 300.0 + drawn["scoliosis_phase"])
-    bow = np.sin(np.pi * z / 330.0)
+    wave = np.sin(2 * np.pi * z / drawn["curve_mm"] + drawn["curve_phase"])
+    cobb = np.deg2rad(drawn["cobb_deg"])
+    # Curvature of the sagittal profile beside the donor's, in radians a mm.
+    low, high = (body.centre_mm[2] for body in _thorax(bodies))
+    more = np.deg2rad(drawn["kyphosis_deg"]) - _kyphosis(bodies)
+    bend = np.where((z > low) & (z < high), more / (high - low), 0.0)
+    bend -= np.where(z <= low, np.deg2rad(drawn["lordosis_deg"]) / LUMBAR_MM, 0.0)
+    slope = _sum(_soften(bend, 15.0 / step), step)
+    slope -= np.interp((low + high) / 2, z, slope)
+    sagittal = _sum(np.tan(np.clip(slope, -0.35, 0.35)), step)
     return Shape(
         z_patient_mm=patient,
         z_donor_mm=z,
-        shift_x_mm=drawn["scoliosis_mm"] * wave,
-        shift_y_mm=-drawn["kyphosis_mm"] * bow,
-        turn_rad=np.deg2rad(0.6 * drawn["scoliosis_mm"] * wave),
+        # A sine of this height has the drawn angle between its steepest places.
+        shift_x_mm=drawn["curve_mm"] / (2 * np.pi) * np.tan(cobb / 2) * wave,
+        shift_y_mm=sagittal - np.interp((low + high) / 2, z, sagittal),
+        turn_rad=TURN * cobb * wave,
         girth=drawn["girth"],
         bone=drawn["bone"],
     )
+
+
+def _thorax(bodies: list[Vertebra]) -> tuple[Vertebra, Vertebra]:
+    """Return T12 and T5 or, where a donor lacks them, its lowest and its highest vertebra."""
+    named = {body.name: body for body in bodies}
+    return named.get("T12", bodies[0]), named.get("T5", bodies[-1])
+
+
+def _kyphosis(bodies: list[Vertebra]) -> float:
+    """Return the donor's angle between T5 and T12, radians."""
+    lower, upper = (np.arctan2(body.up[1], body.up[2]) for body in _thorax(bodies))
+    return float(upper - lower)
+
+
+def _soften(values: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur a table by a Gaussian of `sigma` entries; its ends go on as they are."""
+    reach = int(3 * sigma) + 1
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return np.convolve(np.pad(values, reach, "edge"), kernel / kernel.sum(), "valid")
+
+
+def _sum(values: np.ndarray, step: float) -> np.ndarray:
+    """Integrate a table by trapezia, from 0."""
+    return np.concatenate([[0.0], np.cumsum((values[1:] + values[:-1]) / 2 * step)])
 
 
 def build_finding(finding: dict, bodies: list[Vertebra], discs: list[Disc]) -> list[Lesion]:
@@ -303,7 +387,8 @@ def build_finding(finding: dict, bodies: list[Vertebra], discs: list[Disc]) -> l
         case "Other lesions":
             return make.other_lesion(bodies[level], severity, form, np.array(finding["place"]))
         case "Surgical implant":
-            return make.implant(bodies[level : level + finding["count"]], form)
+            top = level + finding["count"]
+            return make.implant(bodies[level:top], discs[level : top - 1], form)
         case _:
             return make.osteophyte(discs[level], severity, form, finding["upper"], finding["angle"])
 
@@ -322,27 +407,44 @@ def render_film(plan: dict, number: int, anatomy: Anatomy) -> Film:
     groups = [build_finding(f, anatomy.bodies, anatomy.discs) for f in plan["findings"]]
     everything = [lesion for group in groups for lesion in group]
     scene = Scene(anatomy.donor, anatomy.bodies, shape, everything)
-    view = _view(drawn, anatomy.bodies)
+    view = plan_to_view(drawn, anatomy.bodies)
     paths = scene.paths(view, everything)
-    size = [drawn[side] / drawn["spacing_mm"] for side in ("height_mm", "width_mm")]
-    frame = _Frame(drawn, (round(size[0]), round(size[1])))
-    arrived = transmission(Paths(*(np.maximum(frame.place(p), 0.0) for p in vars(paths).values())))
-    signal = expose(arrived, drawn["spacing_mm"], drawn["photons"], drawn["scatter"], rng)
-    grey = develop(signal, drawn["spacing_mm"], drawn["contrast"], drawn["detail"])
+    frame = _Frame(drawn)
+    arrived = transmission(
+        Paths(*(np.maximum(frame.place(p), 0.0) for p in vars(paths).values())), drawn["kvp"]
+    )
+    spacing_mm = drawn["spacing_mm"]
+    signal = expose(
+        arrived, spacing_mm, drawn["dose_ugy"], drawn["scatter"], drawn["grid_lines_px"], rng
+    )
+    developed = Development(signal, spacing_mm, drawn["contrast"], drawn["detail"])
+    mas = drawn["dose_ugy"] / (AIR_UGY * (drawn["kvp"] / 80.0) ** 2 * float(arrived.mean()))
+    twins = [
+        _twin(scene, view, group, everything, block, paths, developed, frame)
+        for group, block in zip(groups, scene.blocks(view, groups), strict=True)
+    ]
+    grey = developed.grey
     if drawn["marker"]:
-        _put_marker(grey, "L" if drawn["name"] == "LATERAL" or not drawn["mirrored"] else "R", rng)
-    twins = []
-    dense = -np.log(transmission(paths))
-    for group, block in zip(groups, scene.blocks(view, [g[0] for g in groups]), strict=True):
-        twins.append(_twin(scene, view, group, everything, block, paths, dense, frame))
-    return Film(grey, twins)
+        _put_marker(grey, drawn["name"] == "LATERAL", frame, rng)
+    grey[~frame.open] = 0.0
+    # A viewer without a window stretches a film to its range, so that range is the whole.
+    low, high = grey.min(), grey.max()
+    twins = [t and t._replace(change=t.change / (high - low)) for t in twins]
+    return Film((grey - low) / (high - low), mas, twins)
 
 
 class _Frame:
     """From the grid of rays to the film's pixels: enlarge, rotate, mirror, collimate."""
 
-    def __init__(self, drawn: dict, size: tuple[int, int]):
-        self.drawn, self.size = drawn, size
+    def __init__(self, drawn: dict):
+        self.drawn = drawn
+        size = (round(drawn[side] / drawn["spacing_mm"]) for side in ("height_mm", "width_mm"))
+        self.size = tuple(size)
+        self.open = np.ones(self.size, bool)  # what the collimator leaves open
+        if drawn["shutter"]:
+            top, bottom, left, right = drawn["shutter"]
+            self.open[:top] = self.open[self.size[0] - bottom :] = False
+            self.open[:, :left] = self.open[:, self.size[1] - right :] = False
 
     def place(self, rays: np.ndarray) -> np.ndarray:
         """Return what a film's pixels see of a picture on the grid of rays."""
@@ -361,14 +463,14 @@ class _Frame:
         )  # fmt: skip
 
 
-def _view(drawn: dict, bodies: list[Vertebra]) -> View:
+def plan_to_view(drawn: dict, bodies: list[Vertebra]) -> View:
     """Return the geometry of a planned view."""
     axis = np.array([body.centre_mm for body in bodies])
     x, y = (np.interp(drawn["aim_z_mm"], axis[:, 2], axis[:, i]) for i in (0, 1))
-    lateral = drawn["name"] == "LATERAL"
+    across = np.deg2rad(ANGLES[drawn["name"]])
     aim = np.array([x, y, drawn["aim_z_mm"]])
-    aim[1 if lateral else 0] += drawn["aside_mm"]
-    angle = np.deg2rad((90.0 if lateral else 0.0) + drawn["turn_deg"])
+    aim[:2] += drawn["aside_mm"] * np.array([np.cos(across), np.sin(across)])
+    angle = across + np.deg2rad(drawn["turn_deg"])
     sides = (drawn[side] + FIELD_MARGIN_MM for side in ("height_mm", "width_mm"))
     return View(drawn["name"], angle, aim, *sides, drawn["tilt_deg"], drawn["mirrored"])
 
@@ -380,38 +482,44 @@ def _twin(
     everything: list[Lesion],
     block: Block | None,
     paths: Paths,
-    dense: np.ndarray,
+    developed: Development,
     frame: _Frame,
-) -> tuple[float, np.ndarray] | None:
-    """Compare a film with its twin without one finding.
+) -> Twin | None:
+    """Compare a film with its twin without one finding; None where most of it is off the film.
 
-    Returns:
-        The contrast: the difference in the shadow (95th percentile) over the standard deviation of
-        what surrounds it, both of the logarithm of the signal; and the shadow on the film.
+    The mask is where rays pass through 0.8 mm or more of the finding, and at least 15 % of its
+    thickest part. The visibility is contrast to noise inside it: the root mean square of the change
+    in that quarter of the mask that changes most, for an eye is drawn by edges, over the standard
+    deviation of the twin film in the mask and 3 mm around it.
     """
     if block is None:
         return None
-    region = scene.occupancy(view, group[0], everything, block)
     where = np.s_[block.rows[0] : block.rows[1], block.columns[0] : block.columns[1]]
-    shadow = np.zeros_like(dense)
-    shadow[where] = region
+    shadow = np.zeros_like(paths.soft)
+    shadow[where] = scene.shadow(view, group, everything, block)
     solid = shadow > max(0.8, 0.15 * shadow.max())
     if not solid.any():
         return None
-    if group[0].metal:
-        contrast = np.inf
-    else:
-        twins = scene.twins(view, everything, group, block)
-        before, here, there = (vars(p) for p in (paths, *twins))
-        changed = Paths(*(np.maximum(before[k][where] - here[k] + there[k], 0.0) for k in before))
-        twin = -np.log(transmission(changed))
-        difference = np.percentile(np.abs(dense[where] - twin)[solid[where]], 95)
-        around = cv2.dilate(solid.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
-        ring = around[where] & ~solid[where]
-        contrast = float(difference / max(twin[ring].std() if ring.any() else 1.0, 0.02))
-    on_film = frame.place(np.where(solid, np.float32(1.0), np.float32(0.0))) > 0.5
-    share = on_film.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 / solid.sum()
-    return (contrast, on_film) if share >= PART_ON_FILM else None
+    mask = (frame.place(solid.astype(np.float32)) > 0.5) & frame.open
+    if mask.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 < PART_ON_FILM * solid.sum():
+        return None
+    with_it, without = map(vars, scene.twins(view, everything, group, block))
+    extra = np.zeros_like(paths.soft)
+    before = {k: v[where] for k, v in vars(paths).items()}
+    after = {k: np.maximum(before[k] + (without[k] - with_it[k]), 0.0) for k in before}
+    before = {k: np.maximum(v, 0.0) for k, v in before.items()}
+    seen = (np.log(transmission(Paths(**p), frame.drawn["kvp"])) for p in (before, after))
+    extra[where] = np.subtract(*seen)
+    part, change = developed.change(frame.place(extra))
+    change = change * frame.open[part]
+    here, film = mask[part], developed.grey[part]
+    if not here.any():
+        return None
+    px = 2 * round(3.0 / frame.drawn["spacing_mm"]) + 1
+    around = cv2.dilate(here.astype(np.uint8), np.ones((px, px), np.uint8)).astype(bool)
+    noise = max(float((film + change)[around].std()), 0.02)
+    most = np.sort(np.abs(change[here]))[-max(1, here.sum() // 4) :]
+    return Twin(float(np.sqrt((most**2).mean())) / noise, mask, part, change)
 
 
 def find_box(shadow: np.ndarray, spacing_mm: float) -> tuple[float, float, float, float]:
@@ -424,13 +532,21 @@ def find_box(shadow: np.ndarray, spacing_mm: float) -> tuple[float, float, float
     return tuple(round(float(v), 2) for v in (xmin, ymin, xmax, ymax))
 
 
-def _put_marker(grey: np.ndarray, letter: str, rng: np.random.Generator) -> None:
-    """Lay a lead letter on the film, in a lower or upper corner."""
-    size = grey.shape[0] / 420.0
-    row = int(grey.shape[0] * (0.08 if rng.random() < 0.5 else 0.96))
-    column = int(grey.shape[1] * (0.05 if rng.random() < 0.5 else 0.88))
+def _put_marker(grey: np.ndarray, lateral: bool, frame: _Frame, rng: np.random.Generator) -> None:
+    """Lay a lead letter on the film, in a corner of the open field.
+
+    The patient's right is on a frontal or oblique film's left; a lateral one has the side that is
+    next to the detector, in any corner.
+    """
+    rows, columns = (np.flatnonzero(frame.open.any(axis=a)) for a in (1, 0))
+    size = len(rows) / 420.0
+    row = rows[0] + int(len(rows) * (0.08 if rng.random() < 0.5 else 0.96))
+    right = rng.random() < 0.5
+    column = columns[0] + int(len(columns) * (0.05 if right else 0.88))
+    letter = "R" if right and not lateral else "L"
     lead = np.zeros(grey.shape, np.float32)
-    cv2.putText(lead, letter, (column, row), cv2.FONT_HERSHEY_SIMPLEX, size, 1.0, 2, cv2.LINE_AA)
+    place, thick = (int(column), int(row)), max(1, round(2 * size))
+    cv2.putText(lead, letter, place, cv2.FONT_HERSHEY_SIMPLEX, size, 1.0, thick, cv2.LINE_AA)
     grey += (0.97 - grey) * cv2.GaussianBlur(lead, (0, 0), 0.8)
 
 
@@ -448,6 +564,8 @@ def write_cohort(
     seed: int = 42,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    ct: Path | None = None,
+    mask: Path | None = None,
 ) -> dict:
     """Make a virtual cohort on disk, in the form of VinDr-SpineXR.
 
@@ -458,32 +576,36 @@ def write_cohort(
         seed: One seed gives the same bytes, whatever the number of workers.
         workers: Processes.
         progress: Called with the patients done and their number.
+        ct, mask: Another donor and its TotalSegmentator labels, as `load_donor` takes them.
 
     Returns:
         The manifest, as ``manifest.json`` holds it.
 
     Raises:
-        DernetError: The folder holds something, or there is no donor.
+        DernetError: The folder holds something, the donor is none or has fewer than
+            `LEAST_BODIES` whole vertebrae, or too little room is left on the disk.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DernetError(f"{out} is not empty: name a new folder, or delete it first.")
-    anatomy = _anatomy()
+    anatomy = _anatomy(ct, mask)
     plans = plan_cohort(patients, seed, anatomy.bodies)
     partial = out.with_name(out.name + ".partial")
-    _claim(partial, plans)
+    _claim(partial, plans, anatomy.donor.digest)
+    _check_room(partial, plans)
     todo = [plan for plan in plans if not _record(partial, plan).is_file()]
     done = patients - len(todo)
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
         try:
-            for _ in pool.map(_render_patient, [partial] * len(todo), todo):
+            render = partial_of(_render_patient, partial, ct=ct, mask=mask)
+            for _ in pool.map(render, todo):
                 done += 1
                 if progress:
                     progress(done, patients)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
             raise
-    manifest = _assemble(partial, plans, patients, seed)
+    manifest = _assemble(partial, plans, patients, seed, anatomy.donor.digest)
     if out.is_dir():
         out.rmdir()
     os.replace(partial, out)
@@ -502,21 +624,44 @@ def ensure_cohort(workspace: Workspace, progress: Callable[[int, int], None] | N
     return root
 
 
+def _one_thread() -> None:
+    """Keep a worker to one thread: the patients are what runs in parallel."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
 @cache
-def _anatomy() -> Anatomy:
-    """Load the donor and its landmarks, once a process."""
-    donor = load_donor()
+def _anatomy(ct: Path | None = None, mask: Path | None = None) -> Anatomy:
+    """Load a donor and its landmarks, once a process."""
+    donor = load_donor(ct, mask)
     bodies = find_vertebrae(donor)
+    if len(bodies) < LEAST_BODIES:
+        raise DernetError(
+            f"The donor shows {len(bodies)} whole vertebrae ({', '.join(b.name for b in bodies)}), "
+            f"where a spine film needs {LEAST_BODIES}: take a scan that shows more of the spine."
+        )
     return Anatomy(donor, bodies, find_discs(bodies))
 
 
-def _claim(partial: Path, plans: list[dict]) -> None:
+def _check_room(partial: Path, plans: list[dict]) -> None:
+    """Refuse to start what the disk cannot hold: two bytes a pixel, all told."""
+    views = [view for plan in plans for view in plan["views"]]
+    needed = sum(2 * v["height_mm"] * v["width_mm"] / v["spacing_mm"] ** 2 for v in views)
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise DernetError(
+            f"The cohort needs about {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free on "
+            f"the disk of {partial.parent}: make room, or take fewer patients."
+        )
+
+
+def _claim(partial: Path, plans: list[dict], donor: str) -> None:
     """Make the working folder, or check that it belongs to the same plan."""
-    digest = hashlib.sha256(json.dumps([VERSION, plans]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([VERSION, donor, plans]).encode()).hexdigest()
     stamp = partial / "plan.sha256"
     if stamp.is_file() and stamp.read_text() != digest:
         shutil.rmtree(partial)
-    for name in ("train_images", "test_images", "annotations", "records"):
+    for name in ("train_images", "test_images", "annotations", "twins", "records"):
         (partial / name).mkdir(parents=True, exist_ok=True)
     stamp.write_text(digest)
 
@@ -525,9 +670,11 @@ def _record(partial: Path, plan: dict) -> Path:
     return partial / "records" / f"{plan['patient']:05d}.json"
 
 
-def _render_patient(partial: Path, plan: dict) -> None:
+def _render_patient(
+    partial: Path, plan: dict, ct: Path | None = None, mask: Path | None = None
+) -> None:
     """Render a patient's films and write them; the record comes last and says it is done."""
-    anatomy = _anatomy()
+    anatomy = _anatomy(ct, mask)
     study = identify("dernet", VERSION, plan["seed"], plan["patient"])
     rows, films = [], []
     for number, drawn in enumerate(plan["views"]):
@@ -538,13 +685,14 @@ def _render_patient(partial: Path, plan: dict) -> None:
             "image_id": identify(study, "image", number),
         }
         path = partial / f"{plan['split']}_images" / f"{ids['image_id']}.dicom"
-        write_dicom(path, film.grey, plan, number, ids)
+        write_dicom(path, film.grey, plan, number, ids, film.mas)
+        write_twins(partial / "twins" / f"{ids['image_id']}.npz", film.twins)
         seen = []
         for finding, twin in zip(plan["findings"], film.twins, strict=True):
-            labelled = twin is not None and twin[0] >= SEEN
-            box = find_box(twin[1], drawn["spacing_mm"]) if labelled else None
-            contrast = None if twin is None else round(min(twin[0], 999.0), 3)
-            seen.append({"contrast": contrast, "box": box})
+            labelled = twin is not None and twin.visibility >= SEEN
+            box = find_box(twin.mask, drawn["spacing_mm"]) if labelled else None
+            visibility = None if twin is None else round(twin.visibility, 3)
+            seen.append({"visibility": visibility, "box": box})
             if box:
                 rows.append([*ids.values(), "rad1", finding["type"], *box])
         if not any(entry["box"] for entry in seen):
@@ -556,7 +704,9 @@ def _render_patient(partial: Path, plan: dict) -> None:
     os.replace(part, record)
 
 
-def _assemble(partial: Path, plans: list[dict], patients: int, seed: int) -> dict:
+def _assemble(
+    partial: Path, plans: list[dict], patients: int, seed: int, donor: str
+) -> dict:
     """Write the two tables and the manifest from the patients' records."""
     records = [json.loads(_record(partial, plan).read_text()) for plan in plans]
     for split in SPLITS:
@@ -574,8 +724,9 @@ def _assemble(partial: Path, plans: list[dict], patients: int, seed: int) -> dic
         "version": VERSION,
         "patients": patients,
         "seed": seed,
+        "donor_sha256": donor,
         "box_margin_mm": BOX_MARGIN_MM,
-        "least_contrast": SEEN,
+        "least_visibility": SEEN,
         "studies": [
             plan | {"films": record["films"]} for plan, record in zip(plans, records, strict=True)
         ],

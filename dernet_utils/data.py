@@ -44,6 +44,7 @@ from dernet_utils.folder import (
     reason,
     table_path,
 )
+from dernet_utils.truth import read_twins
 from dernet_utils.workspace import Workspace
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "make_folds",
     "read_dataset",
     "read_manifest",
+    "read_twins",
     "repair_dataset",
 ]
 
@@ -331,6 +333,8 @@ def _write_copy(root: Path, rows: pd.DataFrame, done: list[str], out: Path) -> N
             (out / image).symlink_to((root / image).resolve())
     if (root / "manifest.json").is_file():
         shutil.copyfile(root / "manifest.json", out / "manifest.json")
+    if (root / "twins").is_dir():
+        (out / "twins").symlink_to((root / "twins").resolve())
     (out / "repairs.txt").write_text("".join(f"{line}\n" for line in done), encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dernet_utils.anatomy import Vertebra
@@ -14,18 +13,26 @@ from dernet_utils.donor import Donor
 from dernet_utils.lesions import Lesion
 
 GRID_MM = 0.7  # rays are this far apart in the plane of the spine
-STEP_MM = 2.0  # and are sampled this often along their way
+STEP_MM = 2.0  # and are sampled this often along their way through the spine,
+FAR_STEP_MM = 4.0  # and this often where there is no spine: half of the time, no visible change
+NEAR_MM = 56.0  # how far from the spine's axis the finer steps reach
 SOURCE_MM = 950.0  # focal spot to spine
 DETECTOR_MM = 1150.0  # focal spot to detector: the spine is 200 mm before it
 MARGIN_MM = 14.0  # how far a lesion that moves tissue may carry another, or itself
 SAMPLES = 700_000  # in one go: bounds the memory, and fits the processor's cache
+MOST_ROWS = 48  # in one go: the slices that they meet make one picture, of at most 32,767 rows
 
 # Mass attenuation in cm²/g at 40, 60 and 80 keV: NIST, X-ray mass attenuation coefficients
-# (water, ICRU-44 cortical bone, titanium); the weights stand for a filtered 80-90 kVp beam.
-ENERGY_WEIGHTS = np.array([0.30, 0.50, 0.20])
+# (water, ICRU-44 cortical bone, titanium); the weights stand for filtered beams, and between their
+# voltages they are interpolated.
+KVP = (70.0, 90.0)
+ENERGY_WEIGHTS = np.array([[0.40, 0.48, 0.12], [0.27, 0.50, 0.23]])
 WATER = np.array([0.2683, 0.2059, 0.1837])
 CORTICAL_BONE = np.array([0.6655, 0.3148, 0.2229])
 TITANIUM = np.array([2.214, 0.7661, 0.4052])
+FOCUS_MM = 0.18  # blur of a focal spot of 0.6 mm in the plane of the spine, as a deviation
+SCINTILLATOR_MM = 0.12  # blur of the detector, as a deviation
+QUANTA = 30_000.0  # to a µGy and mm²: IEC 62220-1, RQA5
 BONE_FROM = 1080.0  # HU + 1000 from which tissue counts as part bone
 BONE_SPAN = 1520.0  # to pure cortical bone, 1.92 g/cm³
 
@@ -95,7 +102,7 @@ class Scene:
     """One patient before the X-ray tube: the donor, a shape, and the lesions in it."""
 
     def __init__(self, donor: Donor, spine: list[Vertebra], shape: Shape, lesions: list[Lesion]):
-        self.volume = torch.from_numpy(donor.density)[None, None]
+        self.density, self.spacing_mm = donor.density, donor.spacing_mm
         z, y, x = donor.density.shape
         self.extent_mm = [
             (n - 1) * s for n, s in zip((x, y, z), donor.spacing_mm[::-1], strict=True)
@@ -106,18 +113,23 @@ class Scene:
 
     def whole(self, view: View) -> Block:
         """Return the block of a whole view."""
-        near, far = self._depths(view)
-        return Block((0, _count(view.height_mm)), (0, _count(view.width_mm)), (0, near + far))
+        steps = len(self._depths(view)[0])
+        return Block((0, _count(view.height_mm)), (0, _count(view.width_mm)), (0, steps))
 
-    def _depths(self, view: View) -> tuple[int, int]:
-        """Return how many steps the body reaches before and behind the spine."""
+    def _depths(self, view: View) -> tuple[np.ndarray, np.ndarray]:
+        """Return where a ray is sampled, from the spine's plane, and how far apart; both in mm."""
         sides = [(-a * self.shape.girth, (e - a) * self.shape.girth)
                  for a, e in zip(view.aim_mm, self.extent_mm[:2], strict=False)]  # fmt: skip
         along = [x * np.sin(view.angle_rad) - y * np.cos(view.angle_rad)
                  for x in sides[0] for y in sides[1]]  # fmt: skip
         # A turned box is deeper at its corners than the body, which is round.
-        near, far = 0.97 * -min(along), 0.97 * max(along)
-        return int(near / STEP_MM), int(far / STEP_MM)
+        before, behind = (max(0.97 * a, NEAR_MM) for a in (-min(along), max(along)))
+        middle = np.arange(-NEAR_MM, NEAR_MM, STEP_MM) + STEP_MM / 2
+        front = -NEAR_MM - np.arange(0.0, before - NEAR_MM, FAR_STEP_MM)[::-1] - FAR_STEP_MM / 2
+        back = NEAR_MM + np.arange(0.0, behind - NEAR_MM, FAR_STEP_MM) + FAR_STEP_MM / 2
+        far = [np.full(len(part), FAR_STEP_MM) for part in (front, back)]
+        apart = [far[0], np.full(len(middle), STEP_MM), far[1]]
+        return np.concatenate([front, middle, back]), np.concatenate(apart)
 
     def donor_places(
         self, view: View, block: Block, every: int = 1
@@ -135,7 +147,7 @@ class Scene:
         whole, shape = self.whole(view), self.shape
         row = (np.arange(*block.rows, every) - (whole.rows[1] - 1) / 2) * -GRID_MM
         column = (np.arange(*block.columns, every) - (whole.columns[1] - 1) / 2) * GRID_MM
-        depth = (np.arange(*block.steps, every) - self._depths(view)[0]) * STEP_MM
+        depth = self._depths(view)[0][slice(*block.steps, every)]
         wider = (SOURCE_MM + depth) / SOURCE_MM  # the beam is a cone
         aim_z = np.interp(view.aim_mm[2], shape.z_donor_mm, shape.z_patient_mm)
         height = aim_z + row[:, None] * wider  # (rows, steps)
@@ -174,7 +186,13 @@ class Scene:
     def paths(self, view: View, lesions: list[Lesion], block: Block | None = None) -> Paths:
         """Integrate soft tissue, bone and metal along every ray of a block (default: the view)."""
         block = block or self.whole(view)
-        return _join(self._integrate(*self._tissue(view, lesions, s)) for s in _strips(block))
+        apart = self._apart(view, block)
+        strips = (self._tissue(view, lesions, strip) for strip in _strips(block))
+        return _join(self._integrate(*tissue, apart) for tissue in strips)
+
+    def _apart(self, view: View, block: Block) -> Tensor:
+        """Return how far apart the samples of a block are, cm, shape (steps,)."""
+        return torch.from_numpy(self._depths(view)[1][slice(*block.steps)] / 10.0).float()
 
     def twins(
         self, view: View, lesions: list[Lesion], finding: list[Lesion], block: Block
@@ -184,34 +202,40 @@ class Scene:
         if any(lesion.move for lesion in finding):
             return self.paths(view, lesions, block), self.paths(view, others, block)
         # Nothing moves: the rays, and the tissue before any lesion is put in, are the same.
-        pairs = []
+        pairs, apart = [], self._apart(view, block)
         for strip in _strips(block):
             density, points, near = self._tissue(view, lesions, strip)
             rest = [(lesion, place) for lesion, place in near if lesion not in finding]
             both = (near, density.clone()), (rest, density)
-            pairs.append([self._integrate(tissue, points, some) for some, tissue in both])
+            pairs.append([self._integrate(tissue, points, some, apart) for some, tissue in both])
         with_it, without = map(_join, zip(*pairs, strict=True))
         return with_it, without
 
-    def occupancy(
-        self, view: View, lesion: Lesion, lesions: list[Lesion], block: Block
+    def shadow(
+        self, view: View, finding: list[Lesion], lesions: list[Lesion], block: Block
     ) -> np.ndarray:
-        """Return the millimetres of a lesion's region on each ray, shape (rows, columns)."""
-        points = self.donor_places(view, block)
-        for other in lesions:
-            if other.move:
-                points = other.move(points)
-        return lesion.region(points).sum(dim=1).numpy() * STEP_MM
+        """Return the millimetres of a finding's regions on each ray, shape (rows, columns)."""
+        points = tuple(p.contiguous() for p in self.donor_places(view, block))
+        self._move(points, [(other, self._near(points, other)) for other in lesions if other.move])
+        solid = torch.zeros(points[0].shape)
+        for lesion in finding:
+            place = self._near(points, lesion)
+            if place:
+                share = lesion.region(tuple(p[place] for p in points))
+                solid[place] = torch.maximum(solid[place], share)
+        return _along(solid, self._apart(view, block)).numpy() * 10.0
 
-    def blocks(self, view: View, lesions: list[Lesion]) -> list[Block | None]:
-        """Return the part of a view that each lesion's region covers; None where off the film."""
+    def blocks(self, view: View, findings: list[list[Lesion]]) -> list[Block | None]:
+        """Return the part of a view that each finding covers; None where it is off the film."""
         whole, every = self.whole(view), 4
         points = self.donor_places(view, whole, every)
         found = []
-        for lesion in lesions:
-            offset = zip(points, lesion.centre_mm, strict=True)
-            square = sum((p - float(c)) ** 2 for p, c in offset)
-            near = (square < (lesion.size_mm + MARGIN_MM) ** 2).numpy()
+        for finding in findings:
+            near = np.zeros(points[0].shape, bool)
+            for lesion in finding:
+                offset = zip(points, lesion.centre_mm, strict=True)
+                square = sum((p - float(c)) ** 2 for p, c in offset)
+                near |= (square < (lesion.size_mm + MARGIN_MM) ** 2).numpy()
             spans = []
             for axis, count in ((0, whole.rows[1]), (2, whole.columns[1]), (1, whole.steps[1])):
                 others = tuple(i for i in range(3) if i != axis)
@@ -229,22 +253,53 @@ class Scene:
         Returns:
             Density (rows, steps, columns), the donor's places, and the lesions near with where.
         """
-        points = self.donor_places(view, strip)
+        points = tuple(p.contiguous() for p in self.donor_places(view, strip))
         near = [(lesion, self._near(points, lesion)) for lesion in lesions]
         near = [(lesion, place) for lesion, place in near if place]
+        self._move(points, near)
+        return torch.from_numpy(self._sample(*(p.numpy() for p in points))), points, near
+
+    def _sample(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Interpolate the donor's density at places in mm; 0 outside the scan.
+
+        Two slices are sampled as pictures, which OpenCV does several times faster than a general
+        sampler of volumes, and mixed. The slices lie below one another in one tall picture; the first
+        and the last row of each is air.
+        """
+        slice_mm, row_mm, column_mm = self.spacing_mm
+        count, rows = self.density.shape[:2]
+        z = z / slice_mm
+        inside = (z >= 0.0) & (z <= count - 1)
+        lower = np.clip(np.floor(z), 0, count - 2)
+        share = (z - lower) * inside
+        first, last = int(lower.min()), int(lower.max()) + 2
+        tall = self.density[first:last].reshape(-1, self.density.shape[2])
+        across = x * np.float32(1.0 / column_mm)
+        down = np.clip(y * np.float32(1.0 / row_mm), 0.0, rows - 1.0)
+        down += (lower - first) * np.float32(rows)
+        flat = (-1, x.shape[-1])
+        below, above = (
+            cv2.remap(tall, across.reshape(flat), (down + shift).reshape(flat), cv2.INTER_LINEAR,
+                      borderMode=cv2.BORDER_CONSTANT).reshape(x.shape)
+            for shift in (np.float32(0.0), np.float32(rows))
+        )  # fmt: skip
+        below *= inside - share
+        above *= share
+        below += above
+        return below
+
+    @staticmethod
+    def _move(points: tuple, near: list) -> None:
+        """Put the places where lesions find their tissue in the stead of those they move."""
         for lesion, place in near:
-            if lesion.move:
-                points = tuple(p.contiguous() for p in points)
+            if lesion.move and place:
                 moved = lesion.move(tuple(p[place] for p in points))
                 for p, q in zip(points, moved, strict=True):
                     p[place] = q
-        grid = [2.0 * p / size - 1.0 for p, size in zip(points, self.extent_mm, strict=True)]
-        grid = torch.stack(grid, dim=-1)[None]
-        return F.grid_sample(self.volume, grid, align_corners=True)[0, 0], points, near
 
-    def _integrate(self, density: Tensor, points: tuple, near: list) -> tuple:
-        """Put lesions into the tissue, which is changed, and sum along the rays."""
-        metal = torch.zeros(density.shape[0], density.shape[2])
+    def _integrate(self, density: Tensor, points: tuple, near: list, apart: Tensor) -> tuple:
+        """Put lesions into the tissue, which is changed, and sum along the rays: g/cm²."""
+        metal = torch.zeros(density.shape) if any(some.metal for some, _ in near) else None
         for lesion, place in near:
             if lesion.fill is None and not lesion.metal:
                 continue
@@ -252,13 +307,13 @@ class Scene:
             if lesion.fill is not None:
                 density[place] += share * (lesion.fill - density[place])
             if lesion.metal:
-                metal[place[0], place[2]] += share.sum(dim=1) * lesion.metal  # g/cm³ times steps
+                metal[place] = torch.maximum(metal[place], share * lesion.metal)  # g/cm³
                 density[place] *= 1.0 - share
         bone = ((density - BONE_FROM) / BONE_SPAN).clamp(min=0.0)
         soft = density.clamp(max=BONE_FROM) * (1.0 - bone).clamp(min=0.0)
-        cm = STEP_MM / 10.0
-        bone_path = bone.sum(dim=1) * (1.92 * cm * self.shape.bone)
-        return (soft.sum(dim=1) * (cm / 1000.0)).numpy(), bone_path.numpy(), (metal * cm).numpy()
+        metal = torch.zeros(bone[:, 0].shape) if metal is None else _along(metal, apart)
+        soft, bone = _along(soft, apart) / 1000.0, _along(bone, apart) * (1.92 * self.shape.bone)
+        return soft.numpy(), bone.numpy(), metal.numpy()
 
     @staticmethod
     def _near(points: tuple[Tensor, Tensor, Tensor], lesion: Lesion) -> tuple | None:
@@ -278,10 +333,15 @@ class Scene:
         return tuple(slices)
 
 
+def _along(values: Tensor, apart: Tensor) -> Tensor:
+    """Integrate along the rays: (rows, steps, columns) and (steps,) give (rows, columns)."""
+    return torch.einsum("rsc,s->rc", values, apart)
+
+
 def _strips(block: Block) -> Iterator[Block]:
     """Cut a block into strips of a few rows, each small enough to be sampled in one go."""
     columns, steps = (high - low for low, high in (block.columns, block.steps))
-    at_once = max(1, SAMPLES // (columns * steps))
+    at_once = min(max(1, SAMPLES // (columns * steps)), MOST_ROWS)
     for start in range(block.rows[0], block.rows[1], at_once):
         rows = (start, min(start + at_once, block.rows[1]))
         yield Block(rows, block.columns, block.steps)
@@ -298,37 +358,45 @@ def _count(size_mm: float) -> int:
 
 def _slimmer(offset: Tensor, girth: float) -> Tensor:
     """Map a patient's distance from the spine to the donor's: beyond 45 mm it is scaled."""
-    beyond = (offset.abs() - 45.0).clamp(min=0.0)
-    return offset - offset.sign() * beyond * (1.0 - 1.0 / girth)
+    return torch.lerp(offset.clamp(-45.0, 45.0), offset, 1.0 / girth)
 
 
-def transmission(paths: Paths) -> np.ndarray:
+def transmission(paths: Paths, kvp: float) -> np.ndarray:
     """Return the share of photons that passes, by the Beer–Lambert law.
 
     Each energy of a small spectrum decays by exp(-sum of mass attenuation times path); what
     arrives is their weighted sum, so a thick part hardens the beam.
 
+    Args:
+        paths: What is in the way.
+        kvp: Tube voltage, between the two of `KVP`.
+
     Returns:
         Shape (rows, columns), above 0 and at most 1.
     """
+    weights = [np.interp(kvp, KVP, column) for column in ENERGY_WEIGHTS.T]
     arrived = np.zeros(paths.soft.shape)
-    for weight, water, bone, metal in zip(
-        ENERGY_WEIGHTS, WATER, CORTICAL_BONE, TITANIUM, strict=True
-    ):
+    for weight, water, bone, metal in zip(weights, WATER, CORTICAL_BONE, TITANIUM, strict=True):
         arrived += weight * np.exp(-(water * paths.soft + bone * paths.bone + metal * paths.metal))
     return arrived
 
 
 def expose(
-    arrived: np.ndarray, spacing_mm: float, photons: float, scatter: float, rng: np.random.Generator
+    arrived: np.ndarray,
+    spacing_mm: float,
+    dose_ugy: float,
+    scatter: float,
+    grid_lines_px: float,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Turn transmission into a detector's signal: scatter, focal spot, quanta, blur.
+    """Turn transmission into a detector's signal: scatter, focal spot, grid, quanta, blur.
 
     Args:
         arrived: Share of photons that passes, shape (H, W).
         spacing_mm: Pixel size in the plane of the spine.
-        photons: Quanta that reach a pixel of mean transmission: the exposure.
+        dose_ugy: Air kerma behind the patient, µGy, that automatic exposure control aims at.
         scatter: Scattered over primary radiation behind the grid.
+        grid_lines_px: Period of the lines that a grid leaves, px; 0 for a grid that moves.
         rng: Source of the quanta.
 
     Returns:
@@ -336,40 +404,80 @@ def expose(
     """
     haze = _smooth(arrived, 25.0 / spacing_mm)
     signal = (arrived + scatter * haze) / (1.0 + scatter)
-    signal = cv2.GaussianBlur(signal, (0, 0), 0.18 / spacing_mm)  # focal spot, 0.6 mm
+    signal = cv2.GaussianBlur(signal, (0, 0), FOCUS_MM / spacing_mm)
     signal = signal / signal.mean()
+    if grid_lines_px:
+        signal *= 1.0 + 0.02 * np.sin(2 * np.pi * np.arange(signal.shape[1]) / grid_lines_px)
+    photons = dose_ugy * QUANTA * (spacing_mm * DETECTOR_MM / SOURCE_MM) ** 2
     quanta = rng.poisson(signal * photons).astype(np.float64) / photons
-    blurred = cv2.GaussianBlur(quanta, (0, 0), 0.12 / spacing_mm)  # scintillator
+    blurred = cv2.GaussianBlur(quanta, (0, 0), SCINTILLATOR_MM / spacing_mm)
     return np.maximum(blurred, 1e-4)
 
 
-def develop(signal: np.ndarray, spacing_mm: float, contrast: float, detail: float) -> np.ndarray:
-    """Turn a detector's signal into the grey values of a film for reading.
+class Development:
+    """A film's way from a detector's signal to grey values for reading.
 
     A logarithm (so that thickness adds), less of the slow variation (so that the whole field is
-    readable), enhancement of detail, and an S-shaped tone curve, as radiography systems do.
+    readable), enhancement of detail, and an S-shaped tone curve, as radiography systems do. What
+    the film was adapted to is kept, so that its twins are developed alike.
 
     Args:
         signal: As `expose` returns it, shape (H, W).
         spacing_mm: Pixel size in the plane of the spine.
         contrast: Steepness of the tone curve.
         detail: Gain of structures between 1 and 8 mm.
-
-    Returns:
-        Shape (H, W), 0 black (air) to 1 white (metal).
     """
-    dense = -np.log(signal)
-    # Metal is left out of what the film is adapted to: it would darken all the rest.
-    ceiling = np.percentile(dense, 90.0) + 0.3
-    tissue = np.minimum(dense, ceiling)
-    slow = _smooth(tissue, 18.0 / spacing_mm)
-    middle, fine = _smooth(tissue, 5.0 / spacing_mm), _smooth(dense, 0.8 / spacing_mm)
-    image = dense - 0.65 * (slow - slow.mean()) + detail * (np.minimum(fine, ceiling) - middle)
-    low, high = np.percentile(image, (2.0, 90.0))
-    high += 0.25 * (high - low)
-    scaled = (image - low) / (high - low) * 2.0 - 1.0
-    curve = 0.5 + 0.5 * np.tanh(contrast * scaled) / np.tanh(contrast)
-    return np.clip(curve, 0.0, 1.0)
+
+    def __init__(self, signal: np.ndarray, spacing_mm: float, contrast: float, detail: float):
+        self.spacing_mm, self.contrast, self.detail = spacing_mm, contrast, detail
+        self.dense = -np.log(signal)
+        # Metal is left out of what the film is adapted to: it would darken all the rest.
+        self.ceiling = np.percentile(self.dense, 90.0) + 0.3
+        slow = _smooth(np.minimum(self.dense, self.ceiling), 18.0 / spacing_mm)
+        self.slow = 0.65 * (slow - slow.mean())
+        image = self._enhance(self.dense) - self.slow
+        self.low, high = np.percentile(image, (2.0, 90.0))
+        self.high = high + 0.25 * (high - self.low)
+        self.grey = self._curve(image)
+
+    def change(self, extra: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
+        """Return what another density would have changed on the developed film.
+
+        Args:
+            extra: The other density less this film's (natural logarithm), shape (H, W), zero
+                outside some part.
+
+        Returns:
+            Rows and columns of the part, and the other film's grey less this one's there.
+        """
+        reach = int(np.ceil(15.0 / self.spacing_mm))  # three deviations of the widest filter
+        spans = []
+        for axis, size in ((1, extra.shape[0]), (0, extra.shape[1])):
+            where = np.flatnonzero(extra.any(axis=axis))
+            if not len(where):
+                return np.s_[0:0, 0:0], np.zeros((0, 0))
+            spans.append((where[0] - reach, where[-1] + 1 + reach, size))
+        # The filters see as far again, so that the part's rim is developed as the whole film is.
+        wide = tuple(slice(max(a - reach, 0), min(b + reach, size)) for a, b, size in spans)
+        part = tuple(slice(max(a, 0), min(b, size)) for a, b, size in spans)
+        inner = tuple(
+            slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, wide, strict=True)
+        )
+        blur = np.hypot(FOCUS_MM, SCINTILLATOR_MM) / self.spacing_mm
+        here = self.dense[wide]
+        there = here + cv2.GaussianBlur(extra[wide].astype(np.float64), (0, 0), blur)
+        here, there = (self._curve(self._enhance(d) - self.slow[wide]) for d in (here, there))
+        return part, (there - here)[inner]
+
+    def _enhance(self, dense: np.ndarray) -> np.ndarray:
+        middle = _smooth(np.minimum(dense, self.ceiling), 5.0 / self.spacing_mm)
+        fine = np.minimum(_smooth(dense, 0.8 / self.spacing_mm), self.ceiling)
+        return dense + self.detail * (fine - middle)
+
+    def _curve(self, image: np.ndarray) -> np.ndarray:
+        scaled = (image - self.low) / (self.high - self.low) * 2.0 - 1.0
+        curve = 0.5 + 0.5 * np.tanh(self.contrast * scaled) / np.tanh(self.contrast)
+        return np.clip(curve, 0.0, 1.0)
 
 
 def _smooth(image: np.ndarray, sigma_px: float) -> np.ndarray:

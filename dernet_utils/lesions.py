@@ -3,11 +3,13 @@
 A lesion either moves tissue (a narrowed disc, a collapsed vertebra, a slipped one) or changes
 what tissue is made of (an osteophyte, a screw, a sclerotic focus), or both. It says so with two
 functions of place, and a third that says where it is. All places are the donor's millimetres,
-so that a lesion follows its vertebra through every deformation of the patient.
+so that a lesion follows its vertebra through every deformation of the patient. All sizes grow from
+nothing with severity: a lesion of severity 0 changes no voxel.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,12 +19,13 @@ from dernet_utils.anatomy import Disc, Vertebra
 
 Points = tuple[Tensor, Tensor, Tensor]  # x, y, z in donor millimetres, all of one shape
 
-SKIN_MM = 0.8  # an edge goes from nothing to all over this distance: no voxel staircase
+SKIN_MM = 0.8  # from its surface inward, a lesion goes from nothing to all: no voxel staircase
 BONE = 1700.0  # HU + 1000 of an osteophyte's spongy bone with its cortex
 CEMENT = 2600.0  # HU + 1000 of bone cement with barium
+TITANIUM = 4.5  # g/cm³
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lesion:
     """A lesion in the donor's space.
 
@@ -30,7 +33,7 @@ class Lesion:
         lesion_type: One of `data.LESION_TYPES`.
         form: What kind of it, such as ``wedge``.
         level: Where, such as ``L1`` or ``T12/L1``.
-        severity: From 0, hardly there, to 1.
+        severity: From 0, not there, to 1.
         centre_mm: Middle of the sphere outside which the lesion changes nothing, (x, y, z).
         reach_mm: Radius of that sphere.
         size_mm: Radius of a sphere about the same centre that holds the region.
@@ -67,7 +70,7 @@ def _frame(points: Points, part: Vertebra | Disc) -> Points:
 
 def _inside(distance: Tensor) -> Tensor:
     """Turn a signed distance to a surface (mm, negative inside) into an occupancy."""
-    return (0.5 - distance / SKIN_MM).clamp(0.0, 1.0)
+    return (-distance / SKIN_MM).clamp(0.0, 1.0)
 
 
 def _fade(distance: Tensor, near: float, far: float) -> Tensor:
@@ -82,7 +85,8 @@ def _chain(points: tuple[Tensor, ...], places: np.ndarray, radii: np.ndarray) ->
     for start, end, r0, r1 in zip(places, places[1:], radii, radii[1:], strict=False):
         along = end - start
         offset = [p - float(s) for p, s in zip(points, start, strict=True)]
-        t = sum(o * float(a) for o, a in zip(offset, along, strict=True)) / float(along @ along)
+        length = max(float(along @ along), 1e-9)  # two places may be one, at severity 0
+        t = sum(o * float(a) for o, a in zip(offset, along, strict=True)) / length
         t = t.clamp(0.0, 1.0)
         square = sum((o - t * float(a)) ** 2 for o, a in zip(offset, along, strict=True))
         distance = torch.minimum(distance, square.sqrt() - (float(r0) + t * float(r1 - r0)))
@@ -105,8 +109,8 @@ def _shift(points: Points, axis: np.ndarray, by: Tensor) -> Points:
 
 
 def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
-    """A disc that has lost 40 to 85 % of its height, with sclerosis of both endplates."""
-    lost = disc.height_mm * (0.4 + 0.45 * severity)
+    """A disc that has lost up to 85 % of its height, with sclerosis of both endplates."""
+    lost = disc.height_mm * 0.85 * severity
     half, left_half = disc.height_mm / 2, (disc.height_mm - lost) / 2
     depth, width = disc.below.depth_mm / 2, disc.below.width_mm / 2
     size = max(depth, width) + 3.0
@@ -127,7 +131,7 @@ def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
     def endplates(points: Points) -> Tensor:
         left, front, up = _frame(points, disc)
         rim = ((left / width) ** 2 + (front / depth) ** 2).sqrt()
-        return _inside((rim - 0.95) * depth) * _inside((up.abs() - half - 1.2).abs() - 1.2)
+        return _inside((rim - 0.95) * depth) * _inside((up.abs() - half - 1.2).abs() - 2.0 * severity)
 
     def make(form: str, **how) -> Lesion:
         name = "Disc space narrowing"
@@ -141,9 +145,15 @@ def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
 
 
 def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesion]:
-    """A wedge, biconcave or crush fracture that lost 20 to 46 % of the body's height."""
+    """A wedge, biconcave or crush fracture that lost up to 48 % of the body's height.
+
+    Bone is pressed together under a broken endplate and shows as a dense band.
+
+    By Genant's grades (J Bone Miner Res 1993; 8: 1137) a loss from 20 % on is mild, from 25 %
+    moderate, and from 40 % severe.
+    """
     half, depth = body.height_mm / 2, body.depth_mm / 2
-    most = (0.20 + 0.26 * severity) * body.height_mm
+    most = 0.48 * severity * body.height_mm
 
     def lost(front: Tensor, above: Tensor) -> Tensor:
         """Height lost on one side of the middle, mm."""
@@ -162,15 +172,24 @@ def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesio
         window = _fade((left**2 + front**2).sqrt(), 24.0, 38.0)
         return _shift(points, body.up, up.sign() * torch.minimum(inner, outer) * window)
 
-    name = "Vertebral collapse"
-    size = float(np.hypot(body.width_mm, body.height_mm)) / 2 + 2 * SKIN_MM
-    region = _body_region(body)
-    return [Lesion(name, form, body.name, severity, body.centre_mm, 50.0, size, region, move)]
+    def impacted(points: Points) -> Tensor:
+        """Bone pressed together under each broken endplate."""
+        left, front, up = _frame(points, body)
+        rim = ((left / (body.width_mm / 2)) ** 2 + (front / depth) ** 2).sqrt()
+        height = up if form == "wedge" else up.abs()
+        return _inside((rim - 0.95) * depth) * _inside((height - half + 1.5).abs() - 3.0 * severity)
+
+    def make(**how) -> Lesion:
+        name, size = "Vertebral collapse", float(np.hypot(body.width_mm, body.height_mm)) / 2 + 2.0
+        return Lesion(name, form, body.name, severity, body.centre_mm, 50.0, size, **how)
+
+    density = 1250.0 + 400.0 * severity
+    return [make(region=_body_region(body), move=move), make(region=impacted, fill=density)]
 
 
 def spondylolisthesis(disc: Disc, severity: float) -> list[Lesion]:
-    """The upper vertebra slipped forward by 12 to 45 % of the depth: grades I and II."""
-    slip = disc.below.depth_mm * (0.12 + 0.33 * severity)
+    """The upper vertebra slipped forward by up to half of the depth: Meyerding's grades I and II."""
+    slip = disc.below.depth_mm * 0.5 * severity
     height, tall = disc.height_mm, disc.above.height_mm
 
     def move(points: Points) -> Points:
@@ -208,11 +227,11 @@ def _body_region(body: Vertebra) -> Callable[[Points], Tensor]:
 
 
 def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float) -> list[Lesion]:
-    """A spur on a body's rim, next to a disc: a ridge along 40 to 75 degrees of it.
+    """A spur on a body's rim, next to a disc: a ridge along up to 65 degrees of it.
 
     Args:
         disc: The disc that the spur flanks.
-        severity: Length from 3 mm at 0 to 11 mm at 1.
+        severity: Length, up to 11 mm at 1.
         form: ``claw`` bends over the disc, ``traction`` points outward, ``bridging`` joins
             the two bodies.
         upper: Whether it grows on the vertebra above the disc.
@@ -220,8 +239,8 @@ def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float
     """
     body = disc.above if upper else disc.below
     toward = -1.0 if upper else 1.0  # the direction of the disc along `up`
-    length, thick = 3.0 + 8.0 * severity, 1.8 + 1.4 * severity
-    arc = 0.35 + 0.30 * severity  # half of the stretch of rim that it grows on, radians
+    length, thick = 11.0 * severity, 3.4 * severity**0.5
+    arc = 0.57 * severity**0.5 + 1e-3  # half of the stretch of rim that it grows on, radians
     reach = {"claw": 0.75, "traction": 0.9, "bridging": 0.8}[form] * length
     rise = {"claw": 0.65, "traction": 0.05, "bridging": 0.4}[form] * length
     # Its section through the rim: (outward, toward the disc) in mm from the rim's edge.
@@ -262,13 +281,13 @@ def _rim(body: Vertebra, angle: Tensor) -> Tensor:
 
 def foraminal_stenosis(disc: Disc, severity: float) -> list[Lesion]:
     """Bone of the facets grown into both foramina behind a disc."""
-    radius = 3.5 + 3.5 * severity
+    radius = 7.5 * severity
     back = -(disc.below.depth_mm / 2 + 5.0)
     side = disc.below.width_mm * 0.36
 
     def region(points: Points) -> Tensor:
         place = _frame(points, disc)
-        radii = (3.5, radius * 0.8, radius)
+        radii = (4.0 * severity + 1e-3, radius * 0.8 + 1e-3, radius + 1e-3)
         return torch.maximum(
             _ellipsoid(place, (side, back, 2.0), radii),
             _ellipsoid(place, (-side, back, 2.0), radii),
@@ -282,7 +301,7 @@ def foraminal_stenosis(disc: Disc, severity: float) -> list[Lesion]:
 
 def other_lesion(body: Vertebra, severity: float, form: str, place: np.ndarray) -> list[Lesion]:
     """A sclerotic, lytic or mixed focus in a body; `place` is in half sizes, shape (3,)."""
-    radius = 4.5 + 5.5 * severity
+    radius = 10.5 * severity
     size = radius + 1.0
     centre = body.point(*place)
 
@@ -303,26 +322,46 @@ def other_lesion(body: Vertebra, severity: float, form: str, place: np.ndarray) 
     return [lytic, make(lambda points: ball(points, 0.6 * radius), 2100.0)]
 
 
-def implant(bodies: list[Vertebra], form: str) -> list[Lesion]:
-    """Hardware over neighbouring vertebrae: ``screws`` and rods, a ``plate``, or ``cement``."""
-    parts = {"screws": _screws, "plate": _plate, "cement": _cement}[form](bodies)
-    centre = np.mean([body.centre_mm for body in bodies], axis=0)
-    reach = max(
-        float(np.linalg.norm(np.array(places) - centre, axis=1).max()) for places, _ in parts
-    )
+def implant(bodies: list[Vertebra], discs: list[Disc], form: str) -> list[Lesion]:
+    """Hardware over neighbouring vertebrae, from below; each screw, rod and cage is a lesion.
 
-    def region(points: Points) -> Tensor:
-        solids = (_chain(points, np.array(p), np.array(r)) for p, r in parts)
-        solid = next(solids)
-        for other in solids:
-            solid = torch.maximum(solid, other)
-        return solid
-
+    Args:
+        bodies: The vertebrae that it spans.
+        discs: The discs between them.
+        form: Pedicle ``screws`` and rods, these with ``cages`` in the discs, an anterior
+            ``plate``, or ``cement`` in the bodies.
+    """
     level = bodies[0].name if len(bodies) == 1 else f"{bodies[-1].name}-{bodies[0].name}"
-    metal = 0.0 if form == "cement" else 4.5  # titanium, g/cm³
-    fill = CEMENT if form == "cement" else None
-    name, size = "Surgical implant", reach + 8.0
-    return [Lesion(name, form, level, 1.0, centre, size, size, region, fill=fill, metal=metal)]
+    what = {"fill": CEMENT} if form == "cement" else {"metal": TITANIUM}
+    tubes = {"screws": _screws, "cages": _screws, "plate": _plate, "cement": _cement}[form](bodies)
+
+    def make(centre: np.ndarray, size: float, region: Callable[[Points], Tensor]) -> Lesion:
+        return Lesion("Surgical implant", form, level, 1.0, centre, size, size, region, **what)
+
+    parts = []
+    for places, radii in tubes:
+        places, radii = np.array(places), np.array(radii)
+        centre = (places.min(axis=0) + places.max(axis=0)) / 2
+        size = float(np.linalg.norm(places - centre, axis=1).max() + radii.max() + 1.0)
+        parts.append(make(centre, size, partial(_chain, places=places, radii=radii)))
+    for disc in discs if form == "cages" else []:
+        size = float(np.linalg.norm(_cage_size(disc)) + 1.0)
+        parts.append(make(disc.centre_mm, size, partial(_cage, disc=disc)))
+    return parts
+
+
+def _cage_size(disc: Disc) -> tuple[float, float, float]:
+    """Return a cage's half sizes to the left, to the front and up, mm."""
+    return 0.36 * disc.below.width_mm, 0.34 * disc.below.depth_mm, disc.height_mm / 2 + 1.0
+
+
+def _cage(points: Points, disc: Disc) -> Tensor:
+    """Return the occupancy of a cage: a frame with walls of 2 mm, open up and down."""
+    left, front, up = _frame(points, disc)
+    wide, deep, high = _cage_size(disc)
+    outer = torch.maximum(torch.maximum(left.abs() - wide, front.abs() - deep), up.abs() - high)
+    hollow = torch.maximum(left.abs() - wide, front.abs() - deep) + 2.0
+    return _inside(torch.maximum(outer, -hollow))
 
 
 def _screws(bodies: list[Vertebra]) -> list:

