@@ -50,12 +50,12 @@ TEST = 0.20  # of patients: 1,000 of the dataset's 5,000 studies
 # Share of patients who carry a type, chosen so that labelled boxes a class follow the dataset's
 # training split (book/data_card.md); osteophytes are in nine of ten abnormal patients.
 CARRIERS = {
-    "Vertebral collapse": 0.072,
-    "Other lesions": 0.058,
-    "Spondylolysthesis": 0.054,
-    "Surgical implant": 0.060,
-    "Foraminal stenosis": 0.082,
-    "Disc space narrowing": 0.120,
+    "Vertebral collapse": 0.046,
+    "Other lesions": 0.056,
+    "Spondylolysthesis": 0.055,
+    "Surgical implant": 0.053,
+    "Foraminal stenosis": 0.120,
+    "Disc space narrowing": 0.155,
 }
 SPURS = 0.90  # of abnormal patients
 # Severity runs from the least that a reader would report to the worst. The least: a fifth of the
@@ -80,7 +80,7 @@ STUDIES = {
 ANGLES = {"AP": 0.0, "LATERAL": 90.0, "LPO": 45.0, "RPO": -45.0}
 FIELD_MARGIN_MM = 12.0  # rendered beyond the collimated field, for the film's rotation
 BOX_MARGIN_MM = 1.5  # annotators draw a little outside the lesion's edge
-SEEN = 0.75  # least visibility of a labelled lesion, in standard deviations of its surroundings
+SEEN = 1.1  # least visibility of a labelled lesion, in standard deviations of its surroundings
 PART_ON_FILM = 0.5  # least share of a lesion's shadow inside the collimated field
 LUMBAR_MM = 150.0  # from L1 to L5, over which a lordosis is spread
 TURN = 0.35  # axial rotation to lateral curvature in a scoliosis: ours, after Nash and Moe's grades
@@ -262,8 +262,7 @@ def _plan_findings(
     findings: list[dict] = []
 
     def add(lesion_type: str, form: str, level: int, **more) -> None:
-        # Most spurs are small, down to the hardly visible.
-        drawn = rng.beta(1.2, 2.0) if lesion_type == "Osteophytes" else rng.beta(2.0, 2.2)
+        drawn = rng.beta(1.6, 1.6)  # of all sizes, down to the hardly visible
         least = LEAST.get(lesion_type, 1.0)
         severity = float(least + (1.0 - least) * drawn)
         findings.append(
@@ -298,7 +297,7 @@ def _plan_findings(
         for level in (narrowed + others)[:count]:
             for upper in (False, True):
                 for angle in (0.0, 1.45, -1.45):
-                    if rng.random() < 0.30:
+                    if rng.random() < 0.31:
                         form = str(
                             rng.choice(["claw", "traction", "bridging"], p=[0.6, 0.32, 0.08])
                         )

@@ -20,7 +20,7 @@ from dernet_utils.anatomy import Disc, Vertebra
 Points = tuple[Tensor, Tensor, Tensor]  # x, y, z in donor millimetres, all of one shape
 
 SKIN_MM = 0.8  # from its surface inward, a lesion goes from nothing to all: no voxel staircase
-BONE = 1700.0  # HU + 1000 of an osteophyte's spongy bone with its cortex
+BONE = 1850.0  # HU + 1000 of an osteophyte: spongy bone in a thick cortex
 CEMENT = 2600.0  # HU + 1000 of bone cement with barium
 TITANIUM = 4.5  # g/cm³
 
@@ -227,7 +227,7 @@ def _body_region(body: Vertebra) -> Callable[[Points], Tensor]:
 
 
 def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float) -> list[Lesion]:
-    """A spur on a body's rim, next to a disc: a ridge along up to 65 degrees of it.
+    """A spur on a body's rim, next to a disc: a ridge along up to 55 degrees of it.
 
     Args:
         disc: The disc that the spur flanks.
@@ -240,7 +240,7 @@ def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float
     body = disc.above if upper else disc.below
     toward = -1.0 if upper else 1.0  # the direction of the disc along `up`
     length, thick = 11.0 * severity, 3.4 * severity**0.5
-    arc = 0.57 * severity**0.5 + 1e-3  # half of the stretch of rim that it grows on, radians
+    arc = 0.48 * severity**0.5 + 1e-3  # half of the stretch of rim that it grows on, radians
     reach = {"claw": 0.75, "traction": 0.9, "bridging": 0.8}[form] * length
     rise = {"claw": 0.65, "traction": 0.05, "bridging": 0.4}[form] * length
     # Its section through the rim: (outward, toward the disc) in mm from the rim's edge.

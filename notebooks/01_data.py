@@ -118,8 +118,9 @@ assert set(boxes.image_id) == set(images.image_id[images.abnormal])
 # ## People, studies, images
 #
 # A *study* is one visit of one person to the X-ray room. It holds one or more *series*, and these
-# hold the images: the spine from the side (lateral) and from the front (anteroposterior, AP).
-# Both show the same bones on the same day. To a statistician they are not two observations.
+# hold the images: the spine from the side (lateral), from the front (anteroposterior, AP), and in
+# some studies from between the two (oblique). All show the same bones on the same day. To a
+# statistician they are one observation.
 
 # %%
 per_split = images.groupby("split", sort=False)
@@ -418,14 +419,18 @@ for key in ("transfer_syntaxes", "photometric_interpretations", "bits_stored"):
 # ## Paper beside ours
 
 # %%
+first = images[images.split == "train"]
 ours = {
-    "studies": images.study_id.nunique(),
-    "images": len(images),
-    "images with a finding, training": int((images.abnormal & (images.split == "train")).sum()),
-    "images without, training": int((~images.abnormal & (images.split == "train")).sum()),
+    "studies": f"{images.study_id.nunique():,}",
+    "images": f"{len(images):,}",
+    "images with a finding, training": f"{first.abnormal.sum():,} ({first.abnormal.mean():.1%})",
+    "images a study, training": f"{len(first) / first.study_id.nunique():.2f}",
+    "boxes an image with a finding, training": f"{len(train) / first.abnormal.sum():.2f}",
     "imbalance": f"{r:.1f} : 1",
 }
-theirs = [5000, 8389 + 2078, 4129, 4260, "46.9 : 1"]
+n_published = published.sum()
+theirs = ["5,000", "10,467", f"4,129 ({4129 / 8389:.1%})", f"{8389 / 4000:.2f}",
+          f"{n_published / 4129:.2f}", "46.9 : 1"]  # fmt: skip
 pd.DataFrame(
     {"paper and dataset (VinDr-SpineXR)": theirs, f"this run ({kind})": ours.values()}, index=ours
 )
@@ -438,8 +443,8 @@ pd.DataFrame(
 # :class: warning
 # At the profiles `smoke` and `laptop` every film of this book is computed from one donor's CT scan,
 # deformed into many bodies, with lesions put into its spine. The films are not evidence about
-# people. They let every line of the method be run and judged. The {doc}`../book/data_card` says how
-# they are made and what they cannot stand for.
+# people. They let every line of the method be run and judged. {ref}`chap:virtual-radiographs` shows
+# how they are made, the {doc}`../book/data_card` what they cannot stand for.
 # ```
 #
 # ## Exercises
