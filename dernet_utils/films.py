@@ -13,7 +13,7 @@ from dernet_utils.donor import Donor
 from dernet_utils.lesions import Lesion
 
 GRID_MM = 0.7  # rays are this far apart in the plane of the spine
-STEP_MM = 2.0  # and are sampled this often along their way through the spine,
+STEP_MM = 1.5  # and are sampled this often along their way through the spine,
 FAR_STEP_MM = 4.0  # and this often where there is no spine: half of the time, no visible change
 NEAR_MM = 56.0  # how far from the spine's axis the finer steps reach
 SOURCE_MM = 950.0  # focal spot to spine

@@ -21,6 +21,7 @@ Points = tuple[Tensor, Tensor, Tensor]  # x, y, z in donor millimetres, all of o
 
 SKIN_MM = 0.8  # from its surface inward, a lesion goes from nothing to all: no voxel staircase
 BONE = 1850.0  # HU + 1000 of an osteophyte: spongy bone in a thick cortex
+SHEAR_MM = 5.0  # beyond the disc's edges, a slip's shear fades out
 CEMENT = 2600.0  # HU + 1000 of bone cement with barium
 TITANIUM = 4.5  # g/cm³
 
@@ -194,7 +195,7 @@ def spondylolisthesis(disc: Disc, severity: float) -> list[Lesion]:
 
     def move(points: Points) -> Points:
         left, front, up = _frame(points, disc)
-        below = ((up + height / 2) / height).clamp(0.0, 1.0)
+        below = 1.0 - _fade(up, -height / 2 - SHEAR_MM, height / 2 + SHEAR_MM)
         above = _fade(up, tall + height, tall + 40.0)
         window = _fade((left**2 + (front + 10.0) ** 2).sqrt(), 38.0, 62.0)
         return _shift(points, disc.front, -slip * below * above * window)
