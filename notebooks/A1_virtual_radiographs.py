@@ -76,11 +76,13 @@ from dernet_utils.films import (
     CORTICAL_BONE,
     DETECTOR_MM,
     ENERGY_WEIGHTS,
+    FAR_STEP_MM,
     FOCUS_MM,
     KVP,
     QUANTA,
     SCINTILLATOR_MM,
     SOURCE_MM,
+    STEP_MM,
     TITANIUM,
     WATER,
     Development,
@@ -94,7 +96,6 @@ from dernet_utils.imaging import read_grey
 from dernet_utils.truth import write_twins
 from dernet_utils.workspace import open_workspace
 
-# %%
 workspace = open_workspace(profile)
 use_style()
 fetch_donor()
@@ -228,7 +229,10 @@ for ax, i, size, across in ((axes[0], 1, deep_mm, "front"), (axes[1], 0, wide_mm
               extent=(0, size, 0, top_mm))  # fmt: skip
     for number, body in enumerate(bodies):
         centre = body.centre_mm
-        for vector, colour, length in ((body.up, "#E69F00", 14), (getattr(body, across), "#56B4E9", 22)):
+        for vector, colour, length in (
+            (body.up, "#E69F00", 14),
+            (getattr(body, across), "#56B4E9", 22),
+        ):
             ax.annotate("", (centre[i] + length * vector[i], centre[2] + length * vector[2]),
                         (centre[i], centre[2]), arrowprops={"color": colour, "arrowstyle": "-|>", "lw": 1.5})  # fmt: skip
         if number % 2 == 0:
@@ -266,7 +270,7 @@ print(f"the donor's kyphosis is {kyphosis_deg:.0f}°")
 # %% [markdown]
 # ## A ray through the donor
 #
-# The focal spot is 950 mm in front of the spine. A ray is the straight line from there through one
+# The focal spot is {glue:text}`ca1-source` in front of the spine. A ray is the straight line from there through one
 # point of the spine's plane. We sum along it by hand, with a sample every half millimetre. A voxel
 # denser than water is partly bone: its share of bone rises in a straight line with density up to
 # cortical bone.
@@ -287,10 +291,11 @@ def along(place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # %% [markdown]
-# `Scene.paths` does this for all rays of a film, with a sample every 2 mm near the spine and every
-# 4 mm elsewhere. Soft tissue is smooth, and 2 % are enough of a tolerance. A cortex is thinner than a step,
-# so that a single ray may catch it once too often or miss it: 0.2 cm of about 1 g/cm³, hence 0.2
-# g/cm². Over many rays such errors must cancel; if they do not, something is wrong.
+# `Scene.paths` does this for all rays of a film, with a sample every {glue:text}`ca1-step` near the
+# spine and every {glue:text}`ca1-far-step` elsewhere. Soft tissue is smooth, and 2 % are enough of a
+# tolerance. A cortex is thinner than a step, so that a single ray may catch it once too often or
+# miss it: a step of some 0.2 cm at about 1 g/cm³, hence 0.2 g/cm². Over many rays such errors must
+# cancel; if they do not, something is wrong.
 
 # %%
 scene = Scene(donor, bodies, donor_shape, [])
@@ -309,12 +314,15 @@ assert abs(np.mean([bone for _, bone in differ])) < 0.04
 glue("ca1-worst-soft", f"{100 * worst_soft:.1f} %", display=False)
 glue("ca1-worst-bone", f"{worst_bone:.2f} g/cm²", display=False)
 glue("ca1-rays", len(differ), display=False)
+glue("ca1-source", f"{SOURCE_MM:.0f} mm", display=False)
+glue("ca1-step", f"{STEP_MM:g} mm", display=False)
+glue("ca1-far-step", f"{FAR_STEP_MM:g} mm", display=False)
 soft, bone = along(aim)
 glue("ca1-ray-soft", f"{soft.sum() * 0.05:.1f} g/cm²", display=False)
 glue("ca1-ray-bone", f"{bone.sum() * 0.05:.1f} g/cm²", display=False)
 fig, (ax1, ax2) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=[2.1, 1])
-ax1.fill_between(depth, soft, color="#56B4E9", alpha=0.6, lw=0, label="soft tissue")
-ax1.fill_between(depth, soft, soft + bone, color="#D55E00", hatch="//", lw=0, label="bone")
+ax1.fill_between(depth, soft, color="#56B4E9", alpha=0.45, lw=0, label="soft tissue")
+ax1.fill_between(depth, bone, color="#D55E00", lw=0, label="bone")
 ax1.axvline(0, color="0.2", ls=":")
 ax1.set(xlabel="along the ray from front to back, mm (0: the body's centre)", ylabel="density, g/cm³",
         xlim=(-190, 90), ylim=(0, 1.9))  # fmt: skip
@@ -331,13 +339,15 @@ show_figure("ca1-fig-ray", fig)
 # :name: fig:virtual-ray
 # :alt: Density along one ray through chest and vertebra; beside it the bone that each ray of a small field has met.
 #
-# Left: density along one ray through the virtual patient, from breastbone to spinous process. Right:
+# Left: density along one ray through the virtual patient, from the skin in front (left) to the skin behind. Right:
 # $(\rho\ell)_{bone}$ of every ray of a small field; the ring marks the ray on the left.
 # ```
 #
 # This ray meets {glue:text}`ca1-ray-soft` of soft tissue and {glue:text}`ca1-ray-bone` of bone.
 # Over {glue:text}`ca1-rays` rays, sums by hand and by the package differ by at most
-# {glue:text}`ca1-worst-soft` of the soft tissue and {glue:text}`ca1-worst-bone` of bone.
+# {glue:text}`ca1-worst-soft` of the soft tissue and {glue:text}`ca1-worst-bone` of bone. The bright
+# patch at the top of the right panel is no bone. The donor was given contrast agent, and what is
+# denser than water counts as bone in part: heart and aorta cast a heavier shadow than they should.
 #
 # ## A body from the donor
 #
@@ -348,7 +358,7 @@ show_figure("ca1-fig-ray", fig)
 plans = plan_cohort(300, seed, bodies)
 patient = plans[0]
 print({k: v for k, v in patient.items() if k in ("age", "sex", "split")})
-print({k: np.round(v, 2) for k, v in patient["shape"].items() if k != "proportions"})
+print({k: round(v, 2) for k, v in patient["shape"].items() if k != "proportions"})
 
 # %% [markdown]
 # Planning and rendering are apart, so we can take one plan and replace one number. Our standard
@@ -359,14 +369,18 @@ print({k: np.round(v, 2) for k, v in patient["shape"].items() if k != "proportio
 straight = patient["views"][0] | {
     "turn_deg": 0.0, "tilt_deg": 0.0, "aside_mm": 4.0, "height_mm": 160.0, "width_mm": 120.0,
     "aim_z_mm": float(aim[2]), "mirrored": False, "spacing_mm": spacing_mm, "shutter": None,
-    "kvp": 80.0, "dose_ugy": 2.5, "scatter": 0.2, "grid_lines_px": 0.0, "contrast": 0.9,
+    "kvp": 80.0, "name": "LATERAL", "dose_ugy": 2.5, "scatter": 0.2, "grid_lines_px": 0.0, "contrast": 0.9,
     "detail": 1.9, "marker": False}  # fmt: skip
 
 
 def film_of(name: str = "LATERAL", findings: list = (), body: dict | None = None, **taken):
     """Render one film of the standard patient with a few numbers changed."""
     shape = plain | {"bone": 1.55} | (body or {})
-    plan = {"shape": shape, "views": [straight | {"name": name} | taken], "findings": list(findings)}
+    plan = {
+        "shape": shape,
+        "views": [straight | {"name": name} | taken],
+        "findings": list(findings),
+    }
     return render_film(patient | plan, 0, anatomy)
 
 
@@ -377,12 +391,12 @@ def film_of(name: str = "LATERAL", findings: list = (), body: dict | None = None
 CHANGES = [  # view, number, two values, how it is called
     ("LATERAL", "stature", (0.90, 1.10), "stature × {:.2f}"),
     ("LATERAL", "kyphosis_deg", (15.0, 50.0), "kyphosis {:.0f}°"),
-    ("AP", "cobb_deg", (0.0, 30.0), "Cobb angle {:.0f}°"),
+    ("AP", "cobb_deg", (0.0, 25.0), "Cobb angle {:.0f}°"),
     ("LATERAL", "bone", (0.9, 2.0), "bone × {:.1f}"),
     ("AP", "girth", (0.80, 1.25), "girth × {:.2f}"),
 ]
 tall = {"height_mm": 215.0, "width_mm": 150.0, "aim_z_mm": 146.0, "spacing_mm": 0.5}
-apex = {"curve_phase": np.pi / 2 - 2 * np.pi * 146.0 / plain["curve_mm"]}  # in the field's middle
+apex = {"curve_phase": -np.pi / 2 - 2 * np.pi * 146.0 / plain["curve_mm"]}  # in the field's middle
 pairs = [[film_of(name, body=apex | {key: value}, **tall) for value in values]
          for name, key, values, _ in CHANGES]  # fmt: skip
 exposures = [film.mas for film in pairs[-1]]
@@ -390,9 +404,16 @@ assert exposures[1] > 1.5 * exposures[0]  # more tissue, more exposure
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(2, 5, figsize=(11, 6.6))
-for films, (name, _, values, title), column in zip(pairs, CHANGES, axes.T, strict=True):
+for films, (name, key, values, title), column in zip(pairs, CHANGES, axes.T, strict=True):
     for film, value, ax in zip(films, values, column, strict=True):
         show_film(ax, 255 * film.grey, f"{name}\n{title.format(value)}")
+        changed_body = build_shape({"shape": plain | apex | {key: value}}, bodies)
+        donor_z = [tall["aim_z_mm"], *(body.centre_mm[2] for body in bodies)]
+        z = np.interp(donor_z, changed_body.z_donor_mm, changed_body.z_patient_mm)
+        for body, row in zip(bodies, film.grey.shape[0] / 2 - (z[1:] - z[0]) / 0.5, strict=True):
+            if body.name in ("T8", "T10", "T12"):
+                ax.annotate(f"{body.name} –", (0, row), ha="right", va="center", fontsize=8,
+                            annotation_clip=False)  # fmt: skip
 show_figure("ca1-fig-bodies", fig)
 glue("ca1-mas", f"{exposures[1] / exposures[0]:.1f}", display=False)
 
@@ -401,7 +422,8 @@ glue("ca1-mas", f"{exposures[1] / exposures[0]:.1f}", display=False)
 # :name: fig:virtual-bodies
 # :alt: Ten films in five pairs; the vertebrae are taller, the spine more bent, curved sideways, whiter, or the chest wider in the lower film.
 #
-# Ten virtual films of one patient, in five pairs that differ by one number of the body each.
+# Ten virtual films of one patient, in five pairs that differ by one number of the body each. At the
+# left of each: the heights of three vertebrae.
 # ```
 #
 # {numref}`fig:virtual-bodies` has a lesson about grey. Twice the mineral does not give a film
@@ -421,7 +443,9 @@ fig, axes = plt.subplots(2, 3, figsize=(10.5, 5.6))
 for sex, colour, marker, hatch in (("F", "#D55E00", "o", "//"), ("M", "#0072B2", "^", "")):
     rows = drawn[drawn.sex == sex]
     name = {"F": "women", "M": "men"}[sex]
-    axes[0, 0].hist(rows.stature, np.arange(0.86, 1.15, 0.02), color=colour, alpha=0.55, hatch=hatch, label=name)
+    axes[0, 0].hist(
+        rows.stature, np.arange(0.86, 1.15, 0.02), color=colour, alpha=0.55, hatch=hatch, label=name
+    )
     for ax, key in ((axes[0, 1], "kyphosis_deg"), (axes[0, 2], "bone")):
         ax.plot(rows.age, rows[key], marker, ms=3.5, color=colour, alpha=0.6, label=name)
 axes[0, 0].set(xlabel="stature, donor = 1", ylabel="virtual patients")
@@ -473,9 +497,9 @@ print(f"{changed} of {len(others)} went from healthy to abnormal or back, and ke
 # say where in the donor its tissue is found. A narrowed disc finds the endplates nearer; a collapsed
 # body finds its upper wall lower; a slipped one finds itself behind. Four types *fill* a region with
 # another density: the bone of a spur or of a facet, a sclerotic or lytic focus, titanium. Each grows
-# from nothing with its severity, by grades where medicine has them: up to 48 % of a body's height in
-# a collapse {cite}`genant1993`, up to half of the depth in a slip, Meyerding's grades I and II
-# {cite}`meyerding1932`.
+# from nothing with its severity, by grades where medicine has them: up to nearly half of a body's
+# height in a collapse {cite}`genant1993`, up to half of the depth in a slip, which are Meyerding's grades
+# I and II {cite}`meyerding1932`.
 
 # %%
 level = bodies.index(middle)
@@ -523,8 +547,8 @@ for name in ("Disc space narrowing", "Vertebral collapse", "Osteophytes"):
 pd.DataFrame(rising, index=["severity 0.4", "0.7", "1.0"]).T.round(2)
 
 # %% [markdown]
-# Next we look at all seven: the changed tissue in a slice, the film without the lesion (its *twin*),
-# the film with it and the box that is computed, and the difference of the two. The slice is our own
+# Next we look at all seven: the changed tissue in a slice, the healthy patient's film, the film with
+# the lesion and the box that is computed, and the difference that is stored with the film. The slice is our own
 # few lines, from the lesion's public parts.
 
 
@@ -542,51 +566,59 @@ def tissue(group: list, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> tuple:
     return density, np.max(shares, axis=0)
 
 
-# %% tags=["hide-input"]
-ASIDE_MM = {"Foraminal stenosis": 0.36 * middle.width_mm, "Surgical implant": 0.5 * middle.width_mm}
+# %% tags=["hide-input", "remove-output"]
+ASIDE_MM = {"Foraminal stenosis": 0.36 * middle.width_mm, "Surgical implant": 0.3 * middle.width_mm}
 SIDE_MM = 84.0  # of a panel
 show_as = {"vmin": -0.6, "vmax": 0.6, "cmap": "PuOr_r"}
 
 
 def draw_lesion(axes: np.ndarray, name: str) -> None:
-    """Draw a lesion's tissue, twin, film with box, and difference in four panels."""
+    """Draw a lesion's tissue, the healthy film, the film with its box, and the difference."""
     planned, colour = finding(name), LESION_STYLE[name][0]
     group = build_finding(planned, bodies, anatomy.discs)
     centre = np.mean([lesion.centre_mm for lesion in group], axis=0)
     half = SIDE_MM / 2
     u, v = np.meshgrid(np.arange(-half, half, 0.5), np.arange(half, -half, -0.5))
     aside = ASIDE_MM.get(name, 0.0)
-    density, share = tissue(group, np.full(u.shape, centre[0] + aside), centre[1] + u, centre[2] + v)
+    density, share = tissue(
+        group, np.full(u.shape, centre[0] + aside), centre[1] + u, centre[2] + v
+    )
     extent = (-half, half, -half, half)
     axes[0].imshow(density, cmap="gray", vmin=700, vmax=2000, extent=extent)
     axes[0].contour(u, v, share, [0.5], colors=[colour], linewidths=1.3)
     axes[0].set_axis_off()
     axes[0].set_title(f"{name}\n{group[0].form}, {group[0].level}: tissue", fontsize=9)
     film = film_of(findings=[planned])
-    twin, grey = film.twins[0], np.rint(255 * film.grey).astype(np.uint8)
-    change = np.zeros(grey.shape)
+    twin, grey = film.twins[0], 255 * film.grey
+    change, visible = np.zeros(grey.shape), "nothing to see"
     if twin is not None:
         change[twin.part] = -twin.change
-        xmin, ymin, xmax, ymax = find_box(twin.mask, spacing_mm)
-        box = pd.DataFrame([{"lesion_type": name, "xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax}])
-        show_boxes(axes[2], box, names=False)
         visible = f"visibility {twin.visibility:.2f}"
-    show_film(axes[1], twin.without(grey) if twin else grey, "without it")
-    show_film(axes[2], grey, "with it" if twin else "with it: no trace")
+    labelled = twin is not None and twin.visibility >= SEEN
+    if labelled:
+        xmin, ymin, xmax, ymax = find_box(twin.mask, spacing_mm)
+        box = pd.DataFrame(
+            [{"lesion_type": name, "xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax}]
+        )
+        show_boxes(axes[2], box, names=False)
+    show_film(axes[1], 255 * healthy.grey, "healthy")
+    show_film(axes[2], grey, "with it" if labelled else "with it: no label")
     image = axes[3].imshow(change, **show_as)
-    axes[3].set_title(visible if twin else "nothing to see")
+    axes[3].set_title(visible)
     axes[3].set(xticks=[], yticks=[])
     axes[3].grid(False)
     # The panels' middle: the lesion's centre, seen in the film's plane.
     px = (centre[[1, 2]] - [aim[1] + straight["aside_mm"], straight["aim_z_mm"]]) / spacing_mm
     x, y = grey.shape[1] / 2 + px[0], grey.shape[0] / 2 - px[1]
     reach = half / spacing_mm
+    x, y = (
+        np.clip(p, reach, size - reach) for p, size in zip((x, y), grey.shape[::-1], strict=True)
+    )
     for ax in axes[1:]:
         ax.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach))
     return image
 
 
-# %% tags=["hide-input", "remove-output"]
 def draw_lesions(key: str, names: list) -> None:
     fig, axes = plt.subplots(len(names), 4, figsize=(9.6, 2.55 * len(names)))
     for row, name in zip(axes, names, strict=True):
@@ -607,8 +639,7 @@ glue("ca1-severity", f"{severity:g}", display=False)
 #
 # The three lesions that move tissue, at severity {glue:text}`ca1-severity`, in lateral virtual films
 # (front on the right). Outlined in the slice: the region that a reader would call the lesion. Last
-# column: brighter with the lesion is orange, darker is purple; endplates that have moved give pairs
-# of both.
+# column: brighter with the lesion is orange, darker is purple.
 # ```
 #
 # ```{glue:figure} ca1-fig-filling
@@ -619,31 +650,36 @@ glue("ca1-severity", f"{severity:g}", display=False)
 # severity. The slices of the stenosis and of the screws lie to the side of the middle. Virtual films.
 # ```
 #
-# The first three change the film along *edges*, because what has moved has left one place and come to
-# another, and the film is unchanged inside the bodies, where tissue is even. The other four change it
-# where they are. A small spur that sticks out to the front is seen from the side; from the
-# front it is hidden by its own vertebra. This is what more than one view is for.
+# The first three change the film along *edges*: what has moved has left one place and come to
+# another, and the slip carries all that is above along. The other four change it where they are,
+# and nowhere else. How visible a lesion is depends on its severity, but also on the view and on what
+# lies before and behind it. So the same spur at four severities, from three sides:
 
 # %% tags=["hide-input", "remove-output"]
 SEVERITIES = (0.12, 0.35, 0.65, 1.0)
 fig, axes = plt.subplots(3, 4, figsize=(9.6, 7.4))
-in_view = {}
+in_view, seen_as = {}, {}
 for row, name in zip(axes, ("LATERAL", "AP", "LPO"), strict=True):
     for ax, how_severe in zip(row, SEVERITIES, strict=True):
         film = film_of(name, [finding("Osteophytes", severity=how_severe)])
         twin = film.twins[0]
         visibility = twin.visibility if twin else 0.0
         labelled = visibility >= SEEN
-        in_view[name, how_severe] = labelled
+        in_view[name, how_severe], seen_as[name, how_severe] = labelled, visibility
         ends = f"visibility {visibility:.2f}" + ("" if labelled else ": no label")
         show_film(ax, 255 * film.grey, f"{name}, severity {how_severe:g}\n{ends}")
         ax.title.set_fontsize(9)
         if labelled:
-            corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), find_box(twin.mask, spacing_mm), strict=True))
+            corners = dict(
+                zip(("xmin", "ymin", "xmax", "ymax"), find_box(twin.mask, spacing_mm), strict=True)
+            )
             show_boxes(ax, pd.DataFrame([{"lesion_type": "Osteophytes"} | corners]), names=False)
         height, width = film.grey.shape
         ax.set(xlim=(width / 2 - 110, width / 2 + 110), ylim=(height / 2 + 90, height / 2 - 110))
 show_figure("ca1-fig-sheet", fig)
+for name in ("LATERAL", "AP", "LPO"):
+    assert seen_as[name, SEVERITIES[0]] < seen_as[name, SEVERITIES[-1]]
+assert seen_as["AP", SEVERITIES[0]] < seen_as["LATERAL", SEVERITIES[0]]
 glue("ca1-labelled", sum(in_view.values()), display=False)
 
 # %% [markdown]
@@ -656,8 +692,9 @@ glue("ca1-labelled", sum(in_view.values()), display=False)
 # {glue:text}`ca1-labelled` have a label.
 # ```
 #
-# The same spur is labelled in one view and not in another. The cohort never labels what
-# cannot be seen: a detector that misses it there is not wrong.
+# The smallest spur is seen less from the front, where its own vertebra lies behind it, than from the
+# side. This is what more than one view is for. And the cohort labels nothing that cannot be seen:
+# the border is a visibility, not a severity.
 #
 # ## From photons to film
 #
@@ -670,7 +707,9 @@ glue("ca1-labelled", sum(in_view.values()), display=False)
 shape = build_shape({"shape": plain | {"bone": 1.55}}, bodies)
 view = View("LATERAL", np.pi / 2, aim + np.array([0.0, 4.0, 0.0]), 160.0, 120.0, 0.0, False)
 rays = Scene(donor, bodies, shape, []).paths(view, [])
-rays = Paths(*(cv2.resize(p, (300, 400), interpolation=cv2.INTER_LINEAR) for p in vars(rays).values()))
+rays = Paths(
+    *(cv2.resize(p, (300, 400), interpolation=cv2.INTER_LINEAR) for p in vars(rays).values())
+)
 arrived, px_mm, scatter = transmission(rays, kvp), 0.4, 0.2
 haze = cv2.GaussianBlur(arrived, (0, 0), 25.0 / px_mm, borderType=cv2.BORDER_REFLECT)
 hazy = (arrived + scatter * haze) / (1 + scatter)
@@ -724,22 +763,25 @@ assert np.abs(toned - developed.grey).mean() < 0.01
 # %% tags=["hide-input", "remove-output"]
 few = expose(arrived, px_mm, 0.05, scatter, 0.0, np.random.default_rng(seed))
 lined = expose(arrived, px_mm, 2.5, scatter, 4.3, np.random.default_rng(seed))
+whole, close = np.s_[:, :], np.s_[130:230, 70:145]
 steps = [
-    (arrived, "1 what arrives"), (sharp, "2 with scatter and blur"), (signal, "3 counted, 2.5 µGy"),
-    (few, "counted, 0.05 µGy"), (lined, "with grid lines"),
-    (dense, "4 logarithm"), (less, "5 slow variation reduced"), (detailed, "6 detail enhanced"), (toned, "7 tone curve"),
+    (arrived, "1 what arrives", whole), (sharp, "2 with scatter and blur", whole),
+    (signal, "3 counted, 2.5 µGy", close), (few, "counted, 0.05 µGy", close),
+    (lined, "with grid lines", close), (dense, "4 logarithm", whole),
+    (less, "5 slow variation reduced", whole), (detailed, "6 detail enhanced", whole),
+    (toned, "7 tone curve", whole),
 ]  # fmt: skip
 fig, axes = plt.subplots(2, 5, figsize=(11.4, 6.4))
-for ax, (image, title) in zip(axes.flat, steps, strict=False):
-    low_high = np.percentile(image, (0.5, 99.5)) if image is not toned else (0, 1)
-    ax.imshow(image, cmap="gray", vmin=low_high[0], vmax=low_high[1])
+for ax, (image, title, part) in zip(axes.flat, steps, strict=False):
+    low_high = np.percentile(image[part], (1, 97)) if image is not toned else (0, 1)
+    ax.imshow(image[part], cmap="gray", vmin=low_high[0], vmax=low_high[1])
     ax.set_title(title, fontsize=10)
     ax.set_axis_off()
 ax = axes.flat[-1]
 ax.loglog(quanta, noise, "o", color="#0072B2", label="measured")
 ax.loglog(quanta, averaged / np.sqrt(quanta), "-", color="0.25", label="square-root law")
 ax.set_xticks(quanta, [f"{dose:g}" for dose in doses])
-ax.set_yticks(noise, [f"{100 * n:.1f}" for n in noise])
+ax.set_yticks(noise, [f"{100 * n:.2f}" for n in noise])
 ax.minorticks_off()
 ax.set(xlabel="dose, µGy", title="noise, %")
 ax.title.set_fontsize(10)
@@ -751,9 +793,9 @@ show_figure("ca1-fig-steps", fig)
 # :name: fig:virtual-steps
 # :alt: Nine stages of one lateral film from transmitted photons to the toned film, and a plot of noise falling with dose.
 #
-# One lateral virtual film on its way. Panels 1 to 3 and 4 to 7 follow one another; the two between show
-# a dose far too low, and a grid that stood still. Each panel has its own range of grey. Last: relative noise of
-# an even field at four doses, and the law.
+# One lateral virtual film on its way, panels 1 to 7. Panel 3 and the two beside it are a close-up;
+# these two show a dose far too low, and a grid that stood still. Each panel has its own range of grey.
+# Last: relative noise of an even field at four doses, and the law.
 # ```
 #
 # ## The truth that comes with a film
@@ -830,7 +872,7 @@ with tempfile.TemporaryDirectory() as folder:
     grey = read_grey(root / "film.dicom")
     (read,) = read_twins(root, ids["image_id"])  # one entry a finding
 assert np.array_equal(read.mask, twin.mask) and read.visibility == twin.visibility
-assert np.abs(read.without(grey) / 255.0 - G).max() < 0.006  # 8 bits
+assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # two greys of 255
 
 # %% [markdown]
 # So for any film of a run at `smoke` or `laptop`, `read_twins(workspace.data_root, image_id)` gives
@@ -844,8 +886,8 @@ assert np.abs(read.without(grey) / 255.0 - G).max() < 0.006  # 8 bits
 # score, and questions of physics (superposition, noise, magnification). They cannot say how a
 # network does on people. A radiologist who reads them would object to more than one thing:
 #
-# - There is one donor. All patients share his or her ribs, heart and vessels, however bent, and there is
-#   neither neck nor sacrum.
+# - There is one donor. All patients share his or her ribs, heart and vessels, however bent, and the
+#   contrast agent in them; there is neither neck nor sacrum.
 # - The lesions are clean. A real spur comes with sclerosis, gas in a disc and a dozen neighbours; a
 #   real collapse breaks the cortex. Slips are rare where this scan has its vertebrae, between
 #   chest and loin.
@@ -893,16 +935,19 @@ print(f"{layer:.2f} cm, {20 / layer:.2f} layers, {0.5 ** (20 / layer):.3f}; the 
 #
 # The focus takes a fixed density from the table, times the patient's own mineral, so in a dense body
 # its contrast grows, but so does everything around it, against which it is measured. Which of the two
-# wins is a question for the cell, and not for the armchair.
+# wins is a question for the cell, and not for the armchair:
 
 # %%
 focus_only = [finding("Other lesions", severity=0.6)]
-for bone in (0.9, 1.5, 2.1):
-    seen = film_of(findings=focus_only, body={"bone": bone}).twins[0].visibility
-    print(f"bone × {bone}: visibility {seen:.2f}")
-    assert seen > 0
+minerals = (0.9, 1.5, 2.1)
+seen = [film_of(findings=focus_only, body={"bone": b}).twins[0].visibility for b in minerals]
+assert seen[0] < seen[-1]
+print(*(f"bone × {b}: visibility {v:.2f}" for b, v in zip(minerals, seen, strict=True)), sep="\n")
 
 # %% [markdown]
+# It grows. The focus is mineral and nothing else; of what surrounds it on the film, a good part is
+# soft tissue and air, which stay as they are.
+#
 # ```{solution-end}
 # ```
 #
@@ -922,10 +967,10 @@ for bone in (0.9, 1.5, 2.1):
 small = [finding("Osteophytes", severity=0.3)]
 at_dose = [film_of(findings=small, dose_ugy=dose).twins[0].visibility for dose in (0.2, 2.0, 20.0)]
 print([f"{v:.2f}" for v in at_dose])
-assert abs(at_dose[2] / at_dose[1] - 1) < 0.15
+assert abs(at_dose[2] / at_dose[0] - 1) < 0.15
 
 # %% [markdown]
-# From the usual dose on, more of it hardly helps. In a film of a chest the "noise" that hides a spur is anatomy: ribs,
+# A hundred times the dose changes next to nothing. In a film of a chest the "noise" that hides a spur is anatomy: ribs,
 # vessels, the edge of its own vertebra. That does not fade with dose. Another view helps more.
 #
 # ```{solution-end}
