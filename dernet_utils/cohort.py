@@ -36,6 +36,7 @@ from dernet_utils.films import (
     Shape,
     View,
     expose,
+    scattered,
     transmission,
 )
 from dernet_utils.folder import COLUMNS, NO_FINDING, SPLITS
@@ -417,9 +418,10 @@ def render_film(plan: dict, number: int, anatomy: Anatomy) -> Film:
         arrived, spacing_mm, drawn["dose_ugy"], drawn["scatter"], drawn["grid_lines_px"], rng
     )
     developed = Development(signal, spacing_mm, drawn["contrast"], drawn["detail"])
+    haze = scattered(arrived, spacing_mm, drawn["scatter"])
     mas = drawn["dose_ugy"] / (AIR_UGY * (drawn["kvp"] / 80.0) ** 2 * float(arrived.mean()))
     twins = [
-        _twin(scene, view, group, everything, block, paths, developed, frame)
+        _twin(scene, view, group, everything, block, paths, haze / arrived, developed, frame)
         for group, block in zip(groups, scene.blocks(view, groups), strict=True)
     ]
     grey = developed.grey
@@ -481,6 +483,7 @@ def _twin(
     everything: list[Lesion],
     block: Block | None,
     paths: Paths,
+    haze: np.ndarray,
     developed: Development,
     frame: _Frame,
 ) -> Twin | None:
@@ -490,6 +493,9 @@ def _twin(
     thickest part. The visibility is contrast to noise inside it: the root mean square of the change
     in that quarter of the mask that changes most, for an eye is drawn by edges, over the standard
     deviation of the twin film in the mask and 3 mm around it.
+
+    Args:
+        haze: Scattered over primary radiation at each pixel, shape (H, W).
     """
     if block is None:
         return None
@@ -503,13 +509,14 @@ def _twin(
     if mask.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 < PART_ON_FILM * solid.sum():
         return None
     with_it, without = map(vars, scene.twins(view, everything, group, block))
-    extra = np.zeros_like(paths.soft)
+    more = np.zeros_like(paths.soft)  # of what passes without the finding, natural logarithm
     before = {k: v[where] for k, v in vars(paths).items()}
     after = {k: np.maximum(before[k] + (without[k] - with_it[k]), 0.0) for k in before}
     before = {k: np.maximum(v, 0.0) for k, v in before.items()}
-    seen = (np.log(transmission(Paths(**p), frame.drawn["kvp"])) for p in (before, after))
-    extra[where] = np.subtract(*seen)
-    part, change = developed.change(frame.place(extra))
+    arrive = (np.log(transmission(Paths(**p), frame.drawn["kvp"])) for p in (after, before))
+    more[where] = np.subtract(*arrive)
+    # Scatter comes from all around and stays as it is, so that it veils what lies behind metal.
+    part, change = developed.change(-np.log1p(np.expm1(frame.place(more)) / (1.0 + haze)))
     change = change * frame.open[part]
     here, film = mask[part], developed.grey[part]
     if not here.any():

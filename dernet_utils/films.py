@@ -381,6 +381,17 @@ def transmission(paths: Paths, kvp: float) -> np.ndarray:
     return arrived
 
 
+def scattered(arrived: np.ndarray, spacing_mm: float, scatter: float) -> np.ndarray:
+    """Return the scattered radiation behind the grid, as a share of what left the tube, (H, W).
+
+    Args:
+        arrived: Share of photons that passes, shape (H, W).
+        spacing_mm: Pixel size in the plane of the spine.
+        scatter: Scattered over primary radiation.
+    """
+    return scatter * _smooth(arrived, 25.0 / spacing_mm)
+
+
 def expose(
     arrived: np.ndarray,
     spacing_mm: float,
@@ -402,8 +413,7 @@ def expose(
     Returns:
         Signal relative to its mean, shape (H, W), above 0.
     """
-    haze = _smooth(arrived, 25.0 / spacing_mm)
-    signal = (arrived + scatter * haze) / (1.0 + scatter)
+    signal = arrived + scattered(arrived, spacing_mm, scatter)
     signal = cv2.GaussianBlur(signal, (0, 0), FOCUS_MM / spacing_mm)
     signal = signal / signal.mean()
     if grid_lines_px:
