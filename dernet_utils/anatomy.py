@@ -1,13 +1,18 @@
 """Landmarks of the donor's spine: a frame for each vertebra, a place for each disc."""
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dernet_utils.donor import LABELS, Donor
+from dernet_utils.donor import LABELS, Donor, load_donor
+from dernet_utils.errors import DernetError
 
 MID_MM = 7.0  # half width of the midline slab in which the vertebral canal is looked for
+LEAST_BODIES = 6  # of a donor
 CUT_MM = 2.5  # a body that reaches closer to the scan's end than one slice is cut through
 
 
@@ -66,6 +71,38 @@ class Disc:
     def name(self) -> str:
         """Level, such as ``T12/L1``."""
         return f"{self.above.name}/{self.below.name}"
+
+
+class Anatomy(NamedTuple):
+    """A donor with its landmarks, vertebrae and discs from below."""
+
+    donor: Donor
+    bodies: list[Vertebra]
+    discs: list[Disc]
+
+
+def load_anatomy(ct: Path | None = None, mask: Path | None = None) -> Anatomy:
+    """Load a donor and its landmarks, once a process.
+
+    Args:
+        ct, mask: As `load_donor` takes them; None for the built-in donor.
+
+    Raises:
+        DernetError: As `load_donor` raises; or fewer than six vertebrae are whole.
+    """
+    return _load_anatomy(ct, mask)
+
+
+@cache
+def _load_anatomy(ct: Path | None, mask: Path | None) -> Anatomy:
+    donor = load_donor(ct, mask)
+    bodies = find_vertebrae(donor)
+    if len(bodies) < LEAST_BODIES:
+        raise DernetError(
+            f"The donor shows {len(bodies)} whole vertebrae ({', '.join(b.name for b in bodies)}), "
+            f"where a spine film needs {LEAST_BODIES}: take a scan that shows more of the spine."
+        )
+    return Anatomy(donor, bodies, find_discs(bodies))
 
 
 def find_vertebrae(donor: Donor) -> list[Vertebra]:

@@ -127,7 +127,7 @@ def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
     """
     folder = donor_folder()
     if ct is None and mask is None:
-        prepared = folder / "prepared-3.npz"
+        prepared = folder / "prepared-4.npz"
         donor = _recall(prepared)
         if donor is None:
             ct, mask = (folder / Path(name).name for name in FILES)
@@ -155,7 +155,7 @@ def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
                 "check the path."
             )
     digest = _digest(ct, mask)
-    prepared = folder / f"prepared-3-{digest[:16]}.npz"
+    prepared = folder / f"prepared-4-{digest[:16]}.npz"
     donor = _recall(prepared)
     return _prepare(ct, mask, digest, prepared) if donor is None else donor
 
@@ -196,6 +196,7 @@ def _prepare(ct: Path, mask: Path, digest: str, prepared: Path) -> Donor:
     fine = ndimage.zoom(density[window], zoom, order=3, mode="nearest")
     fine_labels = ndimage.zoom(labels[window], zoom, order=0, mode="nearest")
     fine = _sharpen(fine, fine_labels > 0, (step, *in_plane))
+    fine[:, [0, -1]] = 0.0  # a ray that leaves the scan's front or back ends in air
     prepared.parent.mkdir(parents=True, exist_ok=True)
     part = prepared.with_name(f"{prepared.stem}.{os.getpid()}.part.npz")
     try:

@@ -263,8 +263,8 @@ class Scene:
         """Interpolate the donor's density at places in mm; 0 outside the scan.
 
         Two slices are sampled as pictures, which OpenCV does several times faster than a general
-        sampler of volumes, and mixed. The slices lie below one another in one tall picture; the first
-        and the last row of each is air.
+        sampler of volumes, and mixed. The slices lie below one another in one tall picture; the
+        first and the last row of each is air.
         """
         slice_mm, row_mm, column_mm = self.spacing_mm
         count, rows = self.density.shape[:2]

@@ -132,7 +132,9 @@ def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
     def endplates(points: Points) -> Tensor:
         left, front, up = _frame(points, disc)
         rim = ((left / width) ** 2 + (front / depth) ** 2).sqrt()
-        return _inside((rim - 0.95) * depth) * _inside((up.abs() - half - 1.2).abs() - 2.0 * severity)
+        return _inside((rim - 0.95) * depth) * _inside(
+            (up.abs() - half - 1.2).abs() - 2.0 * severity
+        )
 
     def make(form: str, **how) -> Lesion:
         name = "Disc space narrowing"
@@ -189,7 +191,7 @@ def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesio
 
 
 def spondylolisthesis(disc: Disc, severity: float) -> list[Lesion]:
-    """The upper vertebra slipped forward by up to half of the depth: Meyerding's grades I and II."""
+    """The upper vertebra slipped forward by up to half the depth: Meyerding's grades I and II."""
     slip = disc.below.depth_mm * 0.5 * severity
     height, tall = disc.height_mm, disc.above.height_mm
 

@@ -56,16 +56,8 @@ import torch
 from myst_nb import glue
 from scipy import ndimage
 
-from dernet_utils.anatomy import find_discs, find_vertebrae
-from dernet_utils.cohort import (
-    SEEN,
-    Anatomy,
-    build_finding,
-    build_shape,
-    find_box,
-    plan_cohort,
-    render_film,
-)
+from dernet_utils.anatomy import Anatomy, find_discs, find_vertebrae
+from dernet_utils.cohort import SEEN
 from dernet_utils.data import read_twins
 from dernet_utils.dicom import write_dicom
 from dernet_utils.donor import fetch_donor, load_donor
@@ -93,6 +85,8 @@ from dernet_utils.films import (
     transmission,
 )
 from dernet_utils.imaging import read_grey
+from dernet_utils.plan import plan_cohort
+from dernet_utils.render import build_finding, build_shape, find_box, render_film
 from dernet_utils.truth import write_twins
 from dernet_utils.workspace import open_workspace
 

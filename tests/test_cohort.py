@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dernet_utils import cohort
+from dernet_utils import anatomy as landmarks
+from dernet_utils import cohort, render
 from dernet_utils.data import (
     LESION_TYPES,
     check_dataset,
@@ -17,18 +18,19 @@ from dernet_utils.data import (
 )
 from dernet_utils.errors import DernetError
 from dernet_utils.imaging import read_grey
+from dernet_utils.plan import ABNORMAL, plan_cohort
 from dernet_utils.profiles import PROFILES
 from dernet_utils.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
-def anatomy() -> cohort.Anatomy:
-    return cohort._anatomy()
+def anatomy() -> landmarks.Anatomy:
+    return landmarks.load_anatomy()
 
 
 @pytest.fixture(scope="module")
 def plans(anatomy) -> list[dict]:
-    return cohort.plan_cohort(40, 7, anatomy.bodies)
+    return plan_cohort(40, 7, anatomy.bodies)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -69,14 +71,14 @@ def test_endplates_lie_where_bone_ends(anatomy):
 
 
 def test_one_seed_one_plan(anatomy, plans):
-    assert cohort.plan_cohort(40, 7, anatomy.bodies) == plans
-    assert cohort.plan_cohort(40, 8, anatomy.bodies) != plans
+    assert plan_cohort(40, 7, anatomy.bodies) == plans
+    assert plan_cohort(40, 8, anatomy.bodies) != plans
     json.dumps(plans)  # plain values
 
 
 def test_splits_hold_their_shares_and_every_type(plans):
     assert sum(p["split"] == "test" for p in plans) == pytest.approx(8, abs=2)
-    assert sum(bool(p["findings"]) for p in plans) == round(cohort.ABNORMAL * 40)
+    assert sum(bool(p["findings"]) for p in plans) == round(ABNORMAL * 40)
     for split in ("train", "test"):
         types = {f["type"] for p in plans if p["split"] == split for f in p["findings"]}
         assert types == set(LESION_TYPES)
@@ -84,12 +86,12 @@ def test_splits_hold_their_shares_and_every_type(plans):
 
 def test_too_few_patients_are_refused(anatomy):
     with pytest.raises(DernetError, match="at least 20"):
-        cohort.plan_cohort(5, 7, anatomy.bodies)
+        plan_cohort(5, 7, anatomy.bodies)
 
 
 def test_heights_of_patient_and_donor_correspond_one_to_one(plans, anatomy):
     for plan in plans:
-        shape = cohort.build_shape(plan, anatomy.bodies)
+        shape = render.build_shape(plan, anatomy.bodies)
         assert (np.diff(shape.z_patient_mm) > 0).all() and (np.diff(shape.z_donor_mm) > 0).all()
 
 
@@ -102,7 +104,7 @@ def abnormal(plans) -> dict:
 
 
 def test_a_film_has_the_size_and_the_range_that_were_planned(abnormal, anatomy):
-    film, drawn = cohort.render_film(abnormal, 0, anatomy), abnormal["views"][0]
+    film, drawn = render.render_film(abnormal, 0, anatomy), abnormal["views"][0]
     expected = [round(drawn[s] / drawn["spacing_mm"]) for s in ("height_mm", "width_mm")]
     assert list(film.grey.shape) == expected
     assert film.grey.min() >= 0.0 and film.grey.max() <= 1.0 and film.grey.std() > 0.1
@@ -111,10 +113,10 @@ def test_a_film_has_the_size_and_the_range_that_were_planned(abnormal, anatomy):
 
 def test_a_twin_differs_only_behind_the_lesion(anatomy, abnormal):
     finding = next(f for f in abnormal["findings"] if f["type"] == "Surgical implant")
-    lesions = cohort.build_finding(finding, anatomy.bodies, anatomy.discs)
-    shape = cohort.build_shape(abnormal, anatomy.bodies)
-    scene = cohort.Scene(anatomy.donor, anatomy.bodies, shape, lesions)
-    view = cohort.plan_to_view(abnormal["views"][0], anatomy.bodies)
+    lesions = render.build_finding(finding, anatomy.bodies, anatomy.discs)
+    shape = render.build_shape(abnormal, anatomy.bodies)
+    scene = render.Scene(anatomy.donor, anatomy.bodies, shape, lesions)
+    view = render.plan_to_view(abnormal["views"][0], anatomy.bodies)
     with_it, without = scene.paths(view, lesions), scene.paths(view, [])
     behind = with_it.metal > 0 if lesions[0].metal else with_it.bone != without.bone
     assert 0.001 < behind.mean() < 0.3
@@ -146,11 +148,11 @@ FINDINGS = {
 
 @pytest.mark.parametrize("form", FINDINGS)
 def test_a_lesion_of_severity_zero_has_a_twin_that_differs_nowhere(anatomy, plans, form):
-    for view in cohort.ANGLES:
+    for view in render.ANGLES:
         none = alone(anatomy, plans, view, severity=0.0, form=form, **FINDINGS[form])
-        film = cohort.render_film(none, 0, anatomy)
+        film = render.render_film(none, 0, anatomy)
         assert film.twins == [None] or not film.twins[0].change.any()
-        healthy = cohort.render_film(none | {"findings": []}, 0, anatomy)
+        healthy = render.render_film(none | {"findings": []}, 0, anatomy)
         assert np.array_equal(film.grey, healthy.grey)
 
 
@@ -159,7 +161,7 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
     seen = []
     for severity in (0.2, 0.6, 1.0):
         films = (
-            cohort.render_film(
+            render.render_film(
                 alone(anatomy, plans, view, severity=severity, form=form, **FINDINGS[form]),
                 0,
                 anatomy,
@@ -179,8 +181,8 @@ def test_a_twin_is_the_film_without_the_finding(anatomy, plans, form):
     finding = FINDINGS.get(form, {"type": "Surgical implant", "count": 2})
     plan = alone(anatomy, plans, "AP", severity=0.8, form=form, **finding)
     plan["views"][0] |= {"dose_ugy": 1000.0, "scatter": 0.25}
-    film = cohort.render_film(plan, 0, anatomy)
-    healthy = cohort.render_film(plan | {"findings": []}, 0, anatomy).grey
+    film = render.render_film(plan, 0, anatomy)
+    healthy = render.render_film(plan | {"findings": []}, 0, anatomy).grey
     twin = film.twins[0]
     without = film.grey.copy()
     without[twin.part] += twin.change
@@ -193,9 +195,9 @@ def test_a_twin_is_the_film_without_the_finding(anatomy, plans, form):
 
 def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
     plan = alone(anatomy, plans, "AP", severity=1.0, form="cages", type="Surgical implant", count=2)
-    film = cohort.render_film(plan, 0, anatomy)
+    film = render.render_film(plan, 0, anatomy)
     assert len(film.twins) == 1 and film.twins[0].visibility > 2 * cohort.SEEN
-    xmin, ymin, xmax, ymax = cohort.find_box(film.twins[0].mask, plan["views"][0]["spacing_mm"])
+    xmin, ymin, xmax, ymax = render.find_box(film.twins[0].mask, plan["views"][0]["spacing_mm"])
     high, wide = ((b - a) * plan["views"][0]["spacing_mm"] for a, b in ((ymin, ymax), (xmin, xmax)))
     assert 25.0 < high < 80.0 and 20.0 < wide < 70.0  # two vertebrae, from pedicle to pedicle
 
@@ -203,7 +205,7 @@ def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
 def test_a_shutter_leaves_black_and_no_label_behind_it(anatomy, plans):
     plan = alone(anatomy, plans, "LATERAL", severity=0.8, form="wedge", **FINDINGS["wedge"])
     plan["views"][0]["shutter"] = [40, 0, 30, 0]
-    film = cohort.render_film(plan, 0, anatomy)
+    film = render.render_film(plan, 0, anatomy)
     assert not film.grey[:40].any() and not film.grey[:, :30].any()
     assert not film.twins[0].mask[:40].any()
 
@@ -211,25 +213,25 @@ def test_a_shutter_leaves_black_and_no_label_behind_it(anatomy, plans):
 @pytest.mark.parametrize("change", [{"cobb_deg": 30.0}, {"kyphosis_deg": 50.0}])
 def test_a_curve_has_the_drawn_angle(anatomy, plans, change):
     plan = plans[0] | {"shape": plans[0]["shape"] | {"cobb_deg": 0.0, "lordosis_deg": 0.0} | change}
-    shape = cohort.build_shape(plan, anatomy.bodies)
+    shape = render.build_shape(plan, anatomy.bodies)
     z = shape.z_donor_mm
     if "cobb_deg" in change:
         slopes = np.degrees(np.arctan(np.gradient(shape.shift_x_mm, z)))
         assert slopes.max() - slopes.min() == pytest.approx(30.0, abs=0.5)
     else:
-        lower, upper = (body.centre_mm[2] for body in cohort._thorax(anatomy.bodies))
+        lower, upper = (body.centre_mm[2] for body in render._thorax(anatomy.bodies))
         slopes = np.degrees(np.arctan(np.gradient(shape.shift_y_mm, z)))
         more = np.interp(upper + 40.0, z, slopes) - np.interp(lower - 40.0, z, slopes)
-        own = np.degrees(cohort._kyphosis(anatomy.bodies))
+        own = np.degrees(render._kyphosis(anatomy.bodies))
         assert own + more == pytest.approx(50.0, abs=1.0)
 
 
 def test_a_box_surrounds_its_shadow_and_stays_on_the_film():
     shadow = np.zeros((100, 80), bool)
     shadow[10:20, 30:50] = True
-    assert cohort.find_box(shadow, 0.5) == (27.0, 7.0, 53.0, 23.0)
+    assert render.find_box(shadow, 0.5) == (27.0, 7.0, 53.0, 23.0)
     shadow[:, :] = True
-    assert cohort.find_box(shadow, 0.5) == (0.0, 0.0, 80.0, 100.0)
+    assert render.find_box(shadow, 0.5) == (0.0, 0.0, 80.0, 100.0)
 
 
 # ---------------------------------------------------------------- folder
@@ -272,7 +274,7 @@ def test_twins_are_read_back_as_they_were_made(tmp_path, few, anatomy):
     cohort.write_cohort(tmp_path / "one", 3, 7, 1)
     study = next(s for s in read_manifest(tmp_path / "one")["studies"] if s["findings"])
     plan = next(p for p in few if p["patient"] == study["patient"])
-    film = cohort.render_film(plan, 0, anatomy)
+    film = render.render_film(plan, 0, anatomy)
     image_id = study["films"][0]["image_id"]
     kept = read_twins(tmp_path / "one", image_id)
     grey = read_grey(tmp_path / "one" / f"{plan['split']}_images" / f"{image_id}.dicom")
@@ -305,11 +307,11 @@ def test_a_full_disk_is_told_before_anything_is_made(tmp_path, few, monkeypatch)
 
 
 def test_a_donor_of_few_vertebrae_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(cohort, "find_vertebrae", lambda _: [])
-    cohort._anatomy.cache_clear()
+    monkeypatch.setattr(landmarks, "find_vertebrae", lambda _: [])
+    landmarks._load_anatomy.cache_clear()
     with pytest.raises(DernetError, match="shows 0 whole vertebrae"):
         cohort.write_cohort(tmp_path / "one", 24, 7, 1)
-    cohort._anatomy.cache_clear()
+    landmarks._load_anatomy.cache_clear()
     assert not (tmp_path / "one").exists() and not (tmp_path / "one.partial").exists()
 
 

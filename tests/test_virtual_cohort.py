@@ -22,15 +22,14 @@ from dernet_utils import cohort
 from dernet_utils.data import LESION_TYPES, Dataset, check_dataset, read_dataset, read_manifest
 from dernet_utils.evaluate import auroc
 from dernet_utils.imaging import read_grey
+from dernet_utils.render import ANGLES
 from dernet_utils.stats import bootstrap_by_study
 
-PATIENTS, SEED = 345, 2027  # not the seed of any profile
+PATIENTS, SEED = 365, 2027  # not the seed of any profile
 # Boxes a class in VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021).
-PUBLISHED = pd.Series(
-    dict(zip(LESION_TYPES, (924, 387, 12_562, 280, 429, 268, 248), strict=True))
-)
+PUBLISHED = pd.Series(dict(zip(LESION_TYPES, (924, 387, 12_562, 280, 429, 268, 248), strict=True)))
 AGE = 16 + 3 + 16 + 7  # column of the features
-SIZE = (112, 72)  # of a masked film for the small network, px
+SIZE = (96, 64)  # of a masked film for the small network, px
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_studies_and_films_vary_as_the_dataset_does(films):
     per_study = films.groupby("study_id").size()
     assert per_study.min() == 1 and per_study.max() == 4
     assert per_study.mean() == pytest.approx(8389 / 4000, abs=0.15)
-    assert set(films.name) == set(cohort.ANGLES)
+    assert set(films.name) == set(ANGLES)
     assert films.spacing_mm.min() < 0.22 and films.spacing_mm.max() > 0.45
     assert 0 < (films.grid_lines_px > 0).mean() < 0.08
 
@@ -257,7 +256,7 @@ def _network_auroc(pairs: pd.DataFrame, images: np.ndarray) -> float:
         network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
                                 nn.Dropout(0.3), nn.Linear(4 * channels, 1))  # fmt: skip
         optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-        for _ in range(12):
+        for _ in range(8):
             for batch in torch.randperm(len(train)).split(32):
                 rows = torch.from_numpy(train)[batch]
                 loss = nn.functional.binary_cross_entropy_with_logits(
@@ -289,5 +288,5 @@ def test_the_small_network_can_learn(pairs, covered):
     images = np.stack([_small(seen) for seen in covered])
     for image, abnormal in zip(images, pairs.abnormal, strict=True):
         if abnormal:
-            image[0, 50:62, 30:42] += 1.0
+            image[0, 42:52, 27:37] += 1.0
     assert _network_auroc(pairs, images) > 0.75
