@@ -28,7 +28,7 @@ from dernet_utils.render import BOX_MARGIN_MM, find_box, render_film
 from dernet_utils.truth import write_twins
 from dernet_utils.workspace import Workspace
 
-SEEN = 1.1  # least visibility of a labelled lesion, in standard deviations of its surroundings
+SEEN = 0.7  # least visibility of a labelled lesion, in standard deviations of its surroundings
 
 
 def identify(*parts: object) -> str:
