@@ -20,7 +20,7 @@ from dernet_utils.anatomy import Disc, Vertebra
 Points = tuple[Tensor, Tensor, Tensor]  # x, y, z in donor millimetres, all of one shape
 
 SKIN_MM = 0.8  # from its surface inward, a lesion goes from nothing to all: no voxel staircase
-BONE = 1850.0  # HU + 1000 of an osteophyte: spongy bone in a thick cortex
+BONE = 1850.0  # HU + 1000 of an osteophyte: half compact bone at 1,500 HU, half spongy at 200
 SHEAR_MM = 5.0  # beyond the disc's edges, a slip's shear fades out
 CEMENT = 2600.0  # HU + 1000 of bone cement with barium
 TITANIUM = 4.5  # g/cm³

@@ -13,12 +13,12 @@ TEST = 0.20  # of patients: 1,000 of the dataset's 5,000 studies
 # Share of patients who carry a type, chosen so that labelled boxes a class follow the dataset's
 # training split (book/data_card.md); osteophytes are in nine of ten abnormal patients.
 CARRIERS = {
-    "Vertebral collapse": 0.046,
+    "Vertebral collapse": 0.042,
     "Other lesions": 0.056,
-    "Spondylolysthesis": 0.055,
-    "Surgical implant": 0.053,
-    "Foraminal stenosis": 0.120,
-    "Disc space narrowing": 0.155,
+    "Spondylolysthesis": 0.052,
+    "Surgical implant": 0.060,
+    "Foraminal stenosis": 0.180,
+    "Disc space narrowing": 0.145,
 }
 SPURS = 0.90  # of abnormal patients
 # Severity runs from the least that a reader would report to the worst. The least: a fifth of the
@@ -27,7 +27,7 @@ LEAST = {
     "Vertebral collapse": 0.42,
     "Other lesions": 0.35,
     "Spondylolysthesis": 0.20,
-    "Foraminal stenosis": 0.40,
+    "Foraminal stenosis": 0.50,
     "Disc space narrowing": 0.35,
     "Osteophytes": 0.12,
 }
@@ -192,9 +192,7 @@ def _plan_findings(
     findings: list[dict] = []
 
     def add(lesion_type: str, form: str, level: int, **more) -> None:
-        drawn = rng.beta(1.6, 1.6)  # of all sizes, down to the hardly visible
-        least = LEAST.get(lesion_type, 1.0)
-        severity = float(least + (1.0 - least) * drawn)
+        severity = float(rng.uniform(LEAST.get(lesion_type, 1.0), 1.0))  # evenly: of all sizes
         findings.append(
             {"type": lesion_type, "form": form, "level": level, "severity": severity} | more
         )
