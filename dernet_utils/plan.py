@@ -13,12 +13,12 @@ TEST = 0.20  # of patients: 1,000 of the dataset's 5,000 studies
 # Share of patients who carry a type, chosen so that labelled boxes a class follow the dataset's
 # training split (book/data_card.md); osteophytes are in nine of ten abnormal patients.
 CARRIERS = {
-    "Vertebral collapse": 0.042,
-    "Other lesions": 0.056,
-    "Spondylolysthesis": 0.052,
-    "Surgical implant": 0.060,
-    "Foraminal stenosis": 0.180,
-    "Disc space narrowing": 0.145,
+    "Vertebral collapse": 0.047,
+    "Other lesions": 0.050,
+    "Spondylolysthesis": 0.060,
+    "Surgical implant": 0.054,
+    "Foraminal stenosis": 0.105,
+    "Disc space narrowing": 0.165,
 }
 SPURS = 0.90  # of abnormal patients
 # Severity runs from the least that a reader would report to the worst. The least: a fifth of the
