@@ -93,6 +93,53 @@ def youden_threshold(y: np.ndarray, prob: np.ndarray) -> float:
     >>> round(youden_threshold([0, 0, 1, 1], [0.1, 0.3, 0.5, 0.9]), 3)
     0.4
     """
+    candidates, sensitivity, specificity = (part[1:] for part in _working_points(y, prob))
+    # Rounded, so that two equal sums of fractions tie and the lowest threshold wins.
+    return float(candidates[np.argmax(np.round(sensitivity + specificity, 12))])
+
+
+def f1_threshold(y: np.ndarray, prob: np.ndarray) -> float:
+    """Return the threshold with the largest F1; of equally good ones the lowest.
+
+    Args, returns and raises as `youden_threshold`.
+
+    >>> round(f1_threshold([0, 1, 0, 1], [0.1, 0.3, 0.5, 0.9]), 3)
+    0.2
+    """
+    candidates, sensitivity, specificity = _working_points(y, prob)
+    share = np.mean(np.asarray(y, float))
+    hits, false_alarms = sensitivity * share, (1 - specificity) * (1 - share)
+    f1 = 2 * hits / (hits + false_alarms + share)
+    return float(candidates[np.argmax(np.round(f1, 12))])
+
+
+def sensitivity_threshold(y: np.ndarray, prob: np.ndarray, at_least: float = 0.9) -> float:
+    """Return the highest threshold that still finds a given share of the abnormal images.
+
+    Args:
+        y, prob: As in `youden_threshold`.
+        at_least: Sensitivity to keep, in (0, 1].
+
+    Returns:
+        A threshold for `operating_point`.
+
+    Raises:
+        DernetError: As `youden_threshold`, or the sensitivity is outside (0, 1].
+
+    >>> round(sensitivity_threshold([0, 1, 1, 0, 1], [0.1, 0.3, 0.5, 0.7, 0.9], 0.6), 3)
+    0.4
+    """
+    if not 0 < at_least <= 1:
+        raise DernetError(f"A sensitivity to keep lies between 0 and 1, not at {at_least}.")
+    candidates, sensitivity, _ = _working_points(y, prob)
+    return float(candidates[sensitivity >= at_least - 1e-12].max())
+
+
+def _working_points(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thresholds with the sensitivity and specificity of each.
+
+    The first calls every image abnormal; the others lie halfway between neighbouring scores.
+    """
     y, prob = _checked(y, prob)
     if y.all() or not y.any():
         raise DernetError(
@@ -100,16 +147,16 @@ def youden_threshold(y: np.ndarray, prob: np.ndarray) -> float:
             f"{'abnormal' if y.all() else 'normal'}: choose it on more images."
         )
     scores = np.unique(prob)
-    if len(scores) == 1:
-        return float(scores[0])
     lower, upper = scores[:-1], scores[1:]
     middle = lower + (upper - lower) / 2
     candidates = np.where(middle < upper, middle, lower)  # floats next to each other
+    if len(scores) == 1:
+        candidates = scores
+    candidates = np.concatenate([[np.nextafter(scores[0], -1.0)], candidates])
     abnormal, normal = np.sort(prob[y]), np.sort(prob[~y])
     sensitivity = 1 - np.searchsorted(abnormal, candidates, side="right") / len(abnormal)
     specificity = np.searchsorted(normal, candidates, side="right") / len(normal)
-    # Rounded, so that two equal sums of fractions tie and the lowest threshold wins.
-    return float(candidates[np.argmax(np.round(sensitivity + specificity, 12))])
+    return candidates, sensitivity, specificity
 
 
 def classification_table(

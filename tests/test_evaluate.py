@@ -10,8 +10,10 @@ from dernet_utils.errors import DernetError
 from dernet_utils.evaluate import (
     auroc,
     classification_table,
+    f1_threshold,
     operating_point,
     roc_band,
+    sensitivity_threshold,
     youden_threshold,
 )
 
@@ -90,6 +92,25 @@ def test_no_threshold_beats_youden(rows):
     assert youden(youden_threshold(y, prob)) == pytest.approx(best)
 
 
+@given(scored)
+def test_no_threshold_beats_the_f1_threshold(rows):
+    y, prob = np.array(rows).T
+    best = max(f1_score(y, prob > t) for t in [-1.0, *prob])
+    assert operating_point(y, prob, f1_threshold(y, prob))["f1"] == pytest.approx(best)
+
+
+@given(scored, st.sampled_from([0.5, 0.9, 1.0]))
+def test_a_kept_sensitivity_is_kept_and_no_higher_threshold_keeps_it(rows, share):
+    y, prob = np.array(rows).T
+    threshold = sensitivity_threshold(y, prob, share)
+    assert operating_point(y, prob, threshold)["sensitivity"] >= share - 1e-12
+    higher = prob[prob > threshold]
+    if len(higher):
+        beyond = operating_point(y, prob, higher.min())
+        assert beyond["sensitivity"] < share - 1e-12
+
+
+
 def test_table_holds_the_four_metrics_with_their_intervals():
     rng = np.random.default_rng(5)
     studies = np.repeat(np.arange(40), 2)
@@ -133,6 +154,8 @@ def test_area_under_the_band_is_the_auroc():
         (lambda: auroc([0, 2], [0.1, 0.2]), "0 .normal. or 1"),
         (lambda: auroc([0, 1], [0.1, np.nan]), "not a number"),
         (lambda: youden_threshold([1, 1], [0.1, 0.2]), "normal and abnormal"),
+        (lambda: f1_threshold([0, 0], [0.1, 0.2]), "normal and abnormal"),
+        (lambda: sensitivity_threshold([0, 1], [0.1, 0.2], 0.0), "between 0 and 1"),
         (lambda: roc_band([0, 0], [0.1, 0.2], [1, 2]), "one class"),
         (lambda: classification_table([0, 1], [0.1, 0.2], [1], 0.5), "its study"),
     ],
