@@ -19,7 +19,7 @@ def drawn(seed: int, n: int = 300, spread: tuple = (0.6, 1.0, 2.0)) -> tuple:
 
 
 def test_a_vote_is_the_papers_sum():
-    y, prob = drawn(1)
+    _, prob = drawn(1)
     by_hand = 0.42 * prob[:, 0] + 0.32 * prob[:, 1] + 0.26 * prob[:, 2]
     assert np.allclose(ensemble.soft_vote(prob, ensemble.PAPER_WEIGHTS), by_hand)
 

@@ -110,7 +110,6 @@ def test_a_kept_sensitivity_is_kept_and_no_higher_threshold_keeps_it(rows, share
         assert beyond["sensitivity"] < share - 1e-12
 
 
-
 def test_table_holds_the_four_metrics_with_their_intervals():
     rng = np.random.default_rng(5)
     studies = np.repeat(np.arange(40), 2)
