@@ -28,8 +28,8 @@ def soft_vote(prob: np.ndarray, weights: np.ndarray) -> np.ndarray:
     Raises:
         DernetError: Shapes do not fit, or the weights are not on the simplex.
 
-    >>> soft_vote([[0.9, 0.5, 0.1]], PAPER_WEIGHTS).round(3)
-    array([0.564])
+    >>> soft_vote([[0.9, 0.5, 0.1]], PAPER_WEIGHTS).round(3).tolist()
+    [0.564]
     """
     prob, weights = _columns(prob), np.asarray(weights, float)
     if weights.shape != prob.shape[1:]:
@@ -112,8 +112,8 @@ def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
 def with_temperature(prob: np.ndarray, temperature: float) -> np.ndarray:
     """Return probabilities whose logits were divided by a temperature; their order stays.
 
-    >>> with_temperature([0.5, 0.9], 2.0).round(2)
-    array([0.5 , 0.75])
+    >>> with_temperature([0.5, 0.9], 2.0).round(2).tolist()
+    [0.5, 0.75]
     """
     return expit(logit(np.clip(prob, SUREST, 1 - SUREST)) / temperature)
 

@@ -271,7 +271,14 @@ def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float
         + out * (rim + middle[0])
         + body.up * toward * (body.height_mm / 2 + middle[1])
     )
-    size = float(np.hypot(*np.abs(section - middle).max(axis=0)) + thick + rim * np.sin(arc))
+    size = 0.0
+    for turned in np.linspace(-arc, arc, 21):  # the ridge sinks into the body towards its ends
+        sunk = (1.0 - max(0.0, 1.0 - (turned / arc) ** 2) ** 0.5) * (reach + thick)
+        radius = float(_rim(body, torch.tensor(angle + turned))) + section[:, 0] - sunk
+        aside = np.cos(angle + turned) * body.front + np.sin(angle + turned) * body.left
+        up = toward * (body.height_mm / 2 + section[:, 1])
+        places = body.centre_mm + radius[:, None] * aside + up[:, None] * body.up
+        size = max(size, float((np.linalg.norm(places - centre, axis=1) + radii).max()) + SKIN_MM)
     name = "Osteophytes"
     return [Lesion(name, form, body.name, severity, centre, size, size, region, fill=BONE)]
 
