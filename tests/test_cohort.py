@@ -246,14 +246,14 @@ def few(monkeypatch, plans):
     return chosen
 
 
-def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path, few):
+def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path, few, anatomy):
     seen = []
     cohort.write_cohort(tmp_path / "one", 3, 7, 1, lambda done, of: seen.append((done, of)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     cohort.write_cohort(tmp_path / "two", 3, 7, 2)
     # A third, of which a first run made one patient before it was stopped.
     partial = tmp_path / "three.partial"
-    cohort._claim(partial, few)
+    cohort._claim(partial, few, anatomy.donor.digest)
     cohort._render_patient(partial, few[1])
     made = {p: p.stat().st_mtime_ns for p in partial.rglob("*.dicom")}
     cohort.write_cohort(tmp_path / "three", 3, 7, 1)
