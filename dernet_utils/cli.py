@@ -241,6 +241,28 @@ def _parameter(text: str) -> tuple[str, object]:
 
 
 @app.command()
+def train(
+    network: Annotated[str, typer.Argument(help="densenet121, tf_efficientnetv2_s or resnet50.")],
+    fold: Annotated[int, typer.Option(min=0, help="The fold that is held out.")],
+    profile: ProfileName = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")] = None,
+) -> None:
+    """Train one triage network on all folds but one; a finished or killed run is taken up."""
+    with _one_sentence():
+        import torch
+
+        from dernet_utils.crossvalidation import train_fold
+        from dernet_utils.triage import epoch_line
+
+        torch.set_num_threads(threads or workflow.cores())
+        job = f"{network}, fold {fold}"
+        checkpoint = train_fold(
+            open_workspace(profile), network, fold, lambda row: _say(f"{job}: {epoch_line(row)}")
+        )
+        _say(f"{job}: {checkpoint.name}")
+
+
+@app.command()
 def build(profile: ProfileName = "") -> None:
     """Build the pages from the executed chapters."""
     with _one_sentence():

@@ -4,6 +4,8 @@ Everything here is a pure function of labels and probabilities. What is chosen i
 that the networks did not learn from, of the training split; the test split has no say.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
@@ -13,6 +15,37 @@ from dernet_utils.errors import DernetError
 PAPER_WEIGHTS = (0.42, 0.32, 0.26)  # paper, section 3.2: DenseNet121, EfficientNetV2-S, ResNet50
 STEPS = 50  # of the search over weights: each is a multiple of 0.02, as the paper's three are
 SUREST = 1e-6  # probabilities closer to 0 or 1 are moved here before a logarithm is taken
+
+
+@dataclass(frozen=True)
+class Decision:
+    """All that is chosen out of fold, before a test label is read.
+
+    Attributes:
+        networks: Names, in the order of the weights.
+        weights: On the simplex.
+        temperature: Of the vote's logits; the thresholds are of probabilities after it.
+        thresholds: A name each, such as ``youden``.
+        fitted_on: Number of images.
+    """
+
+    networks: tuple[str, ...]
+    weights: tuple[float, ...]
+    temperature: float
+    thresholds: dict[str, float]
+    fitted_on: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "networks", tuple(self.networks))  # JSON has lists only
+        object.__setattr__(self, "weights", tuple(self.weights))
+        if len(self.networks) != len(self.weights):
+            raise ValueError(f"{len(self.networks)} networks and {len(self.weights)} weights")
+        if not self.temperature > 0:
+            raise ValueError(f"a temperature of {self.temperature}")
+
+    def prob(self, prob: np.ndarray) -> np.ndarray:
+        """Return calibrated probabilities of the vote, shape (n,), from shape (n, networks)."""
+        return with_temperature(soft_vote(prob, np.array(self.weights)), self.temperature)
 
 
 def soft_vote(prob: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -11,10 +11,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import cv2
 import numpy as np
@@ -22,16 +23,15 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dernet_utils.errors import DernetError
 from dernet_utils.evaluate import auroc
 from dernet_utils.imaging import load_cached
-from dernet_utils.profiles import Profile
+from dernet_utils.profiles import NETWORKS, Profile
 
-NETWORKS = ("densenet121", "tf_efficientnetv2_s", "resnet50")  # paper, section 3.2; timm's names
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ROTATION_DEG = 15.0  # companion code: up to 10-15 degrees
@@ -89,12 +89,10 @@ class Sample:
             images: Rows with ``path`` (as `imaging.cache_images` returns it) and ``abnormal``.
             image_px: Side of the square; the aspect ratio is not kept, as in the companion code.
         """
-        squares = [
-            cv2.resize(load_cached(path), (image_px, image_px), interpolation=cv2.INTER_AREA)
-            for path in images["path"]
-        ]
-        pixels = torch.from_numpy(np.stack(squares)).unsqueeze(1)
-        return cls(pixels, torch.tensor(images["abnormal"].to_numpy(np.float32)))
+        return cls(
+            load_pixels(images["path"], image_px),
+            torch.tensor(images["abnormal"].to_numpy(np.float32)),
+        )
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.pixels.shape[1] != 1 or self.pixels.dtype != torch.uint8:
@@ -110,6 +108,15 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.y)
+
+
+def load_pixels(paths: Iterable[str], image_px: int) -> Tensor:
+    """Read cached images, each resized to a square: uint8, shape (n, 1, px, px)."""
+    squares = [
+        cv2.resize(load_cached(path), (image_px, image_px), interpolation=cv2.INTER_AREA)
+        for path in paths
+    ]
+    return torch.from_numpy(np.stack(squares)).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -158,10 +165,16 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
 
 def _load_body(network: nn.Module, path: Path) -> None:
     """Load all but the classification head."""
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise DernetError(
+            f"{path} was expected to be a checkpoint with tensors only, and cannot be read "
+            f"({type(error).__name__}): copy it again."
+        ) from error
     head = network.default_cfg["classifier"] + "."
     body = {key: value for key, value in state.items() if not key.startswith(head)}
     wanted = {key for key in network.state_dict() if not key.startswith(head)}
@@ -274,6 +287,7 @@ def train_triage(
     folder: Path,
     weights: Path | None = None,
     progress: Callable[[dict], None] | None = None,
+    about: dict[str, str] | None = None,
 ) -> Trained:
     """Train a triage network, or load it where this very run is finished.
 
@@ -289,6 +303,7 @@ def train_triage(
             ``<name>-<digest>.resume`` while it is not finished.
         weights: As in `build_network`.
         progress: Called with the history's row after each epoch that is trained now.
+        about: What else the checkpoint's metadata shall say, such as the profile.
 
     Returns:
         The trained network, its learning curve and its checkpoint.
@@ -303,20 +318,35 @@ def train_triage(
     if not checkpoint.is_file():
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         with _fast_and_deterministic():
-            _train(name, train, validation, recipe, checkpoint, weights, progress)
-    network, history = load_trained(name, checkpoint)
+            _train(name, train, validation, recipe, checkpoint, weights, progress, about or {})
+    network, history = load_trained(name, checkpoint, recipe)
     return Trained(network, history, checkpoint)
 
 
-def load_trained(name: str, checkpoint: Path) -> tuple[nn.Module, pd.DataFrame]:
+def load_trained(
+    name: str, checkpoint: Path, recipe: Recipe | None = None
+) -> tuple[nn.Module, pd.DataFrame]:
     """Return the network and the learning curve of a finished run.
 
     Args:
         name: One of `NETWORKS`.
         checkpoint: A file that `train_triage` left.
+        recipe: Where given, the numbers that it must have been trained with.
+
+    Raises:
+        DernetError: The file is missing or damaged, or is of another network or recipe.
     """
-    with safe_open(checkpoint, framework="pt") as file:
-        history = json.loads(file.metadata()["history"])
+    found = checkpoint_facts(checkpoint)
+    expected = {"network": name}
+    if recipe is not None:
+        expected["recipe"] = json.dumps(asdict(recipe))
+    for fact, value in expected.items():
+        if found[fact] != value:
+            raise DernetError(
+                f"{checkpoint} was expected to hold {fact} {value}, and holds {found[fact]}: "
+                "name the right file, or delete it and train anew."
+            )
+    history = json.loads(found["history"])
     network = build_network(name)
     network.load_state_dict(load_file(checkpoint))
     network.to(_device(), memory_format=torch.channels_last).eval()
@@ -345,6 +375,7 @@ def _train(
     checkpoint: Path,
     weights: Path | None,
     progress: Callable[[dict], None] | None,
+    about: dict[str, str],
 ) -> None:
     """Run the epochs that are still to be run and leave a finished checkpoint."""
     device = _device()
@@ -382,10 +413,32 @@ def _train(
         if progress is not None:
             progress(row)
     state = {key: value.contiguous().cpu() for key, value in network.state_dict().items()}
-    metadata = {"network": name, "recipe": json.dumps(asdict(recipe))}
+    metadata = about | {"network": name, "recipe": json.dumps(asdict(recipe))}
     metadata["history"] = json.dumps(history)
     _replace(checkpoint, lambda path: save_file(state, path, metadata))
     resume.unlink(missing_ok=True)
+
+
+def checkpoint_facts(checkpoint: Path) -> dict[str, str]:
+    """Return what a checkpoint says of itself: ``network``, ``recipe``, ``history`` and more.
+
+    Raises:
+        DernetError: The file is missing or damaged, or no run of ours left it.
+    """
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            facts = file.metadata() or {}
+    except (FileNotFoundError, SafetensorError) as error:
+        raise DernetError(
+            f"{checkpoint} was expected to be a whole checkpoint, and cannot be read ({error}): "
+            "delete it and train anew."
+        ) from error
+    if missing := {"network", "recipe", "history"} - set(facts):
+        raise DernetError(
+            f"{checkpoint} was expected to say which run left it, and lacks "
+            f"{', '.join(sorted(missing))}: give foreign weights by DERNET_WEIGHTS."
+        )
+    return facts
 
 
 def _train_epoch(

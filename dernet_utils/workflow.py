@@ -22,13 +22,20 @@ from pathlib import Path
 from typing import IO
 
 from dernet_utils.errors import DernetError
-from dernet_utils.workspace import PROJECT, Workspace
+from dernet_utils.workspace import PROJECT, Workspace, commit
 
 Report = Callable[[str], None]
 
 HEARTBEAT_S = 30  # ours: often enough to see that a training lives
 TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
 MAX_THREADS = 8  # more help none of our networks
+# A step of training asks for the same large blocks again and again: glibc and torch keep them, in
+# huge pages, and do not fetch each anew from the system. Numbers do not depend on it.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 # What depends on what ---------------------------------------------------------------------------
@@ -279,6 +286,7 @@ def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
         "DERNET_PROFILE": workspace.profile.name,
         "DERNET_RUNS": str(workspace.folder.parent),
         "OMP_NUM_THREADS": str(threads),
+        **ALLOCATOR,
         # A thread that waits sleeps: spinning ones stall one another where chapters run abreast.
         "OMP_WAIT_POLICY": "PASSIVE",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -417,7 +425,7 @@ def stage_book(workspace: Workspace) -> Path:
     config = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))
     config["sphinx"]["config"]["myst_substitutions"] = {
         "profile": workspace.profile.name,
-        "commit": _commit(),
+        "commit": commit(),
     }
     (stage / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return stage
@@ -473,20 +481,6 @@ def publish(workspace: Workspace, html: Path) -> None:
     shutil.copytree(built, fresh)
     shutil.rmtree(html, ignore_errors=True)
     fresh.rename(html)
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(PROJECT)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{commit} with local changes" if changed else commit
 
 
 # All of it --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Where a run keeps its files: ``runs/<profile>/`` and nothing outside it."""
 
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,3 +76,18 @@ def open_workspace(profile: str = "") -> Workspace:
     chosen = get_profile(profile)
     runs = Path(os.environ.get("DERNET_RUNS", "") or PROJECT / "runs")
     return Workspace(chosen, runs.resolve() / chosen.name)
+
+
+def commit() -> str:
+    """Return the project's commit, short, and whether files differ from it; or ``unknown``."""
+    git = ["git", "-C", str(PROJECT)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{found} with local changes" if changed else found

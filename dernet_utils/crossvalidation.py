@@ -1,0 +1,219 @@
+"""Each network trained once for each fold; each training image scored by one that never saw it.
+
+A network and a fold are one job. Jobs know nothing of one another and may run in any order,
+anywhere. What a finished job found lies beside its checkpoint, under the same digest, so that a
+chapter reads what is there and trains what is missing.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dernet_utils.data import load_folds, read_dataset
+from dernet_utils.ensemble import Decision
+from dernet_utils.errors import DernetError
+from dernet_utils.imaging import cache_images
+from dernet_utils.triage import (
+    Recipe,
+    Sample,
+    load_pixels,
+    load_trained,
+    predict_triage,
+    starting_weights,
+    train_triage,
+)
+from dernet_utils.workspace import Workspace, commit
+
+Progress = Callable[[int, dict], None]  # is given the fold and the epoch's row
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """What one network's trainings on all folds found.
+
+    Attributes:
+        network: Its name.
+        out_of_fold: One row a training image, in the order of `run_images`: ``image_id``,
+            ``study_id``, ``fold``, ``label`` (bool) and ``prob``, by the network that did not
+            learn from that fold.
+        test: One row a test image: ``image_id``, ``study_id``, and ``prob``, the mean over the
+            folds' networks. It has no label.
+        curves: Learning curves: the rows of `triage.Trained.history` with their ``fold``.
+        checkpoints: One a fold.
+    """
+
+    network: str
+    out_of_fold: pd.DataFrame
+    test: pd.DataFrame
+    curves: pd.DataFrame
+    checkpoints: tuple[Path, ...]
+
+
+def run_images(workspace: Workspace) -> pd.DataFrame:
+    """Return a run's images for triage; the test split's labels stay sealed.
+
+    Returns:
+        One row an image, training before test: ``image_id``, ``study_id``, ``split``, ``fold``
+        (missing for a test image), ``path`` of the enhanced image, and ``label``, whether it is
+        abnormal (missing for a test image; `open_test_labels` has those).
+
+    Raises:
+        DernetError: The dataset is not clean, or its folds are another's.
+    """
+    images = read_dataset(workspace.data_root).images
+    cached = cache_images(images, workspace.cache, workspace.profile)[["image_id", "path"]]
+    folds = load_folds(workspace)[["image_id", "fold"]].astype({"fold": "Int64"})
+    label = images.loc[images["split"] == "train", "abnormal"].astype("boolean")
+    table = images[["image_id", "study_id", "split"]].assign(label=label)
+    table = table.merge(folds, how="left", validate="one_to_one")
+    table = table.merge(cached, validate="one_to_one")
+    return table.sort_values("split", ascending=False, kind="stable", ignore_index=True)
+
+
+def train_fold(
+    workspace: Workspace, name: str, fold: int, progress: Callable[[dict], None] | None = None
+) -> Path:
+    """Train one network on all folds but one, and keep its probabilities; or find them kept.
+
+    Args:
+        workspace: The run.
+        name: One of `triage.NETWORKS`.
+        fold: The fold that is held out.
+        progress: As in `triage.train_triage`.
+
+    Returns:
+        The checkpoint. Beside it lies a table of the same name, with the suffix ``.parquet``:
+        ``image_id`` and ``prob`` of the images held out and of the test split.
+
+    Raises:
+        DernetError: There is no such fold or network, a fold lacks a class, or as
+            `triage.train_triage` raises.
+    """
+    return _train_fold(workspace, run_images(workspace), name, fold, progress)
+
+
+def _train_fold(
+    workspace: Workspace,
+    images: pd.DataFrame,
+    name: str,
+    fold: int,
+    progress: Callable[[dict], None] | None,
+) -> Path:
+    """Do the work of `train_fold`, on images that have been read already."""
+    recipe, folds = Recipe.of(workspace.profile), workspace.profile.folds
+    if fold not in range(folds):
+        raise DernetError(f"The folds of this run are 0 to {folds - 1}, and {fold} is none.")
+    held = images[images["fold"] == fold]
+    learnt = images[(images["fold"] != fold) & (images["split"] == "train")]
+    for rows, words in ((learnt, "the images to learn from"), (held, "the images held out")):
+        if rows["label"].nunique() < 2:
+            raise DernetError(
+                f"With fold {fold} held out, {words} are {len(rows)} of one class; normal and "
+                "abnormal ones are needed: take fewer folds or more data."
+            )
+    trained = train_triage(
+        name,
+        Sample.load(learnt.rename(columns={"label": "abnormal"}), recipe.image_px),
+        Sample.load(held.rename(columns={"label": "abnormal"}), recipe.image_px),
+        recipe,
+        workspace.weights,
+        starting_weights(name),
+        progress,
+        {
+            "profile": workspace.profile.name,
+            "fold": f"{fold} of {folds}",
+            "held_out": hashlib.sha256("".join(held["image_id"]).encode()).hexdigest(),
+            "commit": commit(),
+        },
+    )
+    table = trained.checkpoint.with_suffix(".parquet")
+    if not table.is_file():
+        scored = images[(images["fold"] == fold) | (images["split"] == "test")]
+        prob = predict_triage(trained.network, load_pixels(scored["path"], recipe.image_px))
+        beside = table.with_suffix(".part")
+        scored[["image_id"]].assign(prob=prob).to_parquet(beside, index=False)
+        beside.replace(table)
+    return trained.checkpoint
+
+
+def cross_validate(
+    workspace: Workspace, name: str, progress: Progress | None = None
+) -> CrossValidated:
+    """Return a network's probabilities for all images; train what is missing.
+
+    Args:
+        workspace: The run.
+        name: One of `triage.NETWORKS`.
+        progress: Called after each epoch that is trained now.
+
+    Raises:
+        DernetError: As `train_fold`.
+    """
+    images = run_images(workspace)
+    found, curves, checkpoints = [], [], []
+    for fold in range(workspace.profile.folds):
+        after = None if progress is None else lambda row, fold=fold: progress(fold, row)
+        checkpoint = _train_fold(workspace, images, name, fold, after)
+        found.append(pd.read_parquet(checkpoint.with_suffix(".parquet")).assign(by=fold))
+        curves.append(load_trained(name, checkpoint)[1].assign(fold=fold))
+        checkpoints.append(checkpoint)
+    prob = pd.concat(found).groupby("image_id")["prob"].agg(["mean", "size"])
+    train, test = (images[images["split"] == split].copy() for split in ("train", "test"))
+    for rows, times in ((train, 1), (test, len(found))):
+        if (prob.loc[rows["image_id"], "size"] != times).any():
+            raise DernetError(
+                f"Each image of the {rows['split'].iloc[0]} split should be scored {times} times "
+                f"by {name}: delete {workspace.weights} and train anew."
+            )
+        rows["prob"] = prob.loc[rows["image_id"], "mean"].to_numpy()
+    train = train.astype({"label": bool, "fold": int})
+    return CrossValidated(
+        name,
+        train[["image_id", "study_id", "fold", "label", "prob"]].reset_index(drop=True),
+        test[["image_id", "study_id", "prob"]].reset_index(drop=True),
+        pd.concat(curves, ignore_index=True),
+        tuple(checkpoints),
+    )
+
+
+def write_decision(workspace: Workspace, decision: Decision) -> Path:
+    """Write what was chosen out of fold to ``tables/decision.json``; this opens the test labels."""
+    path = workspace.tables / "decision.json"
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(asdict(decision), indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def read_decision(workspace: Workspace) -> Decision:
+    """Return what was chosen out of fold.
+
+    Raises:
+        DernetError: Nothing has been chosen yet, or the file is not what `write_decision` wrote.
+    """
+    path = workspace.tables / "decision.json"
+    if not path.is_file():
+        raise DernetError(
+            "Weights, thresholds and calibration were expected to be chosen out of fold and "
+            f"written to {path}, which is not there: run the chapter on the ensemble first."
+        )
+    try:
+        return Decision(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise DernetError(f"{path} is no decision ({error}): delete it and choose anew.") from error
+
+
+def open_test_labels(workspace: Workspace) -> np.ndarray:
+    """Return whether each test image is abnormal, in the order of `run_images`, shape (n,).
+
+    Raises:
+        DernetError: They are still sealed: as `read_decision` raises.
+    """
+    read_decision(workspace)
+    images = read_dataset(workspace.data_root).images
+    return images.loc[images["split"] == "test", "abnormal"].to_numpy()
