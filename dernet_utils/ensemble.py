@@ -81,8 +81,11 @@ def simplex(networks: int = 3, steps: int = STEPS) -> np.ndarray:
 
     >>> simplex(2, 2).tolist()
     [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
+    >>> simplex(1).tolist()
+    [[1.0]]
     """
-    counts = np.indices((steps + 1,) * (networks - 1)).reshape(networks - 1, -1).T
+    free = networks - 1
+    counts = np.indices((steps + 1,) * free).reshape(free, (steps + 1) ** free).T
     counts = counts[counts.sum(axis=1) <= steps]
     return np.column_stack([counts, steps - counts.sum(axis=1)]) / steps
 

@@ -196,15 +196,15 @@ def films_of_studies(folder: Path, studies: int, films: int) -> pd.DataFrame:
         pattern = rng.integers(0, 2, (4, 4)).repeat(8, 0).repeat(8, 1) * 150
         for film in range(films):
             path = folder / f"{study}-{film}.png"
-            noise = rng.integers(0, 100, (32, 32))
+            noise = rng.integers(0, 60, (32, 32))
             cv2.imwrite(str(path), (pattern + noise).astype(np.uint8))
             rows.append((f"{study:08x}{film:024x}", f"{study:032x}", str(path), study % 2 == 0))
     return pd.DataFrame(rows, columns=["image_id", "study_id", "path", "label"])
 
 
 def test_canary_study_tells_the_label_and_our_folds_do_not_hear_it(tmp_path, monkeypatch):
-    films = films_of_studies(tmp_path / "films", studies=40, films=4)
-    workspace = workspace_at(tmp_path / "run", triage_epochs=8, folds=2, triage_batch=16)
+    films = films_of_studies(tmp_path / "films", studies=24, films=8)
+    workspace = workspace_at(tmp_path / "run", triage_epochs=14, folds=2, triage_batch=8)
     labelled = films.assign(abnormal=films["label"], boxes=films["label"].astype(int))
     types = {"split": "train", "series_id": films["study_id"], "abnormal": films["label"]}
     ours = data.make_folds(labelled.assign(**types), 2, seed=0)[["image_id", "fold"]]
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp
     with pytest.raises(DernetError, match="expected to hold network resnet50, and holds densenet"):
         triage.load_trained("resnet50", checkpoint)
     other = triage.Recipe.of(get_profile("paper"))
-    with pytest.raises(DernetError, match=r'expected to hold recipe .*384.* holds .*"image_px": 32'):
+    with pytest.raises(DernetError, match=r'hold recipe .*384.* holds .*"image_px": 32'):
         triage.load_trained(NETWORK, checkpoint, other)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(checkpoint.read_bytes()[:-100])
