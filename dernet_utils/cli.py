@@ -251,13 +251,16 @@ def train(
     with _one_sentence():
         import torch
 
+        from dernet_utils.cohort import ensure_cohort
         from dernet_utils.crossvalidation import train_fold
         from dernet_utils.triage import epoch_line
 
         torch.set_num_threads(threads or workflow.cores())
+        workspace = open_workspace(profile)
+        ensure_cohort(workspace)
         job = f"{network}, fold {fold}"
         checkpoint = train_fold(
-            open_workspace(profile), network, fold, lambda row: _say(f"{job}: {epoch_line(row)}")
+            workspace, network, fold, lambda row: _say(f"{job}: {epoch_line(row)}")
         )
         _say(f"{job}: {checkpoint.name}")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def films_of_studies(folder: Path, studies: int, films: int) -> pd.DataFrame:
 
 def test_canary_study_tells_the_label_and_our_folds_do_not_hear_it(tmp_path, monkeypatch):
     films = films_of_studies(tmp_path / "films", studies=24, films=8)
-    workspace = workspace_at(tmp_path / "run", triage_epochs=14, folds=2, triage_batch=8)
+    workspace = workspace_at(tmp_path / "run", triage_epochs=10, folds=2, triage_batch=8)
     labelled = films.assign(abnormal=films["label"], boxes=films["label"].astype(int))
     types = {"split": "train", "series_id": films["study_id"], "abnormal": films["label"]}
     ours = data.make_folds(labelled.assign(**types), 2, seed=0)[["image_id", "fold"]]
@@ -266,7 +267,22 @@ def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp
             triage.load_trained(NETWORK, path)
 
 
-def test_the_command_trains_one_fold_and_finds_it_again(workspace):
-    command = [sys.executable, "-m", "dernet_utils.cli", "train", NETWORK, "--profile", "smoke"]
-    done = subprocess.run([*command, "--fold", "9"], capture_output=True, text=True, cwd=PROJECT)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+def test_the_command_trains_one_fold_and_finds_it_again(tiny_dataset, tmp_path):
+    cohort = tmp_path / "smoke" / "cohort"
+    shutil.copytree(tiny_dataset, cohort)
+    (cohort / "manifest.json").write_text("{}")  # a cohort that is there is not made anew
+
+    def dernet_train(fold: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "dernet_utils.cli", "train", NETWORK, "--fold", str(fold)]
+        environment = os.environ | {"DERNET_RUNS": str(tmp_path), "DERNET_PROFILE": "smoke"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=environment)
+
+    said = [dernet_train(1) for _ in range(2)]
+    assert [done.returncode for done in said] == [0, 0], said
+    lines = [(done.stdout + done.stderr).splitlines() for done in said]
+    assert [sum("validation AUROC" in line for line in some) for some in lines] == [2, 0]
+    checkpoint = next((tmp_path / "smoke" / "weights").glob("*.safetensors"))
+    assert lines[0][-1] == lines[1][-1] == f"{NETWORK}, fold 1: {checkpoint.name}"
+    none = dernet_train(9)
+    assert none.returncode == 1 and "Traceback" not in none.stderr
+    assert "are 0 to 1, and 9 is none" in none.stderr.replace("\n", " ")
