@@ -51,7 +51,7 @@ PROFILES = {
     for profile in (
         # Tests and continuous integration: the same networks, a step or two.
         Profile(
-            name="smoke", patients=24, folds=2, cache_px=256,
+            name="smoke", patients=24, cache_px=256,
             triage_px=64, triage_epochs=2, triage_batch=8, triage_lr=1e-3,
             detect_px=96, detect_epochs=2, detect_batch=8, detect_lr=1e-3, mosaic_until=2,
             bootstrap=200,

@@ -23,7 +23,7 @@ from dernet_utils.profiles import get_profile
 from dernet_utils.workspace import PROJECT, Workspace
 
 NETWORK = "densenet121"  # the quickest of the three
-NUMBERS = {"patients": None, "triage_px": 32, "triage_epochs": 2}
+NUMBERS = {"patients": None, "folds": 2, "triage_px": 32, "triage_epochs": 2}
 
 
 def workspace_at(folder: Path, **numbers) -> Workspace:
@@ -285,4 +285,4 @@ def test_the_command_trains_one_fold_and_finds_it_again(tiny_dataset, tmp_path):
     assert lines[0][-1] == lines[1][-1] == f"{NETWORK}, fold 1: {checkpoint.name}"
     none = dernet_train(9)
     assert none.returncode == 1 and "Traceback" not in none.stderr
-    assert "are 0 to 1, and 9 is none" in none.stderr.replace("\n", " ")
+    assert "are 0 to 4, and 9 is none" in none.stderr.replace("\n", " ")
