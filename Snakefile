@@ -37,15 +37,35 @@ rule book:
         "{dernet} build --profile {profile} 2>&1"
 
 
+# A network and a fold are one job. Its mark is all that the rules know of it; checkpoint and
+# probabilities lie in weights/, under the digest of all that shapes them.
+rule train:
+    output:
+        touch("trained/{network}-{fold}"),
+    params:
+        digest=lambda _: steps.train_digest(workspace),
+    # Two trainings abreast, each on half of the cores, take less time than one after the other on
+    # all of them.
+    threads: max(1, every_core // 2)
+    shell:
+        "{dernet} train {wildcards.network} --fold {wildcards.fold}"
+        " --profile {profile} --threads {threads} 2>&1"
+
+
 rule chapter:
+    input:
+        lambda wildcards: [
+            f"trained/{network}-{fold}"
+            for network, fold in steps.triage_jobs(wildcards.chapter, workspace.profile.folds)
+        ],
     output:
         "chapters/{chapter}.ipynb",
     wildcard_constraints:
         chapter="|".join(chapters),
     params:
         digest=lambda wildcards: steps.chapter_digest(wildcards.chapter, workspace),
-    # Two trainings abreast, each on half of the cores, take less time than one after the other on
-    # all of them.
+    # The longest first: the chapters that wait for no other job begin before the trainings do.
+    priority: 1
     threads: lambda wildcards: max(1, every_core // 2) if steps.is_training(wildcards.chapter) else 1
     shell:
         "{dernet} chapter {wildcards.chapter} --profile {profile} --threads {threads} 2>&1"

@@ -11,9 +11,13 @@ Modules import in one direction, from the bottom of this list to its top::
     stats       intervals by resampling studies
     evaluate    what a classifier's and a detector's answers are worth
     triage      normal or abnormal: networks, training, probabilities
+    ensemble    one answer from several networks: weights, thresholds, calibration
+    crossvalidation    a network and a fold are one job; test labels under seal
+    paper       the paper's printed results, beside ours
     yolo, detect    where the lesions are: YOLO11-L, training, boxes
     figures     the drawing that chapters share
     workflow    chapters executed, the book staged and built
+    estimate    what a whole training would take on this machine
     cli         the command `dernet`
 """
 

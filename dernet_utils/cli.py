@@ -266,6 +266,23 @@ def train(
 
 
 @app.command()
+def estimate(
+    profile: ProfileName = "paper",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the table, as CSV.")] = None,
+) -> None:
+    """Take a step of each triage network at a profile's size: time, memory, hours for it all."""
+    with _one_sentence():
+        from dernet_utils.estimate import estimate_triage
+        from dernet_utils.profiles import get_profile
+
+        table = estimate_triage(get_profile(profile), threads or workflow.cores(), _say)
+        if out is not None:
+            table.to_csv(out, index=False, lineterminator="\n")
+            _say(f"The table is {out}.")
+
+
+@app.command()
 def build(profile: ProfileName = "") -> None:
     """Build the pages from the executed chapters."""
     with _one_sentence():

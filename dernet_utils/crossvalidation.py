@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dernet_utils.data import load_folds, read_dataset
+from dernet_utils.data import LESION_TYPES, load_folds, read_dataset
 from dernet_utils.ensemble import Decision
 from dernet_utils.errors import DernetError
 from dernet_utils.imaging import cache_images
@@ -59,20 +59,36 @@ def run_images(workspace: Workspace) -> pd.DataFrame:
 
     Returns:
         One row an image, training before test: ``image_id``, ``study_id``, ``split``, ``fold``
-        (missing for a test image), ``path`` of the enhanced image, and ``label``, whether it is
-        abnormal (missing for a test image; `open_test_labels` has those).
+        (missing for a test image), ``path`` of the enhanced image, ``label``, whether it is
+        abnormal (missing for a test image; `open_test_labels` has those), and ``lesions``, where
+        they lie, as `triage.Sample.load` reads them (empty for a test image).
 
     Raises:
         DernetError: The dataset is not clean, or its folds are another's.
     """
-    images = read_dataset(workspace.data_root).images
-    cached = cache_images(images, workspace.cache, workspace.profile)[["image_id", "path"]]
+    dataset = read_dataset(workspace.data_root)
+    images = dataset.images
+    cached = cache_images(images, workspace.cache, workspace.profile)
+    lesions = _places(dataset.boxes[dataset.boxes["split"] == "train"], cached)
     folds = load_folds(workspace)[["image_id", "fold"]].astype({"fold": "Int64"})
     label = images.loc[images["split"] == "train", "abnormal"].astype("boolean")
     table = images[["image_id", "study_id", "split"]].assign(label=label)
     table = table.merge(folds, how="left", validate="one_to_one")
-    table = table.merge(cached, validate="one_to_one")
+    table = table.merge(cached[["image_id", "path"]], validate="one_to_one")
+    table["lesions"] = [lesions.get(image, np.empty((0, 3))) for image in table["image_id"]]
     return table.sort_values("split", ascending=False, kind="stable", ignore_index=True)
+
+
+def _places(boxes: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return each film's lesions: centre as shares of width and height, number of the type."""
+    boxes = boxes.merge(sizes[["image_id", "height", "width"]], validate="many_to_one")
+    boxes["x"] = (boxes["xmin"] + boxes["xmax"]) / 2 / boxes["width"]
+    boxes["y"] = (boxes["ymin"] + boxes["ymax"]) / 2 / boxes["height"]
+    boxes["kind"] = boxes["lesion_type"].map(LESION_TYPES.index)
+    return {
+        image: rows[["x", "y", "kind"]].to_numpy(float)
+        for image, rows in boxes.groupby("image_id", sort=False)
+    }
 
 
 def train_fold(
@@ -118,8 +134,8 @@ def _train_fold(
             )
     trained = train_triage(
         name,
-        Sample.load(learnt.rename(columns={"label": "abnormal"}), recipe.image_px),
-        Sample.load(held.rename(columns={"label": "abnormal"}), recipe.image_px),
+        Sample.load(learnt, recipe.image_px),
+        Sample.load(held, recipe.image_px),
         recipe,
         workspace.weights,
         starting_weights(name),

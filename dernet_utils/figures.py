@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from myst_nb import glue
 
+from dernet_utils.imaging import load_cached
+
 # One colour a lesion type, the same in every chapter: Okabe and Ito's palette, distinguishable
 # with any colour vision; each also has its own dash, so that a grey print is legible.
 LESION_STYLE = {
@@ -84,3 +86,84 @@ def show_boxes(ax: Axes, boxes: pd.DataFrame, scale: float = 1.0, names: bool = 
                 x, y - 2, box.lesion_type + score, color=colour, fontsize=7, va="bottom",
                 bbox={"facecolor": "black", "alpha": 0.55, "pad": 0.8, "edgecolor": "none"},
             )  # fmt: skip
+
+
+def draw_learning_curves(curves: pd.DataFrame) -> Figure:
+    """Draw loss and held-out AUROC over epochs, a line a fold; epochs on crops lie on grey.
+
+    Args:
+        curves: As `crossvalidation.CrossValidated` has them.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.1))
+    for fold, rows in curves.groupby("fold"):
+        colour = f"C{fold % 10}"
+        left.plot(rows["epoch"], rows["train_loss"], "o-", ms=3, color=colour)
+        left.plot(rows["epoch"], rows["validation_loss"], "s--", ms=3, color=colour)
+        right.plot(
+            rows["epoch"], rows["validation_auroc"], "s--", ms=3, color=colour, label=f"fold {fold}"
+        )
+    left.plot([], [], "o-", ms=3, color="0.3", label="learnt from")
+    left.plot([], [], "s--", ms=3, color="0.3", label="held out")
+    left.axhline(np.log(2), color="0.4", lw=0.8, ls=":", label="always one half")
+    left.set(xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, 1.5))
+    right.axhline(0.5, color="0.4", lw=0.8, ls=":")
+    right.set(xlabel="epoch", ylabel="AUROC, held out", ylim=(0, 1.04))
+    crops = curves.loc[curves["learnt_from"] == "crops", "epoch"]
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if len(crops):
+            ax.axvspan(0.5, crops.max() + 0.5, color="0.9", zorder=0)
+        ax.legend(fontsize=8, loc="lower left")
+    fig.get_layout_engine().set(wspace=0.08)
+    return fig
+
+
+def draw_roc(bands: dict[str, pd.DataFrame], stars: dict[str, tuple[float, float]]) -> Figure:
+    """Draw receiver operating characteristics, the first with its band.
+
+    Args:
+        bands: A label each, and what `evaluate.roc_band` returns.
+        stars: Working points: a label each, and sensitivity and specificity.
+    """
+    fig, ax = plt.subplots(figsize=(4.8, 4.6))
+    for number, (label, band) in enumerate(bands.items()):
+        rate, dash = band["false_alarm_rate"], ("-", "--", "-.", ":")[number % 4]
+        if not number:
+            ax.fill_between(
+                rate, band["low"], band["high"], alpha=0.25, lw=0, label="95 % of resamples"
+            )
+        ax.plot(rate, band["sensitivity"], color=f"C{number}", ls=dash, label=label)
+    ax.plot([0, 1], [0, 1], color="0.4", lw=0.8, ls=":", label="chance")
+    for (label, (sensitivity, specificity)), marker in zip(stars.items(), "*^ov", strict=False):
+        ax.plot(1 - specificity, sensitivity, marker, color="black", ms=10, ls="", label=label)
+    ax.set(
+        xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01), aspect="equal"
+    )
+    ax.legend(fontsize=8, loc="lower right")
+    return fig
+
+
+def draw_surest(films: pd.DataFrame, threshold: float) -> Figure:
+    """Show the surest answer of each kind: found, left alone, missed, false alarm.
+
+    Args:
+        films: Rows with ``path`` of the cached image, ``label`` (bool) and ``prob``.
+        threshold: Abnormal is what lies above it.
+    """
+    films = films.assign(called=films["prob"] > threshold, sure=(films["prob"] - threshold).abs())
+    kinds = {
+        "abnormal, found": (True, True),
+        "normal, left alone": (False, False),
+        "abnormal, missed": (True, False),
+        "normal, false alarm": (False, True),
+    }
+    fig, axes = plt.subplots(2, 2, figsize=(6.4, 7.4))
+    for ax, (name, (label, called)) in zip(axes.flat, kinds.items(), strict=True):
+        rows = films[(films["label"] == label) & (films["called"] == called)]
+        ax.set_axis_off()
+        ax.set_title(f"{name}: none")
+        if len(rows):
+            film = rows.loc[rows["sure"].idxmax()]
+            title = f"{name} ({len(rows)} films)\nprobability {film['prob']:.2f}"
+            show_film(ax, load_cached(film["path"]), title)
+    return fig

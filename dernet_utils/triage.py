@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dernet_utils.errors import DernetError
 from dernet_utils.evaluate import auroc
@@ -37,6 +39,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ROTATION_DEG = 15.0  # companion code: up to 10-15 degrees
 BRIGHTNESS = CONTRAST = 0.2  # companion code: up to 20 %
 WEIGHT_DECAY = 0.01  # torch's default for AdamW; the paper is silent
+CROPS_A_FILM = 12  # crops an epoch for each training film, half of them with a lesion; ours
+CROP_BATCH = 32  # ours
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Recipe:
         image_px: Side of the square input.
         epochs: Passes over the training images; all are made, the last one counts.
         batch: Images a step.
-        lr: Learning rate of the first step; a cosine takes it to zero.
-        seed: Seed of initial weights, order, augmentation and dropout.
+        lr: Learning rate of the first step; a cosine takes it to zero over these passes.
+        seed: Seed of initial weights, order, augmentation, crops and dropout.
+        crop_px: Side of the crops that `draw_crops` draws.
+        crop_epochs: Epochs on crops, at the full learning rate, before those on whole images.
     """
 
     image_px: int
@@ -56,6 +62,8 @@ class Recipe:
     batch: int
     lr: float
     seed: int = 42
+    crop_px: int = 48
+    crop_epochs: int = 0
 
     @classmethod
     def of(cls, profile: Profile) -> "Recipe":
@@ -66,6 +74,8 @@ class Recipe:
             profile.triage_batch,
             profile.triage_lr,
             profile.seed,
+            profile.triage_crop_px,
+            profile.triage_crop_epochs,
         )
 
 
@@ -76,22 +86,32 @@ class Sample:
     Attributes:
         pixels: uint8, shape (n, 1, px, px), 0 black to 255 white.
         y: float32, shape (n,), 1 abnormal, 0 normal.
+        lesions: float32, shape (k, 4), one row a lesion: row of its image, centre x and y in
+            pixels of the square, number of its type. Empty where nobody learns from crops.
     """
 
     pixels: Tensor
     y: Tensor
+    lesions: Tensor = field(default_factory=lambda: torch.empty(0, 4))
 
     @classmethod
     def load(cls, images: pd.DataFrame, image_px: int) -> "Sample":
         """Read cached images into memory, each resized to a square.
 
         Args:
-            images: Rows with ``path`` (as `imaging.cache_images` returns it) and ``abnormal``.
+            images: Rows with ``path`` (as `imaging.cache_images` returns it), ``label`` (whether
+                abnormal) and perhaps ``lesions``: for each image an array of shape (k, 3), the
+                centres x and y as shares of width and height, and the number of the type.
             image_px: Side of the square; the aspect ratio is not kept, as in the companion code.
         """
+        found = enumerate(images.get("lesions", []))
+        lesions = [
+            (row, x * image_px, y * image_px, kind) for row, of in found for x, y, kind in of
+        ]
         return cls(
             load_pixels(images["path"], image_px),
-            torch.tensor(images["abnormal"].to_numpy(np.float32)),
+            torch.tensor(images["label"].to_numpy(np.float32)),
+            torch.tensor(lesions, dtype=torch.float32).reshape(-1, 4),
         )
 
     def __post_init__(self) -> None:
@@ -125,8 +145,9 @@ class Trained:
 
     Attributes:
         network: After the last epoch, in evaluation mode.
-        history: One row an epoch: ``epoch`` from 1, ``lr`` at its end, ``train_loss`` (with
-            augmentation), ``validation_loss``, ``validation_auroc``, ``seconds``.
+        history: One row an epoch: ``epoch`` from 1, ``learnt_from`` (crops or films), ``lr`` at
+            its end, ``train_loss`` (with augmentation), ``validation_loss``,
+            ``validation_auroc`` (both of whole images), ``seconds``.
         checkpoint: The safetensors file with weights and history.
     """
 
@@ -158,9 +179,41 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = timm.create_model(name, pretrained=False, num_classes=1)
+    # At first every image gets one half. timm scales the weights of this layer by its number of
+    # outputs; those of a single one come out far too large.
+    for parameter in network.get_classifier().parameters():
+        nn.init.zeros_(parameter)
     if weights is not None:
         _load_body(network, Path(weights))
     return network
+
+
+def receptive_field(layers: Iterable[tuple[int, int]]) -> int:
+    """Return the side of the square that one output sees, in pixels of the input.
+
+    Args:
+        layers: Kernel and stride of each convolution or pooling on the longest way, first to last.
+
+    >>> receptive_field([(3, 1), (3, 1)]), receptive_field([(7, 2), (3, 2), (3, 1)])
+    (5, 19)
+    """
+    field_px, pixels_a_step = 1, 1
+    for kernel, stride in layers:
+        field_px += (kernel - 1) * pixels_a_step
+        pixels_a_step *= stride
+    return field_px
+
+
+def count_operations(network: nn.Module, image_px: int) -> int:
+    """Return floating-point operations for one square image, a multiplication and an addition each.
+
+    Those of convolutions and matrix products, as torch counts them; the rest is small beside them.
+    """
+    network.eval()
+    x = torch.zeros(1, 3, image_px, image_px, device=next(network.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x)
+    return counter.get_total_flops()
 
 
 def _load_body(network: nn.Module, path: Path) -> None:
@@ -276,6 +329,43 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return (((grey - mean) * contrast + mean) * brightness).clamp(0, 1)
 
 
+def draw_crops(
+    sample: Sample, n: int, side: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw square crops, half of them with a lesion and half from normal images.
+
+    A lesion is drawn with a probability that falls with the square root of its type's number, so
+    that rare types are seen more often than they occur. A crop from a normal image lies where
+    some lesion lies in another image: its place alone tells nothing.
+
+    Args:
+        sample: With lesions, and with normal images.
+        n: How many.
+        side: Side of a crop in pixels of the square, at most that of the images.
+        generator: Seeded; on the CPU.
+
+    Returns:
+        Crops, uint8, shape (n, 1, side, side), and their labels, float32, shape (n,): n // 2 ones,
+        then zeros. A lesion's centre lies within a quarter of the side of the crop's, but where
+        the image ends.
+    """
+    kind = sample.lesions[:, 3].long()
+    chance = torch.bincount(kind)[kind].float().rsqrt()
+    drawn = torch.multinomial(chance, n, replacement=True, generator=generator)
+    normal = torch.nonzero(sample.y == 0)[:, 0]
+    film = sample.lesions[drawn, 0].long()
+    others = torch.randint(len(normal), (n - n // 2,), generator=generator)
+    film[n // 2 :] = normal[others]
+    shift = (torch.rand(n, 2, generator=generator) - 0.5) * side / 2
+    corner = (sample.lesions[drawn, 1:3] + shift - side / 2).round().long()
+    corner = corner.clamp(0, sample.pixels.shape[-1] - side).tolist()
+    crops = [
+        sample.pixels[row, :, y : y + side, x : x + side]
+        for row, (x, y) in zip(film.tolist(), corner, strict=True)
+    ]
+    return torch.stack(crops), (torch.arange(n) < n // 2).float()
+
+
 # Training
 
 
@@ -292,7 +382,8 @@ def train_triage(
     """Train a triage network, or load it where this very run is finished.
 
     AdamW on binary cross-entropy, lines 3 to 6 of the paper's Algorithm 1, with a cosine from
-    `recipe.lr` to zero. The validation images are scored after each epoch and change nothing.
+    `recipe.lr` to zero; before these, where the recipe says so, epochs on crops. The validation
+    images are scored after each epoch and change nothing.
 
     Args:
         name: One of `NETWORKS`.
@@ -309,8 +400,8 @@ def train_triage(
         The trained network, its learning curve and its checkpoint.
 
     Raises:
-        DernetError: The network is unknown, or the training images are of one class or of
-            another size than the recipe's.
+        DernetError: The network is unknown, the training images are of one class or of another
+            size than the recipe's, or crops are wanted and no lesion is marked.
     """
     _check_training(train, recipe)
     key = _run_key(name, train, validation, recipe, weights)
@@ -379,11 +470,7 @@ def _train(
 ) -> None:
     """Run the epochs that are still to be run and leave a finished checkpoint."""
     device = _device()
-    network = build_network(name, weights, recipe.seed)
-    network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY, foreach=True
-    )
+    network, optimizer = _start(name, weights, recipe)
     resume = checkpoint.with_suffix(".resume")
     history: list[dict] = []
     if resume.is_file():
@@ -391,12 +478,13 @@ def _train(
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         history = saved["history"]
-    for epoch in range(len(history), recipe.epochs):
+    for epoch in range(len(history), recipe.crop_epochs + recipe.epochs):
         started = time.perf_counter()
         train_loss = _train_epoch(network, optimizer, train, recipe, epoch)
         logits = torch.cat(list(_logits(network, validation.pixels, recipe.batch)))
         row = {
             "epoch": epoch + 1,
+            "learnt_from": "crops" if epoch < recipe.crop_epochs else "films",
             "lr": optimizer.param_groups[0]["lr"],
             "train_loss": train_loss,
             "validation_loss": float(F.binary_cross_entropy_with_logits(logits, validation.y)),
@@ -417,6 +505,17 @@ def _train(
     metadata["history"] = json.dumps(history)
     _replace(checkpoint, lambda path: save_file(state, path, metadata))
     resume.unlink(missing_ok=True)
+
+
+def _start(
+    name: str, weights: Path | None, recipe: Recipe
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    network = build_network(name, weights, recipe.seed)
+    network.to(_device(), memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY, foreach=True
+    )
+    return network, optimizer
 
 
 def checkpoint_facts(checkpoint: Path) -> dict[str, str]:
@@ -448,25 +547,27 @@ def _train_epoch(
     recipe: Recipe,
     epoch: int,
 ) -> float:
-    """Pass once over the training images; return the mean loss."""
+    """Pass once over the training images, or over crops of them; return the mean loss."""
     device = next(network.parameters()).device
     # Every epoch has a seed of its own, so that a resumed run draws what an unbroken one draws.
     seed = recipe.seed * 100_003 + epoch
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # stochastic depth of EfficientNetV2-S
-    batches = _batches(len(train), recipe.batch, generator)
+    torch.manual_seed(seed)  # should a network draw, as dropout does
+    pixels, y, batch = train.pixels, train.y, recipe.batch
+    if epoch < recipe.crop_epochs:
+        pixels, y = draw_crops(train, CROPS_A_FILM * len(train), recipe.crop_px, generator)
+        batch = CROP_BATCH
+    batches = _batches(len(y), batch, generator)
     network.train()
     losses = []
     for step, rows in enumerate(batches):
-        done = (epoch + step / len(batches)) / recipe.epochs
+        done = max(0.0, (epoch - recipe.crop_epochs + step / len(batches)) / recipe.epochs)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * (1 + math.cos(math.pi * done)) / 2
-        x = as_input(augment(train.pixels[rows].to(device), generator))
+        x = as_input(augment(pixels[rows].to(device), generator))
         with _autocast(device):
             logits = network(x)
-        loss = F.binary_cross_entropy_with_logits(
-            logits.float().squeeze(1), train.y[rows].to(device)
-        )
+        loss = F.binary_cross_entropy_with_logits(logits.float().squeeze(1), y[rows].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -478,6 +579,35 @@ def _batches(n: int, batch: int, generator: torch.Generator) -> Sequence[Tensor]
     """Shuffled rows in batches; a last one that is not full is left out of this epoch."""
     batches = torch.randperm(n, generator=generator).split(batch)
     return batches if len(batches) == 1 or len(batches[-1]) == batch else batches[:-1]
+
+
+def measure_step(name: str, recipe: Recipe) -> dict[str, float]:
+    """Take two optimisation steps at a recipe's true size, and measure the second.
+
+    The images are noise, half of them labelled abnormal: neither time nor memory depends on what
+    they show. Call it in a process of its own, whose memory then is the step's.
+
+    Returns:
+        ``seconds`` of the second step and ``memory_gb``, the most that the process has held (on a
+        GPU, that torch has).
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    n = recipe.batch
+    shape = (n, 1, recipe.image_px, recipe.image_px)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    sample = Sample(pixels, (torch.arange(n) % 2).float())
+    whole = replace(recipe, crop_epochs=0)
+    with _fast_and_deterministic():
+        network, optimizer = _start(name, None, recipe)
+        _train_epoch(network, optimizer, sample, whole, 0)
+        started = time.perf_counter()
+        _train_epoch(network, optimizer, sample, whole, 1)  # waits for the loss
+        seconds = time.perf_counter() - started
+    if torch.cuda.is_available():
+        held = torch.cuda.max_memory_allocated()
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "memory_gb": held / 1e9}
 
 
 # Probabilities
@@ -556,6 +686,15 @@ def _check_training(train: Sample, recipe: Recipe) -> None:
         )
     if len(train.y.unique()) < 2:
         raise DernetError("Training needs normal and abnormal images, and all are of one class.")
+    if recipe.crop_epochs and not len(train.lesions):
+        raise DernetError(
+            "The recipe learns from crops of lesions, and no lesion's place is given."
+        )
+    if recipe.crop_epochs and recipe.crop_px > recipe.image_px:
+        raise DernetError(
+            f"Crops of {recipe.crop_px} px do not fit into images of {recipe.image_px} px: "
+            "make them smaller."
+        )
 
 
 def _run_key(
@@ -571,6 +710,7 @@ def _run_key(
         digest.update(str(tuple(sample.pixels.shape)).encode())
         digest.update(sample.pixels.contiguous().numpy())
         digest.update(sample.y.contiguous().numpy())
+        digest.update(sample.lesions.contiguous().numpy())
     if weights is not None:
         digest.update(Path(weights).read_bytes())
     return digest.hexdigest()[:16]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from dernet_utils.errors import DernetError
+from dernet_utils.profiles import NETWORKS
 from dernet_utils.workspace import PROJECT, Workspace, commit
 
 Report = Callable[[str], None]
@@ -88,6 +89,21 @@ def is_training(name: str, project: Path = PROJECT) -> bool:
     return bool(modules_of(path, project / "dernet_utils") & TRAINING)
 
 
+def triage_jobs(name: str, folds: int, project: Path = PROJECT) -> list[tuple[str, int]]:
+    """Return the trainings that a chapter reads: a network and a fold each.
+
+    They are those whose name stands as second argument of a call of `cross_validate`; a call with
+    anything else there reads all networks.
+    """
+    tree = ast.parse((project / "notebooks" / f"{name}.py").read_text(encoding="utf-8"))
+    named: set[str] = set()
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "cross_validate":
+            network = getattr(call.args[1], "value", None)
+            named |= {network} if network in NETWORKS else set(NETWORKS)
+    return [(network, fold) for network in sorted(named) for fold in range(folds)]
+
+
 def data_digest(workspace: Workspace) -> str:
     """Return a digest of what the run's data are made from.
 
@@ -131,6 +147,13 @@ def chapter_digest(name: str, workspace: Workspace) -> str:
         data_digest(workspace),
         _lock(),
     )
+
+
+def train_digest(workspace: Workspace) -> str:
+    """Return a digest of all that a training of triage depends on."""
+    package = PROJECT / "dernet_utils"
+    modules = modules_of(package / "crossvalidation.py", package) | {"crossvalidation"}
+    return _digest(_numbers(workspace), *_sources(modules), data_digest(workspace), _lock())
 
 
 def book_digest(workspace: Workspace) -> str:

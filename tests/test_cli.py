@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from smoke import run_dernet
 from typer.testing import CliRunner
@@ -32,7 +33,17 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
     assert loaded.stdout.strip() == "[]"
     code, out, _ = call("--help")
     assert code == 0
-    for command in ("donor", "cohort", "check", "prepare", "chapter", "build", "run"):
+    for command in (
+        "donor",
+        "cohort",
+        "check",
+        "prepare",
+        "chapter",
+        "train",
+        "estimate",
+        "build",
+        "run",
+    ):
         assert command in out
 
 
@@ -196,3 +207,14 @@ def test_a_signal_ends_a_command_that_ignored_it_from_its_shell(number: int):
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and time.monotonic() - started < 10
     assert err == "Interrupted; the next call continues where this one stopped.\n"
+
+
+def test_estimate_takes_a_step_of_each_network(tmp_path: Path):
+    done = run_dernet("estimate", "--profile", "smoke", "--out", str(tmp_path / "table.csv"))
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table["network"].tolist() == ["DenseNet121", "EfficientNetV2-S", "ResNet50"]
+    assert (table["image, px"] == 64).all() and (table["batch"] == 8).all()
+    assert (table["seconds a step"] > 0).all() and table["memory, GB"].between(0.1, 20).all()
+    for row in done.stdout.splitlines()[:3]:
+        assert "seconds a step" in row

@@ -23,7 +23,9 @@ from dernet_utils.profiles import get_profile
 from dernet_utils.workspace import PROJECT, Workspace
 
 NETWORK = "densenet121"  # the quickest of the three
-NUMBERS = {"patients": None, "folds": 2, "triage_px": 32, "triage_epochs": 2}
+NUMBERS = {
+    "patients": None, "folds": 2, "triage_px": 32, "triage_epochs": 2, "triage_crop_epochs": 0
+}  # fmt: skip
 
 
 def workspace_at(folder: Path, **numbers) -> Workspace:
@@ -97,6 +99,20 @@ def test_a_spoilt_decision_opens_nothing(workspace):
         path.write_text(spoilt)
         with pytest.raises(DernetError, match="is no decision"):
             crossvalidation.open_test_labels(workspace)
+
+
+def test_a_lesions_place_is_its_boxes_centre(workspace):
+    images = crossvalidation.run_images(workspace)
+    whole = data.read_dataset(workspace.data_root)
+    assert images.loc[images["split"] == "test", "lesions"].map(len).eq(0).all()
+    train = images[images["split"] == "train"].set_index("image_id")
+    assert (train["lesions"].map(len) > 0).tolist() == train["label"].tolist()
+    box = whole.boxes[whole.boxes["split"] == "train"].iloc[0]
+    height, width = cv2.imread(train.loc[box["image_id"], "path"], cv2.IMREAD_GRAYSCALE).shape
+    x, y, kind = train.loc[box["image_id"], "lesions"][0]  # films this small are cached whole
+    assert x * width == pytest.approx((box["xmin"] + box["xmax"]) / 2)
+    assert y * height == pytest.approx((box["ymin"] + box["ymax"]) / 2)
+    assert data.LESION_TYPES[int(kind)] == box["lesion_type"]
 
 
 # Every image once
@@ -285,4 +301,4 @@ def test_the_command_trains_one_fold_and_finds_it_again(tiny_dataset, tmp_path):
     assert lines[0][-1] == lines[1][-1] == f"{NETWORK}, fold 1: {checkpoint.name}"
     none = dernet_train(9)
     assert none.returncode == 1 and "Traceback" not in none.stderr
-    assert "are 0 to 4, and 9 is none" in none.stderr.replace("\n", " ")
+    assert "are 0 to 2, and 9 is none" in none.stderr.replace("\n", " ")

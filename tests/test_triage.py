@@ -19,9 +19,12 @@ from dernet_utils.triage import (
     as_input,
     augment,
     build_network,
+    count_operations,
+    draw_crops,
     epoch_line,
     load_trained,
     predict_triage,
+    receptive_field,
     starting_sentence,
     starting_weights,
     train_triage,
@@ -68,6 +71,24 @@ def test_one_contract_for_the_three_networks(name):
     network = build_network(name).eval()
     with torch.no_grad():
         assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 1)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_image_starts_at_one_half(name):
+    network = build_network(name).eval()
+    with torch.no_grad():
+        assert network(torch.rand(2, 3, 64, 64)).abs().max() == 0
+
+
+def test_operations_and_reach_of_resnet50():
+    # He et al. 2016: 3.8 billion multiply-adds at 224 px, as torchvision counts them 4.09 with the
+    # stride in the 3 x 3 convolution. Araujo et al. (Distill, 2019): a reach of 483 px; there the
+    # stride is in the 1 x 1 convolution, whose 3 x 3 ones then step twice as far.
+    assert count_operations(build_network("resnet50"), 224) / 2 == pytest.approx(4.09e9, rel=0.01)
+    way = [(7, 2), (3, 2)] + [(3, 1)] * 3
+    for blocks in (4, 6, 3):
+        way += [(1, 2), *[(3, 1)] * blocks]
+    assert receptive_field(way) == 483
 
 
 def test_random_weights_follow_the_seed_and_leave_torch_alone():
@@ -120,9 +141,66 @@ def test_sample_reads_squares_and_labels(tmp_path):
     grey = np.tile(np.arange(0, 80, 2, dtype=np.uint8), (60, 1))  # 60 x 40
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), grey)
-    sample = Sample.load(pd.DataFrame({"path": [path, path], "abnormal": [True, False]}), 20)
+    sample = Sample.load(pd.DataFrame({"path": [path, path], "label": [True, False]}), 20)
     assert sample.pixels.shape == (2, 1, 20, 20) and sample.y.tolist() == [1, 0]
     assert sample.pixels[0, 0, 0].tolist() == [4 * k + 1 for k in range(20)]  # means of pairs
+    assert sample.lesions.shape == (0, 4)
+
+
+def test_sample_finds_its_lesions_in_the_square(tmp_path):
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), np.zeros((60, 40), np.uint8))
+    lesions = [np.empty((0, 3)), np.array([[0.25, 0.5, 6], [0.5, 0.75, 0]])]
+    table = pd.DataFrame({"path": [path, path], "label": [False, True], "lesions": lesions})
+    sample = Sample.load(table, 20)
+    assert sample.lesions.tolist() == [[1, 5, 10, 6], [1, 10, 15, 0]]
+
+
+def films_with_places(n: int) -> Sample:
+    """Black films; every other one has a bright dot, in one of two places by its type."""
+    pixels, y, lesions = torch.zeros(n, 1, 64, 64, dtype=torch.uint8), torch.arange(n) % 2, []
+    for row in range(1, n, 2):
+        kind = int(row % 8 == 1)  # a quarter is of the rare type
+        x, place = (20, 40) if kind else (44, 24)
+        pixels[row, 0, place, x] = 255
+        lesions.append((row, x, place, kind))
+    return Sample(pixels, y.float(), torch.tensor(lesions, dtype=torch.float32))
+
+
+def test_half_of_the_crops_hold_a_lesion_and_rare_types_come_more_often():
+    sample = films_with_places(64)
+    crops, y = draw_crops(sample, 4001, 32, torch.Generator().manual_seed(1))
+    assert crops.shape == (4001, 1, 32, 32) and crops.dtype == torch.uint8
+    assert y.tolist() == [1] * 2000 + [0] * 2001
+    assert crops[:2000].flatten(1).max(dim=1).values.eq(255).all()
+    assert crops[2000:].max() == 0
+    # By hand: 8 and 24 lesions, drawn with weights 8 / sqrt(8) and 24 / sqrt(24).
+    rows, columns = torch.nonzero(crops[:2000, 0])[:, 1], torch.nonzero(crops[:2000, 0])[:, 2]
+    again = draw_crops(sample, 4001, 32, torch.Generator().manual_seed(1))
+    assert torch.equal(again[0], crops)
+    assert rows.min() >= 8 and rows.max() <= 24 and columns.min() >= 8 and columns.max() <= 24
+    one_kind = Sample(sample.pixels.clone(), sample.y, sample.lesions)
+    one_kind.pixels[:, 0, 40, 20] //= 2  # marks the rare type
+    crops, _ = draw_crops(one_kind, 4001, 32, torch.Generator().manual_seed(1))
+    rare = (crops[:2000].flatten(1).max(dim=1).values == 127).float().mean()
+    assert rare == pytest.approx(8**0.5 / (8**0.5 + 24**0.5), abs=0.03)
+
+
+def test_crops_of_normal_films_lie_where_others_have_lesions():
+    sample = films_with_places(64)
+    place = torch.arange(64, dtype=torch.uint8)
+    sample.pixels[sample.y == 0] = place.view(1, 1, 64, 1)  # each row tells its number
+    crops, y = draw_crops(sample, 400, 16, torch.Generator().manual_seed(1))
+    centre = crops[y == 0, 0, 8, 0].int()  # one of the two places, a quarter of the side around
+    assert ((centre - 24).abs().le(4) | (centre - 40).abs().le(4)).all()
+    assert (centre - 24).abs().le(4).any() and (centre - 40).abs().le(4).any()
+
+
+def test_crops_stay_on_the_film():
+    sample = films_with_places(4)
+    sample.lesions[:, 1:3] = torch.tensor([0.0, 63.0])
+    crops, _ = draw_crops(sample, 20, 48, torch.Generator().manual_seed(1))
+    assert crops.shape == (20, 1, 48, 48)
 
 
 def test_input_is_three_equal_channels_normalised():
@@ -200,16 +278,38 @@ def test_finished_run_is_loaded_not_trained(trained, samples, folder):
     assert list(folder.glob("*.resume")) == [] and list(folder.glob("*.part")) == []
 
 
-@pytest.mark.parametrize("change", ["image", "label", "number", "start"])
+def test_learns_crops_first_and_goes_on_where_it_was_killed(tmp_path):
+    train, recipe = films_with_places(16), Recipe(64, 1, 8, 1e-3, 0, crop_px=32, crop_epochs=1)
+
+    def kill(row):
+        raise KeyboardInterrupt
+
+    unbroken = train_triage(NETWORK, train, train, recipe, tmp_path / "a")
+    assert unbroken.history["learnt_from"].tolist() == ["crops", "films"]
+    assert unbroken.history["lr"].iloc[0] == 1e-3 > unbroken.history["lr"].iloc[1]
+    with pytest.raises(KeyboardInterrupt):
+        train_triage(NETWORK, train, train, recipe, tmp_path / "b", progress=kill)
+    again = train_triage(NETWORK, train, train, recipe, tmp_path / "b")
+    assert same_weights(again.network, unbroken.network)
+    with pytest.raises(DernetError, match="no lesion's place"):
+        train_triage(NETWORK, Sample(train.pixels, train.y), train, recipe, tmp_path)
+    with pytest.raises(DernetError, match="do not fit"):
+        train_triage(NETWORK, train, train, Recipe(64, 1, 8, 1e-3, 0, 96, 1), tmp_path)
+
+
+@pytest.mark.parametrize("change", ["image", "label", "number", "start", "place"])
 def test_any_change_of_a_run_is_another_run(trained, samples, tmp_path, change):
     train, validation = samples
     pixels, y, recipe, weights = train.pixels.clone(), train.y.clone(), RECIPE, None
+    lesions = train.lesions
     if change == "image":
         pixels[3, 0, 5, 5] ^= 1
     elif change == "label":
         y[0] = 1 - y[0]
     elif change == "number":
         recipe = Recipe(32, 1, 8, 2e-3, 1)
+    elif change == "place":
+        lesions = torch.ones(1, 4)
     else:
         weights = tmp_path / "start.safetensors"
         save_file(load_file(trained.checkpoint), weights)
@@ -218,7 +318,7 @@ def test_any_change_of_a_run_is_another_run(trained, samples, tmp_path, change):
         assert row["epoch"] == 1
         raise KeyboardInterrupt
 
-    changed = Sample(pixels, y)
+    changed = Sample(pixels, y, lesions)
     with pytest.raises(KeyboardInterrupt):
         train_triage(NETWORK, changed, validation, recipe, tmp_path, weights, stop)
     (begun,) = tmp_path.glob("*.resume")

@@ -14,7 +14,7 @@ import pytest
 
 from dernet_utils import workflow
 from dernet_utils.errors import DernetError
-from dernet_utils.profiles import get_profile
+from dernet_utils.profiles import NETWORKS, get_profile
 from dernet_utils.workspace import PROJECT, Workspace
 
 HEAD = """# ---
@@ -88,7 +88,18 @@ def test_chapters_are_in_reading_order():
     names = workflow.chapter_names()
     assert names == sorted(names) and "01_data" in names
     training = [name for name in names if workflow.is_training(name)]
-    assert training == ["04_densenet121", "10_yolo11_training"]
+    triage = ["04_densenet121", "05_efficientnetv2_s", "06_resnet50", "07_ensemble"]
+    assert training == [*triage, "10_yolo11_training"]
+
+
+def test_a_chapter_waits_for_the_trainings_that_it_reads():
+    assert workflow.triage_jobs("06_resnet50", 2) == [("resnet50", 0), ("resnet50", 1)]
+    every = {(network, fold) for network in NETWORKS for fold in range(3)}
+    jobs = workflow.triage_jobs("07_ensemble", 3)
+    assert set(jobs) == every and len(jobs) == 9
+    assert (
+        workflow.triage_jobs("02_imaging", 2) == workflow.triage_jobs("10_yolo11_training", 2) == []
+    )
 
 
 def test_a_digest_knows_where_its_parts_end():

@@ -1,0 +1,50 @@
+"""The paper's Table 2, and ours beside it: columns of their own, never mixed."""
+
+import pandas as pd
+
+from dernet_utils.profiles import Profile
+from dernet_utils.stats import Interval
+
+TRAIN_IMAGES = 8389  # VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021)
+# AUROC, F1, sensitivity, specificity in per cent; None: not printed.
+TABLE_2 = {
+    "VinDr Ensemble": (88.61, 81.06, 83.07, 79.32),
+    "HealNNet": (88.84, 81.20, None, None),
+    "densenet121": (86.93, 79.55, 80.39, 79.32),
+    "tf_efficientnetv2_s": (89.44, 79.34, 70.80, 91.12),
+    "resnet50": (88.88, 80.15, 82.72, 78.13),
+    "DERNet": (91.03, 83.09, 84.91, 81.68),
+}
+METRICS = {"auroc": "AUROC", "f1": "F1", "sensitivity": "Sensitivity", "specificity": "Specificity"}
+SPOKEN = {
+    "densenet121": "DenseNet121",
+    "tf_efficientnetv2_s": "EfficientNetV2-S",
+    "resnet50": "ResNet50",
+}
+
+
+def beside_table_2(
+    profile: Profile, found: dict[str, dict[str, pd.DataFrame]], methods: tuple[str, ...]
+) -> pd.DataFrame:
+    """Return rows of the paper's Table 2 with ours beside them.
+
+    Args:
+        profile: The run's; names our dataset.
+        found: For each of our columns, such as ``out of fold``, a table by method as
+            `evaluate.classification_table` returns it.
+        methods: Rows, of the keys of `TABLE_2`.
+
+    Returns:
+        One row a method and metric; as text, in per cent, ours with 95 % intervals.
+    """
+    ours = "virtual cohort" if profile.virtual else "VinDr-SpineXR"
+    rows = {}
+    for method in methods:
+        for (metric, name), value in zip(METRICS.items(), TABLE_2[method], strict=True):
+            row = {"paper: VinDr-SpineXR": "–" if value is None else f"{value:.2f} %"}
+            for column, tables in found.items():
+                table = tables.get(method)
+                heading = f"this run: {ours}, {column} [95 % interval]"
+                row[heading] = "–" if table is None else f"{Interval(**table.loc[metric]):.1%}"
+            rows[SPOKEN.get(method, method), name] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["method", "metric"])
