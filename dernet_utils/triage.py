@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -183,6 +184,12 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
     # outputs; those of a single one come out far too large.
     for parameter in network.get_classifier().parameters():
         nn.init.zeros_(parameter)
+    # At first a residual block hands on its input (Goyal et al., 2017). timm does so for ResNet
+    # only; without it EfficientNetV2-S spends a short run on finding its feet.
+    for block in network.modules():
+        if isinstance(block, (EdgeResidual, InvertedResidual)) and block.has_skip:
+            last = block.bn2 if isinstance(block, EdgeResidual) else block.bn3
+            nn.init.zeros_(last.weight)
     if weights is not None:
         _load_body(network, Path(weights))
     return network

@@ -116,8 +116,9 @@ with torch.no_grad():
 x1.shape
 
 # %% [markdown]
-# timm sets the last scale of every block to zero at the start, so that an untrained
-# ResNet50 does nothing but hand on its input, and each block earns its influence by training.
+# The last scale of every block is zero at the start, so that an untrained ResNet50 does nothing but
+# hand on its input, and each block earns its influence by training {cite}`goyal2017`. timm does so
+# for ResNet; this book does the same for the residual blocks of EfficientNetV2-S.
 
 # %%
 fresh = triage.build_network("resnet50", seed=numbers.seed)

@@ -338,11 +338,10 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
 at = [evaluate.operating_point(y, final, tau) for tau in grid]
 left.plot(grid, [point["sensitivity"] for point in at], label="sensitivity")
 left.plot(grid, [point["specificity"] for point in at], "--", label="specificity")
-for (name, tau), shade in zip(thresholds.items(), ("0.1", "0.4", "0.6"), strict=True):
-    left.axvline(tau, color=shade, lw=0.9, ls=":")
-    left.text(tau, 1.02, name, fontsize=7, rotation=45)
+for (name, tau), dash in zip(thresholds.items(), ("-", "--", ":"), strict=True):
+    left.axvline(tau, color="0.3", lw=1, ls=dash, label=f"{name} {tau:.2f}")
 left.set(xlabel="threshold", ylim=(0, 1.01))
-left.legend(fontsize=8, loc="lower right")
+left.legend(fontsize=8)
 for (name, values), dash in zip(benefit.items(), ("-", "--", ":"), strict=True):
     right.plot(grid, values, dash, label=name)
 right.set(xlabel="threshold", ylabel="net benefit", ylim=(-0.1, max(0.6, y.mean() + 0.05)))

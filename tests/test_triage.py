@@ -80,6 +80,16 @@ def test_every_image_starts_at_one_half(name):
         assert network(torch.rand(2, 3, 64, 64)).abs().max() == 0
 
 
+def test_residual_blocks_start_by_handing_on_their_input():
+    x = torch.rand(1, 48, 8, 8)
+    fused = build_network("tf_efficientnetv2_s").eval().blocks[1][1]
+    assert torch.equal(fused(x), x) and fused.bn2.weight.shape == (48,)
+    x = torch.rand(1, 128, 8, 8)
+    assert torch.equal(build_network("tf_efficientnetv2_s").eval().blocks[3][1](x), x)
+    x = torch.rand(1, 256, 8, 8)
+    assert torch.equal(build_network("resnet50").eval().layer1[1](x), x)
+
+
 def test_operations_and_reach_of_resnet50():
     # He et al. 2016: 3.8 billion multiply-adds at 224 px, as torchvision counts them 4.09 with the
     # stride in the 3 x 3 convolution. Araujo et al. (Distill, 2019): a reach of 483 px; there the
