@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -41,8 +43,8 @@ least_score = 0.2  # a box less sure than this is not drawn; the evaluation uses
 iou_match = 0.5  # overlap at which a box counts as found
 
 # %% [markdown]
-# The set-up reads the dataset, enhances and caches its films, and fetches the folds that
-# {ref}`chap:protocol` dealt.
+# The set-up reads the dataset, enhances and caches its films, and deals five folds by study as in
+# {ref}`chap:protocol`, at every profile: a short run trains one detector and no more.
 
 # %%
 from types import SimpleNamespace
@@ -55,7 +57,7 @@ from myst_nb import glue
 
 from dernet_utils import detect, evaluate, yolo
 from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import CORNERS, LESION_TYPES, PAPER_CODES, load_folds, read_dataset
+from dernet_utils.data import CORNERS, LESION_TYPES, PAPER_CODES, make_folds, read_dataset
 
 # %%
 from dernet_utils.figures import LESION_STYLE, show_boxes, show_figure, show_film, use_style
@@ -71,7 +73,8 @@ dataset = read_dataset(workspace.data_root)
 # %%
 cached = cache_images(dataset.images, workspace.cache, workspace.profile)
 images = dataset.images.drop(columns="path").merge(cached, on="image_id", validate="one_to_one")
-fold = load_folds(workspace).set_index("image_id")["fold"]
+fifths = make_folds(dataset.images[dataset.images["split"] == "train"], 5, workspace.profile.seed)
+fold = fifths.set_index("image_id")["fold"]
 boxes, own_fold = dataset.boxes, images["image_id"].map(fold)
 training, validation = images[(own_fold > 0) & images["abnormal"]], images[own_fold == 0]
 test = images[images["split"] == "test"].reset_index(drop=True)
