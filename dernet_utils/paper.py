@@ -35,16 +35,22 @@ def beside_table_2(
         methods: Rows, of the keys of `TABLE_2`.
 
     Returns:
-        One row a method and metric; as text, in per cent, ours with 95 % intervals.
+        One row a method and metric; as text, in per cent, ours with their intervals.
     """
     ours = "virtual cohort" if profile.virtual else "VinDr-SpineXR"
     rows = {}
     for method in methods:
         for (metric, name), value in zip(METRICS.items(), TABLE_2[method], strict=True):
-            row = {"paper: VinDr-SpineXR": "–" if value is None else f"{value:.2f} %"}
+            row = {"paper: VinDr-SpineXR": "–" if value is None else f"{value:.2f}"}
             for column, tables in found.items():
                 table = tables.get(method)
-                heading = f"this run: {ours}, {column} [95 % interval]"
-                row[heading] = "–" if table is None else f"{Interval(**table.loc[metric]):.1%}"
+                row[f"this run: {ours}, {column}"] = (
+                    "–" if table is None else _percent(table.loc[metric])
+                )
             rows[SPOKEN.get(method, method), name] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["method", "metric"])
+
+
+def _percent(row: pd.Series) -> str:
+    interval = Interval(**row)
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

@@ -152,7 +152,8 @@ show_figure("c04-fig-input", fig)
 # ```{glue:figure} c04-fig-input
 # :name: fig:densenet-input
 # :alt: A spine radiograph in its own proportions, squeezed into a square, and four copies of the square that are mirrored, turned, brightened or flattened.
-# What DenseNet121 is shown: one of n = {glue:text}`c04-n` {glue:text}`c04-kind`, its square of {glue:text}`c04-px` px, and four of the variants that training draws. Profile
+# What DenseNet121 is shown: one of n = {glue:text}`c04-n` {glue:text}`c04-kind`, its square of
+# {glue:text}`c04-px` px, and four of the variants that training draws. Profile
 # {glue:text}`c04-profile`.
 # ```
 #
@@ -703,9 +704,9 @@ glue("c04-reuse-spread", f"{spread:.2f}", display=False)
 # %% [markdown]
 # ## Paper beside ours
 #
-# The first column quotes the paper's Table 2, measured on 2,078 test images; the second is this
-# run's, out of fold. They were measured on different images and answer different questions, so
-# neither is better or worse than the other.
+# Per cent, ours with 95 % intervals. The first column quotes the paper's Table 2, measured on
+# 2,078 test images; the second is this run's, out of fold. They were measured on different images
+# and answer different questions, so neither is better or worse than the other.
 
 # %% tags=["hide-input"]
 beside_table_2(numbers, {"out of fold": {"densenet121": scores}}, ("densenet121",))
@@ -753,8 +754,8 @@ assert widths[7] == 128 and widths[7 + 12] == 512 and widths[7 + 12 + 1] == 256
 # ````{solution-start} ex:densenet-growth
 # :class: dropdown
 # ````
-# A layer's costs are products of two widths that both shrink with $k$, so the fall is
-# nearer to four than to two; the stem and the block inputs, which do not depend on $k$ at first, keep it
+# A layer's costs are products of two widths that both shrink with $k$, so the fall is nearer to
+# four than to two; the stem and the block inputs, which do not depend on $k$ at first, keep it
 # below four.
 
 # %%

@@ -77,10 +77,10 @@ glue("c05-n-studies", train["study_id"].nunique(), display=False)
 # convolution only looks around, each channel for itself, $cs^2$ weights; a 1 × 1 convolution only
 # mixes, $cd$ weights. One after the other they are far cheaper than both at once.
 #
-# The *inverted residual* of MobileNets and EfficientNets {cite}`tan2021`, MBConv, widens $c$ channels to
-# $ec$ by 1 × 1, looks around depthwise, and goes back to $c$ by 1 × 1. EfficientNetV2 found that
-# early in the network, where images are large and channels few, the *fused* form is quicker: the
-# first two steps in one full 3 × 3 convolution. In weights,
+# The *inverted residual* of MobileNets and EfficientNets {cite}`tan2021`, MBConv, widens $c$
+# channels to $ec$ by 1 × 1, looks around depthwise, and goes back to $c$ by 1 × 1. EfficientNetV2
+# found that early in the network, where images are large and channels few, the *fused* form is
+# quicker: the first two steps in one full 3 × 3 convolution. In weights,
 #
 # $$
 # \underbrace{ec^2 + ecs^2 + ec^2}_{\text{MBConv}} \quad\text{and}\quad
@@ -272,8 +272,8 @@ glue("c05-took", f"{took:.1f}", display=False)
 # \text{resolution} = \gamma^\varphi, \qquad \alpha \beta^2 \gamma^2 \approx 2,
 # $$ (eq:compound)
 #
-# so that each step of $\varphi$ doubles the work. The first EfficientNet's authors found $\alpha = 1.2$,
-# $\beta = 1.1$, $\gamma = 1.15$ by a small search.
+# so that each step of $\varphi$ doubles the work. The first EfficientNet's authors found $\alpha =
+# 1.2$, $\beta = 1.1$, $\gamma = 1.15$ by a small search.
 
 # %%
 alpha, beta, gamma = 1.2, 1.1, 1.15
@@ -310,8 +310,8 @@ show_figure("c05-fig-work", fig)
 # ```
 #
 # The lines of {numref}`fig:work` are parallel with slope 2, and two of them lie on one another:
-# DenseNet121 does with a third of the parameters as much work as EfficientNetV2-S. The paper's 384 px cost nine times what
-# 128 px do, in each network.
+# DenseNet121 does with a third of the parameters as much work as EfficientNetV2-S. The paper's 384
+# px cost nine times what 128 px do, in each network.
 
 # %% [markdown]
 # ## Training, fold by fold
@@ -384,8 +384,8 @@ glue("c05-auroc", f"{interval:.2f}", display=False)
 # {glue:text}`c05-n-studies` studies, profile {glue:text}`c05-profile`.
 # ```
 #
-# Mark the star of {numref}`fig:efficientnet-roc`: it lies where the curve is farthest above the diagonal,
-# since that is what Youden's index measures.
+# Mark the star of {numref}`fig:efficientnet-roc`: it lies where the curve is farthest above the
+# diagonal, since that is what Youden's index measures.
 #
 # ### Right and wrong
 #
@@ -402,8 +402,9 @@ glue("c05-auroc", f"{interval:.2f}", display=False)
 # %% [markdown]
 # ## Paper beside ours
 #
-# The first column quotes the paper's Table 2, on 2,078 test images of people; the second is this
-# run's, out of fold, on other images. Neither is better or worse than the other.
+# Per cent, ours with 95 % intervals. The first column quotes the paper's Table 2, on 2,078 test
+# images of people; the second is this run's, out of fold, on other images. Neither is better or
+# worse than the other.
 
 # %% tags=["hide-input"]
 beside_table_2(numbers, {"out of fold": {"tf_efficientnetv2_s": scores}}, ("tf_efficientnetv2_s",))
@@ -527,8 +528,8 @@ at["sensitivity"], at["specificity"]
 # %% [markdown]
 # ## Takeaways
 #
-# - MBConv splits looking around from mixing; the fused block does both at once, costs more operations
-#   and less than as much more time.
+# - MBConv splits looking around from mixing; the fused block does both at once. Operations are not
+#   time: measure.
 # - Squeeze and excitation lets the whole image weigh each channel.
 # - Twice the side is four times the work; depth, width and resolution are best grown together.
 # - AUROC {glue:text}`c05-auroc` out of fold on {glue:text}`c05-n` {glue:text}`c05-kind`.

@@ -127,10 +127,10 @@ assert all(not one.bn3.weight.any() for stage in (fresh.layer1, fresh.layer4) fo
 # %% [markdown]
 # ### Counting
 #
-# A block from $c$ channels through $c/4$ has $c \cdot c/4 + 9 (c/4)^2 + c/4 \cdot c = 17 c^2 / 16$ weights
-# in its convolutions; two full 3 × 3 convolutions would have $18 c^2$. That is the bottleneck's gain.
-# The blocks number 3, 4, 6 and 3. The first of a stage also has a 1 × 1 convolution on the way around,
-# since channels double there.
+# A block from $c$ channels through $c/4$ has $c \cdot c/4 + 9 (c/4)^2 + c/4 \cdot c = 17 c^2 / 16$
+# weights in its convolutions; two full 3 × 3 convolutions would have $18 c^2$. That is the
+# bottleneck's gain. The blocks number 3, 4, 6 and 3. The first of a stage also has a 1 × 1
+# convolution on the way around, since channels double there.
 
 
 # %%
@@ -166,15 +166,15 @@ glue("c06-operations", f"{operations / 1e9:.1f}", display=False)
 
 # %% [markdown]
 # {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at
-# {glue:text}`c06-px` px, and a reach of {glue:text}`c06-reach` px: more weights, more work and less reach
-# than DenseNet121, whose chain of windows is much longer.
+# {glue:text}`c06-px` px, and a reach of {glue:text}`c06-reach` px: more weights, more work and
+# less reach than DenseNet121, whose chain of windows is much longer.
 
 # %% [markdown]
 # ## An experiment: the same depth, with and without
 #
-# Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with the input added, and
-# ask how large the gradient still is when it has come back to each layer. What a layer shrinks, the
-# chain shrinks to the power of its depth.
+# Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with the
+# input added, and ask how large the gradient still is when it has come back to each layer. What a
+# layer shrinks, the chain shrinks to the power of its depth.
 
 
 # %%
@@ -302,8 +302,9 @@ glue("c06-auroc", f"{interval:.2f}", display=False)
 # %% [markdown]
 # ## Paper beside ours
 #
-# The first column quotes the paper's Table 2, on 2,078 test images of people; the second is this
-# run's, out of fold, on other images. Neither is better or worse than the other.
+# Per cent, ours with 95 % intervals. The first column quotes the paper's Table 2, on 2,078 test
+# images of people; the second is this run's, out of fold, on other images. Neither is better or
+# worse than the other.
 
 # %% tags=["hide-input"]
 beside_table_2(numbers, {"out of fold": {"resnet50": scores}}, ("resnet50",))
@@ -371,8 +372,8 @@ glue("c06-worst", f"{whole - min(without.values()):.2f}", display=False)
 # ````{solution-start} ex:resnet-paths
 # :class: dropdown
 # ````
-# At each block a way goes through $F$ or around it: $2^n$ ways, of mean length $n / 2$. Taking one block
-# out closes half of them; the other half still works.
+# At each block a way goes through $F$ or around it: $2^n$ ways, of mean length $n / 2$. Taking one
+# block out closes half of them; the other half still works.
 
 # %%
 n = 16
@@ -395,8 +396,8 @@ assert len(lengths) == 2**n and lengths.mean() == n / 2
 # ````{solution-start} ex:resnet-bottleneck
 # :class: dropdown
 # ````
-# $2c^2/r + 9c^2/r^2$. Two full ones at $c/4$ have $18 c^2/16$, and $r = 4$ gives $17 c^2 / 16$: about the
-# same work, at four times the channels for what is handed on.
+# $2c^2/r + 9c^2/r^2$. Two full ones at $c/4$ have $18 c^2/16$, and $r = 4$ gives $17 c^2 / 16$:
+# about the same work, at four times the channels for what is handed on.
 
 # %%
 c = 256
@@ -436,5 +437,5 @@ by_f1["sensitivity"] - scores.loc["sensitivity", "value"]
 #
 # - A residual block learns a change; to do nothing is its starting point.
 # - The sum hands the gradient on whole, so that depth does not silence the first layers.
-# - A trained network survives the loss of most of its blocks.
+# - A block can be taken out of a trained network and the rest still works; a plain chain would break.
 # - AUROC {glue:text}`c06-auroc` out of fold on {glue:text}`c06-n` {glue:text}`c06-kind`.

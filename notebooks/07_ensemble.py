@@ -207,7 +207,7 @@ loss = {
     for name, weights in {"fitted": omega, "paper": omega_paper, "equal": equal}.items()
 }
 assert len(points) == 51 * 52 // 2 and loss["fitted"] <= loss["paper"]
-dict(zip(spoken, omega.round(2).tolist(), strict=True)) | loss
+pd.DataFrame({"fitted": omega, "paper": omega_paper, "equal": equal}, spoken).round(2)
 
 # %% tags=["hide-input", "remove-output"]
 corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
@@ -241,8 +241,8 @@ glue("c07-best", f"{area.max():.3f}", display=False)
 # ```
 #
 # Look at the colour bar of {numref}`fig:simplex` before the colours. {glue:text}`c07-flat` of the
-# triangle lie within 0.01 of its best AUROC, {glue:text}`c07-best`. Where a map is so flat, the
-# exact place of a star means little.
+# triangle lie within 0.01 of its best AUROC, {glue:text}`c07-best`. The flatter a map is, the less
+# the exact place of a star means.
 
 # %% [markdown]
 # ## What a probability is worth
@@ -255,9 +255,9 @@ glue("c07-best", f"{area.max():.3f}", display=False)
 # \mathcal{S}_T = \sigma\big(\sigma^{-1}(\mathcal{S}) / T\big),
 # $$ (eq:temperature)
 #
-# which leaves the order as it is. *Isotonic* regression takes any rising step function instead. Both are
-# fitted on all folds but one and judged on that one, so that neither is judged by what it learnt
-# from.
+# which leaves the order as it is. *Isotonic* regression takes any rising step function instead.
+# Both are fitted on all folds but one and judged on that one, so that neither is judged by what it
+# learnt from.
 
 # %%
 vote = ensemble.soft_vote(prob, omega)
@@ -296,8 +296,8 @@ show_figure("c07-fig-reliability", fig)
 # ```{glue:figure} c07-fig-reliability
 # :name: fig:reliability
 # :alt: Share of abnormal films against mean probability in ten bins, without calibration and with two kinds of it, beside the diagonal.
-# Reliability of the vote in ten bins of equal number, before and after calibration that was fitted on other
-# folds. n = {glue:text}`c07-n` {glue:text}`c07-kind`, profile {glue:text}`c07-profile`.
+# Reliability of the vote in ten bins of equal number, before and after calibration that was fitted
+# on other folds. n = {glue:text}`c07-n` {glue:text}`c07-kind`, profile {glue:text}`c07-profile`.
 # ```
 #
 # Below the diagonal of {numref}`fig:reliability` a network is too sure of disease, above it not
@@ -308,7 +308,7 @@ show_figure("c07-fig-reliability", fig)
 temperature = ensemble.fit_temperature(y, vote)
 final = ensemble.with_temperature(vote, temperature)
 assert (np.argsort(final, kind="stable") == np.argsort(vote, kind="stable")).all()
-temperature
+round(temperature, 2)
 
 # %% [markdown]
 # ## Thresholds, and what they trade
@@ -357,9 +357,9 @@ show_figure("c07-fig-trade", fig)
 # ```
 #
 # The right panel of {numref}`fig:trade` asks whether the network is worth asking at all
-# {cite}`vickers2006`. A threshold of $p$ says that one missed film weighs as much as $(1 - p) / p$ false
-# alarms; *net benefit* counts hits less false alarms at that rate. A network helps where its curve
-# lies above both those who call everything abnormal and those who call nothing.
+# {cite}`vickers2006`. A threshold of $p$ says that one missed film weighs as much as $(1 - p) / p$
+# false alarms; *net benefit* counts hits less false alarms at that rate. A network helps where its
+# curve lies above both those who call everything abnormal and those who call nothing.
 
 # %% [markdown]
 # ## The decision is written down
@@ -373,7 +373,8 @@ decision = ensemble.Decision(
 )
 write_decision(workspace, decision)
 assert np.allclose(decision.prob(prob), final)
-decision
+chosen = dict(zip(spoken, decision.weights, strict=True)) | {"temperature": decision.temperature}
+pd.Series(chosen | decision.thresholds, name="chosen").round(3).to_frame()
 
 # %% [markdown]
 # ## The test split, once
@@ -399,9 +400,10 @@ for name, (ours, on_test) in columns.items():
 # %% [markdown]
 # ### Paper beside ours: Table 2
 #
-# The first column is the paper's, on its 2,078 test images of people. The others are this run's: out
-# of fold, where thresholds and weights were chosen and look slightly too good, and on the test split.
-# The columns are of different images and may not be compared across.
+# All numbers are per cent, ours with 95 % intervals. The first column is the paper's, on its 2,078
+# test images of people. The others are this run's: out of fold, where thresholds and weights were
+# chosen and look slightly too good, and on the test split. The columns are of different images and
+# may not be compared across.
 
 # %% tags=["hide-input"]
 beside_table_2(numbers, tables, tuple(TABLE_2))
@@ -418,8 +420,8 @@ show_figure("c07-fig-roc", figures.draw_roc(bands, star))
 area_test = stats.Interval(**tables["test"]["DERNet"].loc["auroc"])
 glue("c07-auroc", f"{area_test:.2f}", display=False)
 glue("c07-auroc-low", f"{area_test.low:.2f}", display=False)
-glue("c07-n-test", area_test.n_images, display=False)
-glue("c07-n-test-studies", area_test.n_studies, display=False)
+glue("c07-n-test", int(area_test.n_images), display=False)
+glue("c07-n-test-studies", int(area_test.n_studies), display=False)
 
 # %% [markdown]
 # ```{glue:figure} c07-fig-roc
@@ -430,8 +432,8 @@ glue("c07-n-test-studies", area_test.n_studies, display=False)
 # studies, profile {glue:text}`c07-profile`.
 # ```
 #
-# DERNet's AUROC in {numref}`fig:ensemble-roc` is {glue:text}`c07-auroc`. Mark how wide the band is: with
-# {glue:text}`c07-n-test-studies` studies a single curve is a rough sketch.
+# DERNet's AUROC in {numref}`fig:ensemble-roc` is {glue:text}`c07-auroc`. Mark how wide the band
+# is: with {glue:text}`c07-n-test-studies` studies a single curve is a rough sketch.
 
 # %% [markdown]
 # ## Does it matter?
@@ -499,8 +501,8 @@ glue("c07-median", f"{m:+.3f}", display=False)
 # ```{exercise}
 # :label: ex:ensemble-correlation
 #
-# By hand: three networks err with equal variance $v$. At which correlation $r$ does their mean have half
-# the error variance of one?
+# By hand: three networks err with equal variance $v$. At which correlation $r$ does their mean
+# have half the error variance of one?
 # ```
 
 # %% [markdown]
@@ -548,22 +550,22 @@ both.round(3)
 # ```{exercise}
 # :label: ex:ensemble-luck
 #
-# A question to the method: choose the weights of the best AUROC *on the test split*. How much better does the
-# AUROC look than with weights from out of fold, and why is that worth nothing?
+# A question to the method: choose the weights of the best AUROC *on the test split*. How much
+# better does the AUROC look than with weights from out of fold, and why is that worth nothing?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:ensemble-luck
 # :class: dropdown
 # ````
-# The best of 1,326 numbers is at least the one we named beforehand, whatever the networks can do. New films
-# would not know that they had been flattered.
+# The best of 1,326 numbers is at least the one we named beforehand, whatever the networks can do.
+# New films would not know that they had been flattered.
 
 # %%
 best_on_test = max(evaluate.auroc(y_test, prob_test @ point) for point in points)
 gain = best_on_test - evaluate.auroc(y_test, ours)
 assert gain >= -1e-12
-gain
+round(gain, 3)
 
 # %% [markdown]
 # ````{solution-end}

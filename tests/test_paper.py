@@ -1,7 +1,5 @@
 """The paper's Table 2 beside ours."""
 
-import re
-
 import numpy as np
 
 from dernet_utils.evaluate import classification_table
@@ -16,11 +14,11 @@ def test_columns_name_their_data_and_rows_are_complete():
     assert len(beside) == len(TABLE_2) * len(METRICS)
     paper, ours = beside.columns
     assert "VinDr-SpineXR" in paper and "virtual cohort, test" in ours
-    assert beside.loc[("DERNet", "AUROC"), paper] == "91.03 %"
+    assert beside.loc[("DERNet", "AUROC"), paper] == "91.03"
     assert beside.loc[("HealNNet", "Sensitivity"), paper] == "–"
     # By hand: all abnormal above all normal; one of two normals called abnormal.
-    assert re.match(r"100\.0% \[100\.0%, 100\.0%\]", beside.loc[("DERNet", "AUROC"), ours])
-    assert beside.loc[("DERNet", "Specificity"), ours].startswith("50.0%")
+    assert beside.loc[("DERNet", "AUROC"), ours] == "100.0 [100.0, 100.0]"
+    assert beside.loc[("DERNet", "Specificity"), ours].startswith("50.0 [")
     assert set(beside.loc["ResNet50", ours]) == {"–"}
     real = beside_table_2(get_profile("paper"), {"test": {}}, ("DERNet",))
     assert "VinDr-SpineXR, test" in real.columns[1]
