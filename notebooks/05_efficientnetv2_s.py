@@ -112,9 +112,8 @@ fused_weights(48) / mbconv_weights(48)
 def batch_norm(x, norm):
     """Normalise by the running mean and variance, then scale and shift."""
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return (x - norm.running_mean.view(1, -1, 1, 1)) * scale.view(1, -1, 1, 1) + norm.bias.view(
-        1, -1, 1, 1
-    )
+    shift = norm.bias - norm.running_mean * scale
+    return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 def silu(x):
@@ -350,9 +349,9 @@ glue("c05-train-minutes", f"{found.curves['seconds'].sum() / 60:.1f}", display=F
 # {glue:text}`c05-profile`.
 # ```
 #
-# Depthwise convolutions, gates and many thin layers make this the slowest of the three to begin: look
-# in {numref}`fig:efficientnet-curve` for the epoch at which the loss leaves the dotted line at all.
-# Its authors trained it for days, from small images to large ones; from ImageNet it starts far ahead.
+# Depthwise convolutions, gates and forty thin blocks make this the slowest of the three to begin:
+# look in {numref}`fig:efficientnet-curve` for the epoch at which the loss leaves the dotted line.
+# Its authors train on small images first and on larger ones later {cite}`tan2021`.
 
 # %% [markdown]
 # ## How good, and how sure
