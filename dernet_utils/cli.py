@@ -253,11 +253,12 @@ def train(
 
         from dernet_utils.cohort import ensure_cohort
         from dernet_utils.crossvalidation import train_fold
-        from dernet_utils.triage import epoch_line
+        from dernet_utils.triage import epoch_line, use_gpu_of
 
         torch.set_num_threads(threads or workflow.cores())
         workspace = open_workspace(profile)
         ensure_cohort(workspace)
+        use_gpu_of(network, fold, workspace.profile.folds)
         job = f"{network}, fold {fold}"
         checkpoint = train_fold(
             workspace, network, fold, lambda row: _say(f"{job}: {epoch_line(row)}")

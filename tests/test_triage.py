@@ -28,6 +28,7 @@ from dernet_utils.triage import (
     starting_sentence,
     starting_weights,
     train_triage,
+    use_gpu_of,
 )
 
 RECIPE = Recipe(image_px=32, epochs=3, batch=8, lr=1e-3, seed=1)
@@ -377,6 +378,17 @@ def test_training_refuses_one_class_and_another_size(samples, tmp_path):
         train_triage(NETWORK, one, validation, RECIPE, tmp_path)
     with pytest.raises(DernetError, match="64 px"):
         train_triage(NETWORK, train, validation, Recipe(64, 1, 8, 1e-3), tmp_path)
+
+
+def test_jobs_go_round_the_gpus(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for count in (0, 1, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        for name in NETWORKS:
+            for fold in range(5):
+                use_gpu_of(name, fold, 5)
+    assert used == [job % 4 for job in range(15)]
 
 
 # Probabilities
