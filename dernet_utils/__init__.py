@@ -10,6 +10,7 @@ Modules import in one direction, from the bottom of this list to its top::
     donor, anatomy, lesions, films, dicom, cohort    the virtual radiographs
     stats       intervals by resampling studies
     evaluate    what a classifier's and a detector's answers are worth
+    machine     what the hardware can do
     triage      normal or abnormal: networks, training, probabilities
     ensemble    one answer from several networks: weights, thresholds, calibration
     crossvalidation    a network and a fold are one job; test labels under seal

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.ops import batched_nms, box_convert
 
-from dernet_utils import yolo
+from dernet_utils import machine, yolo
 from dernet_utils.data import CORNERS, LESION_TYPES
 from dernet_utils.errors import DernetError
 from dernet_utils.evaluate import mean_average_precision
@@ -301,7 +301,7 @@ def _train(training, validation, boxes, recipe, checkpoint, weights, progress) -
         _looker(validation, boxes, recipe),
         progress,
     )
-    with yolo.denormals_flushed():
+    with machine.denormals_flushed():
         trainer.train()
     smoothed = trainer.ema.ema.state_dict()
     tensors = {name: value.contiguous().cpu() for name, value in smoothed.items()}

@@ -30,6 +30,7 @@ from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dernet_utils import machine
 from dernet_utils.errors import DernetError
 from dernet_utils.evaluate import auroc
 from dernet_utils.imaging import load_cached
@@ -447,7 +448,7 @@ def load_trained(
     history = json.loads(found["history"])
     network = build_network(name)
     network.load_state_dict(load_file(checkpoint))
-    network.to(_device(), memory_format=torch.channels_last).eval()
+    network.to(machine.device(), memory_format=torch.channels_last).eval()
     return network, pd.DataFrame(history)
 
 
@@ -476,7 +477,7 @@ def _train(
     about: dict[str, str],
 ) -> None:
     """Run the epochs that are still to be run and leave a finished checkpoint."""
-    device = _device()
+    device = machine.device()
     network, optimizer = _start(name, weights, recipe)
     resume = checkpoint.with_suffix(".resume")
     history: list[dict] = []
@@ -518,7 +519,7 @@ def _start(
     name: str, weights: Path | None, recipe: Recipe
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     network = build_network(name, weights, recipe.seed)
-    network.to(_device(), memory_format=torch.channels_last)
+    network.to(machine.device(), memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY, foreach=True
     )
@@ -654,10 +655,6 @@ def _logits(network: nn.Module, pixels: Tensor, batch: int, fast: bool = True) -
 # The machine
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def use_gpu_of(name: str, fold: int, folds: int) -> None:
     """Choose the GPU of a job in this process: jobs go round all that there are.
 
@@ -670,27 +667,21 @@ def use_gpu_of(name: str, fold: int, folds: int) -> None:
 
 
 def _autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
-    """bfloat16 where the machine has units for it; elsewhere it is slower than float32."""
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported()
-    else:  # measured: without AMX, 3.0 s a step of DenseNet121 against 2.4 s in float32
-        able = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and able)
+    able = wanted and machine.bfloat16_helps(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
 
 @contextmanager
 def _fast_and_deterministic() -> Iterator[None]:
-    """Deterministic algorithms, denormals flushed (they slow a CPU tenfold); undone at the end."""
+    """Deterministic algorithms, denormals flushed; undone at the end."""
     before = torch.are_deterministic_algorithms_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), machine.denormals_flushed():
         torch.use_deterministic_algorithms(True, warn_only=True)  # CUDA lacks one or two
-        torch.set_flush_denormal(True)
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-            torch.set_flush_denormal(False)
 
 
 # Checkpoints

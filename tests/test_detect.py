@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dernet_utils import detect, yolo
+from dernet_utils import detect, machine, yolo
 from dernet_utils.data import CORNERS, LESION_TYPES
 from dernet_utils.detect import Recipe, export_yolo, letterbox, suppress, to_stored
 from dernet_utils.errors import DernetError
@@ -83,7 +83,7 @@ def test_seed_decides_the_weights_and_leaves_torch_alone():
 
 
 def test_bfloat16_forward_gives_the_loss_of_float32(monkeypatch):
-    monkeypatch.setattr(yolo, "bfloat16_helps", lambda images: True)
+    monkeypatch.setattr(machine, "bfloat16_helps", lambda device: True)
     network, batch = a_network(), a_batch()
     assert network.forward(batch["img"])["boxes"].dtype == torch.float32
     fast, terms = network.loss(batch)
