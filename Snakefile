@@ -19,6 +19,7 @@ workspace = open_workspace(config.get("profile", ""))
 profile = workspace.profile.name
 dernet = f"'{sys.executable}' -m dernet_utils.cli"
 chapters = steps.chapter_names()
+compute = " ".join(f"{name}={value}" for name, value in steps.COMPUTE.items())
 # Snakemake frees more cores than it has, and starts two trainings at once, where a rule asks for more.
 every_core = min(workflow.cores or steps.MAX_THREADS, steps.MAX_THREADS)
 
@@ -48,7 +49,7 @@ rule train:
     # all of them.
     threads: max(1, every_core // 2)
     shell:
-        "{dernet} train {wildcards.network} --fold {wildcards.fold}"
+        "env {compute} {dernet} train {wildcards.network} --fold {wildcards.fold}"
         " --profile {profile} --threads {threads} 2>&1"
 
 
@@ -56,7 +57,7 @@ rule chapter:
     input:
         lambda wildcards: [
             f"trained/{network}-{fold}"
-            for network, fold in steps.triage_jobs(wildcards.chapter, workspace.profile.folds)
+            for network, fold in steps.trainings_of(wildcards.chapter, workspace.profile.folds)
         ],
     output:
         "chapters/{chapter}.ipynb",

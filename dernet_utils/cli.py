@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -31,6 +32,8 @@ app = typer.Typer(
 ProfileName = Annotated[
     str, typer.Option("--profile", help="smoke, laptop or paper; else DERNET_PROFILE, else laptop.")
 ]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")]
+Csv = Annotated[Path | None, typer.Option("--out", help="Also write the table, as CSV.")]
 Root = Annotated[Path, typer.Argument(help="A folder in the form of VinDr-SpineXR.")]
 
 # Errors that are about the machine, not about a fault of ours.
@@ -214,7 +217,7 @@ def prepare(
 def chapter(
     name: Annotated[str, typer.Argument(help="Such as 02_imaging.")],
     profile: ProfileName = "",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")] = None,
+    threads: Threads = None,
     parameter: Annotated[
         list[str] | None,
         typer.Option("-p", metavar="NAME=VALUE", help="A value for the `parameters` cell."),
@@ -242,45 +245,78 @@ def _parameter(text: str) -> tuple[str, object]:
 
 @app.command()
 def train(
-    network: Annotated[str, typer.Argument(help="densenet121, tf_efficientnetv2_s or resnet50.")],
-    fold: Annotated[int, typer.Option(min=0, help="The fold that is held out.")],
+    network: Annotated[
+        str, typer.Argument(help="densenet121, tf_efficientnetv2_s or resnet50; else all three.")
+    ] = "",
+    fold: Annotated[int | None, typer.Option(min=0, help="The fold held out; else each.")] = None,
     profile: ProfileName = "",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")] = None,
+    threads: Threads = None,
 ) -> None:
-    """Train one triage network on all folds but one; a finished or killed run is taken up."""
+    """Train triage networks, each on all folds but one; finished and killed runs are taken up.
+
+    Processes that `accelerate launch` starts share the trainings out, each on a GPU of its own.
+    """
     with _one_sentence():
         import torch
 
         from dernet_utils.cohort import ensure_cohort
-        from dernet_utils.crossvalidation import train_fold
-        from dernet_utils.triage import epoch_line, use_gpu_of
+        from dernet_utils.crossvalidation import epoch_bars, train_fold, triage_jobs
+        from dernet_utils.machine import my_share
+        from dernet_utils.triage import epoch_line
 
-        torch.set_num_threads(threads or workflow.cores())
         workspace = open_workspace(profile)
+        wanted = triage_jobs(workspace.profile, network, fold)
+        jobs = my_share(wanted, triage_jobs(workspace.profile))
+        torch.set_num_threads(threads or workflow.cores())
         ensure_cohort(workspace)
-        use_gpu_of(network, fold, workspace.profile.folds)
-        job = f"{network}, fold {fold}"
-        checkpoint = train_fold(
-            workspace, network, fold, lambda row: _say(f"{job}: {epoch_line(row)}")
-        )
-        _say(f"{job}: {checkpoint.name}")
+        for name, held_out in jobs:
+            job = f"{name}, fold {held_out}"
+            if sys.stderr.isatty():
+                bars = epoch_bars(name, workspace.profile)
+                after = partial(bars, held_out)
+            else:
+                after = lambda row, job=job: _say(f"{job}: {epoch_line(row)}")  # noqa: E731
+            checkpoint = train_fold(workspace, name, held_out, after)
+            _say(f"{job}: {checkpoint.name}")
 
 
 @app.command()
-def estimate(
-    profile: ProfileName = "paper",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the table, as CSV.")] = None,
-) -> None:
+def estimate(profile: ProfileName = "paper", threads: Threads = None, out: Csv = None) -> None:
     """Take a step of each triage network at a profile's size: time, memory, hours for it all."""
     with _one_sentence():
         from dernet_utils.estimate import estimate_triage
-        from dernet_utils.profiles import get_profile
 
-        table = estimate_triage(get_profile(profile), threads or workflow.cores(), _say)
-        if out is not None:
-            table.to_csv(out, index=False, lineterminator="\n")
-            _say(f"The table is {out}.")
+        workspace = open_workspace(profile)
+        workflow.prepare(workspace, workflow.cores(), _say)
+        _write(estimate_triage(workspace, threads or workflow.cores(), _say), out)
+
+
+@app.command()
+def speed(
+    profile: ProfileName = "",
+    px: Annotated[int | None, typer.Option(min=32, help="Side; else the profile's.")] = None,
+    threads: Threads = None,
+    out: Csv = None,
+) -> None:
+    """Train each triage network by the book's loop and by a plain one, by turns, on the same films.
+
+    Tells how many times faster the first is, and whether both learn as much.
+    """
+    with _one_sentence():
+        import torch
+
+        from dernet_utils.estimate import compare_loops
+
+        torch.set_num_threads(threads or workflow.cores())
+        workspace = open_workspace(profile)
+        workflow.prepare(workspace, workflow.cores(), _say)
+        _write(compare_loops(workspace, px or workspace.profile.triage_px, _say), out)
+
+
+def _write(table, out: Path | None) -> None:
+    if out is not None:
+        table.to_csv(out, index=False, lineterminator="\n")
+        _say(f"The table is {out}.")
 
 
 @app.command()

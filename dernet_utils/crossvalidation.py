@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from dernet_utils.data import LESION_TYPES, load_folds, read_dataset
 from dernet_utils.ensemble import Decision
 from dernet_utils.errors import DernetError
 from dernet_utils.imaging import cache_images
+from dernet_utils.profiles import NETWORKS, Profile
 from dernet_utils.triage import (
     Recipe,
     Sample,
@@ -52,6 +54,54 @@ class CrossValidated:
     test: pd.DataFrame
     curves: pd.DataFrame
     checkpoints: tuple[Path, ...]
+
+
+def triage_jobs(
+    profile: Profile, network: str = "", fold: int | None = None
+) -> list[tuple[str, int]]:
+    """Return the trainings of a run, a network and a fold each; or those that are asked for.
+
+    Args:
+        profile: The run's; it has the number of folds.
+        network: One of `NETWORKS`; empty for all.
+        fold: The fold held out; None for each.
+
+    Raises:
+        DernetError: There is no such network or fold.
+
+    >>> from dernet_utils.profiles import get_profile
+    >>> triage_jobs(get_profile("paper"), "resnet50")[-1], len(triage_jobs(get_profile("paper")))
+    (('resnet50', 4), 15)
+    """
+    if network and network not in NETWORKS:
+        raise DernetError(f"The triage network is one of {', '.join(NETWORKS)}, not {network!r}.")
+    if fold is not None and fold not in range(profile.folds):
+        raise DernetError(
+            f"The folds of this run are 0 to {profile.folds - 1}, and {fold} is none."
+        )
+    folds = range(profile.folds) if fold is None else [fold]
+    return [(name, held_out) for name in ([network] if network else NETWORKS) for held_out in folds]
+
+
+def epoch_bars(network: str, profile: Profile) -> Progress:
+    """Return what `cross_validate` may call after each epoch: a bar a fold, wherever one can be.
+
+    A notebook shows a widget, a terminal a line of text.
+    """
+    bars: dict[int, tqdm] = {}
+    total = profile.triage_crop_epochs + profile.triage_epochs
+
+    def show(fold: int, row: dict) -> None:
+        if fold not in bars:
+            title = f"{network}, fold {fold} of {profile.folds}"
+            bars[fold] = tqdm(desc=title, total=total, initial=row["epoch"] - 1, unit="epoch")
+        found = {"train loss": row["train_loss"], "held-out AUROC": row["validation_auroc"]}
+        bars[fold].set_postfix({key: f"{value:.3f}" for key, value in found.items()})
+        bars[fold].update()
+        if row["epoch"] == total:
+            bars[fold].close()
+
+    return show
 
 
 def run_images(workspace: Workspace) -> pd.DataFrame:
@@ -98,7 +148,7 @@ def train_fold(
 
     Args:
         workspace: The run.
-        name: One of `triage.NETWORKS`.
+        name: One of `NETWORKS`.
         fold: The fold that is held out.
         progress: As in `triage.train_triage`.
 
@@ -110,6 +160,7 @@ def train_fold(
         DernetError: There is no such fold or network, a fold lacks a class, or as
             `triage.train_triage` raises.
     """
+    triage_jobs(workspace.profile, name, fold)
     return _train_fold(workspace, run_images(workspace), name, fold, progress)
 
 
@@ -122,8 +173,6 @@ def _train_fold(
 ) -> Path:
     """Do the work of `train_fold`, on images that have been read already."""
     recipe, folds = Recipe.of(workspace.profile), workspace.profile.folds
-    if fold not in range(folds):
-        raise DernetError(f"The folds of this run are 0 to {folds - 1}, and {fold} is none.")
     held = images[images["fold"] == fold]
     learnt = images[(images["fold"] != fold) & (images["split"] == "train")]
     for rows, words in ((learnt, "the images to learn from"), (held, "the images held out")):
@@ -164,7 +213,7 @@ def cross_validate(
 
     Args:
         workspace: The run.
-        name: One of `triage.NETWORKS`.
+        name: One of `NETWORKS`.
         progress: Called after each epoch that is trained now.
 
     Raises:

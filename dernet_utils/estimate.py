@@ -1,50 +1,210 @@
-"""What a whole training of triage would take on this machine, from one step of each network."""
+"""What a training of triage takes on this machine: one step at full size, and two loops compared.
+
+The comparison is between the loop that trains the book's networks and the plainest one that gives
+the same lessons. Both tables say on which processor and from which commit they come.
+"""
 
 import multiprocessing
 import os
+import platform
+import resource
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
 
+from dernet_utils.crossvalidation import run_images
+from dernet_utils.evaluate import auroc
 from dernet_utils.paper import SPOKEN, TRAIN_IMAGES
-from dernet_utils.profiles import NETWORKS, Profile
-from dernet_utils.triage import Recipe, measure_step
-from dernet_utils.workflow import ALLOCATOR
+from dernet_utils.profiles import NETWORKS
+from dernet_utils.stats import bootstrap_by_study
+from dernet_utils.triage import (
+    Recipe,
+    Sample,
+    as_input,
+    build_network,
+    fast_and_deterministic,
+    lessons,
+    predict_triage,
+    start_training,
+    starting_weights,
+    train_epoch,
+)
+from dernet_utils.workflow import COMPUTE
+from dernet_utils.workspace import Workspace, commit
+
+Report = Callable[[str], None]
 
 
 def estimate_triage(
-    profile: Profile, threads: int, report: Callable[[str], None], images: int = TRAIN_IMAGES
+    workspace: Workspace, threads: int, report: Report, images: int = TRAIN_IMAGES
 ) -> pd.DataFrame:
     """Take one measured step of each network at a profile's image size and batch.
 
+    The step is taken on films of the run's own training split, read, enhanced and loaded as every
+    training's are. Each network has a process of its own, whose memory then is the step's.
+
     Args:
-        profile: Its triage recipe and folds count; epochs on crops are left out.
+        workspace: The run; of its recipe the epochs on crops are left out.
         threads: Threads of the libraries.
         report: Is given a line a network.
-        images: Training images of all folds together; else VinDr-SpineXR's.
+        images: Training images of all folds together for which hours are told; else as many as
+            VinDr-SpineXR has.
 
     Returns:
         One row a network, as text for a page: name, image side, batch, seconds a step, memory,
-        hours for all epochs of all folds one after the other.
+        hours for all epochs of all folds one after the other, processor, commit.
     """
-    recipe = Recipe.of(profile)
-    steps = profile.folds * recipe.epochs * (images * (profile.folds - 1) // profile.folds)
-    steps //= recipe.batch
-    os.environ.update(ALLOCATOR | {"OMP_NUM_THREADS": str(threads)})  # for the processes below
+    recipe, folds = replace(Recipe.of(workspace.profile), crop_epochs=0), workspace.profile.folds
+    steps = folds * recipe.epochs * (images * (folds - 1) // folds // recipe.batch)
+    # For the processes below: torch and glibc read them once, when they start.
+    os.environ.update(COMPUTE | {"OMP_NUM_THREADS": str(threads)})
     rows = []
     for name in NETWORKS:
-        fresh = multiprocessing.get_context("spawn")  # its memory is the step's own
+        fresh = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-            found = pool.submit(measure_step, name, recipe).result()
+            seconds, memory_gb = pool.submit(measure_step, workspace, name, recipe).result()
         row = {
             "network": SPOKEN[name],
             "image, px": recipe.image_px,
             "batch": recipe.batch,
-            "seconds a step": f"{found['seconds']:.1f}",
-            "memory, GB": f"{found['memory_gb']:.1f}",
-            "hours for all folds": f"{found['seconds'] * steps / 3600:,.0f}",
+            "seconds a step": f"{seconds:.1f}",
+            "memory, GB": f"{memory_gb:.1f}",
+            "hours for all folds": f"{seconds * steps / 3600:,.0f}",
+            **_measured_on(),
         }
         report(", ".join(f"{key} {value}" for key, value in row.items()))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def measure_step(workspace: Workspace, name: str, recipe: Recipe) -> tuple[float, float]:
+    """Take two optimisation steps on a run's first films; measure the second.
+
+    Returns:
+        Seconds of the second step, and the most memory in GB that this process has held (on a
+        GPU, that torch has).
+    """
+    images = run_images(workspace)
+    train = images[images["split"] == "train"]
+    both = pd.concat([rows.head(recipe.batch // 2) for _, rows in train.groupby("label")])
+    sample = Sample.load(both, recipe.image_px)
+    with fast_and_deterministic():
+        network, optimizer = start_training(name, starting_weights(name), recipe)
+        train_epoch(network, optimizer, sample, recipe, 0)
+        started = time.perf_counter()
+        train_epoch(network, optimizer, sample, recipe, 1)  # waits for the loss
+        seconds = time.perf_counter() - started
+    if torch.cuda.is_available():
+        held = torch.cuda.max_memory_allocated()
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, held / 1e9
+
+
+def compare_loops(workspace: Workspace, image_px: int, report: Report) -> pd.DataFrame:
+    """Train each network twice on the same images, by the book's loop and by `plain_epoch`.
+
+    One epoch of crops, where the profile has any, and one of whole films, by turns: the two loops
+    see the same lessons one after the other, on the folds from 1; fold 0 judges.
+
+    Args:
+        workspace: The run.
+        image_px: Side of the images; crops keep their share of it.
+        report: Is given a line a network.
+
+    Returns:
+        One row a network, as text for a page: name, image side, seconds by each loop, their
+        ratio, the held-out AUROC by each with its 95 % interval by study, their number, processor,
+        commit.
+    """
+    recipe = Recipe.of(workspace.profile)
+    crop_px = 16 * round(recipe.crop_px * image_px / recipe.image_px / 16)
+    crop_epochs = min(recipe.crop_epochs, 1)
+    recipe = replace(recipe, image_px=image_px, crop_px=crop_px, crop_epochs=crop_epochs, epochs=1)
+    images = run_images(workspace)
+    train, held = images[images["fold"] > 0], images[images["fold"] == 0]
+    sample, judged = Sample.load(train, image_px), Sample.load(held, image_px)
+    rows = []
+    for name in NETWORKS:
+        plain, fast, seconds = _race(name, sample, recipe)
+        scores = {
+            word: _held_out(network, judged, held["study_id"], workspace)
+            for word, network in (("plain", plain), ("ours", fast))
+        }
+        row = {
+            "network": SPOKEN[name],
+            "image, px": image_px,
+            "plain, s": f"{seconds['plain']:.0f}",
+            "ours, s": f"{seconds['ours']:.0f}",
+            "plain / ours": f"{seconds['plain'] / seconds['ours']:.2f}",
+            "AUROC, plain": scores["plain"],
+            "AUROC, ours": scores["ours"],
+            "held-out films": len(held),
+            **_measured_on(),
+        }
+        report(", ".join(f"{key} {value}" for key, value in row.items()))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _race(
+    name: str, sample: Sample, recipe: Recipe
+) -> tuple[nn.Module, nn.Module, dict[str, float]]:
+    """Both networks after their epochs, and the seconds that each loop took."""
+    fast, optimizer = start_training(name, None, recipe)
+    plain = build_network(name, None, recipe.seed)
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=recipe.lr)
+    seconds = {"plain": 0.0, "ours": 0.0}
+    for epoch in range(recipe.crop_epochs + recipe.epochs):
+        started = time.perf_counter()
+        plain_epoch(plain, plain_optimizer, sample, recipe, epoch)
+        between = time.perf_counter()
+        with fast_and_deterministic():
+            train_epoch(fast, optimizer, sample, recipe, epoch)
+        seconds["plain"] += between - started
+        seconds["ours"] += time.perf_counter() - between
+    return plain, fast, seconds
+
+
+def plain_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Sample,
+    recipe: Recipe,
+    epoch: int,
+) -> None:
+    """Give an epoch's lessons in the plainest loop: float32, and memory as torch lays it out."""
+    network.train()
+    for grey, y, lr in lessons(train, recipe, epoch, torch.device("cpu")):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logits = network(as_input(grey).contiguous()).squeeze(1)
+        loss = F.binary_cross_entropy_with_logits(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _held_out(network: nn.Module, judged: Sample, studies: pd.Series, workspace: Workspace) -> str:
+    y, prob = judged.y.numpy(), predict_triage(network, judged.pixels)
+    profile = workspace.profile
+    return format(
+        bootstrap_by_study(
+            lambda rows: auroc(y[rows], prob[rows]), studies, profile.bootstrap, profile.seed
+        ),
+        ".2f",
+    )
+
+
+def _measured_on() -> dict[str, str]:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    return {"processor": f"{name}, {torch.get_num_threads()} threads", "commit": commit()}

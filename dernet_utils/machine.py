@@ -1,14 +1,39 @@
 """What the machine at hand can do, and how a training makes use of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+
+Job = TypeVar("Job")
 
 
 def device() -> torch.device:
     """Return where networks run: on a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def my_share(wanted: Sequence[Job], run: Sequence[Job]) -> Sequence[Job]:
+    """Return the jobs that this process is to do, and choose its GPU.
+
+    Processes that `accelerate launch` has started share the jobs out, each on a GPU of its own.
+    Whole jobs are shared, and no batch is: a network's batch normalisation then sees what it sees
+    on one GPU, and its numbers are the same. A process by itself does all that is wanted of it;
+    where there are several GPUs, processes that each do one job of a run go round them.
+
+    Args:
+        wanted: Jobs, at least one.
+        run: All jobs of the run, the wanted ones among them.
+    """
+    processes = PartialState()
+    try:
+        if processes.num_processes == 1 and (gpus := torch.cuda.device_count()) > 1:
+            torch.cuda.set_device(run.index(wanted[0]) % gpus)
+        return wanted[processes.process_index :: processes.num_processes]
+    finally:
+        processes.destroy_process_group()  # nothing is exchanged
 
 
 def bfloat16_helps(device: torch.device) -> bool:
@@ -18,7 +43,7 @@ def bfloat16_helps(device: torch.device) -> bool:
     On CPUs without either bfloat16 is emulated, and a step takes longer.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return bool(able.get("amx_bf16", False) or able.get("avx512_bf16", False))
 

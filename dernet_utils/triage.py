@@ -10,11 +10,10 @@ import hashlib
 import json
 import math
 import os
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -416,7 +415,7 @@ def train_triage(
     checkpoint = Path(folder) / f"{name}-{key}.safetensors"
     if not checkpoint.is_file():
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        with _fast_and_deterministic():
+        with fast_and_deterministic():
             _train(name, train, validation, recipe, checkpoint, weights, progress, about or {})
     network, history = load_trained(name, checkpoint, recipe)
     return Trained(network, history, checkpoint)
@@ -478,7 +477,7 @@ def _train(
 ) -> None:
     """Run the epochs that are still to be run and leave a finished checkpoint."""
     device = machine.device()
-    network, optimizer = _start(name, weights, recipe)
+    network, optimizer = start_training(name, weights, recipe)
     resume = checkpoint.with_suffix(".resume")
     history: list[dict] = []
     if resume.is_file():
@@ -488,7 +487,7 @@ def _train(
         history = saved["history"]
     for epoch in range(len(history), recipe.crop_epochs + recipe.epochs):
         started = time.perf_counter()
-        train_loss = _train_epoch(network, optimizer, train, recipe, epoch)
+        train_loss = train_epoch(network, optimizer, train, recipe, epoch)
         logits = torch.cat(list(_logits(network, validation.pixels, recipe.batch)))
         row = {
             "epoch": epoch + 1,
@@ -515,9 +514,15 @@ def _train(
     resume.unlink(missing_ok=True)
 
 
-def _start(
+def start_training(
     name: str, weights: Path | None, recipe: Recipe
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a network before its first step, where it is to be trained, and its optimiser.
+
+    Args:
+        name, weights: As in `build_network`.
+        recipe: The run's numbers.
+    """
     network = build_network(name, weights, recipe.seed)
     network.to(machine.device(), memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
@@ -548,15 +553,50 @@ def checkpoint_facts(checkpoint: Path) -> dict[str, str]:
     return facts
 
 
-def _train_epoch(
+def train_epoch(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     train: Sample,
     recipe: Recipe,
     epoch: int,
 ) -> float:
-    """Pass once over the training images, or over crops of them; return the mean loss."""
+    """Pass once over the training images, or over crops of them; return the mean loss.
+
+    Args:
+        network, optimizer: As `start_training` returns them; changed.
+        train, recipe, epoch: As in `lessons`.
+    """
     device = next(network.parameters()).device
+    network.train()
+    losses = []
+    for grey, y, lr in lessons(train, recipe, epoch, device):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with _autocast(device):
+            logits = network(as_input(grey))
+        loss = F.binary_cross_entropy_with_logits(logits.float().squeeze(1), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())
+
+
+def lessons(
+    train: Sample, recipe: Recipe, epoch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield what an epoch shows, a step at a time; the same whoever asks, and whenever.
+
+    Args:
+        train: Images to learn from.
+        recipe: The run's numbers.
+        epoch: From 0; those on crops come first.
+        device: Where the images are augmented.
+
+    Yields:
+        Augmented images, float32 in [0, 1], shape (b, 1, side, side); their labels, shape (b,); and
+        the step's learning rate.
+    """
     # Every epoch has a seed of its own, so that a resumed run draws what an unbroken one draws.
     seed = recipe.seed * 100_003 + epoch
     generator = torch.Generator().manual_seed(seed)
@@ -566,56 +606,16 @@ def _train_epoch(
         pixels, y = draw_crops(train, CROPS_A_FILM * len(train), recipe.crop_px, generator)
         batch = CROP_BATCH
     batches = _batches(len(y), batch, generator)
-    network.train()
-    losses = []
     for step, rows in enumerate(batches):
         done = max(0.0, (epoch - recipe.crop_epochs + step / len(batches)) / recipe.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * (1 + math.cos(math.pi * done)) / 2
-        x = as_input(augment(pixels[rows].to(device), generator))
-        with _autocast(device):
-            logits = network(x)
-        loss = F.binary_cross_entropy_with_logits(logits.float().squeeze(1), y[rows].to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return float(torch.stack(losses).mean())
+        lr = recipe.lr * (1 + math.cos(math.pi * done)) / 2
+        yield augment(pixels[rows].to(device), generator), y[rows].to(device), lr
 
 
 def _batches(n: int, batch: int, generator: torch.Generator) -> Sequence[Tensor]:
     """Shuffled rows in batches; a last one that is not full is left out of this epoch."""
     batches = torch.randperm(n, generator=generator).split(batch)
     return batches if len(batches) == 1 or len(batches[-1]) == batch else batches[:-1]
-
-
-def measure_step(name: str, recipe: Recipe) -> dict[str, float]:
-    """Take two optimisation steps at a recipe's true size, and measure the second.
-
-    The images are noise, half of them labelled abnormal: neither time nor memory depends on what
-    they show. Call it in a process of its own, whose memory then is the step's.
-
-    Returns:
-        ``seconds`` of the second step and ``memory_gb``, the most that the process has held (on a
-        GPU, that torch has).
-    """
-    generator = torch.Generator().manual_seed(recipe.seed)
-    n = recipe.batch
-    shape = (n, 1, recipe.image_px, recipe.image_px)
-    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    sample = Sample(pixels, (torch.arange(n) % 2).float())
-    whole = replace(recipe, crop_epochs=0)
-    with _fast_and_deterministic():
-        network, optimizer = _start(name, None, recipe)
-        _train_epoch(network, optimizer, sample, whole, 0)
-        started = time.perf_counter()
-        _train_epoch(network, optimizer, sample, whole, 1)  # waits for the loss
-        seconds = time.perf_counter() - started
-    if torch.cuda.is_available():
-        held = torch.cuda.max_memory_allocated()
-    else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "memory_gb": held / 1e9}
 
 
 # Probabilities
@@ -655,24 +655,13 @@ def _logits(network: nn.Module, pixels: Tensor, batch: int, fast: bool = True) -
 # The machine
 
 
-def use_gpu_of(name: str, fold: int, folds: int) -> None:
-    """Choose the GPU of a job in this process: jobs go round all that there are.
-
-    Fifteen jobs on several GPUs need no exchange of gradients; each network stays whole on one.
-    Where there is no GPU, or one, nothing changes.
-    """
-    count = torch.cuda.device_count()
-    if count > 1 and name in NETWORKS:
-        torch.cuda.set_device((NETWORKS.index(name) * folds + fold) % count)
-
-
 def _autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
     able = wanted and machine.bfloat16_helps(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
 
 @contextmanager
-def _fast_and_deterministic() -> Iterator[None]:
+def fast_and_deterministic() -> Iterator[None]:
     """Deterministic algorithms, denormals flushed; undone at the end."""
     before = torch.are_deterministic_algorithms_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it

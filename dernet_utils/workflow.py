@@ -30,12 +30,15 @@ Report = Callable[[str], None]
 HEARTBEAT_S = 30  # ours: often enough to see that a training lives
 TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
 MAX_THREADS = 8  # more help none of our networks
-# A step of training asks for the same large blocks again and again: glibc and torch keep them, in
-# huge pages, and do not fetch each anew from the system. Numbers do not depend on it.
-ALLOCATOR = {
+# Read by glibc, torch and OpenMP when a process starts; numbers do not depend on them. A step of
+# training asks for the same large blocks again and again: they are kept, in huge pages, and not
+# fetched anew from the system each time. A thread that waits sleeps: where trainings run abreast,
+# spinning ones stall one another.
+COMPUTE = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "THP_MEM_ALLOC_ENABLE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -89,7 +92,7 @@ def is_training(name: str, project: Path = PROJECT) -> bool:
     return bool(modules_of(path, project / "dernet_utils") & TRAINING)
 
 
-def triage_jobs(name: str, folds: int, project: Path = PROJECT) -> list[tuple[str, int]]:
+def trainings_of(name: str, folds: int, project: Path = PROJECT) -> list[tuple[str, int]]:
     """Return the trainings that a chapter reads: a network and a fold each.
 
     They are those whose name stands as second argument of a call of `cross_validate`; a call with
@@ -309,9 +312,7 @@ def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
         "DERNET_PROFILE": workspace.profile.name,
         "DERNET_RUNS": str(workspace.folder.parent),
         "OMP_NUM_THREADS": str(threads),
-        **ALLOCATOR,
-        # A thread that waits sleeps: spinning ones stall one another where chapters run abreast.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **COMPUTE,
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         # The run is offline: nothing looks for newer versions, weights or fonts.
         "YOLO_OFFLINE": "1",

@@ -46,7 +46,7 @@ from myst_nb import glue
 
 from dernet_utils import evaluate, figures, stats, triage
 from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, run_images
+from dernet_utils.crossvalidation import cross_validate, epoch_bars, run_images
 from dernet_utils.figures import show_figure, show_film
 from dernet_utils.imaging import load_cached
 from dernet_utils.paper import beside_table_2
@@ -456,11 +456,7 @@ assert np.allclose(weight.detach().numpy(), theta, rtol=1e-12)
 # that was interrupted goes on at its last finished epoch, and a cluster may run them all at once.
 
 # %% tags=["remove-output"]
-found = cross_validate(
-    workspace,
-    "densenet121",
-    progress=lambda fold, row: print(f"fold {fold}: {triage.epoch_line(row)}"),
-)
+found = cross_validate(workspace, "densenet121", epoch_bars("densenet121", numbers))
 
 # %%
 curves, scored = found.curves, found.out_of_fold

@@ -44,7 +44,7 @@ from myst_nb import glue
 
 from dernet_utils import evaluate, figures, stats, triage
 from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, run_images
+from dernet_utils.crossvalidation import cross_validate, epoch_bars, run_images
 from dernet_utils.figures import show_figure
 from dernet_utils.paper import SPOKEN, beside_table_2
 from dernet_utils.workspace import open_workspace
@@ -320,11 +320,7 @@ show_figure("c05-fig-work", fig)
 # missing is trained.
 
 # %% tags=["remove-output"]
-found = cross_validate(
-    workspace,
-    "tf_efficientnetv2_s",
-    progress=lambda fold, row: print(f"fold {fold}: {triage.epoch_line(row)}"),
-)
+found = cross_validate(workspace, "tf_efficientnetv2_s", epoch_bars("tf_efficientnetv2_s", numbers))
 
 # %%
 scored = found.out_of_fold

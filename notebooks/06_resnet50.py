@@ -41,7 +41,7 @@ from myst_nb import glue
 
 from dernet_utils import evaluate, figures, stats, triage
 from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, run_images
+from dernet_utils.crossvalidation import cross_validate, epoch_bars, run_images
 from dernet_utils.figures import show_figure
 from dernet_utils.paper import beside_table_2
 from dernet_utils.workspace import open_workspace
@@ -223,11 +223,7 @@ show_figure("c06-fig-gradient", fig)
 # missing is trained.
 
 # %% tags=["remove-output"]
-found = cross_validate(
-    workspace,
-    "resnet50",
-    progress=lambda fold, row: print(f"fold {fold}: {triage.epoch_line(row)}"),
-)
+found = cross_validate(workspace, "resnet50", epoch_bars("resnet50", numbers))
 
 # %%
 scored = found.out_of_fold

@@ -43,6 +43,7 @@ from dernet_utils import ensemble, evaluate, figures, stats
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.crossvalidation import (
     cross_validate,
+    epoch_bars,
     open_test_labels,
     run_images,
     write_decision,
@@ -59,7 +60,7 @@ ensure_cohort(workspace)
 numbers = workspace.profile
 images = run_images(workspace)
 train = images[images["split"] == "train"]
-found = {name: cross_validate(workspace, name) for name in NETWORKS}
+found = {name: cross_validate(workspace, name, epoch_bars(name, numbers)) for name in NETWORKS}
 figures.use_style()
 
 # %% [markdown]

@@ -41,6 +41,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         "chapter",
         "train",
         "estimate",
+        "speed",
         "build",
         "run",
     ):
@@ -209,12 +210,28 @@ def test_a_signal_ends_a_command_that_ignored_it_from_its_shell(number: int):
     assert err == "Interrupted; the next call continues where this one stopped.\n"
 
 
-def test_estimate_takes_a_step_of_each_network(tmp_path: Path):
-    done = run_dernet("estimate", "--profile", "smoke", "--out", str(tmp_path / "table.csv"))
-    assert done.returncode == 0, done.stderr
-    table = pd.read_csv(tmp_path / "table.csv")
-    assert table["network"].tolist() == ["DenseNet121", "EfficientNetV2-S", "ResNet50"]
+def test_estimate_takes_a_step_of_each_network(smoke_book: Path, tmp_path: Path):
+    table, lines = measured("estimate", smoke_book, tmp_path)
     assert (table["image, px"] == 64).all() and (table["batch"] == 8).all()
     assert (table["seconds a step"] > 0).all() and table["memory, GB"].between(0.1, 20).all()
-    for row in done.stdout.splitlines()[:3]:
-        assert "seconds a step" in row
+    assert all("seconds a step" in line for line in lines)
+
+
+def test_speed_compares_both_loops_for_each_network(smoke_book: Path, tmp_path: Path):
+    table, lines = measured("speed", smoke_book, tmp_path)
+    ratio = table["plain, s"] / table["ours, s"]
+    assert (ratio > 0).all() and (table["image, px"] == 64).all()
+    assert table["AUROC, ours"].str.fullmatch(r"[01]\.\d\d \[[01]\.\d\d, [01]\.\d\d\]").all()
+    assert all("plain / ours" in line for line in lines)
+
+
+def measured(command: str, smoke_book: Path, folder: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The table that a command writes from a finished run, and the lines it tells it in."""
+    out = folder / "table.csv"
+    runs = str(smoke_book / "runs")
+    done = run_dernet(command, "--profile", "smoke", "--out", str(out), DERNET_RUNS=runs)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(out)
+    assert table["network"].tolist() == ["DenseNet121", "EfficientNetV2-S", "ResNet50"]
+    assert table[["processor", "commit"]].notna().all(axis=None)
+    return table, done.stdout.splitlines()[-4:-1]

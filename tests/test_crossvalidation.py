@@ -283,22 +283,56 @@ def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp
             triage.load_trained(NETWORK, path)
 
 
-def test_the_command_trains_one_fold_and_finds_it_again(tiny_dataset, tmp_path):
+@pytest.fixture
+def runs(tiny_dataset: Path, tmp_path: Path) -> Path:
+    """A folder of runs whose `smoke` has the tiny dataset as its cohort."""
     cohort = tmp_path / "smoke" / "cohort"
     shutil.copytree(tiny_dataset, cohort)
     (cohort / "manifest.json").write_text("{}")  # a cohort that is there is not made anew
+    return tmp_path
 
-    def dernet_train(fold: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "dernet_utils.cli", "train", NETWORK, "--fold", str(fold)]
-        environment = os.environ | {"DERNET_RUNS": str(tmp_path), "DERNET_PROFILE": "smoke"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=environment)
 
-    said = [dernet_train(1) for _ in range(2)]
+def dernet_train(runs: Path, *arguments: str, launch: tuple = ()) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *launch, "dernet_utils.cli", "train", *arguments]
+    environment = os.environ | {"DERNET_RUNS": str(runs), "DERNET_PROFILE": "smoke"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=environment)
+
+
+def test_the_command_trains_one_fold_and_finds_it_again(runs: Path):
+    said = [dernet_train(runs, NETWORK, "--fold", "1") for _ in range(2)]
     assert [done.returncode for done in said] == [0, 0], said
     lines = [(done.stdout + done.stderr).splitlines() for done in said]
     assert [sum("validation AUROC" in line for line in some) for some in lines] == [2, 0]
-    checkpoint = next((tmp_path / "smoke" / "weights").glob("*.safetensors"))
+    checkpoint = next((runs / "smoke" / "weights").glob("*.safetensors"))
     assert lines[0][-1] == lines[1][-1] == f"{NETWORK}, fold 1: {checkpoint.name}"
-    none = dernet_train(9)
+    none = dernet_train(runs, NETWORK, "--fold", "9")
     assert none.returncode == 1 and "Traceback" not in none.stderr
     assert "are 0 to 2, and 9 is none" in none.stderr.replace("\n", " ")
+
+
+def test_processes_that_accelerate_starts_share_the_folds_out(runs: Path):
+    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    launch += ("--main_process_port", "0", "--module")
+    done = dernet_train(runs, NETWORK, "--threads", "1", launch=launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = [line for line in done.stdout.splitlines() if line.endswith(".safetensors")]
+    assert sorted(line.split(":")[0] for line in trained) == [
+        f"{NETWORK}, fold {fold}" for fold in range(3)
+    ]
+    assert sum("validation AUROC" in line for line in done.stdout.splitlines()) == 3 * 2
+    again = dernet_train(runs, NETWORK)  # by one process: everything is there already
+    assert again.returncode == 0 and "AUROC" not in again.stdout
+    assert sorted(again.stdout.splitlines()) == sorted(trained)
+
+
+def test_a_bar_a_fold_that_ends_with_its_last_epoch(capsys):
+    profile = get_profile("smoke")
+    show = crossvalidation.epoch_bars(NETWORK, profile)
+    row = {"train_loss": 0.61, "validation_auroc": 0.74}
+    for fold, epochs in ((0, (1, 2)), (1, (2,))):  # the second was killed after an epoch
+        for epoch in epochs:
+            show(fold, row | {"epoch": epoch})
+    said = capsys.readouterr().err
+    for fold in (0, 1):
+        assert f"{NETWORK}, fold {fold} of 3: 100%" in said
+    assert "2/2" in said and "held-out AUROC=0.740" in said

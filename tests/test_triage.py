@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dernet_utils import machine
 from dernet_utils.errors import DernetError
+from dernet_utils.estimate import plain_epoch
 from dernet_utils.evaluate import auroc
 from dernet_utils.profiles import get_profile
 from dernet_utils.triage import (
@@ -25,10 +27,11 @@ from dernet_utils.triage import (
     load_trained,
     predict_triage,
     receptive_field,
+    start_training,
     starting_sentence,
     starting_weights,
+    train_epoch,
     train_triage,
-    use_gpu_of,
 )
 
 RECIPE = Recipe(image_px=32, epochs=3, batch=8, lr=1e-3, seed=1)
@@ -143,6 +146,18 @@ def test_checkpoint_of_another_network_is_refused(tmp_path):
         build_network(NETWORK, path)
     with pytest.raises(DernetError, match="one of densenet121"):
         build_network("vgg16")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_damaged_starting_weights_are_told(tmp_path, suffix):
+    path = tmp_path / f"{NETWORK}{suffix}"
+    state = build_network(NETWORK).state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(DernetError, match=r"expected to be a checkpoint .* copy it again"):
+        build_network(NETWORK, path)
+    with pytest.raises(DernetError, match="expected to be a checkpoint"):
+        build_network(NETWORK, tmp_path / "none.safetensors")
 
 
 # Images
@@ -380,15 +395,19 @@ def test_training_refuses_one_class_and_another_size(samples, tmp_path):
         train_triage(NETWORK, train, validation, Recipe(64, 1, 8, 1e-3), tmp_path)
 
 
-def test_jobs_go_round_the_gpus(monkeypatch):
-    used = []
-    monkeypatch.setattr(torch.cuda, "set_device", used.append)
-    for count in (0, 1, 4):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        for name in NETWORKS:
-            for fold in range(5):
-                use_gpu_of(name, fold, 5)
-    assert used == [job % 4 for job in range(15)]
+def test_the_plain_loop_gives_the_same_lessons(samples, monkeypatch):
+    monkeypatch.setattr(machine, "bfloat16_helps", lambda device: False)
+    train, judged = samples
+    fast, optimizer = start_training(NETWORK, None, RECIPE)
+    plain = build_network(NETWORK, None, RECIPE.seed)
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RECIPE.lr)
+    before = predict_triage(plain, judged.pixels)
+    for epoch in range(2):
+        train_epoch(fast, optimizer, train, RECIPE, epoch)
+        plain_epoch(plain, plain_optimizer, train, RECIPE, epoch)
+    after = predict_triage(plain, judged.pixels)
+    assert np.abs(after - before).max() > 0.05
+    assert predict_triage(fast, judged.pixels) == pytest.approx(after, abs=0.02)
 
 
 # Probabilities

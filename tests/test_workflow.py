@@ -93,12 +93,14 @@ def test_chapters_are_in_reading_order():
 
 
 def test_a_chapter_waits_for_the_trainings_that_it_reads():
-    assert workflow.triage_jobs("06_resnet50", 2) == [("resnet50", 0), ("resnet50", 1)]
+    assert workflow.trainings_of("06_resnet50", 2) == [("resnet50", 0), ("resnet50", 1)]
     every = {(network, fold) for network in NETWORKS for fold in range(3)}
-    jobs = workflow.triage_jobs("07_ensemble", 3)
+    jobs = workflow.trainings_of("07_ensemble", 3)
     assert set(jobs) == every and len(jobs) == 9
     assert (
-        workflow.triage_jobs("02_imaging", 2) == workflow.triage_jobs("10_yolo11_training", 2) == []
+        workflow.trainings_of("02_imaging", 2)
+        == workflow.trainings_of("10_yolo11_training", 2)
+        == []
     )
 
 

@@ -1,0 +1,29 @@
+"""What the machine can do, and who does which job."""
+
+import pytest
+import torch
+
+from dernet_utils import machine
+
+
+@pytest.mark.parametrize("able", [{}, {"amx_bf16": True}, {"avx512_bf16": True}, {"avx2": True}])
+def test_bfloat16_helps_where_a_cpu_has_instructions_for_it(able, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert machine.bfloat16_helps(torch.device("cpu")) == any("bf16" in name for name in able)
+
+
+def test_denormals_are_flushed_and_come_back():
+    tiny = torch.tensor([1e-39])
+    assert (tiny * 1).item() > 0
+    with machine.denormals_flushed():
+        assert (tiny * 1).item() == 0
+    assert (tiny * 1).item() > 0
+
+
+def test_lone_jobs_go_round_the_gpus(monkeypatch):
+    used, run = [], [(name, fold) for name in "abc" for fold in range(5)]
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for count in (0, 1, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert [machine.my_share([job], run) for job in run] == [[job] for job in run]
+    assert used == [job % 4 for job in range(15)]
