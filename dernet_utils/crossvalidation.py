@@ -197,11 +197,15 @@ def _train_fold(
         },
     )
     table = trained.checkpoint.with_suffix(".parquet")
-    if not table.is_file():
-        scored = images[(images["fold"] == fold) | (images["split"] == "test")]
-        prob = predict_triage(trained.network, load_pixels(scored["path"], recipe.image_px))
+    scored = images[(images["fold"] == fold) | (images["split"] == "test")]
+    pixels = load_pixels(scored["path"], recipe.image_px)
+    # The run's digest knows nothing of test images; the table tells which it holds.
+    digest = hashlib.sha256("".join(scored["image_id"]).encode() + pixels.numpy().tobytes())
+    if not table.is_file() or pd.read_parquet(table).attrs["scored"] != digest.hexdigest():
+        found = scored[["image_id"]].assign(prob=predict_triage(trained.network, pixels))
+        found.attrs["scored"] = digest.hexdigest()
         beside = table.with_suffix(".part")
-        scored[["image_id"]].assign(prob=prob).to_parquet(beside, index=False)
+        found.to_parquet(beside, index=False)
         beside.replace(table)
     return trained.checkpoint
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
+from scipy.stats import rankdata
 
 from dernet_utils.errors import DernetError
 
@@ -146,7 +147,9 @@ def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
 
 
 def with_temperature(prob: np.ndarray, temperature: float) -> np.ndarray:
-    """Return probabilities whose logits were divided by a temperature; their order stays.
+    """Return probabilities whose logits were divided by a temperature.
+
+    No order is turned round; those closer to 0 or 1 than `SUREST` become equal.
 
     >>> with_temperature([0.5, 0.9], 2.0).round(2).tolist()
     [0.5, 0.75]
@@ -157,6 +160,8 @@ def with_temperature(prob: np.ndarray, temperature: float) -> np.ndarray:
 def reliability(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> np.ndarray:
     """Return mean probability, share of abnormal images and their number, in bins of equal number.
 
+    Equal probabilities stay in one bin, which then may hold more.
+
     Args:
         y: Labels, shape (n,), 0 or 1.
         prob: Probabilities, shape (n,).
@@ -166,7 +171,8 @@ def reliability(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> np.ndarray:
         Shape (bins, 3), by rising probability.
     """
     y, prob = np.asarray(y, float), np.asarray(prob, float)
-    parts = [rows for rows in np.array_split(np.argsort(prob, kind="stable"), bins) if len(rows)]
+    place = np.minimum((rankdata(prob) - 0.5) / len(prob) * bins, bins - 1).astype(int)
+    parts = [np.flatnonzero(place == number) for number in np.unique(place)]
     return np.array([[prob[rows].mean(), y[rows].mean(), len(rows)] for rows in parts])
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dernet_utils import machine
 from dernet_utils.crossvalidation import run_images
 from dernet_utils.evaluate import auroc
 from dernet_utils.paper import SPOKEN, TRAIN_IMAGES
@@ -58,7 +59,7 @@ def estimate_triage(
 
     Returns:
         One row a network, as text for a page: name, image side, batch, seconds a step, memory,
-        hours for all epochs of all folds one after the other, processor, commit.
+        hours for the steps of all epochs of all folds one after the other, processor, commit.
     """
     recipe, folds = replace(Recipe.of(workspace.profile), crop_epochs=0), workspace.profile.folds
     steps = folds * recipe.epochs * (images * (folds - 1) // folds // recipe.batch)
@@ -158,7 +159,7 @@ def _race(
 ) -> tuple[nn.Module, nn.Module, dict[str, float]]:
     """Both networks after their epochs, and the seconds that each loop took."""
     fast, optimizer = start_training(name, None, recipe)
-    plain = build_network(name, None, recipe.seed)
+    plain = build_network(name, None, recipe.seed).to(machine.device())
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=recipe.lr)
     seconds = {"plain": 0.0, "ours": 0.0}
     for epoch in range(recipe.crop_epochs + recipe.epochs):
@@ -181,7 +182,7 @@ def plain_epoch(
 ) -> None:
     """Give an epoch's lessons in the plainest loop: float32, and memory as torch lays it out."""
     network.train()
-    for grey, y, lr in lessons(train, recipe, epoch, torch.device("cpu")):
+    for grey, y, lr in lessons(train, recipe, epoch, next(network.parameters()).device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         logits = network(as_input(grey).contiguous()).squeeze(1)

@@ -173,7 +173,7 @@ def classification_table(
         y: Labels, shape (n,), 0 or 1.
         prob: Probabilities of abnormal, shape (n,).
         studies: Study of each image, shape (n,).
-        threshold: As in `operating_point`; chosen elsewhere, never on these images.
+        threshold: As in `operating_point`; chosen on other images, or else the page says so.
         resamples: Number of bootstrap draws (paper, section 4.1: 1,000).
         seed: Seed of the draws; one seed pairs the four metrics draw by draw.
 

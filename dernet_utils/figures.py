@@ -6,9 +6,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Circle, Rectangle
 from myst_nb import glue
 
+from dernet_utils.data import LESION_TYPES
 from dernet_utils.imaging import load_cached
 
 # One colour a lesion type, the same in every chapter: Okabe and Ito's palette, distinguishable
@@ -147,7 +148,8 @@ def draw_surest(films: pd.DataFrame, threshold: float) -> Figure:
     """Show the surest answer of each kind: found, left alone, missed, false alarm.
 
     Args:
-        films: Rows with ``path`` of the cached image, ``label`` (bool) and ``prob``.
+        films: Rows with ``path`` of the cached image, ``label`` (bool), ``prob`` and ``lesions`` as
+            `crossvalidation.run_images` returns them; these are marked.
         threshold: Abnormal is what lies above it.
     """
     films = films.assign(called=films["prob"] > threshold, sure=(films["prob"] - threshold).abs())
@@ -165,5 +167,23 @@ def draw_surest(films: pd.DataFrame, threshold: float) -> Figure:
         if len(rows):
             film = rows.loc[rows["sure"].idxmax()]
             title = f"{name} ({len(rows)} films)\nprobability {film['prob']:.2f}"
-            show_film(ax, load_cached(film["path"]), title)
+            grey = load_cached(film["path"])
+            show_film(ax, grey, title)
+            _mark_lesions(ax, film["lesions"], *grey.shape)
     return fig
+
+
+def _mark_lesions(ax: Axes, lesions: np.ndarray, height: int, width: int) -> None:
+    """Put a ring around each lesion's centre, and name its type once."""
+    named = set()
+    for x, y, kind in lesions:
+        name = LESION_TYPES[int(kind)]
+        colour, dash = LESION_STYLE[name]
+        place = (x * width, y * height)
+        ax.add_patch(Circle(place, 0.05 * width, fc="none", ec=colour, ls=dash, lw=1.3))
+        if name not in named:
+            named.add(name)
+            ax.plot([], [], color=colour, ls=dash, label=name)
+    if named:
+        dark = {"facecolor": "black", "edgecolor": "none", "labelcolor": "white"}
+        ax.legend(fontsize=7, loc="lower left", **dark)

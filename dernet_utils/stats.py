@@ -1,8 +1,8 @@
 """Intervals by resampling studies.
 
 Images of one study resemble each other, so they are not independent observations. A bootstrap
-that draws images pretends that they are and gives intervals that are too narrow; this one
-draws whole studies.
+that draws images pretends that they are and gives intervals that are, as a rule, too narrow; this
+one draws whole studies.
 """
 
 from collections.abc import Callable, Iterator

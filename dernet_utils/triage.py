@@ -40,7 +40,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ROTATION_DEG = 15.0  # companion code: up to 10-15 degrees
 BRIGHTNESS = CONTRAST = 0.2  # companion code: up to 20 %
 WEIGHT_DECAY = 0.01  # torch's default for AdamW; the paper is silent
-CROPS_A_FILM = 12  # crops an epoch for each training film, half of them with a lesion; ours
+CROPS_A_FILM = 9  # crops an epoch for each training film, half of them with a lesion; ours
 CROP_BATCH = 32  # ours
 
 
@@ -193,6 +193,18 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
     if weights is not None:
         _load_body(network, Path(weights))
     return network
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Return x after batch normalisation by its running mean and variance, without activation.
+
+    Args:
+        x: Shape (b, channels, h, w).
+        norm: Its four vectors of shape (channels,) and its epsilon are used.
+    """
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
 
 
 def receptive_field(layers: Iterable[tuple[int, int]]) -> int:
@@ -525,8 +537,12 @@ def start_training(
     """
     network = build_network(name, weights, recipe.seed)
     network.to(machine.device(), memory_format=torch.channels_last)
+    if machine.device().type == "cpu":
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                _in_float32(module)
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY, foreach=True
+        network.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY, fused=True
     )
     return network, optimizer
 
@@ -660,6 +676,21 @@ def _autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
 
+def _in_float32(module: nn.Module) -> None:
+    """Keep a layer out of bfloat16, between layers that are in it.
+
+    A depthwise convolution has next to nothing to multiply, and on small maps its gradient is slow
+    in bfloat16: a step of EfficientNetV2-S on crops of 48 px took 0.62 s, and so takes 0.43 s.
+    """
+    forward = module.forward
+
+    def in_float32(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float()).to(x.dtype)
+
+    module.forward = in_float32
+
+
 @contextmanager
 def fast_and_deterministic() -> Iterator[None]:
     """Deterministic algorithms, denormals flushed; undone at the end."""
@@ -703,7 +734,8 @@ def _run_key(
     facts = [name, json.dumps(asdict(recipe), sort_keys=True), torch.__version__, timm.__version__]
     for fact in facts:
         digest.update(fact.encode() + b"\0")
-    digest.update(Path(__file__).read_bytes())
+    for module in (__file__, machine.__file__):
+        digest.update(Path(module).read_bytes())
     for sample in (train, validation):
         digest.update(str(tuple(sample.pixels.shape)).encode())
         digest.update(sample.pixels.contiguous().numpy())

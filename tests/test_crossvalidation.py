@@ -146,6 +146,21 @@ def test_each_training_image_is_scored_once_by_a_network_that_never_saw_it(works
     assert again.out_of_fold.equals(found.out_of_fold)
 
 
+def test_other_test_images_are_scored_anew_without_training(workspace, monkeypatch):
+    before = crossvalidation.cross_validate(workspace, NETWORK)
+    images = crossvalidation.run_images(workspace)
+    gone = images.index[images["split"] == "test"][0]
+    for fewer in (images.drop(index=gone), images):
+        monkeypatch.setattr(crossvalidation, "run_images", lambda _, fewer=fewer: fewer)
+        after = crossvalidation.cross_validate(
+            workspace, NETWORK, lambda *_: pytest.fail("trained")
+        )
+        assert after.out_of_fold.equals(before.out_of_fold)
+        both = after.test.merge(before.test, on="image_id", suffixes=("", "_before"))
+        assert len(both) == len(after.test) == (fewer["split"] == "test").sum()
+        assert both["prob"].to_numpy() == pytest.approx(both["prob_before"].to_numpy(), abs=1e-6)
+
+
 def test_two_runs_with_one_seed_give_identical_probabilities(workspace, tmp_path):
     first, second = (
         pd.read_parquet(

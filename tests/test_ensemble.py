@@ -103,6 +103,13 @@ def test_bins_hold_all_images_and_equal_numbers():
     assert np.average(table[:, 1], weights=table[:, 2]) == pytest.approx(y.mean())
 
 
+def test_equal_probabilities_share_a_bin():
+    y = np.array([1, 0, 0, 0, 1, 1])
+    table = ensemble.reliability(y, np.array([0.2, 0.2, 0.2, 0.2, 0.8, 0.9]), bins=3)
+    assert table[0].tolist() == pytest.approx([0.2, 0.25, 4])
+    assert table[:, 2].sum() == 6 and len(table) == 2
+
+
 def test_net_benefit_of_calling_all_and_of_knowing():
     y, _ = drawn(8)
     at = np.array([0.1, 0.5, 0.8])
