@@ -63,8 +63,8 @@ PROFILES = {
         # paper's, which starts from ImageNet and COCO.
         Profile(
             name="laptop", patients=480, folds=2, cache_px=640,
-            triage_px=128, triage_epochs=5, triage_batch=16, triage_lr=5e-4,
-            triage_crop_px=64, triage_crop_epochs=4,
+            triage_px=128, triage_epochs=6, triage_batch=16, triage_lr=5e-4,
+            triage_crop_px=64, triage_crop_epochs=3,
             detect_px=160, detect_epochs=13, detect_batch=6, detect_lr=2e-3, mosaic_until=4,
         ),
         # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.
