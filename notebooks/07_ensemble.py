@@ -315,8 +315,8 @@ show_figure("c07-fig-reliability", fig)
 # ```{glue:figure} c07-fig-reliability
 # :name: fig:reliability
 # :alt: Share of abnormal films against mean probability in ten bins, without calibration and with two kinds of it, beside the diagonal.
-# Reliability of the vote in ten bins of equal number, before and after calibration that was fitted
-# on other folds. n = {glue:text}`c07-n` {glue:text}`c07-kind`, profile {glue:text}`c07-profile`.
+# Reliability of the vote in ten bins of equal number (fewer where probabilities are equal), before and
+# after calibration that was fitted on other folds. n = {glue:text}`c07-n` {glue:text}`c07-kind`, profile {glue:text}`c07-profile`.
 # ```
 #
 # Below the diagonal of {numref}`fig:reliability` a network is too sure of disease, above it not
@@ -338,8 +338,8 @@ round(temperature, 2)
 # ## Thresholds, and what they trade
 #
 # Three wishes, three thresholds: Youden's balances sensitivity and specificity, F1 weighs hits against
-# misses and false alarms and gives no credit for normal films left alone, and a cautious reading room fixes a sensitivity and takes the specificity that
-# is left.
+# misses and false alarms and gives no credit for normal films left alone, and a cautious reading room
+# fixes a sensitivity and takes the specificity that is left.
 
 # %%
 thresholds = {

@@ -395,6 +395,19 @@ def test_training_refuses_one_class_and_another_size(samples, tmp_path):
         train_triage(NETWORK, train, validation, Recipe(64, 1, 8, 1e-3), tmp_path)
 
 
+def test_depthwise_convolutions_are_computed_in_float32():
+    network, _ = start_training("tf_efficientnetv2_s", None, RECIPE)
+    depthwise = [m for m in network.modules() if getattr(m, "groups", 1) > 1]
+    assert depthwise
+    for conv in (depthwise[0], depthwise[-1]):
+        x = torch.rand(1, conv.in_channels, 6, 6).bfloat16()
+        with torch.no_grad():
+            exact = type(conv).forward(conv, x.float())
+            with torch.autocast("cpu", torch.bfloat16):
+                out = conv(x)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, exact.bfloat16())
+
+
 def test_the_plain_loop_gives_the_same_lessons(samples, monkeypatch):
     monkeypatch.setattr(machine, "bfloat16_helps", lambda device: False)
     train, judged = samples
