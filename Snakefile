@@ -39,18 +39,25 @@ rule book:
 
 
 # A network and a fold are one job. Its mark is all that the rules know of it; checkpoint and
-# probabilities lie in weights/, under the digest of all that shapes them.
-rule train:
-    output:
-        touch("trained/{network}-{fold}"),
-    params:
-        digest=lambda _: steps.train_digest(workspace),
-    # Two trainings abreast, each on half of the cores, take less time than one after the other on
-    # all of them.
-    threads: max(1, every_core // 2)
-    shell:
-        "env {compute} {dernet} train {wildcards.network} --fold {wildcards.fold}"
-        " --profile {profile} --threads {threads} 2>&1"
+# probabilities lie in weights/, under the digest of all that shapes them. The network that takes
+# longest comes first, so that no core waits at the end while another trains alone.
+for priority_of_network, network in enumerate(steps.QUICKEST_FIRST, start=1):
+
+    rule:
+        name:
+            f"train_{network}"
+        output:
+            touch(f"trained/{network}-{{fold}}"),
+        params:
+            digest=lambda _: steps.train_digest(workspace),
+            network=network,
+        # Two trainings abreast, each on half of the cores, take less time than one after the other
+        # on all of them.
+        threads: max(1, every_core // 2)
+        priority: priority_of_network
+        shell:
+            "env {compute} {dernet} train {params.network} --fold {wildcards.fold}"
+            " --profile {profile} --threads {threads} 2>&1"
 
 
 rule chapter:
@@ -65,8 +72,8 @@ rule chapter:
         chapter="|".join(chapters),
     params:
         digest=lambda wildcards: steps.chapter_digest(wildcards.chapter, workspace),
-    # The longest first: the chapters that wait for no other job begin before the trainings do.
-    priority: 1
+    # The chapters that wait for no other job begin before the trainings do: one of them trains too.
+    priority: len(steps.QUICKEST_FIRST) + 1
     threads: lambda wildcards: max(1, every_core // 2) if steps.is_training(wildcards.chapter) else 1
     shell:
         "{dernet} chapter {wildcards.chapter} --profile {profile} --threads {threads} 2>&1"

@@ -30,6 +30,7 @@ Report = Callable[[str], None]
 HEARTBEAT_S = 30  # ours: often enough to see that a training lives
 TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
 MAX_THREADS = 8  # more help none of our networks
+QUICKEST_FIRST = ("densenet121", "resnet50", "tf_efficientnetv2_s")  # by a training's time
 # Read by glibc, torch and OpenMP when a process starts; numbers do not depend on them. A step of
 # training asks for the same large blocks again and again: they are kept, in huge pages, and not
 # fetched anew from the system each time. A thread that waits sleeps: where trainings run abreast,
