@@ -186,4 +186,4 @@ def _mark_lesions(ax: Axes, lesions: np.ndarray, height: int, width: int) -> Non
             ax.plot([], [], color=colour, ls=dash, label=name)
     if named:
         dark = {"facecolor": "black", "edgecolor": "none", "labelcolor": "white"}
-        ax.legend(fontsize=7, loc="lower left", **dark)
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, **dark)

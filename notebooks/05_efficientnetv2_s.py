@@ -291,7 +291,8 @@ for name, line, size in zip(triage.NETWORKS, ("o-", "s--", "^-."), (10, 5, 6), s
 paper_px = get_profile("paper").triage_px
 for side, word in {recipe.image_px: "this run", paper_px: "paper's protocol"}.items():
     ax.axvline(side, color="0.4", lw=0.8, ls=":")
-    ax.text(side * 1.02, 0.2, word, fontsize=8, rotation=90, va="bottom")
+    foot = {"transform": ax.get_xaxis_transform(), "va": "bottom", "rotation": 90}
+    ax.text(side * 1.02, 0.04, word, fontsize=8, **foot)
 two = np.array([facts["densenet121"], facts["tf_efficientnetv2_s"]])
 assert np.allclose(two[0], two[1], rtol=0.1)
 ax.set(xlabel="side of the image, px", ylabel="billion operations an image")

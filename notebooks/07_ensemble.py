@@ -363,19 +363,19 @@ resampled = [
     ensemble.net_benefit(y[rows], judged[rows], grid)
     for rows in stats.resample_by_study(studies, **draws)
 ]
-fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6))
 at = [evaluate.operating_point(y, final, tau) for tau in grid]
 left.plot(grid, [point["sensitivity"] for point in at], label="sensitivity")
 left.plot(grid, [point["specificity"] for point in at], "--", label="specificity")
 for (name, tau), dash in zip(thresholds.items(), ("-", "--", ":"), strict=True):
     left.axvline(tau, color="0.3", lw=1, ls=dash, label=f"{name} {tau:.2f}")
-left.set(xlabel="threshold", ylim=(0, 1.01))
-left.legend(fontsize=8)
+left.set(xlabel="threshold", ylabel="share of films", ylim=(0, 1.01))
+left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 right.fill_between(grid, *np.quantile(resampled, [0.025, 0.975], axis=0), alpha=0.25, lw=0)
 for (name, values), dash in zip(benefit.items(), ("-", "--", ":"), strict=True):
     right.plot(grid, values, dash, label=name)
 right.set(xlabel="threshold", ylabel="net benefit", ylim=(-0.1, max(0.6, y.mean() + 0.05)))
-right.legend(fontsize=8)
+right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 show_figure("c07-fig-trade", fig)
 
 # %% [markdown]
