@@ -375,8 +375,8 @@ glue("c06-worst", f"{fall(probs[taken]):+.2f}", display=False)
 # ```
 #
 # {glue:text}`c06-idle` of the twelve blocks move the AUROC by less than 0.005 when they are gone
-# ({numref}`fig:resnet-without`): they began as nothing and have earned next to no influence yet, and a
-# short run leaves many such. Block {glue:text}`c06-taken` costs most, {glue:text}`c06-worst` with its 95 %
+# ({numref}`fig:resnet-without`). From random weights each began as nothing, and a short run may leave
+# many that have earned next to no influence. Block {glue:text}`c06-taken` costs most, {glue:text}`c06-worst` with its 95 %
 # interval by study. The largest of twelve is too large by chance, and the interval does not know that
 # it was picked. Where the whole network stands near one half, the figure says nothing.
 
