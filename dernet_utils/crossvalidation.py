@@ -96,7 +96,8 @@ def epoch_bars(network: str, profile: Profile) -> Progress:
             title = f"{network}, fold {fold} of {profile.folds}"
             bars[fold] = tqdm(desc=title, total=total, initial=row["epoch"] - 1, unit="epoch")
         found = {"train loss": row["train_loss"], "held-out AUROC": row["validation_auroc"]}
-        bars[fold].set_postfix({key: f"{value:.3f}" for key, value in found.items()})
+        shown = {key: f"{value:.3f}" for key, value in found.items() if value is not None}
+        bars[fold].set_postfix(shown)
         bars[fold].update()
         if row["epoch"] == total:
             bars[fold].close()
@@ -183,7 +184,7 @@ def _train_fold(
             )
     trained = train_triage(
         name,
-        Sample.load(learnt, recipe.image_px),
+        Sample.load(learnt, recipe.train_px),
         Sample.load(held, recipe.image_px),
         recipe,
         workspace.weights,

@@ -94,7 +94,7 @@ def measure_step(workspace: Workspace, name: str, recipe: Recipe) -> tuple[float
     images = run_images(workspace)
     train = images[images["split"] == "train"]
     both = pd.concat([rows.head(recipe.batch // 2) for _, rows in train.groupby("label")])
-    sample = Sample.load(both, recipe.image_px)
+    sample = Sample.load(both, recipe.train_px)
     with fast_and_deterministic():
         network, optimizer = start_training(name, starting_weights(name), recipe)
         train_epoch(network, optimizer, sample, recipe, 0)
@@ -130,7 +130,7 @@ def compare_loops(workspace: Workspace, image_px: int, report: Report) -> pd.Dat
     recipe = replace(recipe, image_px=image_px, crop_px=crop_px, crop_epochs=crop_epochs, epochs=1)
     images = run_images(workspace)
     train, held = images[images["fold"] > 0], images[images["fold"] == 0]
-    sample, judged = Sample.load(train, image_px), Sample.load(held, image_px)
+    sample, judged = Sample.load(train, recipe.train_px), Sample.load(held, image_px)
     rows = []
     for name in NETWORKS:
         plain, fast, seconds = _race(name, sample, recipe)

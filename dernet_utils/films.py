@@ -204,10 +204,10 @@ class Scene:
         # Nothing moves: the rays, and the tissue before any lesion is put in, are the same.
         pairs, apart = [], self._apart(view, block)
         for strip in _strips(block):
-            density, points, near = self._tissue(view, lesions, strip)
-            rest = [(lesion, place) for lesion, place in near if lesion not in finding]
+            density, near = self._tissue(view, lesions, strip)
+            rest = [some for some in near if some[0] not in finding]
             both = (near, density.clone()), (rest, density)
-            pairs.append([self._integrate(tissue, points, some, apart) for some, tissue in both])
+            pairs.append([self._integrate(tissue, some, apart) for some, tissue in both])
         with_it, without = map(_join, zip(*pairs, strict=True))
         return with_it, without
 
@@ -251,13 +251,19 @@ class Scene:
         """Sample the moved tissue on a few rows of rays.
 
         Returns:
-            Density (rows, steps, columns), the donor's places, and the lesions near with where.
+            Density (rows, steps, columns), and the lesions near: each with where, and its occupancy
+            there if it changes tissue.
         """
         points = tuple(p.contiguous() for p in self.donor_places(view, strip))
         near = [(lesion, self._near(points, lesion)) for lesion in lesions]
         near = [(lesion, place) for lesion, place in near if place]
         self._move(points, near)
-        return torch.from_numpy(self._sample(*(p.numpy() for p in points))), points, near
+        changing = [
+            (lesion, place, lesion.region(tuple(p[place] for p in points)))
+            for lesion, place in near
+            if lesion.fill is not None or lesion.metal
+        ]
+        return torch.from_numpy(self._sample(*(p.numpy() for p in points))), changing
 
     def _sample(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Interpolate the donor's density at places in mm; 0 outside the scan.
@@ -297,13 +303,10 @@ class Scene:
                 for p, q in zip(points, moved, strict=True):
                     p[place] = q
 
-    def _integrate(self, density: Tensor, points: tuple, near: list, apart: Tensor) -> tuple:
+    def _integrate(self, density: Tensor, near: list, apart: Tensor) -> tuple:
         """Put lesions into the tissue, which is changed, and sum along the rays: g/cm²."""
-        metal = torch.zeros(density.shape) if any(some.metal for some, _ in near) else None
-        for lesion, place in near:
-            if lesion.fill is None and not lesion.metal:
-                continue
-            share = lesion.region(tuple(p[place] for p in points))
+        metal = torch.zeros(density.shape) if any(some.metal for some, *_ in near) else None
+        for lesion, place, share in near:
             if lesion.fill is not None:
                 density[place] += share * (lesion.fill - density[place])
             if lesion.metal:

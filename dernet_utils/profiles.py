@@ -33,6 +33,7 @@ class Profile(BaseModel):
     triage_epochs: int = Field(gt=0)
     triage_batch: int = Field(gt=0)
     triage_lr: float = Field(gt=0)
+    triage_detail: int = Field(1, ge=1, description="side of a training image, over triage_px")
     triage_crop_px: int = Field(48, gt=0, multiple_of=16)
     triage_crop_epochs: int = Field(0, ge=0, description="epochs on crops, before whole images")
     detect_px: int = Field(gt=0, multiple_of=32)
@@ -55,17 +56,17 @@ PROFILES = {
         Profile(
             name="smoke", patients=24, folds=3, cache_px=256,
             triage_px=64, triage_epochs=1, triage_batch=8, triage_lr=1e-3,
-            triage_crop_px=32, triage_crop_epochs=1,
+            triage_crop_px=32, triage_crop_epochs=1, triage_detail=2,
             detect_px=96, detect_epochs=2, detect_batch=8, detect_lr=1e-3, mosaic_until=2,
             bootstrap=200,
         ),
         # A person's first run: from random weights, so the learning rate is higher than the
         # paper's, which starts from ImageNet and COCO.
         Profile(
-            name="laptop", patients=480, folds=2, cache_px=640,
-            triage_px=128, triage_epochs=6, triage_batch=16, triage_lr=5e-4,
-            triage_crop_px=64, triage_crop_epochs=3,
-            detect_px=160, detect_epochs=13, detect_batch=6, detect_lr=2e-3, mosaic_until=4,
+            name="laptop", patients=560, folds=2, cache_px=640,
+            triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
+            triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
+            detect_px=160, detect_epochs=10, detect_batch=6, detect_lr=2e-3, mosaic_until=4,
         ),
         # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.
         Profile(

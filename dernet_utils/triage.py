@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,6 +43,7 @@ BRIGHTNESS = CONTRAST = 0.2  # companion code: up to 20 %
 WEIGHT_DECAY = 0.01  # torch's default for AdamW; the paper is silent
 CROPS_A_FILM = 9  # crops an epoch for each training film, half of them with a lesion; ours
 CROP_BATCH = 32  # ours
+BLOCK_SCALE = 0.5  # of a residual block's change, at first; ours
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,13 @@ class Recipe:
         image_px: Side of the square input.
         epochs: Passes over the training images; all are made, the last one counts.
         batch: Images a step.
-        lr: Learning rate of the first step; a cosine takes it to zero over these passes.
+        lr: Learning rate of the first step; a cosine takes it to zero over all epochs, those on
+            crops among them.
         seed: Seed of initial weights, order, augmentation, crops and dropout.
         crop_px: Side of the crops that `draw_crops` draws.
-        crop_epochs: Epochs on crops, at the full learning rate, before those on whole images.
+        crop_epochs: Epochs on crops, before those on whole images.
+        detail: Side of a training image while it is turned and mirrored, over `image_px`. At 1 a
+            turned image is blurred, and one that is scored is not.
     """
 
     image_px: int
@@ -65,6 +70,7 @@ class Recipe:
     seed: int = 42
     crop_px: int = 48
     crop_epochs: int = 0
+    detail: int = 1
 
     @classmethod
     def of(cls, profile: Profile) -> "Recipe":
@@ -77,7 +83,13 @@ class Recipe:
             profile.seed,
             profile.triage_crop_px,
             profile.triage_crop_epochs,
+            profile.triage_detail,
         )
+
+    @property
+    def train_px(self) -> int:
+        """Side of a training image before it is turned."""
+        return self.image_px * self.detail
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,8 @@ class Trained:
         network: After the last epoch, in evaluation mode.
         history: One row an epoch: ``epoch`` from 1, ``learnt_from`` (crops or films), ``lr`` at
             its end, ``train_loss`` (with augmentation), ``validation_loss``,
-            ``validation_auroc`` (both of whole images), ``seconds``.
+            ``validation_auroc`` (both of whole images; missing before the last epoch on crops),
+            ``seconds``.
         checkpoint: The safetensors file with weights and history.
     """
 
@@ -184,12 +197,15 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
     # outputs; those of a single one come out far too large.
     for parameter in network.get_classifier().parameters():
         nn.init.zeros_(parameter)
-    # At first a residual block hands on its input (Goyal et al., 2017). timm does so for ResNet
-    # only; without it EfficientNetV2-S spends a short run on finding its feet.
+    # Timm starts a residual block's change at nothing (ResNet; Goyal et al., 2017) or whole
+    # (EfficientNetV2-S). In a few hundred steps from random weights something between is better.
     for block in network.modules():
-        if isinstance(block, (EdgeResidual, InvertedResidual)) and block.has_skip:
-            last = block.bn2 if isinstance(block, EdgeResidual) else block.bn3
-            nn.init.zeros_(last.weight)
+        if isinstance(block, Bottleneck):
+            nn.init.constant_(block.bn3.weight, BLOCK_SCALE)
+        elif isinstance(block, EdgeResidual) and block.has_skip:
+            nn.init.constant_(block.bn2.weight, BLOCK_SCALE)
+        elif isinstance(block, InvertedResidual) and block.has_skip:
+            nn.init.constant_(block.bn3.weight, BLOCK_SCALE)
     if weights is not None:
         _load_body(network, Path(weights))
     return network
@@ -401,13 +417,13 @@ def train_triage(
     """Train a triage network, or load it where this very run is finished.
 
     AdamW on binary cross-entropy, lines 3 to 6 of the paper's Algorithm 1, with a cosine from
-    `recipe.lr` to zero; before these, where the recipe says so, epochs on crops. The validation
-    images are scored after each epoch and change nothing.
+    `recipe.lr` to zero; where the recipe says so, its first epochs are on crops. From the last
+    of these on the validation images are scored after each epoch; they change nothing.
 
     Args:
         name: One of `NETWORKS`.
-        train: Images to learn from, of both classes.
-        validation: Images of other studies, for the learning curve.
+        train: Images to learn from, of both classes, `recipe.train_px` wide.
+        validation: Images of other studies, for the learning curve, `recipe.image_px` wide.
         recipe: The run's numbers.
         folder: Where checkpoints lie; one run is ``<name>-<digest>.safetensors``, and
             ``<name>-<digest>.resume`` while it is not finished.
@@ -470,11 +486,11 @@ def epoch_line(row: dict) -> str:
     ...             "validation_auroc": 0.74, "seconds": 12.3})
     'epoch  3   train loss 0.610   validation loss 0.580   validation AUROC 0.740   12 s'
     """
-    return (
-        f"epoch {row['epoch']:2d}   train loss {row['train_loss']:.3f}   "
-        f"validation loss {row['validation_loss']:.3f}   "
-        f"validation AUROC {row['validation_auroc']:.3f}   {row['seconds']:.0f} s"
-    )
+    parts = [f"epoch {row['epoch']:2d}", f"train loss {row['train_loss']:.3f}"]
+    if row["validation_auroc"] is not None:
+        parts.append(f"validation loss {row['validation_loss']:.3f}")
+        parts.append(f"validation AUROC {row['validation_auroc']:.3f}")
+    return "   ".join([*parts, f"{row['seconds']:.0f} s"])
 
 
 def _train(
@@ -500,14 +516,18 @@ def _train(
     for epoch in range(len(history), recipe.crop_epochs + recipe.epochs):
         started = time.perf_counter()
         train_loss = train_epoch(network, optimizer, train, recipe, epoch)
-        logits = torch.cat(list(_logits(network, validation.pixels, recipe.batch)))
+        loss = area = None
+        if epoch + 1 >= recipe.crop_epochs:
+            logits = torch.cat(list(_logits(network, validation.pixels, recipe.batch)))
+            loss = float(F.binary_cross_entropy_with_logits(logits, validation.y))
+            area = auroc(validation.y.numpy(), logits.numpy())
         row = {
             "epoch": epoch + 1,
             "learnt_from": "crops" if epoch < recipe.crop_epochs else "films",
             "lr": optimizer.param_groups[0]["lr"],
             "train_loss": train_loss,
-            "validation_loss": float(F.binary_cross_entropy_with_logits(logits, validation.y)),
-            "validation_auroc": auroc(validation.y.numpy(), logits.numpy()),
+            "validation_loss": loss,
+            "validation_auroc": area,
             "seconds": time.perf_counter() - started,
         }
         history.append(row)
@@ -619,13 +639,15 @@ def lessons(
     torch.manual_seed(seed)  # should a network draw, as dropout does
     pixels, y, batch = train.pixels, train.y, recipe.batch
     if epoch < recipe.crop_epochs:
-        pixels, y = draw_crops(train, CROPS_A_FILM * len(train), recipe.crop_px, generator)
+        side = recipe.crop_px * recipe.detail
+        pixels, y = draw_crops(train, CROPS_A_FILM * len(train), side, generator)
         batch = CROP_BATCH
     batches = _batches(len(y), batch, generator)
     for step, rows in enumerate(batches):
-        done = max(0.0, (epoch - recipe.crop_epochs + step / len(batches)) / recipe.epochs)
+        done = (epoch + step / len(batches)) / (recipe.crop_epochs + recipe.epochs)
         lr = recipe.lr * (1 + math.cos(math.pi * done)) / 2
-        yield augment(pixels[rows].to(device), generator), y[rows].to(device), lr
+        grey = F.avg_pool2d(augment(pixels[rows].to(device), generator), recipe.detail)
+        yield grey, y[rows].to(device), lr
 
 
 def _batches(n: int, batch: int, generator: torch.Generator) -> Sequence[Tensor]:
@@ -708,9 +730,9 @@ def fast_and_deterministic() -> Iterator[None]:
 
 
 def _check_training(train: Sample, recipe: Recipe) -> None:
-    if train.pixels.shape[-1] != recipe.image_px or train.pixels.shape[-2] != recipe.image_px:
+    if train.pixels.shape[2:] != (recipe.train_px, recipe.train_px):
         raise DernetError(
-            f"The recipe trains on squares of {recipe.image_px} px, and the images are "
+            f"The recipe trains on squares of {recipe.train_px} px, and the images are "
             f"{train.pixels.shape[-1]} x {train.pixels.shape[-2]} px: load them at that size."
         )
     if len(train.y.unique()) < 2:

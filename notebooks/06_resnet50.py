@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from myst_nb import glue
 
-from dernet_utils import evaluate, figures, stats, triage
+from dernet_utils import evaluate, figures, machine, stats, triage
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.crossvalidation import cross_validate, epoch_bars, run_images
 from dernet_utils.figures import show_figure
@@ -104,21 +104,21 @@ with torch.no_grad():
     network.train()(x)
     network.eval()
     block = network.layer1[1]
-    torch.nn.init.normal_(block.bn3.weight)  # at first it is zero: see below
     stem = network.maxpool(network.act1(network.bn1(network.conv1(x))))
     x1 = network.layer1[0](stem)
     assert torch.allclose(bottleneck(x1, block), block(x1), atol=1e-4)
 x1.shape
 
 # %% [markdown]
-# The last scale of every block is zero at the start, so that 12 of an untrained ResNet50's 16 blocks
-# do nothing but hand on their input, and the other four only change its shape; each block earns its
-# influence by training {cite}`goyal2017`. timm does so for ResNet; this book does the same for the
-# MBConv and fused blocks of EfficientNetV2-S.
+# Where training starts from random weights, the last scale $\gamma$ of a block says how much of its
+# change is there at first. At zero, timm's choice for ResNet, 12 of the 16 blocks do nothing but hand
+# on their input, and each earns its influence by training {cite}`goyal2017`; over many epochs that is
+# the steadier start. In a few hundred steps many blocks that began as nothing have earned next to
+# nothing, and this book starts all of them at one half ({ref}`sec:chosen`).
 
 # %%
 fresh = triage.build_network("resnet50", seed=numbers.seed)
-assert all(not one.bn3.weight.any() for stage in (fresh.layer1, fresh.layer4) for one in stage)
+assert all(one.bn3.weight.eq(0.5).all() for stage in (fresh.layer1, fresh.layer4) for one in stage)
 
 # %% [markdown]
 # ### Counting
@@ -178,8 +178,8 @@ glue("c06-operations", f"{operations / 1e9:.1f}", display=False)
 # Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with the
 # input added to the change, and ask how large the gradient still is when it has come back to each
 # layer. What a layer shrinks, the plain chain shrinks to the power of its depth. The change is
-# divided by the depth, as a residual block's should start small; added whole, the changes make the
-# gradient grow instead, which the zero scales above prevent in ResNet50.
+# divided by the depth; added whole, the changes make the gradient grow instead, which in ResNet50 the
+# normalisation within each block and the new start at each stage keep within bounds.
 
 
 # %%
@@ -323,16 +323,24 @@ beside_table_2(numbers, {"out of fold": {"resnet50": scores}}, ("resnet50",))
 # %%
 trained, _ = triage.load_trained("resnet50", found.checkpoints[shown_fold], recipe)
 rows = np.flatnonzero(scored["fold"] == shown_fold)[:80]
-prob_whole, probs = triage.predict_triage(trained, sample.pixels[rows]), {}
+x = triage.as_input(sample.pixels[rows].to(machine.device()))
+
+
+@torch.no_grad()
+def score():
+    """Probabilities of the films as they are, without their mirror images."""
+    return trained(x).squeeze(1).sigmoid().cpu().numpy()
+
+
+prob_whole, probs = score(), {}
 for number in (1, 2, 3, 4):
     stage = getattr(trained, f"layer{number}")
     for position in range(1, len(stage)):
         taken, stage[position] = stage[position], torch.nn.Identity()
-        probs[f"{number}.{position + 1}"] = triage.predict_triage(trained, sample.pixels[rows])
+        probs[f"{number}.{position + 1}"] = score()
         stage[position] = taken
 assert len(probs) == 12
-back = triage.predict_triage(trained, sample.pixels[rows])
-assert np.array_equal(back, prob_whole)  # all blocks are in their places again
+assert np.array_equal(score(), prob_whole)  # all blocks are in their places again
 
 
 # %%
@@ -375,8 +383,7 @@ glue("c06-worst", f"{fall(probs[taken]):+.2f}", display=False)
 # ```
 #
 # {glue:text}`c06-idle` of the twelve blocks move the AUROC by less than 0.005 when they are gone
-# ({numref}`fig:resnet-without`). From random weights each began as nothing, and a short run may leave
-# many that have earned next to no influence. Block {glue:text}`c06-taken` costs most, {glue:text}`c06-worst` with its 95 %
+# ({numref}`fig:resnet-without`). Block {glue:text}`c06-taken` costs most, {glue:text}`c06-worst` with its 95 %
 # interval by study. The largest of twelve is too large by chance, and the interval does not know that
 # it was picked. Where the whole network stands near one half, the figure says nothing.
 
@@ -461,7 +468,7 @@ by_f1["sensitivity"] - scores.loc["sensitivity", "value"]
 # %% [markdown]
 # ## Takeaways
 #
-# - A residual block learns a change; to do nothing is its starting point.
+# - A residual block learns a change to what passes it by; to do nothing is easy for it.
 # - The sum hands the gradient on whole, so that depth does not silence the first layers.
 # - With a block taken out there is still a way through; what that costs is measured.
 # - AUROC {glue:text}`c06-auroc` out of fold on {glue:text}`c06-n` {glue:text}`c06-kind`.

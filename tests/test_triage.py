@@ -1,13 +1,16 @@
 """Triage networks: images, training, checkpoints, probabilities."""
 
+import json
+
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from dernet_utils import machine
+from dernet_utils import machine, triage
 from dernet_utils.errors import DernetError
 from dernet_utils.estimate import plain_epoch
 from dernet_utils.evaluate import auroc
@@ -21,9 +24,11 @@ from dernet_utils.triage import (
     as_input,
     augment,
     build_network,
+    checkpoint_facts,
     count_operations,
     draw_crops,
     epoch_line,
+    lessons,
     load_trained,
     predict_triage,
     receptive_field,
@@ -38,12 +43,12 @@ RECIPE = Recipe(image_px=32, epochs=3, batch=8, lr=1e-3, seed=1)
 NETWORK = "densenet121"  # the smallest checkpoint of the three
 
 
-def bright_or_dark(n: int, seed: int) -> Sample:
+def bright_or_dark(n: int, seed: int, px: int = 32) -> Sample:
     """Noise whose lower half is bright where the label is 1."""
     rng = np.random.default_rng(seed)
     y = np.arange(n) % 2
-    pixels = rng.integers(0, 120, (n, 1, 32, 32))
-    pixels[:, :, 16:] += 120 * y[:, None, None, None]
+    pixels = rng.integers(0, 120, (n, 1, px, px))
+    pixels[:, :, px // 2 :] += 120 * y[:, None, None, None]
     return Sample(torch.tensor(pixels, dtype=torch.uint8), torch.tensor(y, dtype=torch.float32))
 
 
@@ -84,14 +89,16 @@ def test_every_image_starts_at_one_half(name):
         assert network(torch.rand(2, 3, 64, 64)).abs().max() == 0
 
 
-def test_residual_blocks_start_by_handing_on_their_input():
-    x = torch.rand(1, 48, 8, 8)
-    fused = build_network("tf_efficientnetv2_s").eval().blocks[1][1]
-    assert torch.equal(fused(x), x) and fused.bn2.weight.shape == (48,)
-    x = torch.rand(1, 128, 8, 8)
-    assert torch.equal(build_network("tf_efficientnetv2_s").eval().blocks[3][1](x), x)
-    x = torch.rand(1, 256, 8, 8)
-    assert torch.equal(build_network("resnet50").eval().layer1[1](x), x)
+@pytest.mark.parametrize("name, blocks", [("resnet50", 16), ("tf_efficientnetv2_s", 33)])
+def test_residual_blocks_start_at_half_their_change(name, blocks):
+    # By hand: 3 + 4 + 6 + 3 bottlenecks; of the 4 + 4 + 6 + 9 + 15 blocks of stages 2 to 6 all
+    # but each stage's first have a way around.
+    halved = [
+        norm
+        for norm in build_network(name).modules()
+        if isinstance(norm, nn.BatchNorm2d) and norm.weight.eq(0.5).all()
+    ]
+    assert len(halved) == blocks
 
 
 def test_operations_and_reach_of_resnet50():
@@ -262,6 +269,21 @@ def test_augmentation_flips_half_and_rotates_rigidly():
     assert angle.abs().max() <= 15.5 and angle.abs().max() > 13
 
 
+def test_an_image_is_turned_at_its_detail_and_then_averaged(monkeypatch):
+    monkeypatch.setattr(triage, "ROTATION_DEG", 0.0)
+    monkeypatch.setattr(triage, "BRIGHTNESS", 0.0)
+    monkeypatch.setattr(triage, "CONTRAST", 0.0)
+    fine = bright_or_dark(8, seed=2, px=64)
+    recipe = Recipe(32, 1, 8, 1e-3, detail=2)
+    ((grey, y, _),) = lessons(fine, recipe, 0, torch.device("cpu"))
+    assert grey.shape == (8, 1, 32, 32) and sorted(y.tolist()) == sorted(fine.y.tolist())
+    coarse = fine.pixels.view(8, 1, 32, 2, 32, 2).float().mean(dim=(3, 5)) / 255
+    for one in grey:
+        assert (
+            min((one - way).abs().max() for each in coarse for way in (each, each.flip(-1))) < 1e-5
+        )
+
+
 def test_sample_refuses_what_is_not_grey_bytes():
     with pytest.raises(DernetError, match="8-bit grey"):
         Sample(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2))
@@ -305,14 +327,20 @@ def test_finished_run_is_loaded_not_trained(trained, samples, folder):
 
 
 def test_learns_crops_first_and_goes_on_where_it_was_killed(tmp_path):
-    train, recipe = films_with_places(16), Recipe(64, 1, 8, 1e-3, 0, crop_px=32, crop_epochs=1)
+    train, recipe = films_with_places(16), Recipe(64, 1, 8, 1e-3, 0, crop_px=32, crop_epochs=2)
 
     def kill(row):
         raise KeyboardInterrupt
 
     unbroken = train_triage(NETWORK, train, train, recipe, tmp_path / "a")
-    assert unbroken.history["learnt_from"].tolist() == ["crops", "films"]
-    assert unbroken.history["lr"].iloc[0] == 1e-3 > unbroken.history["lr"].iloc[1]
+    history = unbroken.history
+    assert history["learnt_from"].tolist() == ["crops", "crops", "films"]
+    assert history["lr"].is_monotonic_decreasing
+    # Whole films are first scored when they are about to be learnt from.
+    assert history["validation_auroc"].isna().tolist() == [True, False, False]
+    assert "validation" not in epoch_line(
+        json.loads(checkpoint_facts(unbroken.checkpoint)["history"])[0]
+    )
     with pytest.raises(KeyboardInterrupt):
         train_triage(NETWORK, train, train, recipe, tmp_path / "b", progress=kill)
     again = train_triage(NETWORK, train, train, recipe, tmp_path / "b")
@@ -321,6 +349,8 @@ def test_learns_crops_first_and_goes_on_where_it_was_killed(tmp_path):
         train_triage(NETWORK, Sample(train.pixels, train.y), train, recipe, tmp_path)
     with pytest.raises(DernetError, match="do not fit"):
         train_triage(NETWORK, train, train, Recipe(64, 1, 8, 1e-3, 0, 96, 1), tmp_path)
+    with pytest.raises(DernetError, match="squares of 128 px"):
+        train_triage(NETWORK, train, train, Recipe(64, 1, 8, 1e-3, detail=2), tmp_path)
 
 
 @pytest.mark.parametrize("change", ["image", "label", "number", "start", "place"])

@@ -1,6 +1,6 @@
 """A whole virtual cohort: its frequencies, its files, and no way to tell a lesion by anything else.
 
-The cohort is made once for this file, a little larger than a laptop's; that takes some minutes.
+The cohort is made once for this file, large enough for its frequencies; that takes some minutes.
 """
 
 import os
