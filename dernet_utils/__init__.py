@@ -15,6 +15,7 @@ Modules import in one direction, from the bottom of this list to its top::
     ensemble    one answer from several networks: weights, thresholds, calibration
     crossvalidation    a network and a fold are one job; test labels under seal
     paper       the paper's printed results, beside ours
+    losses      the detector's loss, Eqs. 4 to 6, written for reading
     yolo, detect    where the lesions are: YOLO11-L, training, boxes
     figures     the drawing that chapters share
     workflow    chapters executed, the book staged and built

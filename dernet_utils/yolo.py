@@ -22,6 +22,7 @@ from torch import nn
 
 from dernet_utils import machine
 from dernet_utils.errors import DernetError
+from dernet_utils.losses import Assigned
 from dernet_utils.workspace import PROJECT
 
 # Read by ultralytics while it is imported: no question to the network, settings among the runs,
@@ -38,6 +39,7 @@ from ultralytics.data.dataset import YOLODataset  # noqa: E402
 from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
 from ultralytics.nn.tasks import DetectionModel  # noqa: E402
 from ultralytics.utils import SETTINGS  # noqa: E402
+from ultralytics.utils.tal import make_anchors  # noqa: E402
 from ultralytics.utils.torch_utils import intersect_dicts  # noqa: E402
 
 if SETTINGS["sync"]:
@@ -70,6 +72,35 @@ class Detector(DetectionModel):
             preds = self.forward(images)
         return {name: _float32(value) for name, value in preds.items()}
 
+    def assigned(self, batch: dict) -> Assigned:
+        """Return what every anchor says of a batch, and what the assigner wants of it.
+
+        Args:
+            batch: As `loss` takes it.
+        """
+        preds, criterion = self.raw_predictions(batch["img"]), self.init_criterion()
+        anchors, stride = make_anchors(preds["feats"], criterion.stride, 0.5)
+        films, _, height, width = batch["img"].shape
+        targets = torch.cat(
+            [batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]], dim=1
+        )
+        sides = torch.tensor([width, height, width, height], device=targets.device)
+        labels, boxes = criterion.preprocess(targets, films, sides).split((1, 4), dim=2)
+        logits, edges = (preds[name].transpose(1, 2) for name in ("scores", "boxes"))
+        _, box_target, class_target, lesion, _ = criterion.assigner(
+            logits.detach().sigmoid(),
+            criterion.bbox_decode(anchors, edges.detach().contiguous()) * stride,
+            anchors * stride, labels, boxes, boxes.sum(2, keepdim=True) > 0,
+        )  # fmt: skip
+        return Assigned(
+            logits.flatten(0, 1),
+            edges.unflatten(2, (4, -1)).flatten(0, 1),
+            anchors.repeat(films, 1),
+            class_target.flatten(0, 1),
+            (box_target / stride).flatten(0, 1),
+            lesion.flatten().bool(),
+        )
+
 
 def _float32(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     return [v.float() for v in value] if isinstance(value, list) else value.float()
@@ -91,6 +122,7 @@ def build_detector(classes: tuple[str, ...], seed: int, start: Path | None = Non
         torch.manual_seed(seed)
         model = Detector("yolo11l.yaml", nc=len(classes), verbose=False)
     model.names = dict(enumerate(classes))
+    model.args = settings_of({"box": 7.5, "cls": 0.5, "dfl": 1.5})  # paper, Eq. 4
     if start is not None:
         model.load_state_dict(intersect_dicts(read_start(start), model.state_dict()), strict=False)
     return model.to(memory_format=torch.channels_last)

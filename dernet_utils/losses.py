@@ -1,0 +1,165 @@
+"""The detector's loss (Eq. 4) and its three terms, written for reading.
+
+Each function is differentiable and vectorised, and gives one number a box or an anchor: sums and
+weights are `total_loss`'s. ultralytics' own forms of the three are held to the ones here by tests,
+gradients included.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GAMMA = 2.0  # paper, section 3.3
+ALPHA = 0.25  # companion code
+TINY = 1e-7  # keeps quotients of empty boxes finite, as ultralytics does
+
+
+def complete_iou_loss(boxes: Tensor, truth: Tensor) -> Tensor:
+    """Return Eq. 5: how far boxes are from the ones that they should be.
+
+    One less their overlap, plus the squared distance of the centres over that of the corners of
+    the smallest box round both, plus alpha v for another aspect ratio. The factor alpha weighs
+    the shape by the overlap; it is taken for a constant when the gradient is (Zheng et al., 2020).
+
+    Args:
+        boxes: Corners, shape (..., 4).
+        truth: The same shape.
+
+    Returns:
+        Shape (...); 0 for equal boxes, 1 and more for boxes that do not meet.
+
+    >>> one = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    >>> [round(float(complete_iou_loss(one, one + shift)), 3) for shift in (0.0, 2.0)]
+    [0.0, 1.25]
+    """
+    width, height = _size(boxes)
+    true_width, true_height = _size(truth)
+    low = torch.maximum(boxes[..., :2], truth[..., :2])
+    high = torch.minimum(boxes[..., 2:], truth[..., 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    overlap = shared / (width * height + true_width * true_height - shared + TINY)
+
+    around = torch.maximum(boxes[..., 2:], truth[..., 2:])
+    around = around - torch.minimum(boxes[..., :2], truth[..., :2])
+    apart = (truth[..., :2] + truth[..., 2:] - boxes[..., :2] - boxes[..., 2:]) / 2
+    distance = apart.square().sum(-1) / (around.square().sum(-1) + TINY)
+
+    turned = torch.atan(true_width / true_height) - torch.atan(width / height)
+    shape = 4 / math.pi**2 * turned.square()
+    alpha = (shape / (1 - overlap + shape + TINY)).detach()
+    return 1 - overlap + distance + alpha * shape
+
+
+def _size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Width and height of corners (..., 4); the height is never nothing, for it is divided by."""
+    return boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1] + TINY
+
+
+def focal_loss(
+    logits: Tensor, target: Tensor, gamma: float = GAMMA, alpha: float = ALPHA
+) -> Tensor:
+    """Return Eq. 6: binary cross-entropy in which what is easy counts little.
+
+    The paper's equation is for targets 0 and 1. YOLO11's are soft: how well an anchor's box and
+    class fit the lesion that it is assigned to. With a target t, p_t and alpha_t become the means
+    t p + (1 - t)(1 - p) and t alpha + (1 - t)(1 - alpha), and -log p_t the cross-entropy with t; at
+    0 and 1 that is Eq. 6 (the form in TensorFlow Addons).
+
+    Args:
+        logits: Any shape.
+        target: In [0, 1], the same shape.
+        gamma: How quickly the weight falls with p_t; 0 leaves alpha-weighted cross-entropy.
+        alpha: Weight of target 1; 1 - alpha is that of target 0.
+
+    Returns:
+        The same shape.
+
+    >>> float(focal_loss(torch.tensor(0.0), torch.tensor(1.0)))  # 0.25 * 0.5**2 * ln 2
+    0.04332...
+    """
+    prob = logits.sigmoid()
+    prob_of_truth = target * prob + (1 - target) * (1 - prob)
+    weight = target * alpha + (1 - target) * (1 - alpha)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return weight * (1 - prob_of_truth) ** gamma * entropy
+
+
+def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:
+    """Return how badly a distribution over whole distances says where an edge lies.
+
+    An edge at 3.2 should have probability 0.8 at 3 and 0.2 at 4: the cross-entropy with those two
+    (Li et al., 2020, Eq. 6).
+
+    Args:
+        logits: Shape (..., bins), of the distances 0, 1, ..., bins - 1.
+        distance: Shape (...), brought into [0, bins - 1.01] first, so that a bin lies above it.
+
+    Returns:
+        Shape (...).
+    """
+    bins = logits.shape[-1]
+    distance = distance.clamp(0, bins - 1.01)
+    below = distance.long()
+    above_share = distance - below
+    log_prob = F.log_softmax(logits, dim=-1)
+    log_below = log_prob.gather(-1, below[..., None])[..., 0]
+    log_above = log_prob.gather(-1, below[..., None] + 1)[..., 0]
+    return -(1 - above_share) * log_below - above_share * log_above
+
+
+class Assigned(NamedTuple):
+    """What each anchor has said and what it should have.
+
+    Attributes:
+        class_logits: Shape (anchors, classes).
+        edge_logits: Of its box's left, top, right and lower edge, shape (anchors, 4, bins).
+        anchors: Its place in units of its stride, shape (anchors, 2).
+        class_target: In [0, 1], shape (anchors, classes); 0 where no lesion is assigned.
+        box_target: Corners in units of the stride, shape (anchors, 4).
+        lesion: Whether a lesion is assigned, bool, shape (anchors,).
+    """
+
+    class_logits: Tensor
+    edge_logits: Tensor
+    anchors: Tensor
+    class_target: Tensor
+    box_target: Tensor
+    lesion: Tensor
+
+
+def total_loss(
+    given: Assigned,
+    box: float = 7.5,
+    classes: float = 0.5,
+    dfl: float = 1.5,
+    class_loss: Callable[[Tensor, Tensor], Tensor] = focal_loss,
+) -> dict[str, Tensor]:
+    """Return the weighted terms of Eq. 4 over a batch's anchors; their sum is the loss.
+
+    Anchors with a lesion count as much as their class target says; all terms are divided by the
+    sum of these, or by 1 where it is less. The class term is over all anchors.
+
+    Args:
+        given: All anchors of the batch.
+        box, classes, dfl: The paper's weights.
+        class_loss: Takes logits and targets; one number for each.
+
+    Returns:
+        ``box``, ``cls`` and ``dfl``, scalars.
+    """
+    each = given.class_target.sum(-1)[given.lesion]
+    whole = given.class_target.sum().clamp(min=1)
+    edges, anchors = given.edge_logits[given.lesion], given.anchors[given.lesion]
+    reach = edges.softmax(-1) @ torch.arange(edges.shape[-1], dtype=edges.dtype)
+    boxes = torch.cat([anchors - reach[:, :2], anchors + reach[:, 2:]], dim=-1)
+    truth = given.box_target[given.lesion]
+    distance = torch.cat([anchors - truth[:, :2], truth[:, 2:] - anchors], dim=-1)
+    return {
+        "box": box * (complete_iou_loss(boxes, truth) * each).sum() / whole,
+        "cls": classes * class_loss(given.class_logits, given.class_target).sum() / whole,
+        "dfl": dfl * (distribution_focal_loss(edges, distance).mean(-1) * each).sum() / whole,
+    }
