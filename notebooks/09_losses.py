@@ -142,7 +142,7 @@ assert np.allclose(at_once, one_by_one, atol=1e-4)
 # %%
 side = 20.0
 g = torch.tensor([0.0, 0.0, side, side])
-shift = torch.linspace(0, 60, 241, requires_grad=True)
+shift = torch.linspace(0.25, 60, 240, requires_grad=True)
 moved = g + torch.stack([shift, 0 * shift, shift, 0 * shift], dim=1)
 shared = (side - shift).clamp(min=0) * side
 by_overlap, by_ciou = 1 - shared / (2 * side**2 - shared), losses.complete_iou_loss(moved, g)
@@ -189,8 +189,8 @@ show_figure("c09-fig-ciou", fig)
 # ```
 #
 # In {numref}`fig:ciou` the overlap falls silent at 20 pixels, where the boxes part. Complete IoU still
-# has a slope there, gentle but of the right sign. On the right the valley runs along equal areas and is
-# deepened along the diagonal, where the proportions are right.
+# has a slope there, gentle but of the right sign. On the right the loss falls from all sides to the true
+# size, more gently along the two lines where one side is right already.
 #
 # ### What one pixel costs
 #
@@ -269,7 +269,7 @@ for gamma, dash in ((0, ":"), (1, "--"), (2, "-"), (5, "-.")):
     left.plot(p, -((1 - p) ** gamma) * np.log(p), dash, label=f"γ = {gamma}")
     right.plot(p, (1 - p) ** gamma * (1 - p - gamma * p * np.log(p)), dash)
 left.set(xlabel="probability of the truth", ylabel="loss", ylim=(0, 4))
-right.set(xlabel="probability of the truth", ylabel="size of the gradient", ylim=(0, 1.1))
+right.set(xlabel="probability of the truth", ylabel="size of the gradient", ylim=(0, 1.5))
 left.legend(fontsize=8)
 show_figure("c09-fig-focal", fig)
 
