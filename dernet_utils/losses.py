@@ -154,7 +154,7 @@ def total_loss(
     each = given.class_target.sum(-1)[given.lesion]
     whole = given.class_target.sum().clamp(min=1)
     edges, anchors = given.edge_logits[given.lesion], given.anchors[given.lesion]
-    reach = edges.softmax(-1) @ torch.arange(edges.shape[-1], dtype=edges.dtype)
+    reach = edges.softmax(-1) @ torch.arange(edges.shape[-1]).to(edges)
     boxes = torch.cat([anchors - reach[:, :2], anchors + reach[:, 2:]], dim=-1)
     truth = given.box_target[given.lesion]
     distance = torch.cat([anchors - truth[:, :2], truth[:, 2:] - anchors], dim=-1)
