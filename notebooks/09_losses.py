@@ -83,12 +83,14 @@ glue("c09-films", films_at_once, display=False)
 # everywhere does not know which way to go. *Complete IoU* {cite}`zheng2020` adds two terms, the
 # paper's Eq. 5:
 #
-# $$
-# \mathcal{L}_{CIoU} = 1 - \mathrm{IoU} + \frac{\rho^2(\mathbf{b}, \mathbf{b}^{gt})}{c^2} + \alpha v,
-# \qquad
-# v = \frac{4}{\pi^2} \Big( \arctan \frac{w^{gt}}{h^{gt}} - \arctan \frac{w}{h} \Big)^2, \quad
-# \alpha = \frac{v}{1 - \mathrm{IoU} + v} .
-# $$ (eq:ciou)
+# ```{math}
+# :label: eq:ciou
+# \begin{aligned}
+# \mathcal{L}_{CIoU} &= 1 - \mathrm{IoU} + \frac{\rho^2(\mathbf{b}, \mathbf{b}^{gt})}{c^2} + \alpha v, \\
+# v &= \frac{4}{\pi^2} \Big( \arctan \frac{w^{gt}}{h^{gt}} - \arctan \frac{w}{h} \Big)^2, \\
+# \alpha &= \frac{v}{1 - \mathrm{IoU} + v} .
+# \end{aligned}
+# ```
 #
 # $\rho$ is the distance between the two centres and $c$ the diagonal of the smallest box around both, so
 # the middle term lies between 0 and 1 and falls as the centres approach. $v$ compares the proportions
@@ -115,9 +117,8 @@ def ciou_loss(b, g):
 
 # %%
 true = np.array([0.0, 0.0, 2.0, 2.0])
-beside = true + np.array(
-    [1, 0, 1, 0]
-)  # they share 2 of 6; centres 1 apart; the box round both is 3 x 2
+# They share 2 of 6, their centres are 1 apart, and the box round both is 3 x 2.
+beside = true + np.array([1, 0, 1, 0])
 assert np.isclose(ciou_loss(beside, true), 1 - 2 / 6 + 1 / (3**2 + 2**2))
 flat = np.array([-1.0, 0.5, 3.0, 1.5])  # the same centre, 4 x 1: they share 2 of 6
 v = 4 / np.pi**2 * (np.arctan(1) - np.arctan(4)) ** 2
@@ -570,9 +571,9 @@ pd.DataFrame(
         "paper": ["7.5, 0.5, 1.5", "2.0", "0.25 (companion code)", "focal loss"],
         "this edition": [
             "7.5, 0.5, 1.5",
-            f"{losses.GAMMA} (in this chapter)",
-            f"{losses.ALPHA} (in this chapter)",
-            "cross-entropy in training, focal loss in this chapter",
+            f"{losses.GAMMA} (here)",
+            f"{losses.ALPHA} (here)",
+            "cross-entropy in training",
         ],
     },
     index=["weights of box, class, DFL", "focusing exponent", "class weight", "class term"],
