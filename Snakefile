@@ -65,7 +65,8 @@ rule chapter:
         lambda wildcards: [
             f"trained/{network}-{fold}"
             for network, fold in steps.trainings_of(wildcards.chapter, workspace.profile.folds)
-        ],
+        ]
+        + [f"chapters/{before}.ipynb" for before in steps.chapters_before(wildcards.chapter)],
     output:
         "chapters/{chapter}.ipynb",
     wildcard_constraints:

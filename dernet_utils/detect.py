@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.ops import batched_nms, box_convert
 
-from dernet_utils import machine, yolo
+from dernet_utils import losses, machine, views, yolo
 from dernet_utils.data import CORNERS, LESION_TYPES
 from dernet_utils.errors import DernetError
 from dernet_utils.evaluate import mean_average_precision
 from dernet_utils.imaging import load_cached
 from dernet_utils.profiles import Profile
+from dernet_utils.views import SpineDataset, seed_augmentations
 
 GREY = 114  # ultralytics' padding, so that the network meets the same margin as in training
 COLUMNS = ["image_id", "lesion_type", *CORNERS, "score"]
@@ -35,32 +36,43 @@ class Recipe:
     """The numbers of one training run.
 
     Attributes:
-        image_px: Side of the square input.
+        view: Height and width of the network's input, px, multiples of 32.
         epochs: Passes over the training images; all are made, the last one counts.
         batch: Images a step.
         lr: Peak of AdamW's learning rate, which then falls to a hundredth along a cosine.
         mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        repeat: Whether films of rare lesion types are drawn more often.
+        paste: Whether lesions of rare types are pasted into other films.
         seed: Seed of the weights, the order of images and the augmentations.
     """
 
-    image_px: int
+    view: tuple[int, int]
     epochs: int
     batch: int
     lr: float
     mosaic_until: int
+    repeat: bool = False
+    paste: bool = False
     seed: int = 42
 
     @classmethod
     def of(cls, profile: Profile) -> "Recipe":
         """Return the recipe that a profile asks for."""
         return cls(
-            profile.detect_px,
+            profile.detect_view,
             profile.detect_epochs,
             profile.detect_batch,
             profile.detect_lr,
             profile.mosaic_until,
+            profile.detect_repeat,
+            profile.detect_paste,
             profile.seed,
         )
+
+    @property
+    def shown(self) -> dict:
+        """What `dernet_utils.views.SpineDataset` is told of the views."""
+        return {"view": self.view, "repeat": self.repeat, "paste": self.paste}
 
 
 @dataclass(frozen=True)
@@ -83,44 +95,58 @@ class Trained:
 # Images
 
 
-def letterbox(grey: np.ndarray, px: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """Fit an image into a grey square without changing its proportions.
+def letterbox(
+    grey: np.ndarray, view: tuple[int, int]
+) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Fit an image into a grey rectangle without changing its proportions.
 
     Args:
         grey: 8-bit image, shape (H, W).
-        px: Side of the square.
+        view: Height and width of the rectangle, px.
 
     Returns:
-        The square, shape (px, px), and where in it the image lies: left, top, width, height.
+        The rectangle, and where in it the image lies: left, top, width, height.
 
-    >>> square, place = letterbox(np.zeros((400, 200), np.uint8), 100)
-    >>> square.shape, place
-    ((100, 100), (25, 0, 50, 100))
+    >>> filled, place = letterbox(np.zeros((400, 200), np.uint8), (100, 64))
+    >>> filled.shape, place
+    ((100, 64), (7, 0, 50, 100))
     """
-    fitted = fit(grey, px)
-    height, width = fitted.shape
-    left, top = (px - width) // 2, (px - height) // 2
-    square = np.full((px, px), GREY, np.uint8)
-    square[top : top + height, left : left + width] = fitted
-    return square, (left, top, width, height)
-
-
-def fit(grey: np.ndarray, px: int) -> np.ndarray:
-    """Return an 8-bit image (H, W) with its long side `px` long, proportions kept."""
     height, width = grey.shape
-    gain = px / max(height, width)
+    gain = min(view[0] / height, view[1] / width)
     size = max(1, round(width * gain)), max(1, round(height * gain))
     method = cv2.INTER_AREA if gain < 1 else cv2.INTER_LINEAR
-    return cv2.resize(grey, size, interpolation=method)
+    left, top = (view[1] - size[0]) // 2, (view[0] - size[1]) // 2
+    filled = np.full(view, GREY, np.uint8)
+    fitted = cv2.resize(grey, size, interpolation=method)
+    filled[top : top + size[1], left : left + size[0]] = fitted
+    return filled, (left, top, *size)
+
+
+def to_view(
+    xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
+) -> np.ndarray:
+    """Take corners from the stored image into a letterboxed one; `to_stored` takes them back.
+
+    Args:
+        xyxy: Corners in stored pixels, shape (n, 4).
+        place: As `letterbox` returns it.
+        height, width: Of the stored image.
+
+    >>> to_view(np.array([[0, 200, 100, 400]]), (25, 0, 50, 100), 400, 200).tolist()
+    [[25.0, 50.0, 50.0, 100.0]]
+    """
+    left, top, fitted_width, fitted_height = place
+    gain = np.tile([fitted_width / width, fitted_height / height], 2)
+    return np.asarray(xyxy, np.float64) * gain + [left, top, left, top]
 
 
 def to_stored(
     xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
 ) -> np.ndarray:
-    """Take corners from a letterboxed square back to the stored image, within its edges.
+    """Take corners from a letterboxed image back to the stored image, within its edges.
 
     Args:
-        xyxy: Corners in the square's pixels, shape (n, 4).
+        xyxy: Corners in its pixels, shape (n, 4).
         place: As `letterbox` returns it.
         height, width: Of the stored image.
 
@@ -133,13 +159,15 @@ def to_stored(
     return stored.clip(0, [width, height, width, height])
 
 
-def export_yolo(images: pd.DataFrame, boxes: pd.DataFrame, px: int, folder: Path) -> Path:
+def export_yolo(
+    images: pd.DataFrame, boxes: pd.DataFrame, view: tuple[int, int], folder: Path
+) -> Path:
     """Write films and boxes in the form that YOLO trains on.
 
     Args:
         images: `image_id`, cached `path`, and the stored image's `height` and `width`.
         boxes: `image_id`, `lesion_type` and corners in stored pixels.
-        px: Long side of the written images.
+        view: Height and width of the written images, px; films are letterboxed.
         folder: Replaced where it exists.
 
     Returns:
@@ -152,21 +180,21 @@ def export_yolo(images: pd.DataFrame, boxes: pd.DataFrame, px: int, folder: Path
         (folder / name).mkdir(parents=True)
     of_image = dict(list(boxes.groupby("image_id")))
     for image in images.itertuples():
-        fitted = fit(load_cached(image.path), px)
-        cv2.imwrite(str(folder / "images" / f"{image.image_id}.png"), fitted)
+        filled, place = letterbox(load_cached(image.path), view)
+        cv2.imwrite(str(folder / "images" / f"{image.image_id}.png"), filled)
         own = of_image.get(image.image_id, boxes.iloc[:0])
-        lines = _label_lines(own, image.height, image.width)
+        corners = to_view(own[list(CORNERS)].to_numpy(np.float64), place, image.height, image.width)
+        lines = _label_lines(own["lesion_type"], corners / np.tile(view[::-1], 2))
         (folder / "labels" / f"{image.image_id}.txt").write_text("".join(lines))
     return folder / "images"
 
 
-def _label_lines(boxes: pd.DataFrame, height: int, width: int) -> list[str]:
-    centres = box_convert(torch.tensor(boxes[list(CORNERS)].to_numpy(np.float64)), "xyxy", "cxcywh")
-    fractions = centres / torch.tensor([width, height, width, height])
-    classes = [LESION_TYPES.index(name) for name in boxes["lesion_type"]]
+def _label_lines(lesion_types: pd.Series, fractions: np.ndarray) -> list[str]:
+    centres = box_convert(torch.from_numpy(fractions), "xyxy", "cxcywh")
+    classes = [LESION_TYPES.index(name) for name in lesion_types]
     return [
         f"{number} " + " ".join(f"{value:.6f}" for value in row) + "\n"
-        for number, row in zip(classes, fractions.tolist(), strict=True)
+        for number, row in zip(classes, centres.tolist(), strict=True)
     ]
 
 
@@ -182,19 +210,21 @@ def training_views(
         folder: Where the films are exported to; replaced where it exists.
 
     Yields:
-        The augmented film, 8-bit, shape (image_px, image_px), and its boxes, with `lesion_type`
+        The augmented film, 8-bit, of the view's shape, and its boxes, with `lesion_type`
         and corners in its pixels.
     """
-    films = str(export_yolo(images, boxes, recipe.image_px, folder))
-    hyp = yolo.settings_of(_settings(recipe, folder))
+    films = str(export_yolo(images, boxes, recipe.view, folder))
+    hyp = yolo.settings_of(_settings(recipe, folder, folder))
     data = {"names": dict(enumerate(LESION_TYPES)), "nc": len(LESION_TYPES), "channels": 3}
-    dataset = yolo.SpineDataset(films, imgsz=recipe.image_px, augment=True, hyp=hyp, data=data)
+    data |= recipe.shown | {"repeat": False}  # each film once
+    dataset = SpineDataset(films, imgsz=max(recipe.view), augment=True, hyp=hyp, data=data)
     dataset.set_mosaic(hyp, epoch < recipe.mosaic_until)
-    yolo.seed_augmentations(recipe.seed)
+    seed_augmentations(recipe.seed)
+    sides = recipe.view[::-1]
     for number in range(len(dataset)):
         view = dataset[number]
-        corners = box_convert(view["bboxes"], "cxcywh", "xyxy") * recipe.image_px
-        shown = pd.DataFrame(corners.numpy(), columns=list(CORNERS))
+        corners = box_convert(view["bboxes"], "cxcywh", "xyxy").numpy() * np.tile(sides, 2)
+        shown = pd.DataFrame(corners, columns=list(CORNERS))
         shown["lesion_type"] = [LESION_TYPES[int(c)] for c in view["cls"].ravel()]
         yield view["img"][0].numpy(), shown
 
@@ -214,8 +244,8 @@ def train_detector(
     """Train YOLO11-L, or load it where this very run is finished.
 
     A run is named by a digest of its numbers, films, boxes, starting weights and the source text
-    of this module and of `dernet_utils.yolo`. One that was killed goes on after its last finished
-    epoch, to the same weights as if it had not been.
+    of this module, `views`, `yolo` and `losses`. One that was killed goes on after its last
+    finished epoch, to the same weights as if it had not been.
 
     Args:
         training: `image_id`, cached `path`, stored `height` and `width`.
@@ -275,7 +305,7 @@ def epoch_line(row: dict) -> str:
 def _run_key(training, validation, boxes, recipe, weights) -> str:
     """Name of a run: equal inputs, equal name."""
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
-    for module in (Path(__file__), Path(yolo.__file__)):
+    for module in (Path(__file__), *(Path(m.__file__) for m in (losses, views, yolo))):
         digest.update(module.read_bytes())
     for images in (training, validation):
         for image in images.sort_values("image_id").itertuples():
@@ -291,22 +321,16 @@ def _run_key(training, validation, boxes, recipe, weights) -> str:
 def _train(training, validation, boxes, recipe, checkpoint, weights, progress) -> None:
     """Run the epochs that are still to be run and leave a finished checkpoint."""
     kept = checkpoint.with_suffix("")
-    films = str(export_yolo(training, boxes, recipe.image_px, kept / "yolo"))
-    names = dict(enumerate(LESION_TYPES))
-    trainer = yolo.MosaicDecay(
-        yolo.build_detector(LESION_TYPES, recipe.seed, weights),
-        _settings(recipe, kept),
-        recipe.mosaic_until,
-        {"train": films, "val": films, "names": names, "nc": len(names), "channels": 3},
-        _looker(validation, boxes, recipe),
-        progress,
-    )
+    films = export_yolo(training, boxes, recipe.view, kept / "yolo")
+    run = yolo.write_run(kept, films, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
+    look = _looker(validation, boxes, recipe)
+    trainer = yolo.MosaicDecay(_settings(recipe, run, kept / "trainer"), look, progress)
+    trainer.model = yolo.build_detector(LESION_TYPES, recipe.seed, weights)
     with machine.denormals_flushed():
         trainer.train()
-    smoothed = trainer.ema.ema.state_dict()
-    tensors = {name: value.contiguous().cpu() for name, value in smoothed.items()}
+    tensors, history = yolo.read_state(trainer.state_file)
     half_written = kept / "detector.safetensors"
-    save_file(tensors, half_written, {"history": json.dumps(trainer.history)})
+    save_file(tensors, half_written, {"history": json.dumps(history)})
     half_written.replace(checkpoint)
     shutil.rmtree(kept)
 
@@ -319,17 +343,17 @@ def _looker(validation, boxes, recipe) -> Callable[[int, torch.nn.Module], dict]
     def look(epoch: int, network: torch.nn.Module) -> dict:
         if epoch not in looks or not len(truth):
             return {"map50": float("nan")}
-        found = predict_boxes(network, validation, recipe.image_px)
+        found = predict_boxes(network, validation, recipe.view)
         return {"map50": mean_average_precision(truth, found)[0]}
 
     return look
 
 
-def _settings(recipe: Recipe, kept: Path) -> dict:
+def _settings(recipe: Recipe, run: Path, folder: Path) -> dict:
     """ultralytics' settings: the paper's, its companion code's, and what a short run needs."""
     return {
-        "model": "yolo11l.yaml", "save_dir": str(kept), "data": str(kept), "pretrained": False,
-        "imgsz": recipe.image_px, "epochs": recipe.epochs, "batch": recipe.batch,
+        "model": "yolo11l.yaml", "save_dir": str(folder), "data": str(run), "pretrained": False,
+        "imgsz": max(recipe.view), "epochs": recipe.epochs, "batch": recipe.batch,
         "nbs": recipe.batch,  # one optimiser step a batch
         "optimizer": "AdamW", "lr0": recipe.lr, "lrf": 0.01, "cos_lr": True,
         "weight_decay": 5e-4,
@@ -352,7 +376,7 @@ def _settings(recipe: Recipe, kept: Path) -> dict:
 
 
 def predict_boxes(
-    network: torch.nn.Module, images: pd.DataFrame, px: int, batch: int = 16
+    network: yolo.Detector, images: pd.DataFrame, view: tuple[int, int], batch: int = 16
 ) -> pd.DataFrame:
     """Return the boxes that a network finds, the surest of each film first.
 
@@ -360,34 +384,44 @@ def predict_boxes(
     (Algorithm 1, line 18).
 
     Args:
-        network: YOLO11-L in evaluation mode.
+        network: YOLO11; it is left in evaluation mode.
         images: `image_id`, cached `path`, stored `height` and `width`.
-        px: Side of the network's square input.
+        view: Height and width of the network's input, px.
         batch: Films a forward pass.
 
     Returns:
         `image_id`, `lesion_type`, `xmin` … `ymax` in stored pixels within the image, and `score`,
         the probability in [0.001, 1].
     """
-    network = network.eval()
-    films = list(images.itertuples())
-    found = [
-        _table(film, *box)
-        for first in range(0, len(films), batch)
-        for film, box in _forward(network, films[first : first + batch], px)
-    ]
+    network.eval()
+    return collect_boxes(network.answers, images, view, batch)
+
+
+def collect_boxes(
+    raw: Callable[[torch.Tensor], Iterable[torch.Tensor]],
+    images: pd.DataFrame,
+    view: tuple[int, int],
+    batch: int = 16,
+) -> pd.DataFrame:
+    """Return the boxes of any detector, as `predict_boxes` does.
+
+    Args:
+        raw: Takes letterboxed films (B, 3, H, W) in [0, 1]; gives for each what `suppress` takes.
+        images, view, batch: As `predict_boxes` takes them.
+    """
+    films, found = list(images.itertuples()), []
+    for first in range(0, len(films), batch):
+        some = films[first : first + batch]
+        filled, places = zip(*(letterbox(load_cached(f.path), view) for f in some), strict=True)
+        shown = torch.from_numpy(np.stack(filled)).to(machine.device())
+        shown = (shown[:, None].float() / 255).expand(-1, 3, -1, -1)
+        with torch.no_grad():
+            answers = list(raw(shown.contiguous(memory_format=torch.channels_last)))
+        for film, place, answer in zip(some, places, answers, strict=True):
+            corners, classes, scores = suppress(answer.cpu())
+            stored = to_stored(corners.numpy(), place, film.height, film.width)
+            found.append(_table(film, stored, classes, scores))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS)
-
-
-def _forward(network: torch.nn.Module, films: list, px: int) -> Iterator[tuple]:
-    squares, places = zip(*(letterbox(load_cached(film.path), px) for film in films), strict=True)
-    images = torch.from_numpy(np.stack(squares)).to(next(network.parameters()).device)
-    images = (images[:, None].float() / 255).expand(-1, 3, -1, -1)
-    with torch.no_grad():
-        outputs = network(images.contiguous(memory_format=torch.channels_last))[0].cpu()
-    for film, place, output in zip(films, places, outputs, strict=True):
-        corners, classes, scores = suppress(output)
-        yield film, (to_stored(corners.numpy(), place, film.height, film.width), classes, scores)
 
 
 def suppress(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,12 +4,16 @@ A profile changes numbers only; no chapter has a second code path.
 """
 
 import os
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dernet_utils.errors import DernetError
 
 NETWORKS = ("densenet121", "tf_efficientnetv2_s", "resnet50")  # paper, section 3.2; timm's names
+
+
+Side = Annotated[int, Field(gt=0, multiple_of=32)]
 
 
 class Profile(BaseModel):
@@ -36,11 +40,14 @@ class Profile(BaseModel):
     triage_detail: int = Field(1, ge=1, description="side of a training image, over triage_px")
     triage_crop_px: int = Field(48, gt=0, multiple_of=16)
     triage_crop_epochs: int = Field(0, ge=0, description="epochs on crops, before whole images")
-    detect_px: int = Field(gt=0, multiple_of=32)
+    detect_view: tuple[Side, Side] = Field(description="height and width of the input")
     detect_epochs: int = Field(gt=0)
     detect_batch: int = Field(gt=0)
     detect_lr: float = Field(gt=0)
     mosaic_until: int = Field(ge=0, description="first epoch without mosaic")
+    detect_repeat: bool = Field(False, description="rare lesion types drawn more often")
+    detect_paste: bool = Field(False, description="rare lesion types pasted into other films")
+    rival_seconds: float = Field(gt=0, description="training time of each detector of Table 3")
     bootstrap: int = Field(1000, ge=100)  # paper, section 4.1
 
     @property
@@ -57,7 +64,8 @@ PROFILES = {
             name="smoke", patients=24, folds=3, cache_px=256,
             triage_px=64, triage_epochs=1, triage_batch=8, triage_lr=1e-3,
             triage_crop_px=32, triage_crop_epochs=1, triage_detail=2,
-            detect_px=96, detect_epochs=2, detect_batch=8, detect_lr=1e-3, mosaic_until=2,
+            detect_view=(96, 64), detect_epochs=2, detect_batch=8, detect_lr=1e-3,
+            mosaic_until=2, rival_seconds=1,
             bootstrap=200,
         ),
         # A person's first run: from random weights, so the learning rate is higher than the
@@ -66,13 +74,15 @@ PROFILES = {
             name="laptop", patients=560, folds=2, cache_px=640,
             triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
             triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
-            detect_px=160, detect_epochs=10, detect_batch=6, detect_lr=2e-3, mosaic_until=4,
+            detect_view=(192, 128), detect_epochs=10, detect_batch=6, detect_lr=2e-3,
+            mosaic_until=4, rival_seconds=40,
         ),
         # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.
         Profile(
             name="paper", patients=None, cache_px=1280,
             triage_px=384, triage_epochs=60, triage_batch=16, triage_lr=1e-4,
-            detect_px=640, detect_epochs=55, detect_batch=12, detect_lr=1e-4, mosaic_until=25,
+            detect_view=(640, 640), detect_epochs=55, detect_batch=12, detect_lr=1e-4,
+            mosaic_until=25, rival_seconds=8 * 3600,
         ),
     )
 }  # fmt: skip

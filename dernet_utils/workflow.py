@@ -108,6 +108,24 @@ def trainings_of(name: str, folds: int, project: Path = PROJECT) -> list[tuple[s
     return [(network, fold) for network in sorted(named) for fold in range(folds)]
 
 
+def chapters_before(name: str, project: Path = PROJECT) -> list[str]:
+    """Return the chapters whose tables a chapter reads, so that they are executed before it.
+
+    A table is read by `read_parquet` and written by `to_parquet`, its name given in the call.
+    """
+    read = _tables(name, "read_parquet", project)
+    others = (other for other in chapter_names(project) if other != name)
+    return [other for other in others if _tables(other, "to_parquet", project) & read]
+
+
+def _tables(name: str, by: str, project: Path) -> set[str]:
+    tree = ast.parse((project / "notebooks" / f"{name}.py").read_text(encoding="utf-8"))
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+    named = (n for call in calls if getattr(call.func, "attr", "") == by for n in ast.walk(call))
+    values = {getattr(n, "value", None) for n in named if isinstance(n, ast.Constant)}
+    return {value for value in values if str(value).endswith(".parquet")}
+
+
 def data_digest(workspace: Workspace) -> str:
     """Return a digest of what the run's data are made from.
 
@@ -150,6 +168,7 @@ def chapter_digest(name: str, workspace: Workspace) -> str:
         _numbers(workspace),
         data_digest(workspace),
         _lock(),
+        *(chapter_digest(other, workspace) for other in chapters_before(name)),
     )
 
 

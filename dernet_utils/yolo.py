@@ -1,17 +1,16 @@
 """YOLO11-L in ultralytics' own trainer, with what this book changes in it.
 
-Four changes, each small enough to read: the forward pass (channels last, bfloat16 where that is
-faster), the mosaic (its centre, and the epoch at which it stops), seeds that make an epoch depend
-on nothing but the epochs before it, and checkpoints without pickled code. ultralytics' ways to
-the network are closed before its import.
+Five changes, each small enough to read: the forward pass (channels last, bfloat16 where that is
+faster), the class term (Eq. 6), where a network without weights begins, the epoch at which mosaic
+stops, with seeds that make an epoch depend on nothing but the epochs before it, and checkpoints
+without pickled code.
 """
 
 import importlib
-import os
-import random
+import json
+import math
 import time
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,32 +19,24 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dernet_utils import machine
+from dernet_utils import machine, offline
 from dernet_utils.errors import DernetError
-from dernet_utils.losses import Assigned
-from dernet_utils.workspace import PROJECT
+from dernet_utils.losses import Assigned, focal_loss
+from dernet_utils.views import SpineDataset, seed_augmentations
 
-# Read by ultralytics while it is imported: no question to the network, settings among the runs,
-# no chatter, and not its own default of one thread.
-os.environ["YOLO_OFFLINE"] = "1"
-RUNS = Path(os.environ.get("DERNET_RUNS") or PROJECT / "runs").resolve()
-os.environ["YOLO_CONFIG_DIR"] = str(RUNS / ".ultralytics")
-os.environ["YOLO_VERBOSE"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+# isort: split
+from ultralytics.cfg import get_cfg
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import RANK
+from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.utils.tal import make_anchors
+from ultralytics.utils.torch_utils import intersect_dicts, unwrap_model
 
-from ultralytics.cfg import get_cfg  # noqa: E402
-from ultralytics.data.augment import Mosaic  # noqa: E402
-from ultralytics.data.dataset import YOLODataset  # noqa: E402
-from ultralytics.models.yolo.detect import DetectionTrainer  # noqa: E402
-from ultralytics.nn.tasks import DetectionModel  # noqa: E402
-from ultralytics.utils import SETTINGS  # noqa: E402
-from ultralytics.utils.tal import make_anchors  # noqa: E402
-from ultralytics.utils.torch_utils import intersect_dicts  # noqa: E402
-
-if SETTINGS["sync"]:
-    SETTINGS.update(sync=False)
-
-CENTRE = (0.3, 0.7)  # paper, Algorithm 1, line 10: the mosaic's centre as a fraction of its width
+RUNS = offline.RUNS
+PRIOR = 0.01  # untrained probability of a lesion (Lin et al., 2017, section 4.1)
+REACH = 1  # strides to an untrained box's edges; ours, of the order of a lesion's
+LEAST_FIT = 0.9  # of a starting checkpoint's tensors; the class layers may be of other classes
 
 
 class Detector(DetectionModel):
@@ -70,7 +61,33 @@ class Detector(DetectionModel):
         able = machine.bfloat16_helps(images.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=able):
             preds = self.forward(images)
+        preds = preds if self.training else preds[1]
         return {name: _float32(value) for name, value in preds.items()}
+
+    def answers(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what each anchor says: a box, and a probability for each type.
+
+        Equal to ultralytics' own decoding, which would be in bfloat16 here and lose pixels.
+
+        Args:
+            images: Shape (B, 3, H, W), in [0, 1].
+
+        Returns:
+            Shape (B, 4 + C, anchors): centre, width and height in pixels, then probabilities.
+        """
+        preds = self.raw_predictions(images)
+        anchors, stride = (t.T for t in make_anchors(preds["feats"], self.stride, 0.5))
+        prob = preds["boxes"].unflatten(1, (4, -1)).softmax(2)
+        distance = torch.einsum("bedn,d->ben", prob, torch.arange(prob.shape[2]).to(prob))
+        low, high = anchors - distance[:, :2], anchors + distance[:, 2:]
+        boxes = torch.cat([(low + high) / 2, high - low], dim=1) * stride
+        return torch.cat([boxes, preds["scores"].sigmoid()], dim=1)
+
+    def init_criterion(self) -> v8DetectionLoss:
+        """Return ultralytics' loss, its class term Eq. 6 in place of binary cross-entropy."""
+        criterion = v8DetectionLoss(self)
+        criterion.bce = focal_loss
+        return criterion
 
     def assigned(self, batch: dict) -> Assigned:
         """Return what every anchor says of a batch, and what the assigner wants of it.
@@ -106,26 +123,52 @@ def _float32(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[to
     return [v.float() for v in value] if isinstance(value, list) else value.float()
 
 
-def build_detector(classes: tuple[str, ...], seed: int, start: Path | None = None) -> Detector:
-    """Return YOLO11-L for these classes.
+def build_detector(
+    classes: tuple[str, ...], seed: int, start: Path | None = None, scale: str = "l"
+) -> Detector:
+    """Return YOLO11 for these classes.
 
     Args:
         classes: Names in the order of the labels.
         seed: Seed of the random weights.
         start: A checkpoint whose fitting tensors replace random ones: ``.safetensors``, or
             ultralytics' ``.pt``; None for random weights throughout.
+        scale: ultralytics' letter of the network's size; the paper's is l.
 
     Raises:
         DernetError: `start` cannot be read without running code that it carries.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Detector("yolo11l.yaml", nc=len(classes), verbose=False)
+        model = Detector(f"yolo11{scale}.yaml", nc=len(classes), verbose=False)
     model.names = dict(enumerate(classes))
     model.args = settings_of({"box": 7.5, "cls": 0.5, "dfl": 1.5})  # paper, Eq. 4
+    begin_small(model)
     if start is not None:
-        model.load_state_dict(intersect_dicts(read_start(start), model.state_dict()), strict=False)
+        tensors = read_start(start)
+        fitting = intersect_dicts(tensors, model.state_dict())
+        if len(fitting) < LEAST_FIT * len(tensors):
+            raise DernetError(
+                f"The checkpoint {start} should be YOLO11-L's, and {len(fitting)} of its "
+                f"{len(tensors)} tensors fit: it is another network's."
+            )
+        model.load_state_dict(fitting, strict=False)
     return model.to(memory_format=torch.channels_last)
+
+
+def begin_small(model: Detector) -> None:
+    """Set the last biases so that untrained boxes are small and lesions rare.
+
+    ultralytics' untrained edges lie 7.5 strides away: such a box hardly meets a lesion, its soft
+    target is nearly nothing, and the terms for boxes begin slowly. Its untrained probabilities are
+    made for images of 640 px.
+    """
+    head = model.model[-1]
+    distance = torch.arange(head.reg_max)
+    with torch.no_grad():
+        for edges, classes in zip(head.cv2, head.cv3, strict=True):
+            edges[-1].bias.view(4, -1)[:] = -0.7 * (distance - REACH).abs()
+            classes[-1].bias.fill_(math.log(PRIOR / (1 - PRIOR)))
 
 
 def read_start(path: Path) -> dict[str, torch.Tensor]:
@@ -160,83 +203,73 @@ def _layer(name: str) -> type:
     raise DernetError(f"it asks for {name}, which is no layer of a network")
 
 
-class SpineDataset(YOLODataset):
-    """ultralytics' dataset with the paper's mosaic."""
-
-    def build_transforms(self, hyp: SimpleNamespace | None = None):
-        """Return the augmentations, with the mosaic's centre and neighbours as the paper has them.
-
-        ultralytics draws the centre from the middle half of the canvas, and the three other
-        films from the last few it has read; here the centre is Algorithm 1's and any film serves.
-        """
-        transforms = super().build_transforms(hyp)
-        if self.augment:
-            mosaic = mosaic_of(transforms)
-            margin = -round(2 * self.imgsz * CENTRE[0])  # the canvas is 2 x 2 images wide
-            mosaic.border = (margin, margin)
-            mosaic.buffer_enabled = False
-        return transforms
-
-    def set_mosaic(self, hyp: SimpleNamespace, on: bool) -> None:
-        """Rebuild the augmentations with or without mosaic (Algorithm 1, lines 9 to 13)."""
-        hyp = copy(hyp)
-        hyp.mosaic = float(on)
-        self.transforms = self.build_transforms(hyp)
-
-
-def mosaic_of(transforms) -> Mosaic:
-    """Return the mosaic among ultralytics' augmentations."""
-    (mosaic,) = (t for t in transforms.transforms[0].transforms if isinstance(t, Mosaic))
-    return mosaic
-
-
-def seed_augmentations(seed: int) -> None:
-    """Seed the two generators that ultralytics' augmentations draw from, which are global."""
-    random.seed(seed)
-    np.random.seed(seed)
-
-
 def settings_of(overrides: dict) -> SimpleNamespace:
     """Return ultralytics' settings, its defaults filled in."""
     return get_cfg(overrides=overrides)
 
 
+def write_run(
+    folder: Path,
+    films: Path,
+    classes: tuple[str, ...],
+    mosaic_until: int,
+    **shown: int | bool,
+) -> Path:
+    """Write down what a run trains on, and how, for `MosaicDecay` to read.
+
+    Args:
+        folder: Where the run keeps its files.
+        films: Folder of images, with labels beside it.
+        classes: Names in the order of the labels.
+        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        shown: As `SpineDataset` takes it: ``crop_px``, ``repeat``, ``paste``.
+
+    Returns:
+        The file.
+    """
+    path, where = folder / "run.json", str(films)
+    run = {"train": where, "val": where, "names": classes, "nc": len(classes), "channels": 3}
+    run |= {"mosaic_until": mosaic_until, **shown}
+    path.write_text(json.dumps(run), encoding="utf-8")
+    return path
+
+
 class MosaicDecay(DetectionTrainer):
     """ultralytics' trainer with Algorithm 1, lines 8 to 15, and safe, exact checkpoints.
 
+    It is made of settings and files alone, as ultralytics makes one anew in each process where
+    several GPUs train: what `write_run` wrote, and a folder for checkpoints beside it.
+
     Args:
-        model: The network with its starting weights.
-        overrides: ultralytics' settings by name.
-        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
-        data: What ultralytics reads from a data file: ``train``, ``val``, ``names``, ``nc``.
+        overrides: ultralytics' settings by name; ``data`` is the file that `write_run` wrote.
         look: Called with (epoch from 1, smoothed network) after each epoch; returns numbers that
             join the epoch's losses in `history`.
         progress: Called with each epoch's row of `history`, those of a resumed run included.
+        cfg, _callbacks: ultralytics' defaults, as it passes them; integrations are never called.
     """
 
     def __init__(
         self,
-        model: Detector,
         overrides: dict,
-        mosaic_until: int,
-        data: dict,
-        look: Callable[[int, nn.Module], dict],
-        progress: Callable[[dict], None],
+        look: Callable[[int, nn.Module], dict] = lambda epoch, network: {},
+        progress: Callable[[dict], None] = lambda row: None,
+        cfg: dict | None = None,
+        _callbacks: dict | None = None,
     ):
-        self._data, self._look, self._progress = data, look, progress
-        self.mosaic_until = mosaic_until
+        self._look, self._progress = look, progress
         self.history: list[dict] = []
         threads = torch.get_num_threads()
-        super().__init__(overrides=overrides)
+        super().__init__(**({"cfg": cfg} if cfg else {}), overrides=overrides)
         torch.set_num_threads(threads)  # ultralytics leaves one core idle, of two that is half
-        self.model = model
-        self.state_file = self.save_dir / "state.pt"
+        self.mosaic_until = self.data["mosaic_until"]
+        self.state_file = Path(self.args.data).with_name("state.pt")
 
     # What ultralytics would look for elsewhere, or write, or send.
 
     def get_dataset(self) -> dict:
-        """Return the data that was passed, in place of reading (or downloading) them."""
-        return self._data
+        """Return what `write_run` wrote, in place of looking (and downloading) elsewhere."""
+        run = json.loads(Path(self.args.data).read_text(encoding="utf-8"))
+        return run | {"names": dict(enumerate(run["names"]))}
 
     def run_callbacks(self, event: str) -> None:
         """Run no integration; begin each epoch as Algorithm 1 says."""
@@ -278,7 +311,8 @@ class MosaicDecay(DetectionTrainer):
         self.train_loader.dataset.set_mosaic(self.args, self.with_mosaic)
         self.begun = time.time()
         seed = self.args.seed * 1000 + self.epoch
-        seed_augmentations(seed)
+        self.train_loader.dataset.draw(np.random.default_rng(seed))
+        seed_augmentations(seed + 1_000_003 * max(RANK, 0))  # each GPU sees views of its own
         torch.manual_seed(seed)
         self.train_loader.generator.manual_seed(seed)
         self.train_loader.reset()
@@ -290,7 +324,7 @@ class MosaicDecay(DetectionTrainer):
         state = {
             "epoch": self.epoch,
             "history": self.history,
-            "model": self.model.state_dict(),
+            "model": unwrap_model(self.model).state_dict(),
             "ema": self.ema.ema.state_dict(),
             "updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
@@ -305,10 +339,16 @@ class MosaicDecay(DetectionTrainer):
         if not self.state_file.exists():
             return
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        unwrap_model(self.model).load_state_dict(state["model"])
         self.ema.ema.load_state_dict(state["ema"])
         self.ema.updates = state["updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.history, self.start_epoch = state["history"], state["epoch"] + 1
         for row in self.history:
             self._progress(row)
+
+
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Return the smoothed network's tensors and the history that `MosaicDecay` left."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: value.contiguous() for name, value in state["ema"].items()}, state["history"]

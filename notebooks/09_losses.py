@@ -56,11 +56,11 @@ cached = cache_images(dataset.images, workspace.cache, workspace.profile)
 images = dataset.images.drop(columns="path").merge(cached, on="image_id", validate="one_to_one")
 learnt = images[(images["split"] == "train") & images["abnormal"]]
 recipe = detect.Recipe.of(workspace.profile)
-S = recipe.image_px
+H, W = recipe.view
 
 # %% tags=["remove-cell"]
 glue("c09-profile", workspace.profile.name, display=False)
-glue("c09-px", S, display=False)
+glue("c09-px", f"{H} × {W}", display=False)
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 glue("c09-kind", kind, display=False)
 glue("c09-films", films_at_once, display=False)
@@ -200,9 +200,10 @@ show_figure("c09-fig-ciou", fig)
 
 # %%
 boxes = dataset.boxes[dataset.boxes["image_id"].isin(learnt["image_id"])]
-longest = boxes["image_id"].map(images.set_index("image_id")[["height", "width"]].max(axis=1))
+films = images.set_index("image_id").loc[boxes["image_id"]]
+gain = np.minimum(H / films["height"], W / films["width"]).to_numpy()  # of the letterbox
 area = (boxes["xmax"] - boxes["xmin"]) * (boxes["ymax"] - boxes["ymin"])
-side_px = np.sqrt(area) * S / longest  # of a square of the same area, in the network's pixels
+side_px = np.sqrt(area) * gain  # of a square of the same area, in the network's pixels
 per_type = side_px.groupby(boxes["lesion_type"]).median().reindex(LESION_TYPES)
 s = side_px.median()
 one_px = (s - 1) / (s + 1)
@@ -314,7 +315,7 @@ folder = workspace.cache / "yolo-losses"
 shown = learnt.head(films_at_once)
 views = list(detect.training_views(shown, dataset.boxes, recipe, recipe.epochs + 1, folder))
 truth = pd.concat([found.assign(film=row) for row, (_, found) in enumerate(views)])
-corners = torch.tensor(truth[list(CORNERS)].to_numpy(np.float32)) / S
+corners = torch.tensor(truth[list(CORNERS)].to_numpy(np.float32)) / torch.tensor([W, H] * 2)
 batch = {
     "img": torch.stack([torch.tensor(grey) for grey, _ in views])[:, None].repeat(1, 3, 1, 1) / 255,
     "batch_idx": torch.tensor(truth["film"].to_numpy(np.float32)),
@@ -326,7 +327,7 @@ batch = {
 with torch.no_grad():
     given = network.assigned(batch)
 anchors, taken = len(given.lesion), int(given.lesion.sum())
-assert anchors == len(views) * sum((S // stride) ** 2 for stride in (8, 16, 32))
+assert anchors == len(views) * sum((H // stride) * (W // stride) for stride in (8, 16, 32))
 assert (given.class_target[~given.lesion] == 0).all() and taken >= 1
 kinds = truth["lesion_type"].value_counts().reindex(LESION_TYPES, fill_value=0)
 places = given.box_target[given.lesion]
@@ -346,34 +347,29 @@ glue("c09-batch-boxes", len(truth), display=False)
 # a yes or no of its own, and a rare type's few anchors are hardly helped when all of the "none" is
 # turned down alike.
 #
-# The targets are soft, and that has a consequence at the start. An untrained network is undecided about
-# each edge: its distribution over 16 distances, the last section's matter, is flat, with a mean of 7.5
-# strides. Its boxes are 15 strides wide, hardly fit any lesion, and so hardly any answer should be yes.
-# Had the boxes begun smaller, there would be more to learn from the first step on:
+# The targets are soft, and that has a consequence at the start. As ultralytics begins, a network is
+# undecided about each edge: its distribution over 16 distances, the last section's matter, is flat, with
+# a mean of 7.5 strides. Boxes 15 strides wide hardly fit any lesion, so hardly any answer should be
+# yes. Ours begins with edges about one stride away and, as the focal loss's authors advise, with
+# a probability of 0.01 for each type. There is more to learn from the first step on:
 
 
 # %%
-def start_small(network):
-    """Let the distribution of each edge begin around one stride."""
-    for branch in network.model[-1].cv2:
-        branch[-1].bias.data.view(4, 16)[:] = -0.7 * (torch.arange(16.0) - 1).abs()
-    return network
-
-
 def mean_distance(given):
     return float((given.edge_logits.softmax(-1) @ torch.arange(16.0)).mean())
 
 
-flat = given
+as_in_library = yolo.build_detector(LESION_TYPES, recipe.seed).train()
+as_in_library.model[-1].bias_init()  # ultralytics' own
 with torch.no_grad():
-    given = start_small(network).assigned(batch)
-assert abs(mean_distance(flat) - 7.5) < 0.5 and 1 < mean_distance(given) < 3
+    flat = as_in_library.assigned(batch)
+assert abs(mean_distance(flat) - 7.5) < 0.5 and 0.5 < mean_distance(given) < 3
+starts = {"ultralytics": flat, "here": given}
 pd.DataFrame(
     {
-        "mean distance, strides": [mean_distance(flat), mean_distance(given)],
-        "sum of the targets": [float(one.class_target.sum()) for one in (flat, given)],
-    },
-    index=["as YOLO11 starts", "starting small"],
+        "mean distance, strides": {name: mean_distance(one) for name, one in starts.items()},
+        "sum of the targets": {n: float(one.class_target.sum()) for n, one in starts.items()},
+    }
 ).round(3)
 
 # %% [markdown]
@@ -398,14 +394,13 @@ assert all(0 <= share <= 1 for share in shares.values())
 shares
 
 # %% [markdown]
-# Before the first step the network says "none" everywhere, since YOLO11 sets the last bias so that all
-# probabilities are small, as the authors of the focal loss advise. How it goes on is for an experiment.
+# How it goes on is for an experiment.
 #
 # ### An experiment: with and without
 #
-# Two networks start from the same weights, with small boxes, and look at the same
-# {glue:text}`c09-films` films for a few steps, one with the focal loss, one with cross-entropy as its class term; the rest of {eq}`eq:total-loss`
-# is the same. The loss is the one of this chapter, `losses.total_loss`. We follow two numbers: the
+# Two networks start from the same weights and look at the same {glue:text}`c09-films` films for a few
+# steps, one with the focal loss, one with cross-entropy as its class term; the rest of
+# {eq}`eq:total-loss` is the same. The loss is the one of this chapter, `losses.total_loss`. We follow two numbers: the
 # probability that anchors with a lesion give to its type, and the share of the pull that comes from
 # none. It is a look at the mechanism on films that are learnt from; it does not tell which loss finds
 # more lesions on others.
@@ -414,7 +409,7 @@ shares
 # %%
 def short_training(class_loss, steps=16):
     """Probability at lesions and share of none, before each step and after the last."""
-    network = start_small(yolo.build_detector(LESION_TYPES, recipe.seed)).train()
+    network = yolo.build_detector(LESION_TYPES, recipe.seed).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     rows = []
     for _ in range(steps + 1):
@@ -536,29 +531,29 @@ show_figure("c09-fig-dfl", fig)
 # ## The sum
 #
 # What is trained must be {eq}`eq:total-loss`. On the batch above, from the same assignments, our three
-# terms against the trainer's. In this edition it trains with cross-entropy in the middle term
-# ({doc}`/book/deviations`), so that is what we compare with; the focal loss stands beside.
+# terms against the trainer's. Cross-entropy in the middle term stands beside.
 
 # %%
 assert (network.args.box, network.args.cls, network.args.dfl) == (7.5, 0.5, 1.5)
 with torch.no_grad():
     _, trained = network.loss(batch)
-    ours = losses.total_loss(network.assigned(batch), class_loss=cross_entropy)
-    focal = losses.total_loss(network.assigned(batch))
+    ours = losses.total_loss(network.assigned(batch))
+    entropy = losses.total_loss(network.assigned(batch), class_loss=cross_entropy)
 trained = {name.removesuffix("_loss"): float(value) for name, value in trained.items()}
 for name, value in trained.items():
     assert np.isclose(float(ours[name]), value, rtol=1e-4)
-terms = pd.DataFrame({"trainer": trained, "by hand": ours, "with focal loss": focal}).astype(float)
+terms = {"trainer": trained, "by hand": ours, "with cross-entropy": entropy}
+terms = pd.DataFrame(terms).astype(float)
 terms.round(3)
 
 # %% tags=["remove-cell"]
-parts = terms["with focal loss"] / terms["with focal loss"].sum()
+parts = terms["trainer"] / terms["trainer"].sum()
 glue("c09-box-share", f"{parts['box']:.0%}", display=False)
 glue("c09-class-share", f"{parts['cls']:.0%}", display=False)
 
 # %% [markdown]
-# With the focal loss, {glue:text}`c09-box-share` of this untrained network's sum is about the place of boxes
-# and {glue:text}`c09-class-share` about what they hold.
+# {glue:text}`c09-box-share` of this untrained network's sum is about the place of boxes and
+# {glue:text}`c09-class-share` about what they hold.
 
 # %% [markdown]
 # ## Paper beside ours
@@ -573,7 +568,7 @@ pd.DataFrame(
             "7.5, 0.5, 1.5",
             f"{losses.GAMMA} (here)",
             f"{losses.ALPHA} (here)",
-            "cross-entropy in training",
+            "focal loss",
         ],
     },
     index=["weights of box, class, DFL", "focusing exponent", "class weight", "class term"],

@@ -4,7 +4,9 @@ import csv
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -17,7 +19,7 @@ from pydicom.uid import (
 )
 from smoke import smoke_book  # noqa: F401  (a fixture of test_notebooks and test_book)
 
-from dernet_utils.data import COLUMNS, LESION_TYPES, NO_FINDING
+from dernet_utils.data import COLUMNS, CORNERS, LESION_TYPES, NO_FINDING
 
 SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, ImplicitVRLittleEndian)
 
@@ -106,3 +108,23 @@ def write_film(
         film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         film.compress(syntax, generate_instance_uid=False)
     pydicom.dcmwrite(path, film, enforce_file_format=True)
+
+
+@pytest.fixture
+def films(tmp_path):
+    """Six films of noise with a bright patch in each box; the last two for validation."""
+    rng = np.random.default_rng(0)
+    images, boxes = [], []
+    for number in range(6):
+        height, width = 120, 80
+        grey = rng.integers(40, 90, (height, width)).astype(np.uint8)
+        for _ in range(2):
+            x, y = rng.integers(0, 50), rng.integers(0, 90)
+            grey[y : y + 20, x : x + 25] = 220
+            box = [f"film{number}", LESION_TYPES[number % 7]]
+            boxes.append([*box, *(2.0 * edge for edge in (x, y, x + 25, y + 20))])
+        path = tmp_path / f"film{number}.png"
+        cv2.imwrite(str(path), grey)
+        images.append([f"film{number}", str(path), 2 * height, 2 * width])
+    images = pd.DataFrame(images, columns=["image_id", "path", "height", "width"])
+    return images, pd.DataFrame(boxes, columns=["image_id", "lesion_type", *CORNERS])

@@ -1,11 +1,12 @@
 """YOLO11-L: the fast forward pass, mosaic decay, resuming, and boxes there and back."""
 
 import json
-import random
+import pickle
 import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,30 +16,17 @@ from hypothesis import strategies as st
 
 from dernet_utils import detect, machine, yolo
 from dernet_utils.data import CORNERS, LESION_TYPES
-from dernet_utils.detect import Recipe, export_yolo, letterbox, suppress, to_stored
+from dernet_utils.detect import Recipe, export_yolo, letterbox, suppress, to_stored, to_view
 from dernet_utils.errors import DernetError
+from dernet_utils.views import SpineDataset
 
-RECIPE = Recipe(image_px=64, epochs=3, batch=4, lr=1e-3, mosaic_until=2)
+# isort: split
+from scipy.stats import kstest, uniform
+from ultralytics.data.augment import Mosaic
+from ultralytics.nn.tasks import DetectionModel
 
-
-@pytest.fixture
-def films(tmp_path):
-    """Six films of noise with a bright patch in each box; the last two for validation."""
-    rng = np.random.default_rng(0)
-    images, boxes = [], []
-    for number in range(6):
-        height, width = 120, 80
-        grey = rng.integers(40, 90, (height, width)).astype(np.uint8)
-        for _ in range(2):
-            x, y = rng.integers(0, 50), rng.integers(0, 90)
-            grey[y : y + 20, x : x + 25] = 220
-            box = [f"film{number}", LESION_TYPES[number % 7]]
-            boxes.append([*box, *(2.0 * edge for edge in (x, y, x + 25, y + 20))])
-        path = tmp_path / f"film{number}.png"
-        cv2.imwrite(str(path), grey)
-        images.append([f"film{number}", str(path), 2 * height, 2 * width])
-    images = pd.DataFrame(images, columns=["image_id", "path", "height", "width"])
-    return images, pd.DataFrame(boxes, columns=["image_id", "lesion_type", *CORNERS])
+RECIPE = Recipe(view=(64, 64), epochs=3, batch=4, lr=1e-3, mosaic_until=2)
+NAMES = dict(enumerate(LESION_TYPES))
 
 
 def trained(films, tmp_path, recipe=RECIPE, **more):
@@ -82,16 +70,57 @@ def test_seed_decides_the_weights_and_leaves_torch_alone():
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_bfloat16_forward_gives_the_loss_of_float32(monkeypatch):
+def test_bfloat16_changes_no_more_than_noise_in_the_image_does(monkeypatch):
+    """An untrained network in training mode doubles any difference many times over.
+
+    So the measure of bfloat16's error is what an error of its own size in the image does.
+    """
     monkeypatch.setattr(machine, "bfloat16_helps", lambda device: True)
+    network = a_network()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 96, 96, generator=generator)
+    noise = torch.randn(images.shape, generator=generator) / 2**8
+    with torch.no_grad():
+        exact = network.forward(images)
+        noisy = network.forward(images * (1 + noise))
+        fast = network.raw_predictions(images)
+    for name in ("boxes", "scores"):
+        assert fast[name].dtype == torch.float32
+        error = (fast[name] - exact[name]).abs().mean()
+        assert 0 < error < 1.5 * (noisy[name] - exact[name]).abs().mean()
+
+
+def test_in_float32_ours_and_ultralytics_say_the_same_but_for_the_class_term(monkeypatch):
+    monkeypatch.setattr(machine, "bfloat16_helps", lambda device: False)
     network, batch = a_network(), a_batch()
-    assert network.forward(batch["img"])["boxes"].dtype == torch.float32
-    fast, terms = network.loss(batch)
-    plain = network.loss(batch, network.forward(batch["img"]))[0]
-    assert fast.dtype == torch.float32
-    assert list(terms) == ["box_loss", "cls_loss", "dfl_loss"]
-    assert not torch.equal(fast, plain)  # bfloat16 was at work
-    torch.testing.assert_close(fast, plain, rtol=0.03, atol=0.01)
+    stock = DetectionModel("yolo11l.yaml", nc=7, verbose=False)
+    stock.load_state_dict(network.state_dict())
+    stock.args = network.args
+    _, ours = network.loss(batch)
+    _, theirs = stock.train().loss(batch)
+    assert list(ours) == list(theirs) == ["box_loss", "cls_loss", "dfl_loss"]
+    for name in ("box_loss", "dfl_loss"):
+        assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=0.01)
+    network.criterion.bce = torch.nn.BCEWithLogitsLoss(reduction="none")
+    with_entropy = network.loss(batch)[1]["cls_loss"]
+    assert float(with_entropy) == pytest.approx(float(theirs["cls_loss"]), rel=0.01)
+
+
+def test_answers_are_ultralytics_own(monkeypatch):
+    monkeypatch.setattr(machine, "bfloat16_helps", lambda device: False)
+    network = a_network().eval()
+    images = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = network(images)[0]
+        torch.testing.assert_close(network.answers(images), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_untrained_boxes_are_small_and_lesions_rare():
+    network = a_network()
+    preds = network.raw_predictions(torch.rand(2, 3, 96, 96))
+    reach = preds["boxes"].unflatten(1, (4, 16)).softmax(2).mul(torch.arange(16.0)[:, None]).sum(2)
+    assert 0.5 < float(reach.detach().mean()) < 3
+    assert 0.005 < float(preds["scores"].detach().sigmoid().mean()) < 0.05
 
 
 def test_loss_weights_are_those_of_equation_4():
@@ -103,17 +132,17 @@ def test_loss_weights_are_those_of_equation_4():
     torch.testing.assert_close(ours / plain, torch.tensor([7.5, 0.5, 1.5]))
 
 
-@given(st.integers(20, 400), st.integers(20, 400), st.sampled_from([32, 96, 320]))
-def test_boxes_return_from_the_letterbox(height, width, px):
-    square, (left, top, fitted_width, fitted_height) = letterbox(
-        np.zeros((height, width), np.uint8), px
-    )
-    assert square.shape == (px, px)
-    assert max(fitted_width, fitted_height) == px
+@given(
+    st.integers(20, 400), st.integers(20, 400), st.sampled_from([32, 96]), st.sampled_from([32, 64])
+)
+def test_boxes_return_from_the_letterbox(height, width, rows, columns):
+    filled, place = letterbox(np.zeros((height, width), np.uint8), (rows, columns))
+    fitted_width, fitted_height = place[2:]
+    assert filled.shape == (rows, columns)
+    assert fitted_width == columns or fitted_height == rows
+    assert fitted_width <= columns and fitted_height <= rows
     stored = np.array([[0.0, 0.0, 5 * width, 5 * height], [width, height, 2 * width, 3 * height]])
-    gain = np.tile([fitted_width / (5 * width), fitted_height / (5 * height)], 2)
-    in_square = stored * gain + [left, top, left, top]
-    back = to_stored(in_square, (left, top, fitted_width, fitted_height), 5 * height, 5 * width)
+    back = to_stored(to_view(stored, place, 5 * height, 5 * width), place, 5 * height, 5 * width)
     assert back == pytest.approx(stored, abs=1e-6)
 
 
@@ -125,36 +154,87 @@ def test_boxes_end_at_the_edge_of_the_film():
 def test_export_is_what_ultralytics_reads(films, tmp_path):
     images, boxes = films
     boxes = boxes[boxes["image_id"] != "film1"]
-    folder = export_yolo(images, boxes, 64, tmp_path / "yolo")
-    data = {"names": dict(enumerate(LESION_TYPES)), "nc": 7, "channels": 3}
-    dataset = yolo.SpineDataset(str(folder), imgsz=64, augment=False, data=data)
+    folder = export_yolo(images, boxes, (96, 64), tmp_path / "yolo")
+    data = {"names": NAMES, "nc": 7, "channels": 3}
+    dataset = SpineDataset(str(folder), imgsz=96, augment=False, data=data)
     assert len(dataset) == 6
     assert len(dataset.labels[1]["cls"]) == 0  # a film without lesions stays in
     label = dataset.labels[2]
     own = boxes[boxes["image_id"] == "film2"]
     assert [LESION_TYPES[int(c)] for c in label["cls"].ravel()] == own["lesion_type"].tolist()
     centre, size = label["bboxes"][:, :2], label["bboxes"][:, 2:]
-    corners = np.hstack([centre - size / 2, centre + size / 2]) * [160, 240, 160, 240]
-    assert corners == pytest.approx(own[list(CORNERS)].to_numpy(), abs=1e-3)
-    assert dataset[2]["img"].shape == (3, 64, 64)
+    corners = np.hstack([centre - size / 2, centre + size / 2]) * [64, 96, 64, 96]
+    expected = to_view(own[list(CORNERS)].to_numpy(), (0, 0, 64, 96), 240, 160)
+    assert corners == pytest.approx(expected, abs=1e-3)
 
 
-def test_mosaic_centre_is_that_of_algorithm_1(films, tmp_path):
-    folder = export_yolo(*films, 100, tmp_path / "yolo")
-    data = {"names": dict(enumerate(LESION_TYPES)), "nc": 7, "channels": 3}
-    hyp = yolo.settings_of({"mosaic": 1.0, "copy_paste": 0.2})
-    dataset = yolo.SpineDataset(str(folder), imgsz=100, augment=True, hyp=hyp, data=data)
-    mosaic = yolo.mosaic_of(dataset.transforms)
-    random.seed(0)
-    centres = []
-    for _ in range(400):
-        labels = dataset.get_image_and_label(0)
-        labels["mix_labels"] = [dataset.get_image_and_label(i) for i in mosaic.get_indexes()]
-        first = mosaic.get_params(labels)["layout"][0]
-        centres.append([first["x2a"] / 200, first["y2a"] / 200])  # the canvas is 200 px wide
-    low, high = np.min(centres, axis=0), np.max(centres, axis=0)
-    assert (low >= 0.3).all() and (low < 0.31).all()
-    assert (high <= 0.7).all() and (high > 0.69).all()
+def a_trainer(films, tmp_path, view=(64, 64), epochs=3, **shown):
+    """The trainer of a run, as `train_detector` makes it."""
+    recipe = Recipe(view, epochs, batch=2, lr=1e-3, mosaic_until=2, **shown)
+    kept = tmp_path / "run"
+    kept.mkdir()
+    exported = export_yolo(*films, view, kept / "yolo")
+    run = yolo.write_run(kept, exported, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
+    trainer = yolo.MosaicDecay(detect._settings(recipe, run, kept / "trainer"))
+    trainer.model = yolo.build_detector(LESION_TYPES, 0)
+    return trainer
+
+
+@pytest.fixture
+def centres(monkeypatch):
+    """Where mosaics that are made meet, as fractions of their canvas."""
+    found, original = [], Mosaic.get_params
+
+    def spy(self, labels):
+        params = original(self, labels)
+        first = params["layout"][0]
+        found.append([first["x2a"] / (2 * self.imgsz), first["y2a"] / (2 * self.imgsz)])
+        return params
+
+    monkeypatch.setattr(Mosaic, "get_params", spy)
+    return found
+
+
+def test_mosaic_centre_is_that_of_algorithm_1(films, tmp_path, centres):
+    trainer = a_trainer(films, tmp_path, view=(128, 96))
+    trainer._setup_train()
+    trainer.epoch = 0
+    trainer.begin_epoch()
+    for _ in range(120):
+        for batch in trainer.train_loader:
+            assert batch["img"].shape[1:] == (3, 128, 96)
+    x, y = np.array(centres).T
+    assert len(x) == 120 * 6
+    for centre in (x, y):
+        assert 0.3 <= centre.min() < 0.31 and 0.69 < centre.max() <= 0.7
+        assert kstest(centre, uniform(0.3, 0.4).cdf).pvalue > 1e-3
+    assert abs(np.corrcoef(x, y)[0, 1]) < 0.15
+
+
+def test_mosaic_stops_at_tau_in_training(films, tmp_path, centres):
+    trainer = a_trainer(films, tmp_path, epochs=3)
+    made = []
+    trainer._progress = lambda row: made.append(len(centres))
+    trainer.train()
+    # tau = 2: the first epoch, of six films, and no other; there is no accumulation of batches.
+    assert made == [6, 6, 6]
+    assert [row["mosaic"] for row in trainer.history] == [True, False, False]
+
+
+def test_the_trainer_is_made_anew_in_another_process(films, tmp_path):
+    """What ultralytics asks where several GPUs train: the class by name, and its settings."""
+    trainer = a_trainer(films, tmp_path, repeat=True)
+    state = tmp_path / "state.pickle"
+    state.write_bytes(pickle.dumps((type(trainer), vars(trainer.args))))
+    code = (
+        "import pickle, sys; kind, settings = pickle.load(open(sys.argv[1], 'rb'));"
+        "made = kind(cfg=dict(settings), overrides=settings, _callbacks={});"
+        "print(made.mosaic_until, made.data['names'][6], made.data['repeat'], made.args.imgsz)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(state)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[-2] == "2 Other lesions True 64"
 
 
 def test_views_show_mosaic_until_tau_and_boxes_stay_on_their_patches(films, tmp_path):
@@ -200,8 +280,8 @@ def test_training_is_kept_reused_and_leaves_nothing_else(films, tmp_path, monkey
     assert again.checkpoint == run.checkpoint
     pd.testing.assert_frame_equal(again.history, run.history)
     images = films[0]
-    found = detect.predict_boxes(run.network, images, 64)
-    pd.testing.assert_frame_equal(found, detect.predict_boxes(again.network, images, 64))
+    found = detect.predict_boxes(run.network, images, (64, 64))
+    pd.testing.assert_frame_equal(found, detect.predict_boxes(again.network, images, (64, 64)))
     assert list(found) == detect.COLUMNS
     assert (found[["xmin", "ymin"]] >= 0).all(axis=None)
     assert (found["xmax"] <= 160).all() and (found["ymax"] <= 240).all()
@@ -228,7 +308,7 @@ def test_anything_that_matters_names_another_run(films, tmp_path):
     key = detect._run_key(images[:4], images[4:], boxes, RECIPE, None)
     moved = boxes.assign(xmin=boxes["xmin"] - 1)
     assert detect._run_key(images[:4], images[4:], moved, RECIPE, None) != key
-    other = Recipe(64, 3, 4, 1e-3, 3)
+    other = Recipe((64, 64), 3, 4, 1e-3, 3)
     assert detect._run_key(images[:4], images[4:], boxes, other, None) != key
     shuffled = images[:4].sample(frac=1, random_state=0)
     assert detect._run_key(shuffled, images[4:], boxes[::-1], RECIPE, None) == key
@@ -240,6 +320,10 @@ def test_starting_checkpoint_is_read_without_running_its_code(tmp_path):
     torch.save({"model": network, "ema": None}, path)
     start = yolo.build_detector(LESION_TYPES, seed=4, start=path)
     assert torch.equal(start.model[0].conv.weight, network.model[0].conv.weight)
+    other = yolo.DetectionModel("yolo11n.yaml", nc=80, verbose=False)
+    torch.save({"model": other, "ema": None}, tmp_path / "nano.pt")
+    with pytest.raises(DernetError, match="another network's"):
+        yolo.build_detector(LESION_TYPES, seed=4, start=tmp_path / "nano.pt")
     (tmp_path / "foreign.pt").write_bytes(b"no checkpoint")
     with pytest.raises(DernetError, match="could not be read"):
         yolo.read_start(tmp_path / "foreign.pt")

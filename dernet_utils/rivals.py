@@ -1,0 +1,210 @@
+"""The detectors beside YOLO11-L in the paper's Table 3, as far as kept libraries have them.
+
+All are trained by one loop, on the same views of the same films, for the same time on the clock,
+and thinned by the same non-maximum suppression. How many steps that time allows depends on the
+detector and on the machine, and is part of the result.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import box_convert
+
+from dernet_utils import detect, machine, yolo
+from dernet_utils.data import LESION_TYPES
+from dernet_utils.errors import DernetError
+from dernet_utils.views import SpineDataset, seed_augmentations
+
+# isort: split
+from ultralytics.nn.tasks import RTDETRDetectionModel
+
+ANCHORS_FOR_PX = 800  # torchvision's anchors are made for images of this side
+PROPOSALS = 256  # Faster R-CNN's a film; torchvision has 2,000 and 1,000, for larger images
+QUERIES = 300  # RT-DETR's boxes an image; fewer where an image has fewer places
+FASTER_RCNN, RETINANET, RT_DETR = "Faster R-CNN", "RetinaNet", "RT-DETR-L"
+RIVALS = (FASTER_RCNN, RETINANET, RT_DETR, "YOLO11-n", "YOLO11-s", "YOLO11-L")
+# Peak of AdamW's learning rate. Ours, not tuned: the profile's for YOLO11; less for the others, and
+# least for the transformer, as their authors have it.
+LR_SHARE = {FASTER_RCNN: 0.25, RETINANET: 0.25, RT_DETR: 0.1}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A detector from random weights, ready for training.
+
+    Attributes:
+        network: With its parameters.
+        loss: Takes a batch as ultralytics collates it, images in [0, 1]; returns a scalar.
+        raw: Takes images (B, 3, H, W) in [0, 1]; yields for each an input of `detect.suppress`.
+    """
+
+    network: nn.Module
+    loss: Callable[[dict], Tensor]
+    raw: Callable[[Tensor], Iterable[Tensor]]
+
+
+def build_rival(name: str, view: tuple[int, int], seed: int) -> Rival:
+    """Return one of `RIVALS` from random weights.
+
+    Args:
+        name: As Table 3 of this book writes it.
+        view: Height and width of its input, px.
+        seed: Seed of the weights.
+
+    Raises:
+        DernetError: The name is none of them.
+    """
+    if name not in RIVALS:
+        raise DernetError(f"A detector is one of {', '.join(RIVALS)}, not {name!r}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name.startswith("YOLO11"):
+            return _yolo(yolo.build_detector(LESION_TYPES, seed, scale=name[-1].lower()))
+        return _rt_detr(view) if name == RT_DETR else _two_or_one_stage(name, view)
+
+
+def _yolo(network: yolo.Detector) -> Rival:
+    return Rival(network, lambda batch: network.loss(batch)[0].sum(), network.answers)
+
+
+def _rt_detr(view: tuple[int, int]) -> Rival:
+    network = RTDETRDetectionModel("rtdetr-l.yaml", nc=len(LESION_TYPES), verbose=False)
+    network.nc = len(LESION_TYPES)  # its loss asks for it
+    places = sum(view[0] // stride * (view[1] // stride) for stride in (8, 16, 32))
+    network.model[-1].num_queries = min(QUERIES, places)
+    network.to(memory_format=torch.channels_last).predict = _in_bfloat16(network.predict)
+    sides = torch.tensor([view[1], view[0]] * 2)
+
+    def raw(images: Tensor) -> Tensor:
+        boxes, logits = (one.squeeze(0) for one in network(images)[1][:2])
+        return torch.cat([boxes * sides.to(boxes), logits.sigmoid()], dim=2).transpose(1, 2)
+
+    return Rival(network, lambda batch: network.loss(batch)[0], raw)
+
+
+def _in_bfloat16(forward: Callable) -> Callable:
+    """Let a part run as YOLO11-L does, what it says given on in float32."""
+
+    def fast(*given, **named):
+        device = machine.device()
+        able = machine.bfloat16_helps(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=able):
+            said = forward(*given, **named)
+        return _float32(said)
+
+    return fast
+
+
+def _float32(said):
+    if isinstance(said, dict):
+        return {name: _float32(one) for name, one in said.items()}
+    if isinstance(said, tuple | list):
+        return type(said)(map(_float32, said))
+    return said.float() if torch.is_tensor(said) and said.is_floating_point() else said
+
+
+def _two_or_one_stage(name: str, view: tuple[int, int]) -> Rival:
+    """torchvision's detectors: one with proposals, one without."""
+    share = max(view) / ANCHORS_FOR_PX
+    levels = [32 * 2**level * share for level in range(5)]
+    shapes = ((0.5, 1.0, 2.0),) * 5
+    common = {
+        "weights": None, "weights_backbone": None, "num_classes": len(LESION_TYPES) + 1,
+        "trainable_backbone_layers": 5, "min_size": min(view), "max_size": max(view),
+    }  # fmt: skip
+    limits = {"score_thresh": detect.MIN_SCORE, "nms_thresh": detect.NMS_IOU}
+    if name == FASTER_RCNN:
+        network = fasterrcnn_resnet50_fpn(
+            rpn_anchor_generator=AnchorGenerator(tuple((side,) for side in levels), shapes),
+            box_detections_per_img=detect.MAX_BOXES,
+            rpn_post_nms_top_n_train=PROPOSALS,
+            rpn_post_nms_top_n_test=PROPOSALS,
+            box_batch_size_per_image=PROPOSALS // 4,
+            **{f"box_{key}": value for key, value in limits.items()},
+            **common,
+        )
+        slow = [network.backbone, network.roi_heads.box_head]
+    else:
+        thirds = tuple(tuple(side * 2 ** (k / 3) for k in range(3)) for side in levels)
+        network = retinanet_resnet50_fpn(
+            anchor_generator=AnchorGenerator(thirds, shapes),
+            detections_per_img=detect.MAX_BOXES,
+            **limits,
+            **common,
+        )
+        slow = [network.backbone, network.head.classification_head, network.head.regression_head]
+    for part in slow:
+        part.to(memory_format=torch.channels_last).forward = _in_bfloat16(part.forward)
+    sides = torch.tensor([view[1], view[0]] * 2)
+
+    def loss(batch: dict) -> Tensor:
+        corners = box_convert(batch["bboxes"], "cxcywh", "xyxy") * sides.to(batch["bboxes"])
+        targets = [
+            {"boxes": corners[own], "labels": batch["cls"][own].long().flatten() + 1}  # 0 is none
+            for own in (batch["batch_idx"] == film for film in range(len(batch["img"])))
+        ]
+        return sum(network(list(batch["img"]), targets).values())
+
+    def raw(images: Tensor) -> Iterator[Tensor]:
+        for found in network(list(images)):
+            prob = torch.zeros(len(found["boxes"]), len(LESION_TYPES)).to(images)
+            prob[torch.arange(len(prob)), found["labels"] - 1] = found["scores"]
+            yield torch.cat([box_convert(found["boxes"], "xyxy", "cxcywh"), prob], dim=1).T
+
+    return Rival(network, loss, raw)
+
+
+def train_rival(
+    rival: Rival, films: SpineDataset, batch: int, lr: float, seconds: float, seed: int
+) -> int:
+    """Train for a time on the clock; the learning rate falls along a cosine of the time spent.
+
+    Args:
+        rival: From random weights; trained in place.
+        films: The training films, as they are shown.
+        batch: Films a step.
+        lr: Peak of AdamW's learning rate.
+        seconds: To be spent on steps; the last one is finished.
+        seed: Seed of the order of films and of their augmentation.
+
+    Returns:
+        The number of steps.
+    """
+    network, device = rival.network.to(machine.device()).train(), machine.device()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=5e-4)
+    seed_augmentations(seed)
+    steps, begun = 0, time.monotonic()
+    with machine.denormals_flushed():
+        for rows in _rows(len(films), batch, seed):
+            if (spent := (time.monotonic() - begun) / seconds) >= 1:
+                return steps
+            for group in optimizer.param_groups:
+                warm = min(1.0, (steps + 1) / WARM_STEPS)
+                group["lr"] = lr * warm * (1 + math.cos(math.pi * spent)) / 2
+            shown = SpineDataset.collate_fn([films[int(row)] for row in rows])
+            shown = {k: v.to(device) if torch.is_tensor(v) else v for k, v in shown.items()}
+            shown["img"] = shown["img"].float() / 255
+            optimizer.zero_grad()
+            rival.loss(shown).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+            optimizer.step()
+            steps += 1
+    return steps
+
+
+WARM_STEPS = 20  # ours: AdamW's first steps from random weights are as large as its later ones
+CLIP = 10.0  # ultralytics' limit of a gradient's norm
+
+
+def _rows(films: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Batches of film numbers, every film once before any comes again, without an end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(films, generator=generator)
+        yield from order[: films // batch * batch].split(batch)

@@ -1,0 +1,143 @@
+"""Views: what Algorithm 1 asks of the mosaic, rare types, and labels that are refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dernet_utils import views, yolo
+from dernet_utils.data import LESION_TYPES
+from dernet_utils.detect import export_yolo
+from dernet_utils.errors import DernetError
+from dernet_utils.views import RARE_BELOW, PasteRare, SpineDataset, check_labels, repeat_factors
+
+NAMES = dict(enumerate(LESION_TYPES))
+
+
+def dataset_of(films, folder, view=(96, 64), **data):
+    exported = export_yolo(*films, view, folder)
+    hyp = yolo.settings_of({"mosaic": 1.0, "translate": 0.0, "scale": 0.0, "hsv_v": 0.0})
+    data = {"names": NAMES, "nc": 7, "channels": 3, "view": view} | data
+    return SpineDataset(str(exported), imgsz=max(view), augment=True, hyp=hyp, data=data), hyp
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=30))
+def test_repeat_factors_are_of_films_with_a_type(kinds):
+    of_type, of_film = repeat_factors([np.array(own) for own in kinds], 5)
+    for kind in range(5):
+        share = np.mean([kind in own for own in kinds])
+        expected = max(1, np.sqrt(RARE_BELOW / share)) if share else 1
+        assert of_type[kind] == pytest.approx(expected)
+    for own, factor in zip(kinds, of_film, strict=True):
+        assert factor == max((of_type[kind] for kind in own), default=1)
+
+
+def test_rare_films_are_drawn_in_proportion_and_the_others_remain(films, tmp_path):
+    dataset, _ = dataset_of(films, tmp_path / "yolo", repeat=True)
+    assert (dataset.rows == np.arange(6)).all()
+    dataset.of_film = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(2000):
+        dataset.draw(rng)
+        assert len(dataset.rows) == 6
+        drawn.append(np.bincount(dataset.rows, minlength=6))
+    assert np.mean(drawn, axis=0) == pytest.approx(dataset.of_film / 2, abs=0.05)
+    assert np.max(drawn, axis=0).tolist() == [1, 1, 2, 1, 1, 2]
+
+
+def test_without_the_switch_each_film_is_drawn_once(films, tmp_path):
+    dataset, _ = dataset_of(films, tmp_path / "yolo")
+    dataset.of_film = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
+    dataset.draw(np.random.default_rng(0))
+    assert (dataset.rows == np.arange(6)).all()
+
+
+def test_a_view_is_upright_and_boxes_lie_on_their_patches(films, tmp_path):
+    dataset, hyp = dataset_of(films, tmp_path / "yolo")
+    dataset.set_mosaic(hyp, False)
+    for number in range(len(dataset)):
+        view = dataset[number]
+        assert view["img"].shape == (3, 96, 64)
+        for x, y, width, height in view["bboxes"].numpy() * [64, 96, 64, 96]:
+            left, top = round(x - width / 2), round(y - height / 2)
+            inside = view["img"][0][top : round(y + height / 2), left : round(x + width / 2)]
+            assert inside.float().mean() > 150
+
+
+def test_a_rare_lesion_is_pasted_where_none_lies():
+    film = np.full((100, 60, 3), 10, np.uint8)
+    donor = np.full((200, 120, 3), 10, np.uint8)
+    donor[100:120, 40:70] = 200
+    box, kind = np.array([40.0, 100, 70, 120]), np.array([5.0])
+
+    def boxes(*corners):
+        at = np.array(corners, np.float32).reshape(-1, 4)
+        return views.Instances(at, np.zeros((0, 1000, 2)), bbox_format="xyxy", normalized=False)
+
+    labels = {"img": film, "instances": boxes([0, 0, 9, 9]), "cls": np.array([[2.0]])}
+    pasted = PasteRare.paste(dict(labels), donor, box, kind)
+    assert pasted["cls"].ravel().tolist() == [2, 5]
+    x0, y0, x1, y1 = pasted["instances"].bboxes[1]
+    assert (x1 - x0, y1 - y0) == (30, 20)
+    # The same relative place: 55 of 120 and 110 of 200.
+    assert ((x0 + x1) / 2, (y0 + y1) / 2) == (pytest.approx(27.5, abs=1), pytest.approx(55, abs=1))
+    inner = pasted["img"][int(y0) + 4 : int(y1) - 4, int(x0) + 4 : int(x1) - 4]
+    assert (inner == 200).all() and (pasted["img"][:, :5] == 10).all()
+    assert (film == 10).all()  # the film it was pasted into is left as it was
+
+    taken = {"img": film, "instances": boxes([20, 50, 40, 60]), "cls": np.array([[2.0]])}
+    assert len(PasteRare.paste(taken, donor, box, kind)["cls"]) == 1
+
+
+def test_pasting_is_a_switch_and_takes_rare_types_only(films, tmp_path, monkeypatch):
+    off, _ = dataset_of(films, tmp_path / "off")
+    assert not any(isinstance(t, PasteRare) for t in off.transforms.transforms[0].transforms)
+    on, hyp = dataset_of(films, tmp_path / "on", paste=True)
+    (paste,) = (t for t in on.transforms.transforms[0].transforms if isinstance(t, PasteRare))
+    assert len(paste.rare) == sum(len(own["cls"]) for own in on.labels)  # one film each: all rare
+    monkeypatch.setattr(views, "PASTE", 1.0)
+    on.set_mosaic(hyp, False)
+    views.seed_augmentations(0)
+    more = sum(len(on[i]["cls"]) - len(on.labels[i]["cls"]) for i in range(6) for _ in range(5))
+    assert more > 0
+
+
+GOOD = "3 0.5 0.5 0.2 0.1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("7 0.5 0.5 0.2 0.1\n", "from 0 to 6"),
+        ("1.5 0.5 0.5 0.2 0.1\n", "from 0 to 6"),
+        (GOOD + "2 0.95 0.5 0.2 0.1\n", "2: .*within the film"),
+        ("2 -0.1 0.5 0.2 0.1\n", "within the film"),
+        ("2 0.5 0.5 0 0.1\n", "within the film"),
+        ("2 nan 0.5 0.2 0.1\n", "within the film"),
+        ("2 0.5 0.5 0.2\n", "five numbers"),
+        ("two 0.5 0.5 0.2 0.1\n", "five numbers"),
+    ],
+)
+def test_a_wrong_label_is_named_with_its_file_and_line(films, tmp_path, text, fault):
+    folder = export_yolo(*films, (96, 64), tmp_path / "yolo")
+    (folder.parent / "labels" / "film3.txt").write_text(text)
+    data = {"names": NAMES, "nc": 7, "channels": 3}
+    with pytest.raises(DernetError, match=rf"film3\.txt, line .*{fault}"):
+        SpineDataset(str(folder), imgsz=96, data=data)
+    (folder.parent / "labels" / "film3.txt").write_text(GOOD)
+    check_labels(sorted(map(str, folder.iterdir())), 7)
+
+
+def test_a_film_without_a_label_file_is_named(films, tmp_path):
+    folder = export_yolo(*films, (96, 64), tmp_path / "yolo")
+    (folder.parent / "labels" / "film4.txt").unlink()
+    with pytest.raises(DernetError, match=r"film4\.png has no label file"):
+        SpineDataset(str(folder), imgsz=96, data={"names": NAMES, "nc": 7, "channels": 3})
+
+
+def test_a_damaged_film_is_not_left_out(films, tmp_path):
+    folder = export_yolo(*films, (96, 64), tmp_path / "yolo")
+    (folder / "film2.png").write_bytes(b"no picture")
+    with pytest.raises(DernetError, match=r"film2\.png cannot be read"):
+        SpineDataset(str(folder), imgsz=96, data={"names": NAMES, "nc": 7, "channels": 3})
