@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 from scipy.stats import rankdata
 from sklearn.metrics import roc_curve
 
@@ -406,9 +407,9 @@ def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
     Only hits move the recall, and only at a hit can the precision be the best at its recall or
     beyond, so the curve is read at the hits alone.
     """
-    counts = weights[:, matches.film]
-    ranked = counts.cumsum(1)[:, matches.hit]
-    hits = (counts * matches.hit).cumsum(1)[:, matches.hit]
+    stops = np.flatnonzero(matches.hit)
+    hits = weights[:, matches.film[stops]].cumsum(1)
+    ranked = _running(matches.film, stops, weights)
     precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     best = np.column_stack([best, np.zeros(len(best))])  # beyond the last hit
@@ -416,6 +417,27 @@ def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
     recall = np.divide(hits, truths[:, None], out=np.zeros_like(hits), where=truths[:, None] > 0)
     first = np.stack([row.searchsorted(RECALLS) for row in recall])
     return np.take_along_axis(best, first, axis=1)
+
+
+def _running(film: np.ndarray, stops: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Predictions up to and with each stop where films count `weights` times.
+
+    They are counted by film between one stop and the next, once, and weighed in one sparse
+    product: many times fewer steps than a cumulative sum over all predictions for every draw.
+
+    Args:
+        film: Row of each prediction's film, surest first, shape (n,).
+        stops: Ranks to read at, rising, shape (stops,).
+        weights: Shape (draws, films).
+
+    Returns:
+        Shape (draws, stops).
+    """
+    film = film[: stops[-1] + 1 if len(stops) else 0]
+    stretch = stops.searchsorted(np.arange(len(film)))  # the stop that each one comes before
+    shape = (len(stops), weights.shape[1])
+    between = csr_array((np.ones(len(film)), (stretch, film)), shape)
+    return (between @ weights.T).cumsum(0).T
 
 
 def _areas(matches: Matches, weights: np.ndarray, chunk: int = 100) -> np.ndarray:
