@@ -277,6 +277,8 @@ def _studies_of(y: np.ndarray, studies: np.ndarray) -> np.ndarray:
 
 RECALLS = np.linspace(0, 1, 101)  # where COCO reads the precision-recall curve
 MOST_BOXES = 100  # of one lesion type on one film; COCO's limit
+SMALL_SHARE = 0.01  # of the field of view; below it a lesion is small (paper, section 3.3)
+SIZES = {"below 1 %": True, "1 % and above": False}  # of the field of view: whether small
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,47 @@ def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
+def size_stratum(boxes: pd.DataFrame, images: pd.DataFrame, small: bool) -> pd.DataFrame:
+    """Mark the boxes outside a stratum of size, for an evaluation inside it.
+
+    A lesion is small where its box covers less than `SMALL_SHARE` of the field of view, which is
+    the whole stored image.
+
+    Args:
+        boxes: True boxes or predictions: `image_id` and corners, in stored pixels.
+        images: `image_id`, `height` and `width`, in pixels, of every film that has a box.
+        small: Whether the stratum is that of the small boxes, or that of all others.
+
+    Returns:
+        The boxes with a column `outside`, bool, which `match_boxes`, and with it every score of
+        this module that says nothing else, takes as COCO takes boxes outside an area range.
+
+    Raises:
+        DernetError: A column is missing, a film is listed twice or not at all, or a film has no
+            area.
+
+    >>> films = pd.DataFrame({"image_id": ["a"], "height": [100], "width": [100]})
+    >>> box = pd.DataFrame({"image_id": ["a"], "xmin": [0], "ymin": [0], "xmax": [9], "ymax": [9]})
+    >>> size_stratum(box, films, small=True)["outside"].tolist()
+    [False]
+    """
+    _need(images, ["image_id", "height", "width"], "The table of films")
+    _need(boxes, ["image_id", *CORNERS], "A table of boxes")
+    if images["image_id"].duplicated().any():
+        raise DernetError("Each film has one size, and one is listed twice: drop duplicates.")
+    sizes = images.set_index("image_id")[["height", "width"]].astype(np.float64)
+    fields_px = sizes.prod(axis=1).reindex(boxes["image_id"]).to_numpy()
+    if not (fields_px > 0).all():
+        raise DernetError(
+            f"A share of the field of view needs the size of each film: {(~(fields_px > 0)).sum()} "
+            "boxes lie on films that are not listed or have no area. Pass all films that have "
+            "boxes, with height and width in pixels."
+        )
+    corners = boxes[list(CORNERS)].to_numpy(np.float64)
+    shares = (corners[:, 2:] - corners[:, :2]).prod(1) / fields_px
+    return boxes.assign(outside=(shares < SMALL_SHARE) != small)
+
+
 def match_boxes(
     truth: pd.DataFrame,
     predictions: pd.DataFrame,
@@ -330,23 +373,33 @@ def match_boxes(
     The surest prediction chooses first, and takes the free true box that it overlaps most, where
     that overlap is at least `iou`; a true box is taken once.
 
+    Inside a size stratum a prediction prefers true boxes of the stratum. One that takes a true
+    box outside, or takes none and is itself outside, is neither hit nor false alarm and is left
+    out, as COCO does for area ranges.
+
     Args:
-        truth: `image_id`, `lesion_type` and corners.
+        truth: `image_id`, `lesion_type` and corners; with `outside` where `size_stratum` added it.
         predictions: The same, and `score`.
         lesion_type: The type to match.
         films: Image ids, each once; boxes of other films are left out.
         iou: Least overlap of a match, in (0, 1].
 
     Raises:
-        DernetError: A column is missing, a film is listed twice, or a score is not a number.
+        DernetError: A column is missing, a film is listed twice, a score is not a number, or only
+            one of the tables is marked with a stratum.
     """
     if len(set(films)) != len(films):
         raise DernetError("Each film is evaluated once, and one is listed twice: drop duplicates.")
+    if ("outside" in truth) != ("outside" in predictions):
+        raise DernetError(
+            "A stratum is marked in both tables, and here in one: pass true boxes and predictions "
+            "through size_stratum."
+        )
     row_of = {film: row for row, film in enumerate(films)}
     true_of = _by_film(truth, lesion_type, [])
     found_of = _by_film(predictions, lesion_type, ["score"])
     parts = [
-        (row_of[film], found[:, 4], _hits(true_of.get(film, np.empty((0, 4))), found, iou))
+        (row_of[film], *_judged(true_of.get(film), found, iou))
         for film, found in found_of.items()
         if film in row_of
     ]
@@ -355,19 +408,18 @@ def match_boxes(
     score = np.concatenate([score for _, score, _ in parts] or [np.empty(0)])
     hit = np.concatenate([hit for _, _, hit in parts] or [np.empty(0, bool)])
     order = np.argsort(-score, kind="stable")
-    truths = np.array([len(true_of.get(film, ())) for film in films])
+    truths = np.array(
+        [(true_of[film][:, -1] == 0).sum() if film in true_of else 0 for film in films]
+    )
     return Matches(rows[order], score[order], hit[order], truths)
 
 
 def _by_film(boxes: pd.DataFrame, lesion_type: str, more: list[str]) -> dict[str, np.ndarray]:
-    """Corners (and score) of one lesion type, by film, surest first."""
-    needed = ["image_id", "lesion_type", *CORNERS, *more]
-    if missing := [name for name in needed if name not in boxes]:
-        raise DernetError(f"A table of boxes has the columns {needed}, and {missing} are missing.")
+    """Corners (and score) of one lesion type, and whether outside, by film, surest first."""
+    _need(boxes, ["image_id", "lesion_type"], "A table of boxes")
     own = boxes[boxes["lesion_type"] == lesion_type]
-    values = own[[*CORNERS, *more]].to_numpy(np.float64)
-    if np.isnan(values).any():
-        raise DernetError("A box has four corners, and a prediction a score: one is not a number.")
+    outside = own["outside"] if "outside" in own else np.zeros(len(own))
+    values = np.column_stack([_numbers(own, more), outside])
     rows_of = own.groupby("image_id", sort=False).indices
     by_film = {film: values[rows] for film, rows in rows_of.items()}
     if more:
@@ -376,18 +428,48 @@ def _by_film(boxes: pd.DataFrame, lesion_type: str, more: list[str]) -> dict[str
     return by_film
 
 
-def _hits(true: np.ndarray, found: np.ndarray, iou: float) -> np.ndarray:
-    hit = np.zeros(len(found), bool)
-    if not len(true):
-        return hit
-    overlaps = box_iou(found[:, :4], true)
-    for row, overlap in enumerate(overlaps):
-        # Of equally good true boxes pycocotools takes the last.
-        best = len(overlap) - 1 - int(np.argmax(overlap[::-1]))
-        if overlap[best] >= min(iou, 1 - 1e-10):
-            hit[row] = True
-            overlaps[:, best] = -1  # taken
-    return hit
+def _need(table: pd.DataFrame, columns: list[str], name: str) -> None:
+    if missing := [column for column in columns if column not in table]:
+        raise DernetError(f"{name} has the columns {columns}, and {missing} are missing.")
+
+
+def _numbers(boxes: pd.DataFrame, more: list[str]) -> np.ndarray:
+    """Corners and the columns `more`, shape (n, 4 + more)."""
+    _need(boxes, [*CORNERS, *more], "A table of boxes")
+    values = boxes[[*CORNERS, *more]].to_numpy(np.float64)
+    if np.isnan(values).any():
+        raise DernetError("A box has four corners, and a prediction a score: one is not a number.")
+    return values
+
+
+def _judged(true: np.ndarray | None, found: np.ndarray, iou: float) -> tuple:
+    """Scores of a film's predictions that count, and which of them are hits."""
+    score, outside = found[:, 4], found[:, -1] > 0
+    if true is None:
+        return score[~outside], np.zeros((~outside).sum(), bool)
+    overlaps = box_iou(found[:, :4], true[:, :4])
+    inside = np.broadcast_to(true[:, -1] == 0, overlaps.shape)
+    partner = _partners(overlaps, [overlaps, inside], iou)
+    hit = (partner >= 0) & (true[partner, -1] == 0)
+    counts = np.where(partner >= 0, hit, ~outside)
+    return score[counts], hit[counts]
+
+
+def _partners(overlaps: np.ndarray, keys: list[np.ndarray], iou: float) -> np.ndarray:
+    """True box that each prediction takes, surest first, or -1, shape (predictions,).
+
+    Of the free true boxes with enough overlap, (predictions, true boxes), it takes the one with
+    the largest last key, of equal ones the largest key before, and at last, as pycocotools, the
+    last.
+    """
+    partner = np.full(len(overlaps), -1)
+    free = overlaps >= min(iou, 1 - 1e-10)
+    for row in np.flatnonzero(free.any(1)):
+        choice = np.flatnonzero(free[row])
+        if len(choice):
+            partner[row] = choice[np.lexsort([key[row, choice] for key in keys])[-1]]
+            free[:, partner[row]] = False
+    return partner
 
 
 def precision_recall(matches: Matches) -> pd.DataFrame:
@@ -565,3 +647,38 @@ def _interval(values: np.ndarray, studies: pd.Series) -> Interval:
         resamples=len(defined),
         undefined=len(values) - 1 - len(defined),
     )
+
+
+def size_table(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    images: pd.DataFrame,
+    resamples: int = 1000,
+    seed: int = 42,
+    iou: float = 0.5,
+) -> pd.DataFrame:
+    """Return `detection_table` for lesions below 1 % of the field of view, and for the others.
+
+    Args:
+        truth, predictions, resamples, seed, iou: As `detection_table` takes them.
+        images: Also `height` and `width`, in pixels.
+
+    Returns:
+        The two tables below each other, indexed by `size`, of `SIZES`, and `lesion_type`. A type
+        without a true box in a stratum has nan there, and is left out of that stratum's mean.
+
+    Raises:
+        DernetError: As `size_stratum` and `detection_table` raise.
+    """
+    tables = {
+        name: detection_table(
+            size_stratum(truth, images, small),
+            size_stratum(predictions, images, small),
+            images,
+            resamples,
+            seed,
+            iou,
+        )
+        for name, small in SIZES.items()
+    }
+    return pd.concat(tables, names=["size"])

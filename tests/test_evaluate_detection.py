@@ -17,6 +17,7 @@ from dernet_utils.errors import DernetError
 from dernet_utils.evaluate import (
     CORNERS,
     RECALLS,
+    SIZES,
     _areas,
     _curves,
     average_precision,
@@ -25,6 +26,8 @@ from dernet_utils.evaluate import (
     match_boxes,
     mean_average_precision,
     precision_recall,
+    size_stratum,
+    size_table,
 )
 
 TYPES = ("Osteophytes", "Surgical implant", "Vertebral collapse")
@@ -47,8 +50,10 @@ def random_boxes(rng, films, most, scored=False, levels=8):
     return table(rows, scored)
 
 
-def by_pycocotools(truth, predictions, lesion_type, films):
-    """AP@0.5 as the reference implementation computes it."""
+def by_pycocotools(
+    truth, predictions, lesion_type, films, ious=(0.5,), areas=(0, 1e10), field_px=1
+):
+    """AP as the reference implementation computes it; areas are shares of `field_px`."""
     number = {film: row + 1 for row, film in enumerate(films)}
     truth, predictions = (t[t["lesion_type"] == lesion_type] for t in (truth, predictions))
 
@@ -57,7 +62,8 @@ def by_pycocotools(truth, predictions, lesion_type, films):
             size = [float(box.xmax - box.xmin), float(box.ymax - box.ymin)]
             yield {
                 "id": i + 1, "image_id": number[box.image_id], "category_id": 1, "iscrowd": 0,
-                "bbox": [float(box.xmin), float(box.ymin), *size], "area": size[0] * size[1],
+                "bbox": [float(box.xmin), float(box.ymin), *size],
+                "area": size[0] * size[1] / field_px,
                 **({"score": box.score} if hasattr(box, "score") else {}),
             }  # fmt: skip
 
@@ -73,12 +79,12 @@ def by_pycocotools(truth, predictions, lesion_type, films):
         found.dataset = coco.dataset | {"annotations": list(annotations(predictions))}
         found.createIndex()
         run = COCOeval(coco, found, "bbox")
-        run.params.iouThrs = np.array([0.5])
-        run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
+        run.params.iouThrs = np.array(ious)
+        run.params.areaRng, run.params.areaRngLbl = [list(areas)], ["all"]
         run.params.maxDets = [100]
         run.evaluate()
         run.accumulate()
-    precision = run.eval["precision"][0, :, 0, 0, 0]
+    precision = run.eval["precision"][:, :, 0, 0, 0]
     return np.nan if (precision < 0).any() else precision.mean()
 
 
@@ -120,6 +126,64 @@ def test_equal_to_pycocotools_on_a_crowded_film():
     assert len(predictions) > 100  # more than COCO's limit a film
     expected = by_pycocotools(truth, predictions, TYPES[0], ["a"])
     assert average_precision(truth, predictions, TYPES[0]) == pytest.approx(expected, abs=1e-12)
+
+
+# Shares of a film of 200 × 200 pixels: random boxes have 0.25 % to 2.25 %, some exactly 1 %.
+FILM_PX = 200
+STRATA = {True: (0, np.nextafter(0.01, 0)), False: (0.01, 1e10)}  # COCO's ranges hold both ends
+
+
+def films_of(names):
+    return pd.DataFrame({"image_id": names, "height": FILM_PX, "width": FILM_PX})
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_strata_equal_area_ranges_of_pycocotools(seed, small):
+    rng = np.random.default_rng(seed)
+    films = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, films, most=10)
+    predictions = random_boxes(rng, films, most=40, scored=True)
+    marked = [size_stratum(boxes, films_of(films), small) for boxes in (truth, predictions)]
+    assert marked[0]["outside"].any() and not marked[0]["outside"].all()
+    field = {"areas": STRATA[small], "field_px": FILM_PX**2}
+    seen = sorted({*truth["image_id"], *predictions["image_id"]})
+    for lesion_type in TYPES:
+        expected = by_pycocotools(truth, predictions, lesion_type, seen, **field)
+        got = average_precision(*marked, lesion_type)
+        assert got == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_stratum_by_hand():
+    truth = table([["a", TYPES[0], 0, 0, 10, 10], ["a", TYPES[0], 100, 100, 160, 160]])
+    predictions = table(
+        [
+            ["a", TYPES[0], 100, 100, 160, 160, 0.9],  # finds the large one: ignored among small
+            ["a", TYPES[0], 100, 100, 160, 150, 0.8],  # again, itself large: ignored
+            ["a", TYPES[0], 40, 40, 50, 50, 0.7],  # small, astray: a false alarm
+            ["a", TYPES[0], 0, 0, 10, 10, 0.6],  # finds the small one
+        ],
+        scored=True,
+    )
+    films = films_of(["a"])
+    small = [size_stratum(boxes, films, True) for boxes in (truth, predictions)]
+    matches = match_boxes(*small, TYPES[0], ["a"])
+    assert matches.hit.tolist() == [False, True] and matches.truths.tolist() == [1]
+    assert average_precision(*small, TYPES[0]) == pytest.approx(1 / 2)
+    large = [size_stratum(boxes, films, False) for boxes in (truth, predictions)]
+    matches = match_boxes(*large, TYPES[0], ["a"])
+    assert matches.hit.tolist() == [True, False]  # the second is a double, the small ones ignored
+    both = size_table(truth, predictions, films.assign(study_id="s"), resamples=10)
+    assert both["value"].tolist() == pytest.approx([1 / 2, 1 / 2, 1, 1])
+    assert both["boxes"].tolist() == [1, 1, 1, 1]
+    assert both.index.get_level_values("size").unique().tolist() == [*SIZES]
+
+
+def test_one_percent_of_the_field_is_not_below_it():
+    boxes = table([["a", TYPES[0], 0, 0, 20, 20], ["a", TYPES[0], 0, 0, 20, 19]])
+    assert size_stratum(boxes, films_of(["a"]), small=True)["outside"].tolist() == [True, False]
+    assert size_stratum(boxes, films_of(["a"]), small=False)["outside"].tolist() == [False, True]
+    assert list(size_stratum(boxes.iloc[:0], films_of(["a"]), True)["outside"]) == []
 
 
 def test_edges():
@@ -256,3 +320,13 @@ def test_errors_say_what_to_do():
     other = pd.DataFrame({"image_id": ["b"], "study_id": ["s"]})
     with pytest.raises(DernetError, match="not in it"):
         detection_table(truth, found, other)
+    with pytest.raises(DernetError, match="height"):
+        size_stratum(truth, other, small=True)
+    with pytest.raises(DernetError, match="not listed or have no area"):
+        size_stratum(truth, films_of(["b"]), small=True)
+    with pytest.raises(DernetError, match="not listed or have no area"):
+        size_stratum(truth, films_of(["a"]).assign(height=0), small=True)
+    with pytest.raises(DernetError, match="listed twice"):
+        size_stratum(truth, films_of(["a", "a"]), small=True)
+    with pytest.raises(DernetError, match="both tables"):
+        average_precision(size_stratum(truth, films_of(["a"]), True), found, TYPES[0])
