@@ -278,6 +278,7 @@ def _studies_of(y: np.ndarray, studies: np.ndarray) -> np.ndarray:
 RECALLS = np.linspace(0, 1, 101)  # where COCO reads the precision-recall curve
 MOST_BOXES = 100  # of one lesion type on one film; COCO's limit
 SMALL_SHARE = 0.01  # of the field of view; below it a lesion is small (paper, section 3.3)
+FALSE_ALARMS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # a film (Setio et al., Med Image Anal 42, 2017)
 SIZES = {"below 1 %": True, "1 % and above": False}  # of the field of view: whether small
 
 
@@ -607,21 +608,10 @@ def detection_table(
     Raises:
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's film is not listed.
     """
-    films = list(images["image_id"])
-    if strangers := {*truth["image_id"], *predictions["image_id"]} - set(films):
-        raise DernetError(
-            f"Every box lies on a film of the list, and {len(strangers)} films are not in it: "
-            "pass all films that were searched."
-        )
+    films = _searched(truth, predictions, images)
     types = sorted(truth["lesion_type"].unique())
     matched = [match_boxes(truth, predictions, name, films, iou) for name in types]
-    weights = np.stack(
-        [np.ones(len(films))]
-        + [
-            np.bincount(rows, minlength=len(films))
-            for rows in resample_by_study(images["study_id"].to_numpy(), resamples, seed)
-        ]
-    )
+    weights = _weights(images, resamples, seed)
     areas = np.stack([_areas(matches, weights) for matches in matched])
     present = ~np.isnan(areas)
     mean = np.nansum(areas, axis=0) / np.where(present.any(0), present.sum(0), np.nan)
@@ -632,6 +622,23 @@ def detection_table(
         for count, values in zip([*boxes, sum(boxes)], areas, strict=True)
     ]
     return pd.DataFrame(rows, index=pd.Index([*types, "mAP"], name="lesion_type"))
+
+
+def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+    films = list(images["image_id"])
+    if strangers := {*truth["image_id"], *predictions["image_id"]} - set(films):
+        raise DernetError(
+            f"Every box lies on a film of the list, and {len(strangers)} films are not in it: "
+            "pass all films that were searched."
+        )
+    return films
+
+
+def _weights(images: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
+    """How often each film counts: once, then as drawn by study, shape (1 + resamples, films)."""
+    draws = resample_by_study(images["study_id"].to_numpy(), resamples, seed)
+    counts = [np.bincount(rows, minlength=len(images)) for rows in draws]
+    return np.stack([np.ones(len(images)), *counts])
 
 
 def _interval(values: np.ndarray, studies: pd.Series) -> Interval:
@@ -682,3 +689,115 @@ def size_table(
         for name, small in SIZES.items()
     }
     return pd.concat(tables, names=["size"])
+
+
+# Detection as a reader meets it: false alarms on a film, and one type taken for another.
+
+
+def froc_curve(
+    truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame, iou: float = 0.5
+) -> pd.DataFrame:
+    """Return the free-response curve: sensitivity against false alarms per film.
+
+    All lesion types count together, each matched for itself: a hit is of the same type. For one
+    type, pass the boxes of that type. Average precision ranks; this says what a reader would see
+    at a threshold (Bunch et al., J Appl Photogr Eng 4, 1978).
+
+    Args:
+        truth, predictions, iou: As `average_precision` takes them; types that the truth does not
+            hold give false alarms.
+        images: `image_id` of every film that was searched, also those without a box.
+
+    Returns:
+        A row for each distinct `score`, falling, where all predictions with at least that score
+        are accepted: `false_alarms_per_film`, a mean over films, 0 or more, and `sensitivity`,
+        the share of true boxes found, in [0, 1], nan where there is none. Before them a row that
+        accepts nothing, at the score inf.
+
+    Raises:
+        DernetError: As `match_boxes` raises, there is no film, or a box's film is not listed.
+    """
+    films = _searched(truth, predictions, images)
+    if not films:
+        raise DernetError("False alarms are counted per film, and no film came: list the films.")
+    matches = _all_types(truth, predictions, films, iou)
+    ends = _ends_of_scores(matches)
+    hits = matches.hit.cumsum()[ends]
+    accepted = {
+        "score": matches.score[ends],
+        "false_alarms_per_film": (ends + 1 - hits) / len(films),
+        "sensitivity": hits / (matches.truths.sum() or np.nan),
+    }
+    none = {"score": np.inf, "false_alarms_per_film": 0.0}
+    none["sensitivity"] = 0.0 if matches.truths.any() else np.nan
+    return pd.DataFrame({name: np.append(none[name], part) for name, part in accepted.items()})
+
+
+def froc_table(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    images: pd.DataFrame,
+    resamples: int = 1000,
+    seed: int = 42,
+    iou: float = 0.5,
+) -> pd.DataFrame:
+    """Return the sensitivity at given false alarms per film, with 95 % intervals by study.
+
+    It is the highest of `froc_curve` with at most that many false alarms. Every draw of studies
+    has its own threshold, as its own curve would.
+
+    Args:
+        truth, predictions, iou: As `froc_curve` takes them.
+        images, resamples, seed: As `detection_table` takes them.
+
+    Returns:
+        One row for each of `FALSE_ALARMS`, with the columns of `dernet_utils.stats.Interval` as
+        fractions of one.
+
+    Raises:
+        DernetError: As `match_boxes` and `resample_by_study` raise, or a box's film is not listed.
+    """
+    films = _searched(truth, predictions, images)
+    matches = _all_types(truth, predictions, films, iou)
+    found = _found_within(matches, _weights(images, resamples, seed))
+    rows = [vars(_interval(values, images["study_id"])) for values in found.T]
+    return pd.DataFrame(rows, index=pd.Index(FALSE_ALARMS, name="false_alarms_per_film"))
+
+
+def _all_types(
+    truth: pd.DataFrame, predictions: pd.DataFrame, films: list[str], iou: float
+) -> Matches:
+    """The matches of every type in one list, surest first."""
+    types = sorted({*truth["lesion_type"], *predictions["lesion_type"]})
+    parts = [match_boxes(truth, predictions, name, films, iou) for name in types]
+    score = np.concatenate([part.score for part in parts] or [np.empty(0)])
+    order = np.argsort(-score, kind="stable")
+    return Matches(
+        np.concatenate([part.film for part in parts] or [np.empty(0, int)])[order],
+        score[order],
+        np.concatenate([part.hit for part in parts] or [np.empty(0, bool)])[order],
+        sum((part.truths for part in parts), start=np.zeros(len(films), int)),
+    )
+
+
+def _ends_of_scores(matches: Matches) -> np.ndarray:
+    """Rank of the last prediction of each distinct score: equal ones are accepted together."""
+    return np.flatnonzero(np.diff(matches.score, append=np.nan))
+
+
+def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """Sensitivity at FALSE_ALARMS where film i counts weights[:, i] times, shape (draws, 7).
+
+    Only scores that hold a hit move the sensitivity, so the curve is read at those alone.
+    """
+    ends = _ends_of_scores(matches)
+    stops = ends[np.unique(ends.searchsorted(np.flatnonzero(matches.hit)))]
+    hits = weights[:, matches.film[matches.hit]].cumsum(1)[:, matches.hit.cumsum()[stops] - 1]
+    false_alarms = _running(matches.film, stops, weights) - hits
+    allowed = weights.sum(1)[:, None] * FALSE_ALARMS
+    accepted = np.stack(
+        [row.searchsorted(most, "right") for row, most in zip(false_alarms, allowed, strict=True)]
+    )
+    hits = np.column_stack([np.zeros(len(hits)), hits])  # nothing accepted, nothing found
+    truths = (weights @ matches.truths)[:, None]
+    return np.take_along_axis(hits, accepted, axis=1) / np.where(truths > 0, truths, np.nan)

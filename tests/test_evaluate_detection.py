@@ -16,13 +16,18 @@ from dernet_utils.data import LESION_TYPES
 from dernet_utils.errors import DernetError
 from dernet_utils.evaluate import (
     CORNERS,
+    FALSE_ALARMS,
     RECALLS,
     SIZES,
+    _all_types,
     _areas,
     _curves,
+    _found_within,
     average_precision,
     box_iou,
     detection_table,
+    froc_curve,
+    froc_table,
     match_boxes,
     mean_average_precision,
     precision_recall,
@@ -308,6 +313,96 @@ def test_table_of_the_full_size_is_fast_and_its_curves_are_those_of_plain_sums()
         assert np.abs(_curves(matches, weights) - plain).max() < 1e-12
 
 
+def test_froc_by_hand():
+    images = pd.DataFrame({"image_id": list("abcd"), "study_id": list("stuu")})
+    truth = table([["a", TYPES[0], 0, 0, 10, 10], ["b", TYPES[1], 0, 0, 10, 10]])
+    predictions = table(
+        [
+            ["a", TYPES[0], 0, 0, 10, 10, 0.9],  # a hit
+            ["b", TYPES[0], 0, 0, 10, 10, 0.8],  # at the right place, of the wrong type
+            ["b", TYPES[1], 0, 0, 10, 10, 0.5],  # a hit, tied with
+            ["c", TYPES[2], 0, 0, 10, 10, 0.5],  # a false alarm of a type that the truth lacks
+            ["c", TYPES[0], 0, 0, 10, 10, 0.2],  # a false alarm below the last hit
+        ],
+        scored=True,
+    )
+    curve = froc_curve(truth, predictions, images)
+    assert curve["score"].tolist() == [np.inf, 0.9, 0.8, 0.5, 0.2]
+    assert curve["false_alarms_per_film"].tolist() == [0, 0, 1 / 4, 2 / 4, 3 / 4]
+    assert curve["sensitivity"].tolist() == [0, 1 / 2, 1 / 2, 1, 1]
+    at = froc_table(truth, predictions, images, resamples=20)
+    assert at.index.tolist() == [*FALSE_ALARMS]
+    assert at["value"].tolist() == [1 / 2, 1 / 2, 1, 1, 1, 1, 1]
+    assert at["undefined"].nunique() == 1 and at["undefined"].iloc[0] > 0  # draws of study u only
+
+
+def froc_by_loop(truth, predictions):
+    """Every score as a threshold: false alarms and hits, counted box by box."""
+    points = [(0, 0)]
+    for threshold in predictions["score"].unique():
+        hits = false_alarms = 0
+        accepted = predictions[predictions["score"] >= threshold]
+        for (film, kind), found in accepted.groupby(["image_id", "lesion_type"]):
+            same = (truth["image_id"] == film) & (truth["lesion_type"] == kind)
+            free = truth.loc[same, [*CORNERS]].to_numpy().tolist()
+            for row in found.sort_values("score", ascending=False, kind="stable").itertuples():
+                box = [row.xmin, row.ymin, row.xmax, row.ymax]
+                overlaps = box_iou([box], np.reshape(free, (-1, 4)))[0].tolist()
+                if overlaps and max(overlaps) >= 0.5:
+                    free.pop(max(i for i, o in enumerate(overlaps) if o == max(overlaps)))
+                    hits += 1
+                else:
+                    false_alarms += 1
+        points.append((false_alarms, hits))
+    return points
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_froc_equals_a_loop_on_the_films_and_on_draws_of_them(seed):
+    rng = np.random.default_rng(seed)
+    films = [f"{i}" for i in range(6)]
+    images = pd.DataFrame({"image_id": films, "study_id": list("ssttuv")})
+    truth, predictions = random_boxes(rng, films, 5), random_boxes(rng, films, 12, scored=True)
+    sure = truth.sample(frac=0.5, random_state=seed)
+    sure = sure.assign(score=rng.integers(1, 9, len(sure)) / 8)
+    predictions = pd.concat([predictions, sure], ignore_index=True)
+    points = froc_by_loop(truth, predictions)
+    at = froc_table(truth, predictions, images, resamples=200)
+    curve = froc_curve(truth, predictions, images)
+    for rate, row in at.iterrows():
+        hits = max(hits for false_alarms, hits in points if false_alarms <= rate * len(films))
+        assert row["value"] == hits / len(truth)
+        within = curve[curve["false_alarms_per_film"] <= rate]
+        assert row["value"] == within["sensitivity"].max()
+        assert row["low"] <= row["high"] <= 1
+    assert (curve[["false_alarms_per_film", "sensitivity"]].diff().dropna() >= 0).all(axis=None)
+    # A film that counts twice is two films.
+    weights = np.array([0, 2, 1, 3, 1, 2])
+    rows = np.repeat(np.arange(6), weights)
+    copies = [f"{films[row]}-{i}" for i, row in enumerate(rows)]
+    repeated = [
+        pd.concat([t[t["image_id"] == copy[0]].assign(image_id=copy) for copy in copies])
+        for t in (truth, predictions)
+    ]
+    weighed = _found_within(_all_types(truth, predictions, films, 0.5), weights[None] * 1.0)
+    again = _found_within(_all_types(*repeated, copies, 0.5), np.ones((1, len(copies))))
+    assert (weighed == again).all() and weighed.any()
+
+
+def test_edges_of_froc():
+    images = pd.DataFrame({"image_id": ["a"], "study_id": ["s"]})
+    box, none = table([["a", TYPES[0], 0, 0, 10, 10]]), table([])
+    found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
+    none_found = table([], scored=True)
+    assert (froc_table(box, found, images, 5)["value"] == 1).all()
+    assert (froc_table(box, none_found, images, 5)["value"] == 0).all()
+    assert froc_curve(box, none_found, images)["sensitivity"].tolist() == [0]
+    assert froc_table(none, found, images, 5)["value"].isna().all()
+    assert froc_curve(none, found, images)["sensitivity"].isna().all()
+    assert froc_curve(none, found, images)["false_alarms_per_film"].tolist() == [0, 1]
+    assert froc_table(none, none_found, images, 5)["value"].isna().all()
+
+
 def test_errors_say_what_to_do():
     truth = table([["a", TYPES[0], 0, 0, 10, 10]])
     found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
@@ -320,6 +415,10 @@ def test_errors_say_what_to_do():
     other = pd.DataFrame({"image_id": ["b"], "study_id": ["s"]})
     with pytest.raises(DernetError, match="not in it"):
         detection_table(truth, found, other)
+    with pytest.raises(DernetError, match="not in it"):
+        froc_curve(truth, found, other)
+    with pytest.raises(DernetError, match="no film came"):
+        froc_curve(truth[:0], found[:0], other[:0])
     with pytest.raises(DernetError, match="height"):
         size_stratum(truth, other, small=True)
     with pytest.raises(DernetError, match="not listed or have no area"):
