@@ -279,6 +279,7 @@ RECALLS = np.linspace(0, 1, 101)  # where COCO reads the precision-recall curve
 MOST_BOXES = 100  # of one lesion type on one film; COCO's limit
 SMALL_SHARE = 0.01  # of the field of view; below it a lesion is small (paper, section 3.3)
 FALSE_ALARMS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # a film (Setio et al., Med Image Anal 42, 2017)
+NO_LESION, NOT_FOUND = "no lesion", "not found"  # margins of `type_confusion`
 SIZES = {"below 1 %": True, "1 % and above": False}  # of the field of view: whether small
 
 
@@ -801,3 +802,69 @@ def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
     hits = np.column_stack([np.zeros(len(hits)), hits])  # nothing accepted, nothing found
     truths = (weights @ matches.truths)[:, None]
     return np.take_along_axis(hits, accepted, axis=1) / np.where(truths > 0, truths, np.nan)
+
+
+def type_confusion(
+    truth: pd.DataFrame, predictions: pd.DataFrame, threshold: float, iou: float = 0.5
+) -> pd.DataFrame:
+    """Count how true boxes are named: by type, at one threshold.
+
+    Matching does not look at types: on each film the surest prediction takes the free true box
+    that it overlaps most, at least `iou`, and of equally overlapped ones one of its own type.
+
+    Args:
+        truth: `image_id`, `lesion_type` and corners.
+        predictions: The same, and `score`.
+        threshold: A prediction is accepted where its score is at least this.
+        iou: Least overlap of a match, in (0, 1].
+
+    Returns:
+        Counts of boxes. Rows are true types and a last row `NO_LESION`, the false alarms; columns
+        are found types and a last column `NOT_FOUND`, the misses. Types are those of either
+        table, in the order of the alphabet. A type's row adds up to its true boxes, its column to
+        its accepted predictions.
+
+    Raises:
+        DernetError: A column is missing, a corner or a score is not a number, or a table is
+            marked with a stratum, which a count of all boxes does not know.
+
+    >>> box = {"image_id": "a", "xmin": 0, "ymin": 0, "xmax": 9, "ymax": 9}
+    >>> truth = pd.DataFrame([box | {"lesion_type": "Osteophytes"}])
+    >>> found = pd.DataFrame([box | {"lesion_type": "Other lesions", "score": 0.7}])
+    >>> int(type_confusion(truth, found, 0.5).loc["Osteophytes", "Other lesions"])
+    1
+    """
+    _all_sizes(truth, predictions)
+    true_boxes, found_boxes = _numbers(truth, []), _numbers(predictions, ["score"])
+    for boxes in (truth, predictions):
+        _need(boxes, ["image_id", "lesion_type"], "A table of boxes")
+    true_types, found_types = truth["lesion_type"].to_numpy(), predictions["lesion_type"].to_numpy()
+    true_of = truth.groupby("image_id").indices
+    named = np.full(len(truth), NOT_FOUND, object)
+    meant = np.full(len(predictions), NO_LESION, object)
+    accepted = found_boxes[:, 4] >= threshold
+    for film, rows in predictions.groupby("image_id").indices.items():
+        rows = rows[accepted[rows]]
+        rows = rows[np.argsort(-found_boxes[rows, 4], kind="stable")]
+        own = true_of.get(film, np.empty(0, int))
+        overlaps = box_iou(found_boxes[rows, :4], true_boxes[own])
+        same = found_types[rows][:, None] == true_types[own]
+        partner = _partners(overlaps, [same, overlaps], iou)
+        rows, taken = rows[partner >= 0], own[partner[partner >= 0]]
+        named[taken], meant[rows] = found_types[rows], true_types[taken]
+    alarms = accepted & (meant == NO_LESION)
+    rows = np.concatenate([true_types, meant[alarms]])
+    columns = np.concatenate([named, found_types[alarms]])
+    types = sorted({*true_types, *found_types})
+    counts = pd.crosstab(rows, columns).reindex(
+        index=[*types, NO_LESION], columns=[*types, NOT_FOUND], fill_value=0
+    )
+    return counts.rename_axis(index="true", columns="found")
+
+
+def _all_sizes(truth: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    if "outside" in truth or "outside" in predictions:
+        raise DernetError(
+            "All boxes are evaluated here, and a stratum is marked: pass the tables without the "
+            "column outside."
+        )

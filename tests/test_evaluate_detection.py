@@ -33,6 +33,7 @@ from dernet_utils.evaluate import (
     precision_recall,
     size_stratum,
     size_table,
+    type_confusion,
 )
 
 TYPES = ("Osteophytes", "Surgical implant", "Vertebral collapse")
@@ -403,6 +404,68 @@ def test_edges_of_froc():
     assert froc_table(none, none_found, images, 5)["value"].isna().all()
 
 
+def test_confusion_by_hand():
+    truth = table(
+        [
+            ["a", TYPES[0], 0, 0, 10, 10],
+            ["a", TYPES[1], 20, 0, 30, 10],
+            ["b", TYPES[1], 0, 0, 10, 10],
+            ["b", TYPES[0], 0, 0, 10, 10],  # one place, two types
+            ["c", TYPES[0], 0, 0, 10, 10],  # nothing is found on this film
+        ]
+    )
+    predictions = table(
+        [
+            ["a", TYPES[1], 0, 0, 10, 10, 0.8],  # the first box, misnamed
+            ["a", TYPES[0], 0, 0, 10, 10, 0.7],  # rightly named, but less sure: a false alarm
+            ["a", TYPES[1], 20, 0, 30, 4, 0.9],  # overlaps too little: a false alarm
+            ["b", TYPES[1], 0, 0, 10, 10, 0.9],  # of equal overlaps its own type
+            ["b", TYPES[0], 0, 0, 10, 10, 0.6],
+            ["d", TYPES[2], 0, 0, 10, 10, 0.5],  # at the threshold: accepted
+            ["c", TYPES[0], 0, 0, 10, 10, 0.4],  # below it
+        ],
+        scored=True,
+    )
+    counts = type_confusion(truth, predictions, threshold=0.5)
+    assert counts.index.tolist() == [*TYPES, "no lesion"]
+    assert counts.columns.tolist() == [*TYPES, "not found"]
+    assert counts.to_numpy().tolist() == [
+        [1, 1, 0, 1],
+        [0, 1, 0, 1],
+        [0, 0, 0, 0],
+        [1, 1, 1, 0],
+    ]
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_confusion_counts_every_box_once(seed):
+    rng = np.random.default_rng(seed)
+    truth = random_boxes(rng, list("abc"), 5)
+    predictions = random_boxes(rng, list("abc"), 12, scored=True)
+    counts = type_confusion(truth, predictions, threshold=0.5)
+    accepted = predictions[predictions["score"] >= 0.5]
+    for name in counts.index[:-1]:
+        assert counts.loc[name].sum() == (truth["lesion_type"] == name).sum()
+        assert counts[name].sum() == (accepted["lesion_type"] == name).sum()
+    # With one type for all, its diagonal is the hits of the matching by type.
+    one = [t.assign(lesion_type=TYPES[0]) for t in (truth, accepted)]
+    matches = match_boxes(*one, TYPES[0], list("abc"))
+    alike = type_confusion(*one, threshold=0)
+    assert alike.to_numpy().sum() == len(truth) + len(accepted) - matches.hit.sum()
+
+
+def test_edges_of_confusion():
+    box = table([["a", TYPES[0], 0, 0, 10, 10]])
+    found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
+    none, none_found = table([]), table([], scored=True)
+    assert type_confusion(box, none_found, 0.5).to_numpy().tolist() == [[0, 1], [0, 0]]
+    assert type_confusion(none, found, 0.5).to_numpy().tolist() == [[0, 0], [1, 0]]
+    assert type_confusion(box, found, 0.5).to_numpy().tolist() == [[1, 0], [0, 0]]
+    assert type_confusion(box, found, 0.6).to_numpy().tolist() == [[0, 1], [0, 0]]
+    assert type_confusion(none, none_found, 0.5).to_numpy().tolist() == [[0]]
+
+
 def test_errors_say_what_to_do():
     truth = table([["a", TYPES[0], 0, 0, 10, 10]])
     found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
@@ -419,6 +482,10 @@ def test_errors_say_what_to_do():
         froc_curve(truth, found, other)
     with pytest.raises(DernetError, match="no film came"):
         froc_curve(truth[:0], found[:0], other[:0])
+    with pytest.raises(DernetError, match="score"):
+        type_confusion(truth, truth, 0.5)
+    with pytest.raises(DernetError, match="without the column"):
+        type_confusion(size_stratum(truth, films_of(["a"]), True), found, 0.5)
     with pytest.raises(DernetError, match="height"):
         size_stratum(truth, other, small=True)
     with pytest.raises(DernetError, match="not listed or have no area"):
