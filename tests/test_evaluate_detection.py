@@ -25,6 +25,7 @@ from dernet_utils.evaluate import (
     _found_within,
     average_precision,
     box_iou,
+    coco_average_precision,
     detection_table,
     froc_curve,
     froc_table,
@@ -132,6 +133,62 @@ def test_equal_to_pycocotools_on_a_crowded_film():
     assert len(predictions) > 100  # more than COCO's limit a film
     expected = by_pycocotools(truth, predictions, TYPES[0], ["a"])
     assert average_precision(truth, predictions, TYPES[0]) == pytest.approx(expected, abs=1e-12)
+
+
+TEN = np.linspace(0.5, 0.95, 10)
+
+
+def assert_as_coco(truth, predictions):
+    """The library, pycocotools and, at each overlap, our own function agree."""
+    mean, each = coco_average_precision(truth, predictions)
+    seen = sorted({*truth["image_id"], *predictions["image_id"]})
+    types = sorted(truth["lesion_type"].unique())
+    assert each.index.tolist() == types and np.allclose(each.columns, TEN)
+    for name in types:
+        expected = by_pycocotools(truth, predictions, name, seen, TEN)
+        assert each.loc[name].mean() == pytest.approx(expected, abs=1e-6)
+        own = [average_precision(truth, predictions, name, iou) for iou in TEN]
+        assert each.loc[name].tolist() == pytest.approx(own, abs=1e-6)
+        expected = by_pycocotools(truth, predictions, name, seen)
+        assert each.loc[name, 0.5] == pytest.approx(expected, abs=1e-6)
+    assert mean == pytest.approx(each.mean().mean())
+    assert each[0.5].mean() == pytest.approx(mean_average_precision(truth, predictions)[0])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ten_overlaps_equal_pycocotools_with_ties_and_empty_films(seed):
+    rng = np.random.default_rng(seed)
+    films = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, films[:6], most=8)
+    near = truth.sample(frac=0.7, random_state=seed)
+    near = near.assign(score=rng.integers(1, 9, len(near)) / 8)
+    near[list(CORNERS)] += rng.integers(-3, 4, (len(near), 4))
+    predictions = random_boxes(rng, films[3:], most=20, scored=True)
+    predictions = pd.concat([predictions, near], ignore_index=True)
+    assert_as_coco(truth, predictions)
+    # A type without a true box is no part of the mean.
+    assert_as_coco(truth[truth["lesion_type"] != TYPES[1]], predictions)
+
+
+def test_ten_overlaps_equal_pycocotools_on_a_crowded_film():
+    rng = np.random.default_rng(3)
+    truth = random_boxes(rng, ["a", "b"], most=60).assign(lesion_type=TYPES[0])
+    predictions = pd.concat([random_boxes(rng, ["a", "b"], 300, scored=True) for _ in range(2)])
+    predictions = predictions.assign(lesion_type=TYPES[0])
+    assert predictions["image_id"].value_counts().max() > 100  # more than COCO's limit a film
+    assert_as_coco(truth, predictions)
+
+
+def test_ten_overlaps_by_hand():
+    truth = table([["a", TYPES[0], 0, 0, 100, 100]])
+    found = table([["a", TYPES[0], 0, 0, 100, 72, 0.5]], scored=True)
+    mean, each = coco_average_precision(truth, found)
+    assert each.loc[TYPES[0]].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]  # up to IoU 0.70
+    assert mean == pytest.approx(0.5)
+    none, none_found = table([]), table([], scored=True)
+    assert coco_average_precision(truth, none_found)[0] == 0
+    mean, each = coco_average_precision(none, found)
+    assert np.isnan(mean) and each.shape == (0, 10)
 
 
 # Shares of a film of 200 × 200 pixels: random boxes have 0.25 % to 2.25 %, some exactly 1 %.
@@ -484,6 +541,10 @@ def test_errors_say_what_to_do():
         froc_curve(truth[:0], found[:0], other[:0])
     with pytest.raises(DernetError, match="score"):
         type_confusion(truth, truth, 0.5)
+    with pytest.raises(DernetError, match="score"):
+        coco_average_precision(truth, truth)
+    with pytest.raises(DernetError, match="not a number"):
+        coco_average_precision(truth.assign(xmin=np.nan), found)
     with pytest.raises(DernetError, match="without the column"):
         type_confusion(size_stratum(truth, films_of(["a"]), True), found, 0.5)
     with pytest.raises(DernetError, match="height"):
