@@ -13,8 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dernet_utils.data import LESION_TYPES
-from dernet_utils.errors import DernetError
-from dernet_utils.evaluate import (
+from dernet_utils.detection_metrics import (
     CORNERS,
     FALSE_ALARMS,
     RECALLS,
@@ -36,6 +35,7 @@ from dernet_utils.evaluate import (
     size_table,
     type_confusion,
 )
+from dernet_utils.errors import DernetError
 
 TYPES = ("Osteophytes", "Surgical implant", "Vertebral collapse")
 
