@@ -242,6 +242,16 @@ def test_stratum_by_hand():
     assert both.index.get_level_values("size").unique().tolist() == [*SIZES]
 
 
+def test_a_type_without_a_box_in_a_stratum_is_left_out_of_its_mean():
+    truth = table([["a", TYPES[0], 0, 0, 10, 10], ["a", TYPES[1], 0, 0, 90, 90]])
+    found = truth.assign(score=0.5)
+    images = films_of(["a"]).assign(study_id="s")
+    result = size_table(truth, found, images, resamples=5).loc["below 1 %"]
+    assert result["boxes"].tolist() == [1, 0, 1]
+    assert result["value"].isna().tolist() == [False, True, False]
+    assert result.loc["mAP", "value"] == 1 and result.loc[TYPES[1], "undefined"] == 5
+
+
 def test_one_percent_of_the_field_is_not_below_it():
     boxes = table([["a", TYPES[0], 0, 0, 20, 20], ["a", TYPES[0], 0, 0, 20, 19]])
     assert size_stratum(boxes, films_of(["a"]), small=True)["outside"].tolist() == [True, False]
