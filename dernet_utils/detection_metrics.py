@@ -339,7 +339,7 @@ def coco_average_precision(
         DernetError: A column is missing, a corner or a score is not a number, or a table is
             marked with a stratum, for which `size_stratum` is read by `average_precision`.
     """
-    # Here and not above: whoever scores a classifier needs this module and not the library.
+    # Here and not above: training a detector needs this module, and not the library.
     from faster_coco_eval import COCO, COCOeval_faster
 
     _all_sizes(truth, predictions)
