@@ -9,7 +9,8 @@ Modules import in one direction, from the bottom of this list to its top::
     imaging     DICOM, PNG, JPEG to 8-bit grey; CLAHE; the image cache
     donor, anatomy, lesions, films, dicom, cohort    the virtual radiographs
     stats       intervals by resampling studies
-    evaluate    what a classifier's and a detector's answers are worth
+    evaluate    what a classifier's answers are worth
+    detection_metrics    what a detector's answers are worth
     machine     what the hardware can do
     triage      normal or abnormal: networks, training, probabilities
     ensemble    one answer from several networks: weights, thresholds, calibration

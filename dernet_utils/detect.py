@@ -17,8 +17,8 @@ from torchvision.ops import batched_nms, box_convert
 
 from dernet_utils import losses, machine, views, yolo
 from dernet_utils.data import CORNERS, LESION_TYPES
+from dernet_utils.detection_metrics import mean_average_precision
 from dernet_utils.errors import DernetError
-from dernet_utils.evaluate import mean_average_precision
 from dernet_utils.imaging import load_cached
 from dernet_utils.profiles import Profile
 from dernet_utils.views import SpineDataset, seed_augmentations

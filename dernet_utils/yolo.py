@@ -288,7 +288,7 @@ class MosaicDecay(DetectionTrainer):
         return {}, 0.0
 
     def final_eval(self) -> None:
-        """Leave the last evaluation to `dernet_utils.evaluate`."""
+        """Leave the last evaluation to `dernet_utils.detection_metrics`."""
 
     def save_metrics(self, metrics: dict) -> None:
         """Add the epoch to the history: its losses, its seconds, and what `look` sees."""

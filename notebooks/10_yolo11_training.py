@@ -55,7 +55,7 @@ import pandas as pd
 import torch
 from myst_nb import glue
 
-from dernet_utils import detect, evaluate, yolo
+from dernet_utils import detect, detection_metrics, yolo
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.data import CORNERS, LESION_TYPES, PAPER_CODES, make_folds, read_dataset
 
@@ -398,7 +398,7 @@ size = found[["image_id"]].join(test.set_index("image_id")[["width", "height"]],
 cut = (found[["xmin", "ymin"]] <= 0).any(axis=1)
 cut |= (found["xmax"] >= size["width"]) | (found["ymax"] >= size["height"])
 for _, same in found[~cut].groupby(["image_id", "lesion_type"]):
-    overlap = evaluate.box_iou(same[list(CORNERS)], same[list(CORNERS)])
+    overlap = detection_metrics.box_iou(same[list(CORNERS)], same[list(CORNERS)])
     assert np.triu(overlap, k=1).max() <= detect.NMS_IOU + 1e-5
 
 # %%
@@ -453,14 +453,14 @@ show_figure("c10-fig-found", fig)
 
 # %%
 common = truth["lesion_type"].value_counts().idxmax()
-matches = evaluate.match_boxes(truth, found, common, test["image_id"].tolist(), iou_match)
+matches = detection_metrics.match_boxes(truth, found, common, test["image_id"].tolist(), iou_match)
 hits, curve = 0, []
 for rank, hit in enumerate(matches.hit, start=1):
     hits += hit
     curve.append((hits / matches.truths.sum(), hits / rank))  # recall, precision
-best = [max([p for r, p in curve if r >= level], default=0) for level in evaluate.RECALLS]
+best = [max([p for r, p in curve if r >= level], default=0) for level in detection_metrics.RECALLS]
 AP = np.mean(best)
-assert np.isclose(AP, evaluate.average_precision(truth, found, common, iou_match))
+assert np.isclose(AP, detection_metrics.average_precision(truth, found, common, iou_match))
 glue("c10-common", common, display=False)
 glue("c10-common-ap", f"{AP:.3f}", display=False)
 
@@ -474,7 +474,9 @@ fig, ax = plt.subplots(figsize=(6.2, 4))
 on_white = {"Other lesions": "0.35", "Surgical implant": "#A89C00"}  # as on films, but darker
 order = test["image_id"].tolist()
 for number, name in enumerate(t for t in LESION_TYPES if (truth["lesion_type"] == t).any()):
-    line = evaluate.precision_recall(evaluate.match_boxes(truth, found, name, order, iou_match))
+    line = detection_metrics.precision_recall(
+        detection_metrics.match_boxes(truth, found, name, order, iou_match)
+    )
     colour = on_white.get(name, LESION_STYLE[name][0])
     ax.plot(line["recall"], line["precision"], LESION_STYLE[name][1], color=colour, label=name,
             marker="osD^vPX"[number], markevery=(number * 2, 15), ms=5)  # fmt: skip
@@ -501,7 +503,7 @@ show_figure("c10-fig-pr", fig)
 # is done once; a film that is drawn twice counts twice.
 
 # %%
-scores = evaluate.detection_table(
+scores = detection_metrics.detection_table(
     truth, found, test, workspace.profile.bootstrap, workspace.profile.seed, iou_match
 )
 assert np.isclose(scores.loc[common, "value"], AP)

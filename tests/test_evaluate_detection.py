@@ -12,16 +12,30 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dernet_utils.errors import DernetError
-from dernet_utils.evaluate import (
+from dernet_utils.data import LESION_TYPES
+from dernet_utils.detection_metrics import (
     CORNERS,
+    FALSE_ALARMS,
+    RECALLS,
+    SIZES,
+    _all_types,
+    _areas,
+    _curves,
+    _found_within,
     average_precision,
     box_iou,
+    coco_average_precision,
     detection_table,
+    froc_curve,
+    froc_table,
     match_boxes,
     mean_average_precision,
     precision_recall,
+    size_stratum,
+    size_table,
+    type_confusion,
 )
+from dernet_utils.errors import DernetError
 
 TYPES = ("Osteophytes", "Surgical implant", "Vertebral collapse")
 
@@ -43,8 +57,10 @@ def random_boxes(rng, films, most, scored=False, levels=8):
     return table(rows, scored)
 
 
-def by_pycocotools(truth, predictions, lesion_type, films):
-    """AP@0.5 as the reference implementation computes it."""
+def by_pycocotools(
+    truth, predictions, lesion_type, films, ious=(0.5,), areas=(0, 1e10), field_px=1
+):
+    """AP as the reference implementation computes it; areas are shares of `field_px`."""
     number = {film: row + 1 for row, film in enumerate(films)}
     truth, predictions = (t[t["lesion_type"] == lesion_type] for t in (truth, predictions))
 
@@ -53,7 +69,8 @@ def by_pycocotools(truth, predictions, lesion_type, films):
             size = [float(box.xmax - box.xmin), float(box.ymax - box.ymin)]
             yield {
                 "id": i + 1, "image_id": number[box.image_id], "category_id": 1, "iscrowd": 0,
-                "bbox": [float(box.xmin), float(box.ymin), *size], "area": size[0] * size[1],
+                "bbox": [float(box.xmin), float(box.ymin), *size],
+                "area": size[0] * size[1] / field_px,
                 **({"score": box.score} if hasattr(box, "score") else {}),
             }  # fmt: skip
 
@@ -69,12 +86,12 @@ def by_pycocotools(truth, predictions, lesion_type, films):
         found.dataset = coco.dataset | {"annotations": list(annotations(predictions))}
         found.createIndex()
         run = COCOeval(coco, found, "bbox")
-        run.params.iouThrs = np.array([0.5])
-        run.params.areaRng, run.params.areaRngLbl = [[0, 1e10]], ["all"]
+        run.params.iouThrs = np.array(ious)
+        run.params.areaRng, run.params.areaRngLbl = [list(areas)], ["all"]
         run.params.maxDets = [100]
         run.evaluate()
         run.accumulate()
-    precision = run.eval["precision"][0, :, 0, 0, 0]
+    precision = run.eval["precision"][:, :, 0, 0, 0]
     return np.nan if (precision < 0).any() else precision.mean()
 
 
@@ -118,6 +135,130 @@ def test_equal_to_pycocotools_on_a_crowded_film():
     assert average_precision(truth, predictions, TYPES[0]) == pytest.approx(expected, abs=1e-12)
 
 
+TEN = np.linspace(0.5, 0.95, 10)
+
+
+def assert_as_coco(truth, predictions):
+    """The library, pycocotools and, at each overlap, our own function agree."""
+    mean, each = coco_average_precision(truth, predictions)
+    seen = sorted({*truth["image_id"], *predictions["image_id"]})
+    types = sorted(truth["lesion_type"].unique())
+    assert each.index.tolist() == types and np.allclose(each.columns, TEN)
+    for name in types:
+        expected = by_pycocotools(truth, predictions, name, seen, TEN)
+        assert each.loc[name].mean() == pytest.approx(expected, abs=1e-6)
+        own = [average_precision(truth, predictions, name, iou) for iou in TEN]
+        assert each.loc[name].tolist() == pytest.approx(own, abs=1e-6)
+        expected = by_pycocotools(truth, predictions, name, seen)
+        assert each.loc[name, 0.5] == pytest.approx(expected, abs=1e-6)
+    assert mean == pytest.approx(each.mean().mean())
+    assert each[0.5].mean() == pytest.approx(mean_average_precision(truth, predictions)[0])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ten_overlaps_equal_pycocotools_with_ties_and_empty_films(seed):
+    rng = np.random.default_rng(seed)
+    films = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, films[:6], most=8)
+    near = truth.sample(frac=0.7, random_state=seed)
+    near = near.assign(score=rng.integers(1, 9, len(near)) / 8)
+    near[list(CORNERS)] += rng.integers(-3, 4, (len(near), 4))
+    predictions = random_boxes(rng, films[3:], most=20, scored=True)
+    predictions = pd.concat([predictions, near], ignore_index=True)
+    assert_as_coco(truth, predictions)
+    # A type without a true box is no part of the mean.
+    assert_as_coco(truth[truth["lesion_type"] != TYPES[1]], predictions)
+
+
+def test_ten_overlaps_equal_pycocotools_on_a_crowded_film():
+    rng = np.random.default_rng(3)
+    truth = random_boxes(rng, ["a", "b"], most=60).assign(lesion_type=TYPES[0])
+    predictions = pd.concat([random_boxes(rng, ["a", "b"], 300, scored=True) for _ in range(2)])
+    predictions = predictions.assign(lesion_type=TYPES[0])
+    assert predictions["image_id"].value_counts().max() > 100  # more than COCO's limit a film
+    assert_as_coco(truth, predictions)
+
+
+def test_ten_overlaps_by_hand():
+    truth = table([["a", TYPES[0], 0, 0, 100, 100]])
+    found = table([["a", TYPES[0], 0, 0, 100, 72, 0.5]], scored=True)
+    mean, each = coco_average_precision(truth, found)
+    assert each.loc[TYPES[0]].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]  # up to IoU 0.70
+    assert mean == pytest.approx(0.5)
+    none, none_found = table([]), table([], scored=True)
+    assert coco_average_precision(truth, none_found)[0] == 0
+    mean, each = coco_average_precision(none, found)
+    assert np.isnan(mean) and each.shape == (0, 10)
+
+
+# Shares of a film of 200 × 200 pixels: random boxes have 0.25 % to 2.25 %, some exactly 1 %.
+FILM_PX = 200
+STRATA = {True: (0, np.nextafter(0.01, 0)), False: (0.01, 1e10)}  # COCO's ranges hold both ends
+
+
+def films_of(names):
+    return pd.DataFrame({"image_id": names, "height": FILM_PX, "width": FILM_PX})
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_strata_equal_area_ranges_of_pycocotools(seed, small):
+    rng = np.random.default_rng(seed)
+    films = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, films, most=10)
+    predictions = random_boxes(rng, films, most=40, scored=True)
+    marked = [size_stratum(boxes, films_of(films), small) for boxes in (truth, predictions)]
+    assert marked[0]["outside"].any() and not marked[0]["outside"].all()
+    field = {"areas": STRATA[small], "field_px": FILM_PX**2}
+    seen = sorted({*truth["image_id"], *predictions["image_id"]})
+    for lesion_type in TYPES:
+        expected = by_pycocotools(truth, predictions, lesion_type, seen, **field)
+        got = average_precision(*marked, lesion_type)
+        assert got == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_stratum_by_hand():
+    truth = table([["a", TYPES[0], 0, 0, 10, 10], ["a", TYPES[0], 100, 100, 160, 160]])
+    predictions = table(
+        [
+            ["a", TYPES[0], 100, 100, 160, 160, 0.9],  # finds the large one: ignored among small
+            ["a", TYPES[0], 100, 100, 160, 150, 0.8],  # again, itself large: ignored
+            ["a", TYPES[0], 40, 40, 50, 50, 0.7],  # small, astray: a false alarm
+            ["a", TYPES[0], 0, 0, 10, 10, 0.6],  # finds the small one
+        ],
+        scored=True,
+    )
+    films = films_of(["a"])
+    small = [size_stratum(boxes, films, True) for boxes in (truth, predictions)]
+    matches = match_boxes(*small, TYPES[0], ["a"])
+    assert matches.hit.tolist() == [False, True] and matches.truths.tolist() == [1]
+    assert average_precision(*small, TYPES[0]) == pytest.approx(1 / 2)
+    large = [size_stratum(boxes, films, False) for boxes in (truth, predictions)]
+    matches = match_boxes(*large, TYPES[0], ["a"])
+    assert matches.hit.tolist() == [True, False]  # the second is a double, the small ones ignored
+    both = size_table(truth, predictions, films.assign(study_id="s"), resamples=10)
+    assert both["value"].tolist() == pytest.approx([1 / 2, 1 / 2, 1, 1])
+    assert both["boxes"].tolist() == [1, 1, 1, 1]
+    assert both.index.get_level_values("size").unique().tolist() == [*SIZES]
+
+
+def test_a_type_without_a_box_in_a_stratum_is_left_out_of_its_mean():
+    truth = table([["a", TYPES[0], 0, 0, 10, 10], ["a", TYPES[1], 0, 0, 90, 90]])
+    found = truth.assign(score=0.5)
+    images = films_of(["a"]).assign(study_id="s")
+    result = size_table(truth, found, images, resamples=5).loc["below 1 %"]
+    assert result["boxes"].tolist() == [1, 0, 1]
+    assert result["value"].isna().tolist() == [False, True, False]
+    assert result.loc["mAP", "value"] == 1 and result.loc[TYPES[1], "undefined"] == 5
+
+
+def test_one_percent_of_the_field_is_not_below_it():
+    boxes = table([["a", TYPES[0], 0, 0, 20, 20], ["a", TYPES[0], 0, 0, 20, 19]])
+    assert size_stratum(boxes, films_of(["a"]), small=True)["outside"].tolist() == [True, False]
+    assert size_stratum(boxes, films_of(["a"]), small=False)["outside"].tolist() == [False, True]
+    assert list(size_stratum(boxes.iloc[:0], films_of(["a"]), True)["outside"]) == []
+
+
 def test_edges():
     box = [["a", TYPES[0], 0, 0, 10, 10]]
     found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
@@ -146,8 +287,6 @@ def test_weights_equal_films_counted_again(seed):
     truth = random_boxes(rng, films, most=4)
     predictions = random_boxes(rng, films, most=6, scored=True)
     predictions["score"] = rng.permutation(len(predictions)) / max(len(predictions), 1)
-    from dernet_utils.evaluate import _areas
-
     counts = rng.integers(0, 3, len(films))
     repeated = [t.assign(copy=0) for t in (truth, predictions)]
     repeated = [
@@ -176,15 +315,13 @@ def test_curve_is_what_the_average_is_taken_of():
     assert curve["precision"].mean() == pytest.approx(expected)
 
 
-def test_table_of_intervals_is_fast_and_holds_its_values():
+def test_table_of_intervals_holds_its_values():
     rng = np.random.default_rng(1)
     films = [f"{i:03d}" for i in range(100)]
     images = pd.DataFrame({"image_id": films, "study_id": [f"s{i // 2}" for i in range(100)]})
     truth = random_boxes(rng, films, 5)
-    predictions = random_boxes(rng, films, 150, scored=True, levels=10_000)
-    begun = time.perf_counter()
+    predictions = random_boxes(rng, films, 50, scored=True, levels=10_000)
     result = detection_table(truth, predictions, images, resamples=1000, seed=42)
-    assert time.perf_counter() - begun < 20
     assert list(result.index) == [*TYPES, "mAP"]
     assert ((result["low"] <= result["value"]) & (result["value"] <= result["high"])).all()
     mean, each = mean_average_precision(truth, predictions)
@@ -192,6 +329,208 @@ def test_table_of_intervals_is_fast_and_holds_its_values():
     assert result.loc[each.index, "value"].tolist() == pytest.approx(each.tolist())
     assert result["boxes"].tolist()[-1] == len(truth)
     assert (result["n_studies"] == 50).all()
+
+
+def full_size(rng, found_per_film=60):
+    """As many films, studies and boxes as VinDr-SpineXR's test split has, 7 types, one common."""
+    films = np.array([f"{i:04d}" for i in range(2078)])
+    study = np.concatenate([np.arange(1100), rng.integers(0, 1100, 978)])
+    images = pd.DataFrame({"image_id": films, "study_id": study.astype(str)})
+
+    def boxes(count, among):
+        low = rng.uniform(0, (1000, 2300), (count, 2))
+        corners = np.hstack([low, low + rng.uniform(40, 250, (count, 2))])
+        kinds = rng.choice(LESION_TYPES, count, p=(0.7, 0.09, 0.08, 0.05, 0.04, 0.03, 0.01))
+        rows = {"image_id": rng.choice(among, count), "lesion_type": kinds}
+        return pd.DataFrame(rows).join(pd.DataFrame(corners, columns=CORNERS))
+
+    truth = boxes(3500, films[:1039])
+    near = truth.sample(frac=0.75, random_state=1)
+    near = near.assign(score=rng.beta(1, 2, len(near)))
+    near[list(CORNERS)] += rng.normal(0, 12, (len(near), 4))
+    astray = boxes(2078 * found_per_film - len(near), films)
+    astray = astray.assign(score=rng.beta(0.5, 6, len(astray)))
+    return truth, pd.concat([near, astray]), images
+
+
+def curves_by_cumulative_sums(matches, weights):
+    """What `_curves` returns, by sums over all predictions for every draw: plain, and slow."""
+    counts = weights[:, matches.film]
+    ranked = counts.cumsum(1)[:, matches.hit]
+    hits = (counts * matches.hit).cumsum(1)[:, matches.hit]
+    precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    best = np.column_stack([best, np.zeros(len(best))])
+    truths = (weights @ matches.truths)[:, None]
+    recall = np.divide(hits, truths, out=np.zeros_like(hits), where=truths > 0)
+    first = np.stack([row.searchsorted(RECALLS) for row in recall])
+    return np.take_along_axis(best, first, axis=1)
+
+
+def test_table_of_the_full_size_is_fast_and_its_curves_are_those_of_plain_sums():
+    truth, predictions, images = full_size(np.random.default_rng(0))
+    assert len(predictions) == 2078 * 60
+    begun = time.perf_counter()
+    detection_table(truth, predictions, images, resamples=1000)
+    assert time.perf_counter() - begun < 20  # 1.5 s where this was written
+    films = list(images["image_id"])
+    weights = np.random.default_rng(1).integers(0, 4, (10, len(films))).astype(float)
+    for name in LESION_TYPES:
+        matches = match_boxes(truth, predictions, name, films)
+        plain = curves_by_cumulative_sums(matches, weights)
+        assert np.abs(_curves(matches, weights) - plain).max() < 1e-12
+
+
+def test_froc_by_hand():
+    images = pd.DataFrame({"image_id": list("abcd"), "study_id": list("stuu")})
+    truth = table([["a", TYPES[0], 0, 0, 10, 10], ["b", TYPES[1], 0, 0, 10, 10]])
+    predictions = table(
+        [
+            ["a", TYPES[0], 0, 0, 10, 10, 0.9],  # a hit
+            ["b", TYPES[0], 0, 0, 10, 10, 0.8],  # at the right place, of the wrong type
+            ["b", TYPES[1], 0, 0, 10, 10, 0.5],  # a hit, tied with
+            ["c", TYPES[2], 0, 0, 10, 10, 0.5],  # a false alarm of a type that the truth lacks
+            ["c", TYPES[0], 0, 0, 10, 10, 0.2],  # a false alarm below the last hit
+        ],
+        scored=True,
+    )
+    curve = froc_curve(truth, predictions, images)
+    assert curve["score"].tolist() == [np.inf, 0.9, 0.8, 0.5, 0.2]
+    assert curve["false_alarms_per_film"].tolist() == [0, 0, 1 / 4, 2 / 4, 3 / 4]
+    assert curve["sensitivity"].tolist() == [0, 1 / 2, 1 / 2, 1, 1]
+    at = froc_table(truth, predictions, images, resamples=20)
+    assert at.index.tolist() == [*FALSE_ALARMS]
+    assert at["value"].tolist() == [1 / 2, 1 / 2, 1, 1, 1, 1, 1]
+    assert at["undefined"].nunique() == 1 and at["undefined"].iloc[0] > 0  # draws of study u only
+
+
+def froc_by_loop(truth, predictions):
+    """Every score as a threshold: false alarms and hits, counted box by box."""
+    points = [(0, 0)]
+    for threshold in predictions["score"].unique():
+        hits = false_alarms = 0
+        accepted = predictions[predictions["score"] >= threshold]
+        for (film, kind), found in accepted.groupby(["image_id", "lesion_type"]):
+            same = (truth["image_id"] == film) & (truth["lesion_type"] == kind)
+            free = truth.loc[same, [*CORNERS]].to_numpy().tolist()
+            for row in found.sort_values("score", ascending=False, kind="stable").itertuples():
+                box = [row.xmin, row.ymin, row.xmax, row.ymax]
+                overlaps = box_iou([box], np.reshape(free, (-1, 4)))[0].tolist()
+                if overlaps and max(overlaps) >= 0.5:
+                    free.pop(max(i for i, o in enumerate(overlaps) if o == max(overlaps)))
+                    hits += 1
+                else:
+                    false_alarms += 1
+        points.append((false_alarms, hits))
+    return points
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_froc_equals_a_loop_on_the_films_and_on_draws_of_them(seed):
+    rng = np.random.default_rng(seed)
+    films = [f"{i}" for i in range(6)]
+    images = pd.DataFrame({"image_id": films, "study_id": list("ssttuv")})
+    truth, predictions = random_boxes(rng, films, 5), random_boxes(rng, films, 12, scored=True)
+    sure = truth.sample(frac=0.5, random_state=seed)
+    sure = sure.assign(score=rng.integers(1, 9, len(sure)) / 8)
+    predictions = pd.concat([predictions, sure], ignore_index=True)
+    points = froc_by_loop(truth, predictions)
+    at = froc_table(truth, predictions, images, resamples=200)
+    curve = froc_curve(truth, predictions, images)
+    for rate, row in at.iterrows():
+        hits = max(hits for false_alarms, hits in points if false_alarms <= rate * len(films))
+        assert row["value"] == hits / len(truth)
+        within = curve[curve["false_alarms_per_film"] <= rate]
+        assert row["value"] == within["sensitivity"].max()
+        assert row["low"] <= row["high"] <= 1
+    assert (curve[["false_alarms_per_film", "sensitivity"]].diff().dropna() >= 0).all(axis=None)
+    # A film that counts twice is two films.
+    weights = np.array([0, 2, 1, 3, 1, 2])
+    rows = np.repeat(np.arange(6), weights)
+    copies = [f"{films[row]}-{i}" for i, row in enumerate(rows)]
+    repeated = [
+        pd.concat([t[t["image_id"] == copy[0]].assign(image_id=copy) for copy in copies])
+        for t in (truth, predictions)
+    ]
+    weighed = _found_within(_all_types(truth, predictions, films, 0.5), weights[None] * 1.0)
+    again = _found_within(_all_types(*repeated, copies, 0.5), np.ones((1, len(copies))))
+    assert (weighed == again).all() and weighed.any()
+
+
+def test_edges_of_froc():
+    images = pd.DataFrame({"image_id": ["a"], "study_id": ["s"]})
+    box, none = table([["a", TYPES[0], 0, 0, 10, 10]]), table([])
+    found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
+    none_found = table([], scored=True)
+    assert (froc_table(box, found, images, 5)["value"] == 1).all()
+    assert (froc_table(box, none_found, images, 5)["value"] == 0).all()
+    assert froc_curve(box, none_found, images)["sensitivity"].tolist() == [0]
+    assert froc_table(none, found, images, 5)["value"].isna().all()
+    assert froc_curve(none, found, images)["sensitivity"].isna().all()
+    assert froc_curve(none, found, images)["false_alarms_per_film"].tolist() == [0, 1]
+    assert froc_table(none, none_found, images, 5)["value"].isna().all()
+
+
+def test_confusion_by_hand():
+    truth = table(
+        [
+            ["a", TYPES[0], 0, 0, 10, 10],
+            ["a", TYPES[1], 20, 0, 30, 10],
+            ["b", TYPES[1], 0, 0, 10, 10],
+            ["b", TYPES[0], 0, 0, 10, 10],  # one place, two types
+            ["c", TYPES[0], 0, 0, 10, 10],  # nothing is found on this film
+        ]
+    )
+    predictions = table(
+        [
+            ["a", TYPES[1], 0, 0, 10, 10, 0.8],  # the first box, misnamed
+            ["a", TYPES[0], 0, 0, 10, 10, 0.7],  # rightly named, but less sure: a false alarm
+            ["a", TYPES[1], 20, 0, 30, 4, 0.9],  # overlaps too little: a false alarm
+            ["b", TYPES[1], 0, 0, 10, 10, 0.9],  # of equal overlaps its own type
+            ["b", TYPES[0], 0, 0, 10, 10, 0.6],
+            ["d", TYPES[2], 0, 0, 10, 10, 0.5],  # at the threshold: accepted
+            ["c", TYPES[0], 0, 0, 10, 10, 0.4],  # below it
+        ],
+        scored=True,
+    )
+    counts = type_confusion(truth, predictions, threshold=0.5)
+    assert counts.index.tolist() == [*TYPES, "no lesion"]
+    assert counts.columns.tolist() == [*TYPES, "not found"]
+    assert counts.to_numpy().tolist() == [
+        [1, 1, 0, 1],
+        [0, 1, 0, 1],
+        [0, 0, 0, 0],
+        [1, 1, 1, 0],
+    ]
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_confusion_counts_every_box_once(seed):
+    rng = np.random.default_rng(seed)
+    truth = random_boxes(rng, list("abc"), 5)
+    predictions = random_boxes(rng, list("abc"), 12, scored=True)
+    counts = type_confusion(truth, predictions, threshold=0.5)
+    accepted = predictions[predictions["score"] >= 0.5]
+    for name in counts.index[:-1]:
+        assert counts.loc[name].sum() == (truth["lesion_type"] == name).sum()
+        assert counts[name].sum() == (accepted["lesion_type"] == name).sum()
+    # With one type for all, its diagonal is the hits of the matching by type.
+    one = [t.assign(lesion_type=TYPES[0]) for t in (truth, accepted)]
+    matches = match_boxes(*one, TYPES[0], list("abc"))
+    alike = type_confusion(*one, threshold=0)
+    assert alike.to_numpy().sum() == len(truth) + len(accepted) - matches.hit.sum()
+
+
+def test_edges_of_confusion():
+    box = table([["a", TYPES[0], 0, 0, 10, 10]])
+    found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)
+    none, none_found = table([]), table([], scored=True)
+    assert type_confusion(box, none_found, 0.5).to_numpy().tolist() == [[0, 1], [0, 0]]
+    assert type_confusion(none, found, 0.5).to_numpy().tolist() == [[0, 0], [1, 0]]
+    assert type_confusion(box, found, 0.5).to_numpy().tolist() == [[1, 0], [0, 0]]
+    assert type_confusion(box, found, 0.6).to_numpy().tolist() == [[0, 1], [0, 0]]
+    assert type_confusion(none, none_found, 0.5).to_numpy().tolist() == [[0]]
 
 
 def test_errors_say_what_to_do():
@@ -206,3 +545,25 @@ def test_errors_say_what_to_do():
     other = pd.DataFrame({"image_id": ["b"], "study_id": ["s"]})
     with pytest.raises(DernetError, match="not in it"):
         detection_table(truth, found, other)
+    with pytest.raises(DernetError, match="not in it"):
+        froc_curve(truth, found, other)
+    with pytest.raises(DernetError, match="no film came"):
+        froc_curve(truth[:0], found[:0], other[:0])
+    with pytest.raises(DernetError, match="score"):
+        type_confusion(truth, truth, 0.5)
+    with pytest.raises(DernetError, match="score"):
+        coco_average_precision(truth, truth)
+    with pytest.raises(DernetError, match="not a number"):
+        coco_average_precision(truth.assign(xmin=np.nan), found)
+    with pytest.raises(DernetError, match="without the column"):
+        type_confusion(size_stratum(truth, films_of(["a"]), True), found, 0.5)
+    with pytest.raises(DernetError, match="height"):
+        size_stratum(truth, other, small=True)
+    with pytest.raises(DernetError, match="not listed or have no area"):
+        size_stratum(truth, films_of(["b"]), small=True)
+    with pytest.raises(DernetError, match="not listed or have no area"):
+        size_stratum(truth, films_of(["a"]).assign(height=0), small=True)
+    with pytest.raises(DernetError, match="listed twice"):
+        size_stratum(truth, films_of(["a", "a"]), small=True)
+    with pytest.raises(DernetError, match="both tables"):
+        average_precision(size_stratum(truth, films_of(["a"]), True), found, TYPES[0])
