@@ -91,6 +91,11 @@ class Trained:
     history: pd.DataFrame
     checkpoint: Path
 
+    @property
+    def at_cut_off(self) -> Path:
+        """The smoothed network's tensors after the last epoch with mosaic, where there was one."""
+        return _at_cut_off(self.checkpoint)
+
 
 # Images
 
@@ -273,16 +278,31 @@ def train_detector(
     return Trained(*load_detector(checkpoint), checkpoint)
 
 
+def unseen_types(training: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
+    """Return the lesion types without a box on the training films: none of them will be found."""
+    own = boxes[boxes["image_id"].isin(training["image_id"])]
+    return [name for name in LESION_TYPES if not (own["lesion_type"] == name).any()]
+
+
 def load_detector(checkpoint: Path) -> tuple[yolo.Detector, pd.DataFrame]:
     """Return the network, ready for `predict_boxes`, and the learning curve of a finished run.
 
     Args:
         checkpoint: A file that `train_detector` left.
+
+    Raises:
+        DernetError: It is of another number of classes.
     """
     with safe_open(checkpoint, framework="pt") as file:
         history = json.loads(file.metadata()["history"])
-    network = yolo.build_detector(LESION_TYPES, seed=0)
-    network.load_state_dict(load_file(checkpoint))
+    network, tensors = yolo.build_detector(LESION_TYPES, seed=0), load_file(checkpoint)
+    classes = len(tensors.get(yolo.CLASS_BIAS, ()))
+    if classes != len(LESION_TYPES):
+        raise DernetError(
+            f"The checkpoint {checkpoint} is of {classes} classes, and {len(LESION_TYPES)} are "
+            "asked for: train again, or pass it as starting weights."
+        )
+    network.load_state_dict(tensors)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return network.to(device).eval(), pd.DataFrame(history)
 
@@ -323,7 +343,7 @@ def _train(training, validation, boxes, recipe, checkpoint, weights, progress) -
     kept = checkpoint.with_suffix("")
     films = export_yolo(training, boxes, recipe.view, kept / "yolo")
     run = yolo.write_run(kept, films, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
-    look = _looker(validation, boxes, recipe)
+    look = _looker(validation, boxes, recipe, checkpoint)
     trainer = yolo.MosaicDecay(_settings(recipe, run, kept / "trainer"), look, progress)
     trainer.model = yolo.build_detector(LESION_TYPES, recipe.seed, weights)
     with machine.denormals_flushed():
@@ -335,12 +355,22 @@ def _train(training, validation, boxes, recipe, checkpoint, weights, progress) -
     shutil.rmtree(kept)
 
 
-def _looker(validation, boxes, recipe) -> Callable[[int, torch.nn.Module], dict]:
-    """What to measure after an epoch: the validation films' mAP@0.5, a few times a run."""
+def _at_cut_off(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.stem}-mosaic.safetensors")
+
+
+def _looker(validation, boxes, recipe, checkpoint) -> Callable[[int, torch.nn.Module], dict]:
+    """What to do after an epoch: keep the network at the cut-off; the validation films' mAP@0.5.
+
+    The latter a few times a run.
+    """
     looks = {round(recipe.epochs * look / LOOKS) for look in range(1, LOOKS + 1)}
     truth = boxes[boxes["image_id"].isin(validation["image_id"])]
 
     def look(epoch: int, network: torch.nn.Module) -> dict:
+        if epoch == recipe.mosaic_until - 1:
+            tensors = {k: v.contiguous().cpu() for k, v in network.state_dict().items()}
+            save_file(tensors, _at_cut_off(checkpoint))
         if epoch not in looks or not len(truth):
             return {"map50": float("nan")}
         found = predict_boxes(network, validation, recipe.view)

@@ -411,19 +411,58 @@ def detection_table(
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's film is not listed.
     """
     films = _searched(truth, predictions, images)
-    types = sorted(truth["lesion_type"].unique())
-    matched = [match_boxes(truth, predictions, name, films, iou) for name in types]
     weights = _weights(images, resamples, seed)
-    areas = np.stack([_areas(matches, weights) for matches in matched])
-    present = ~np.isnan(areas)
-    mean = np.nansum(areas, axis=0) / np.where(present.any(0), present.sum(0), np.nan)
-    areas = np.vstack([areas, mean])
-    boxes = [int(matches.truths.sum()) for matches in matched]
+    types, boxes, areas = _all_areas(truth, predictions, films, weights, iou)
     rows = [
         {"boxes": count, **vars(_interval(values, images["study_id"]))}
         for count, values in zip([*boxes, sum(boxes)], areas, strict=True)
     ]
     return pd.DataFrame(rows, index=pd.Index([*types, "mAP"], name="lesion_type"))
+
+
+def _all_areas(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    films: list[str],
+    weights: np.ndarray,
+    iou: float,
+) -> tuple[list[str], list[int], np.ndarray]:
+    """The truth's types, their boxes, and of each type and their mean a row of areas by draw."""
+    types = sorted(truth["lesion_type"].unique())
+    matched = [match_boxes(truth, predictions, name, films, iou) for name in types]
+    areas = np.stack([_areas(matches, weights) for matches in matched])
+    present = ~np.isnan(areas)
+    mean = np.nansum(areas, axis=0) / np.where(present.any(0), present.sum(0), np.nan)
+    boxes = [int(matches.truths.sum()) for matches in matched]
+    return types, boxes, np.vstack([areas, mean])
+
+
+def mean_difference(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    others: pd.DataFrame,
+    images: pd.DataFrame,
+    resamples: int = 1000,
+    seed: int = 42,
+    iou: float = 0.5,
+) -> Interval:
+    """Return how far one detector's mean average precision lies above another's.
+
+    Both are drawn with the same studies, so that what is hard for both cancels.
+
+    Args:
+        truth, predictions, images, resamples, seed, iou: As `detection_table` takes them.
+        others: The other detector's boxes.
+
+    Raises:
+        DernetError: As `detection_table` raises.
+    """
+    films, weights = _searched(truth, predictions, images), _weights(images, resamples, seed)
+    _searched(truth, others, images)
+    first, second = (
+        _all_areas(truth, found, films, weights, iou)[2][-1] for found in (predictions, others)
+    )
+    return _interval(first - second, images["study_id"])
 
 
 def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame) -> list[str]:

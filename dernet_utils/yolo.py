@@ -36,6 +36,7 @@ from ultralytics.utils.torch_utils import intersect_dicts, unwrap_model
 RUNS = offline.RUNS
 PRIOR = 0.01  # untrained probability of a lesion (Lin et al., 2017, section 4.1)
 REACH = 1  # strides to an untrained box's edges; ours, of the order of a lesion's
+CLASS_BIAS = "model.23.cv3.0.2.bias"  # its length is the number of classes
 LEAST_FIT = 0.9  # of a starting checkpoint's tensors; the class layers may be of other classes
 
 

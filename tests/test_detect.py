@@ -21,6 +21,7 @@ from dernet_utils.errors import DernetError
 from dernet_utils.views import SpineDataset
 
 # isort: split
+from safetensors.torch import save_file
 from scipy.stats import kstest, uniform
 from ultralytics.data.augment import Mosaic
 from ultralytics.nn.tasks import DetectionModel
@@ -270,7 +271,8 @@ def test_training_is_kept_reused_and_leaves_nothing_else(films, tmp_path, monkey
     rows = []
     run = trained(films, tmp_path, progress=rows.append)
     made = {path for path in tmp_path.rglob("*")} - before
-    assert made == {tmp_path / "weights", run.checkpoint}
+    assert made == {tmp_path / "weights", run.checkpoint, run.at_cut_off}
+    assert yolo.build_detector(LESION_TYPES, 0, run.at_cut_off)
     assert run.history["mosaic"].tolist() == [True, False, False]
     assert run.history["map50"].notna().iloc[-1]
     assert np.isfinite(run.history[["box", "cls", "dfl"]].to_numpy()).all()
@@ -338,6 +340,20 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
     torch.save({"model": Harm()}, path)
     with pytest.raises(DernetError, match="no layer"):
         yolo.read_start(path)
+
+
+def test_a_checkpoint_of_other_classes_is_named(tmp_path):
+    other = yolo.build_detector(LESION_TYPES[:3], seed=0)
+    tensors = {name: value.contiguous() for name, value in other.state_dict().items()}
+    save_file(tensors, tmp_path / "other.safetensors", {"history": "[]"})
+    with pytest.raises(DernetError, match="of 3 classes, and 7 are asked for"):
+        detect.load_detector(tmp_path / "other.safetensors")
+
+
+def test_a_type_without_a_training_box_is_said(films, tmp_path):
+    images, boxes = films
+    assert detect.unseen_types(images[:4], boxes) == list(LESION_TYPES[4:])
+    assert detect.unseen_types(images, boxes) == [LESION_TYPES[6]]
 
 
 def test_films_without_boxes_are_refused(films, tmp_path):

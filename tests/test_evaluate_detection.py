@@ -30,6 +30,7 @@ from dernet_utils.detection_metrics import (
     froc_table,
     match_boxes,
     mean_average_precision,
+    mean_difference,
     precision_recall,
     size_stratum,
     size_table,
@@ -567,3 +568,19 @@ def test_errors_say_what_to_do():
         size_stratum(truth, films_of(["a", "a"]), small=True)
     with pytest.raises(DernetError, match="both tables"):
         average_precision(size_stratum(truth, films_of(["a"]), True), found, TYPES[0])
+
+
+def test_difference_of_two_detectors_is_paired():
+    rng = np.random.default_rng(4)
+    films = [f"{i:02d}" for i in range(30)]
+    images = pd.DataFrame({"image_id": films, "study_id": [f"s{i // 2}" for i in range(30)]})
+    truth = random_boxes(rng, films, 5)
+    first, second = (random_boxes(rng, films, 20, scored=True) for _ in range(2))
+    same = mean_difference(truth, first, first, images, resamples=100)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    there = mean_difference(truth, first, second, images, resamples=100)
+    back = mean_difference(truth, second, first, images, resamples=100)
+    expected = mean_average_precision(truth, first)[0] - mean_average_precision(truth, second)[0]
+    assert there.value == pytest.approx(expected) == -back.value
+    assert (there.low, there.high) == (pytest.approx(-back.high), pytest.approx(-back.low))
+    assert there.n_studies == 15
