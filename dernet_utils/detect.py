@@ -41,6 +41,7 @@ class Recipe:
         batch: Images a step.
         lr: Peak of AdamW's learning rate, which then falls to a hundredth along a cosine.
         mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        scale: How much larger or smaller a training film may be shown, as a share.
         repeat: Whether films of rare lesion types are drawn more often.
         paste: Whether lesions of rare types are pasted into other films.
         seed: Seed of the weights, the order of images and the augmentations.
@@ -51,6 +52,7 @@ class Recipe:
     batch: int
     lr: float
     mosaic_until: int
+    scale: float = 0.5  # ultralytics' own
     repeat: bool = False
     paste: bool = False
     seed: int = 42
@@ -64,6 +66,7 @@ class Recipe:
             profile.detect_batch,
             profile.detect_lr,
             profile.mosaic_until,
+            profile.detect_scale,
             profile.detect_repeat,
             profile.detect_paste,
             profile.seed,
@@ -203,6 +206,26 @@ def _label_lines(lesion_types: pd.Series, fractions: np.ndarray) -> list[str]:
     ]
 
 
+def films_shown(
+    images: pd.DataFrame, boxes: pd.DataFrame, recipe: Recipe, folder: Path, mosaic: bool = False
+) -> SpineDataset:
+    """Return films as a training shows them, each once.
+
+    Args:
+        images, boxes, folder: As `export_yolo` takes them.
+        recipe: Its view and augmentations.
+        mosaic: Whether as in an epoch with mosaic.
+    """
+    films = str(export_yolo(images, boxes, recipe.view, folder))
+    hyp = yolo.settings_of(_settings(recipe, folder, folder))
+    data = {"names": dict(enumerate(LESION_TYPES)), "nc": len(LESION_TYPES), "channels": 3}
+    dataset = SpineDataset(
+        films, imgsz=max(recipe.view), augment=True, hyp=hyp, data=data | recipe.shown
+    )
+    dataset.set_mosaic(hyp, mosaic)
+    return dataset
+
+
 def training_views(
     images: pd.DataFrame, boxes: pd.DataFrame, recipe: Recipe, epoch: int, folder: Path
 ) -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
@@ -218,12 +241,7 @@ def training_views(
         The augmented film, 8-bit, of the view's shape, and its boxes, with `lesion_type`
         and corners in its pixels.
     """
-    films = str(export_yolo(images, boxes, recipe.view, folder))
-    hyp = yolo.settings_of(_settings(recipe, folder, folder))
-    data = {"names": dict(enumerate(LESION_TYPES)), "nc": len(LESION_TYPES), "channels": 3}
-    data |= recipe.shown | {"repeat": False}  # each film once
-    dataset = SpineDataset(films, imgsz=max(recipe.view), augment=True, hyp=hyp, data=data)
-    dataset.set_mosaic(hyp, epoch < recipe.mosaic_until)
+    dataset = films_shown(images, boxes, recipe, folder, mosaic=epoch < recipe.mosaic_until)
     seed_augmentations(recipe.seed)
     sides = recipe.view[::-1]
     for number in range(len(dataset)):
@@ -271,7 +289,7 @@ def train_detector(
             "YOLO11-L learns from boxes, and none of these "
             f"{len(training)} training films has one: pass abnormal films too."
         )
-    key = _run_key(training, validation, boxes, recipe, weights)
+    key = run_key(training, validation, boxes, recipe, weights)
     checkpoint = Path(folder) / f"yolo11l-{key}.safetensors"
     if not checkpoint.is_file():
         _train(training, validation, boxes, recipe, checkpoint, weights, progress)
@@ -322,8 +340,14 @@ def epoch_line(row: dict) -> str:
     )
 
 
-def _run_key(training, validation, boxes, recipe, weights) -> str:
-    """Name of a run: equal inputs, equal name."""
+def run_key(
+    training: pd.DataFrame,
+    validation: pd.DataFrame,
+    boxes: pd.DataFrame,
+    recipe: Recipe,
+    weights: Path | None,
+) -> str:
+    """Return the name of a run: equal inputs, equal name. As `train_detector` takes them."""
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
     for module in (Path(__file__), *(Path(m.__file__) for m in (losses, views, yolo))):
         digest.update(module.read_bytes())
@@ -391,7 +415,7 @@ def _settings(recipe: Recipe, run: Path, folder: Path) -> dict:
         "warmup_bias_lr": 0.0,  # ultralytics' 0.1 is meant for SGD
         "box": 7.5, "cls": 0.5, "dfl": 1.5,  # paper, Eq. 4
         "mosaic": 1.0, "close_mosaic": 0,  # MosaicDecay closes it
-        "degrees": 5.0, "translate": 0.1, "scale": 0.5,
+        "degrees": 5.0, "translate": 0.1, "scale": recipe.scale,
         "fliplr": 0.5, "flipud": 0.0,  # no film hangs upside down
         "copy_paste": 0.2,  # moves outlines; boxes have none, so it does nothing here
         "hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.2,  # grey films; brightness as the classifiers'

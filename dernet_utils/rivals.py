@@ -5,11 +5,15 @@ and thinned by the same non-maximum suppression. How many steps that time allows
 detector and on the machine, and is part of the result.
 """
 
+import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
@@ -29,8 +33,10 @@ PROPOSALS = 256  # Faster R-CNN's a film; torchvision has 2,000 and 1,000, for l
 QUERIES = 300  # RT-DETR's boxes an image; fewer where an image has fewer places
 FASTER_RCNN, RETINANET, RT_DETR = "Faster R-CNN", "RetinaNet", "RT-DETR-L"
 RIVALS = (FASTER_RCNN, RETINANET, RT_DETR, "YOLO11-n", "YOLO11-s", "YOLO11-L")
-# Peak of AdamW's learning rate. Ours, not tuned: the profile's for YOLO11; less for the others, and
-# least for the transformer, as their authors have it.
+WARM_STEPS = 20  # ours: AdamW's first steps from random weights are as large as its later ones
+CLIP = 10.0  # ultralytics' limit of a gradient's norm
+# Peak of AdamW's learning rate as a share of YOLO11's. Ours, not tuned: less for the others, and
+# least for the transformer, in the order of their authors' own.
 LR_SHARE = {FASTER_RCNN: 0.25, RETINANET: 0.25, RT_DETR: 0.1}
 
 
@@ -198,13 +204,79 @@ def train_rival(
     return steps
 
 
-WARM_STEPS = 20  # ours: AdamW's first steps from random weights are as large as its later ones
-CLIP = 10.0  # ultralytics' limit of a gradient's norm
-
-
 def _rows(films: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Batches of film numbers, every film once before any comes again, without an end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(films, generator=generator)
         yield from order[: films // batch * batch].split(batch)
+
+
+@dataclass(frozen=True)
+class RivalRun:
+    """What a detector has come to.
+
+    Attributes:
+        found: Boxes on the films that it was asked about, as `detect.predict_boxes` returns them.
+        steps: Of training, `Recipe.batch` films each.
+        parameters: In millions.
+    """
+
+    found: pd.DataFrame
+    steps: int
+    parameters: float
+
+
+def run_rival(
+    name: str,
+    training: pd.DataFrame,
+    boxes: pd.DataFrame,
+    asked: pd.DataFrame,
+    recipe: detect.Recipe,
+    seconds: float,
+    folder: Path,
+) -> RivalRun:
+    """Train a detector for a time and ask it about other films, or load what it said before.
+
+    Its views are those of the epochs without mosaic. The run is kept under a digest of all that it
+    depends on but the machine's speed.
+
+    Args:
+        name: Of `RIVALS`.
+        training: `image_id`, cached `path`, stored `height` and `width`.
+        boxes: Of the training films: `image_id`, `lesion_type`, corners in stored pixels.
+        asked: As `training`; other studies' films.
+        recipe: YOLO11-L's; its epochs and its mosaic do not count.
+        seconds: To be spent on training.
+        folder: Where runs are kept.
+
+    Raises:
+        DernetError: The name is none of `RIVALS`, or a training film's boxes are not on it.
+    """
+    key = _key(name, training, boxes, asked, recipe, seconds)
+    kept = Path(folder) / f"{name.lower().replace(' ', '-')}-{key}.parquet"
+    if not kept.is_file():
+        rival = build_rival(name, recipe.view, recipe.seed)
+        films = detect.films_shown(training, boxes, recipe, kept.with_suffix(""))
+        lr = recipe.lr * LR_SHARE.get(name, 1.0)
+        steps = train_rival(rival, films, recipe.batch, lr, seconds, recipe.seed)
+        rival.network.eval()
+        found = detect.collect_boxes(rival.raw, asked, recipe.view)
+        found.attrs = {"steps": steps, "parameters": _millions(rival.network)}
+        half_written = kept.with_suffix(".tmp")
+        found.to_parquet(half_written, index=False)
+        half_written.replace(kept)
+        shutil.rmtree(kept.with_suffix(""))
+    found = pd.read_parquet(kept)
+    return RivalRun(found, found.attrs["steps"], found.attrs["parameters"])
+
+
+def _millions(network: nn.Module) -> float:
+    return sum(p.numel() for p in network.parameters()) / 1e6
+
+
+def _key(name, training, boxes, asked, recipe, seconds) -> str:
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(detect.run_key(training, asked, boxes, recipe, None).encode())
+    digest.update(f"{name} {seconds}".encode())
+    return digest.hexdigest()[:16]

@@ -65,6 +65,7 @@ from dernet_utils.data import CORNERS, LESION_TYPES, PAPER_CODES, make_folds, re
 # %%
 from dernet_utils.figures import LESION_STYLE, show_boxes, show_figure, show_film, use_style
 from dernet_utils.imaging import cache_images, load_cached
+from dernet_utils.paper import TABLE_3
 from dernet_utils.triage import starting_weights
 from dernet_utils.workspace import open_workspace
 
@@ -170,11 +171,11 @@ pd.DataFrame({"share of films": f, "repeat factor": of_type}).round(2)
 # ## One pass, every place at once
 #
 # A two-stage detector first proposes places and then looks at each {cite}`ren2015`. A *one-stage*
-# detector looks once. Its network turns the film into three coarse maps, in which one cell stands
-# for 8 × 8, 16 × 16 or 32 × 32 pixels, and *every* cell answers the same two questions: how far is
-# it from my centre to the four edges of the lesion here, and with what probability is it each of
-# the seven types? Small lesions are answered by the fine map, large ones by the coarse
-# ({ref}`chap:yolo11`). An image of height $H$ and width $W$ therefore gets, with strides $s$,
+# detector looks once. Its network, which {ref}`chap:yolo11` takes apart, turns the film into three
+# coarse maps, in which one cell stands for 8 × 8, 16 × 16 or 32 × 32 pixels, and *every* cell answers
+# the same two questions: how far is it from my centre to the four edges of the lesion here, and with
+# what probability is it each of the seven types? Small lesions are answered by the fine map, large
+# ones by the coarse. An image of height $H$ and width $W$ therefore gets, with strides $s$,
 #
 # ```{math}
 # :label: eq:anchors
@@ -801,7 +802,7 @@ pd.Series({"AP@0.5": again, "AP@[0.5:0.95]": strict}).round(3)
 # with different means, and a difference between them is no finding.
 
 # %%
-paper = [26.70, 41.40, 40.60, 54.80, 74.10, 51.20, 2.99, 40.10]  # Table 3, Ours (YOLO11-L), %
+paper = TABLE_3["YOLO11-L"]  # per cent
 names = [*LESION_TYPES, "mAP"]
 ours = [f"{s['value']:.1%} [{s['low']:.1%}, {s['high']:.1%}]" for _, s in scores.iterrows()]
 ours = pd.Series(ours, index=scores.index).str.replace("%", "")

@@ -307,13 +307,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(films, tmp_path):
 
 def test_anything_that_matters_names_another_run(films, tmp_path):
     images, boxes = films
-    key = detect._run_key(images[:4], images[4:], boxes, RECIPE, None)
+    key = detect.run_key(images[:4], images[4:], boxes, RECIPE, None)
     moved = boxes.assign(xmin=boxes["xmin"] - 1)
-    assert detect._run_key(images[:4], images[4:], moved, RECIPE, None) != key
+    assert detect.run_key(images[:4], images[4:], moved, RECIPE, None) != key
     other = Recipe((64, 64), 3, 4, 1e-3, 3)
-    assert detect._run_key(images[:4], images[4:], boxes, other, None) != key
+    assert detect.run_key(images[:4], images[4:], boxes, other, None) != key
     shuffled = images[:4].sample(frac=1, random_state=0)
-    assert detect._run_key(shuffled, images[4:], boxes[::-1], RECIPE, None) == key
+    assert detect.run_key(shuffled, images[4:], boxes[::-1], RECIPE, None) == key
 
 
 def test_starting_checkpoint_is_read_without_running_its_code(tmp_path):
