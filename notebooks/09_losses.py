@@ -22,7 +22,8 @@
 # cannot teach a box that misses, what the focal loss does to the many places where nothing is, and
 # why an edge may be a distribution.
 #
-# **You need** {ref}`chap:data` for boxes and lesion types, and derivatives of one variable.
+# **You need** {ref}`chap:data` for boxes and lesion types, {ref}`chap:yolo11` for the places that answer,
+# and derivatives of one variable.
 #
 # **It takes** twenty-five minutes of reading; the code runs in about a minute on two cores.
 # :::

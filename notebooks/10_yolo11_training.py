@@ -134,11 +134,11 @@ glue("c10-rarest", counts["training"].idxmin(), display=False)
 # ## One pass, every place at once
 #
 # A two-stage detector first proposes places and then looks at each {cite}`ren2015`. A *one-stage*
-# detector looks once. Its network turns the film into three coarse maps, in which one cell stands
-# for 8 × 8, 16 × 16 or 32 × 32 pixels, and *every* cell answers the same two questions: how far is
-# it from my centre to the four edges of the lesion here, and with what probability is it each of
-# the seven types? Small lesions are answered by the fine map, large ones by the coarse. An image of
-# side $S$ therefore gets, with strides $s$,
+# detector looks once. Its network, which {ref}`chap:yolo11` takes apart, turns the film into three
+# coarse maps, in which one cell stands for 8 × 8, 16 × 16 or 32 × 32 pixels, and *every* cell answers
+# the same two questions: how far is it from my centre to the four edges of the lesion here, and with
+# what probability is it each of the seven types? Small lesions are answered by the fine map, large
+# ones by the coarse. An image of side $S$ therefore gets, with strides $s$,
 #
 # ```{math}
 # :label: eq:anchors

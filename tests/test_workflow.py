@@ -89,7 +89,7 @@ def test_chapters_are_in_reading_order():
     assert names == sorted(names) and "01_data" in names
     training = [name for name in names if workflow.is_training(name)]
     triage = ["04_densenet121", "05_efficientnetv2_s", "06_resnet50", "07_ensemble"]
-    assert training == [*triage, "09_losses", "10_yolo11_training"]
+    assert training == [*triage, "08_yolo11", "09_losses", "10_yolo11_training"]
 
 
 def test_a_chapter_waits_for_the_trainings_that_it_reads():
