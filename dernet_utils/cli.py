@@ -320,6 +320,15 @@ def _write(table, out: Path | None) -> None:
 
 
 @app.command()
+def record(profile: ProfileName = "night") -> None:
+    """Keep a long run's results on detectors in the book's folder of results."""
+    with _one_sentence():
+        from dernet_utils.results import keep_record
+
+        _say(f"The record is {keep_record(open_workspace(profile))}.")
+
+
+@app.command()
 def build(profile: ProfileName = "") -> None:
     """Build the pages from the executed chapters."""
     with _one_sentence():

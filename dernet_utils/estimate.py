@@ -6,7 +6,6 @@ the same lessons. Both tables say on which processor and from which commit they 
 
 import multiprocessing
 import os
-import platform
 import resource
 import time
 from collections.abc import Callable
@@ -204,8 +203,4 @@ def _held_out(network: nn.Module, judged: Sample, studies: pd.Series, workspace:
 
 
 def _measured_on() -> dict[str, str]:
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    return {"processor": f"{name}, {torch.get_num_threads()} threads", "commit": commit()}
+    return {"processor": machine.name(), "commit": commit()}

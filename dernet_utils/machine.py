@@ -1,5 +1,6 @@
 """What the machine at hand can do, and how a training makes use of it."""
 
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -13,6 +14,15 @@ Job = TypeVar("Job")
 def device() -> torch.device:
     """Return where networks run: on a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def name() -> str:
+    """Return the processor's name and the threads in use."""
+    if torch.cuda.is_available():
+        model = torch.cuda.get_device_name()
+    else:
+        model = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def my_share(wanted: Sequence[Job], run: Sequence[Job]) -> Sequence[Job]:

@@ -76,7 +76,15 @@ PROFILES = {
             triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
             triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
             detect_view=(192, 128), detect_epochs=10, detect_batch=6, detect_lr=2e-3,
-            mosaic_until=4, rival_seconds=40,
+            detect_scale=0.2, detect_repeat=True, mosaic_until=4, rival_seconds=40,
+        ),
+        # A night's run on two cores: the laptop's, with more time for each detector.
+        Profile(
+            name="night", patients=560, folds=2, cache_px=640,
+            triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
+            triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
+            detect_view=(192, 128), detect_epochs=40, detect_batch=6, detect_lr=2e-3,
+            detect_scale=0.2, detect_repeat=True, mosaic_until=18, rival_seconds=720,
         ),
         # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.
         Profile(
@@ -93,7 +101,7 @@ def get_profile(name: str = "") -> Profile:
     """Return a profile by name.
 
     Args:
-        name: ``smoke``, ``laptop`` or ``paper``; empty means the environment variable
+        name: ``smoke``, ``laptop``, ``night`` or ``paper``; empty means the environment variable
             ``DERNET_PROFILE`` and, where that is not set, ``laptop``.
 
     Raises:

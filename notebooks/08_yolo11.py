@@ -729,7 +729,7 @@ for key, i in {"early": 4, "fine": 16, "middle": 19, "coarse": 22}.items():
 # A lesion is small, says the paper, if it covers less than a hundredth of the field of view. We take a
 # box's area over the film's. And we take the side of a square of the same area in the network's pixels, as in
 # {ref}`chap:losses`: a box of side $a$ covers $(a/8)^2$ cells of the finest map, which is how many places look at it
-# from within.
+# from within. The table has the medians of both, at this run's size and at the paper's.
 
 # %%
 boxes = dataset.boxes[dataset.boxes["image_id"].isin(learnt["image_id"])]
@@ -750,9 +750,9 @@ present = of_type["side"].median().sort_values().index
 table = pd.DataFrame({
     "n": of_type.size(),
     "small": of_type["small"].mean().map("{:.0%}".format),
-    f"side at {S} px": (of_type["side"].median() * S).round(1),
+    f"{S} px": (of_type["side"].median() * S).round(1),
     "cells": of_type["cells"].median().round(1),
-    f"side at {paper_px} px": (of_type["side"].median() * paper_px).round(1),
+    f"{paper_px} px": (of_type["side"].median() * paper_px).round(1),
     "cells ": of_type["cells, paper"].median().round(1),
 }).loc[present]  # fmt: skip
 assert table["n"].sum() == len(lesions) == len(boxes)
