@@ -3,7 +3,7 @@
 Modules import in one direction, from the bottom of this list to its top::
 
     errors      what went wrong, in one sentence
-    profiles    smoke, laptop, paper: the numbers of a run, frozen
+    profiles    smoke, laptop, night, paper: the numbers of a run, frozen
     workspace   where a run keeps its files
     folder, data    a VinDr-SpineXR folder as checked tables; folds by study
     imaging     DICOM, PNG, JPEG to 8-bit grey; CLAHE; the image cache
@@ -17,7 +17,9 @@ Modules import in one direction, from the bottom of this list to its top::
     crossvalidation    a network and a fold are one job; test labels under seal
     paper       the paper's printed results, beside ours
     losses      the detector's loss, Eqs. 4 to 6, written for reading
-    yolo, detect    where the lesions are: YOLO11-L, training, boxes
+    offline, views, yolo, detect    where the lesions are: YOLO11-L, training, boxes
+    rivals      the other detectors of Table 3, on equal terms
+    results     what long runs have found, kept in the book
     figures     the drawing that chapters share
     workflow    chapters executed, the book staged and built
     estimate    what a whole training would take on this machine

@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 
 ProfileName = Annotated[
-    str, typer.Option("--profile", help="smoke, laptop or paper; else DERNET_PROFILE, else laptop.")
+    str, typer.Option("--profile", help="smoke, laptop, night or paper; else DERNET_PROFILE, else laptop.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")]
 Csv = Annotated[Path | None, typer.Option("--out", help="Also write the table, as CSV.")]

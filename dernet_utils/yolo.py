@@ -300,6 +300,13 @@ class MosaicDecay(DetectionTrainer):
         self.history.append(row)
         self._progress(row)
 
+    def build_optimizer(self, *given, **named) -> torch.optim.Optimizer:
+        """Return ultralytics' optimizer, all weights stepped at once."""
+        optimizer = super().build_optimizer(*given, **named)
+        for group in optimizer.param_groups:
+            group |= {"fused": True, "foreach": False}
+        return optimizer
+
     # Algorithm 1.
 
     @property

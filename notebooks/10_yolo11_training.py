@@ -784,11 +784,11 @@ show_figure("c10-fig-gallery", fig)
 # measure still, COCO's, takes the mean over ten overlaps from 0.50 to 0.95:
 
 # %%
-strict, _ = metrics.coco_average_precision(truth, found)
-again, _ = metrics.mean_average_precision(truth, found)
-assert np.isclose(again, scores.loc["mAP", "value"]) or iou_match != 0.5
-glue("c10-strict", f"{strict:.3f}", display=False)
-pd.Series({"AP@0.5": again, "AP@[0.5:0.95]": strict}).round(3)
+strict, by_overlap = metrics.coco_average_precision(truth, found)
+half = by_overlap[0.5].mean()
+# Boxes of equal score rank by film, and the two have the films in orders of their own.
+assert iou_match != 0.5 or abs(half - scores.loc["mAP", "value"]) < 0.01
+pd.Series({"mAP@0.5": half, "mAP@[0.5:0.95]": strict}).round(3)
 
 # %% [markdown]
 # The second is computed by a library of its own, faster-coco-eval, and falls below the first as far

@@ -52,7 +52,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
 def test_unknown_profile(command: list[str]):
     code, out, err = call(*command, "--profile", "desktop")
     assert code == 1 and out == ""
-    assert err == "The profile is one of smoke, laptop, paper, not 'desktop'.\n"
+    assert err == "The profile is one of smoke, laptop, night, paper, not 'desktop'.\n"
 
 
 def test_paper_profile_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

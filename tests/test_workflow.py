@@ -89,7 +89,8 @@ def test_chapters_are_in_reading_order():
     assert names == sorted(names) and "01_data" in names
     training = [name for name in names if workflow.is_training(name)]
     triage = ["04_densenet121", "05_efficientnetv2_s", "06_resnet50", "07_ensemble"]
-    assert training == [*triage, "08_yolo11", "09_losses", "10_yolo11_training"]
+    detection = ["08_yolo11", "09_losses", "10_yolo11_training", "11_other_detectors"]
+    assert training == [*triage, *detection]
 
 
 def test_a_chapter_waits_for_the_trainings_that_it_reads():
@@ -102,6 +103,17 @@ def test_a_chapter_waits_for_the_trainings_that_it_reads():
         == workflow.trainings_of("10_yolo11_training", 2)
         == []
     )
+
+
+def test_a_chapter_comes_after_those_whose_tables_it_reads(tmp_path: Path):
+    assert workflow.chapters_before("11_other_detectors") == ["10_yolo11_training"]
+    assert workflow.chapters_before("10_yolo11_training") == []
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    (notebooks / "01_a.py").write_text('table.to_parquet(folder / "a.parquet", index=False)\n')
+    (notebooks / "02_b.py").write_text('table.to_parquet(folder / "b.parquet")\n')
+    (notebooks / "03_c.py").write_text('pd.read_parquet(folder / "a.parquet")\n')
+    assert workflow.chapters_before("03_c", tmp_path) == ["01_a"]
 
 
 def test_a_digest_knows_where_its_parts_end():

@@ -1,0 +1,53 @@
+"""Records of long runs: complete, of a commit, and found again."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from dernet_utils import results
+from dernet_utils.errors import DernetError
+from dernet_utils.profiles import get_profile
+from dernet_utils.workspace import Workspace
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A workspace, and the record of a run in it."""
+    monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
+    workspace = Workspace(get_profile("smoke"), tmp_path / "run")
+    scores = pd.DataFrame({"value": [0.25, float("nan")]}, index=["mAP", "Osteophytes"])
+    terms = pd.DataFrame({"steps": [12]}, index=["RetinaNet"])
+    tables = {"RetinaNet": scores, "YOLO11-L, 2 epochs": scores}
+    return workspace, results.detector_record(workspace, tables, terms, films=9, seconds=2.0)
+
+
+def test_a_record_says_how_it_came_about(made):
+    _, record = made
+    assert record["command"] == "dernet run --profile smoke"
+    assert {"commit", "date", "processor", "seed", "profile"} <= record.keys()
+    assert (record["data"], record["films"], record["seconds"]) == ("virtual", 9, 2.0)
+    assert record["detectors"]["RetinaNet"]["steps"] == 12
+    assert "steps" not in record["detectors"]["YOLO11-L, 2 epochs"]
+    # A score that is not defined is null: NaN is no JSON.
+    assert record["detectors"]["RetinaNet"]["scores"]["Osteophytes"]["value"] is None
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_it_is_kept_and_found_again(made):
+    workspace, record = made
+    assert results.kept_record("smoke-detectors") is None
+    with pytest.raises(DernetError, match="chapter 11"):
+        results.keep_record(workspace)
+    record["commit"] = "abc1234"
+    (workspace.tables / "detectors.json").write_text(json.dumps(record))
+    assert results.keep_record(workspace).name == "smoke-detectors.json"
+    assert results.kept_record("smoke-detectors") == record
+
+
+def test_a_run_that_nobody_can_go_back_to_is_not_kept(made):
+    workspace, record = made
+    record["commit"] = "abc1234 with local changes"
+    (workspace.tables / "detectors.json").write_text(json.dumps(record))
+    with pytest.raises(DernetError, match="commit, and run again"):
+        results.keep_record(workspace)

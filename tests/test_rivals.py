@@ -1,0 +1,95 @@
+"""The other detectors: each learns from a batch, answers as YOLO11 does, and is kept."""
+
+import numpy as np
+import pytest
+import torch
+
+from dernet_utils import detect, rivals
+from dernet_utils.data import LESION_TYPES
+from dernet_utils.detect import Recipe
+from dernet_utils.errors import DernetError
+
+VIEW = (96, 64)
+RECIPE = Recipe(view=VIEW, epochs=1, batch=2, lr=1e-3, mosaic_until=0)
+
+
+def a_batch():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "img": torch.rand(2, 3, *VIEW, generator=generator),
+        "batch_idx": torch.tensor([0.0, 0.0, 1.0]),
+        "cls": torch.tensor([[0.0], [6.0], [4.0]]),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.5, 0.4]] * 3),
+    }
+
+
+@pytest.mark.parametrize("name", rivals.RIVALS)
+def test_each_learns_from_a_batch_and_answers(name):
+    rival = rivals.build_rival(name, VIEW, seed=0)
+    batch = a_batch()
+    first = next(p for p in rival.network.parameters() if p.requires_grad)
+    loss = rival.loss(batch)
+    assert loss.ndim == 0 and torch.isfinite(loss)
+    loss.backward()
+    assert first.grad is not None and torch.isfinite(first.grad).all() and first.grad.any()
+    rival.network.eval()
+    with torch.no_grad():
+        answers = list(rival.raw(batch["img"]))
+    assert len(answers) == 2
+    for answer in answers:
+        assert answer.shape[0] == 4 + len(LESION_TYPES) and answer.dtype == torch.float32
+        assert ((answer[4:] >= 0) & (answer[4:] <= 1)).all()
+        corners, classes, scores = detect.suppress(answer)
+        assert len(corners) == len(classes) == len(scores)
+
+
+def test_parameters_are_those_of_the_published_networks():
+    millions = {name: rivals._millions(rivals.build_rival(name, VIEW, 0).network) for name in (
+        "YOLO11-n", "YOLO11-s", "YOLO11-L", "Faster R-CNN", "RetinaNet", "RT-DETR-L"
+    )}  # fmt: skip
+    # With seven types in place of 80 or 91 the last layers are a little smaller.
+    published = [2.6, 9.4, 25.3, 41.5, 33.8, 32.9]
+    assert list(millions.values()) == pytest.approx(published, rel=0.06)
+
+
+def test_a_run_is_kept_and_its_time_is_kept_to(films, tmp_path):
+    images, boxes = films
+    given = ("YOLO11-n", images[:4], boxes, images[4:], RECIPE)
+    run = rivals.run_rival(*given, 2.0, tmp_path)
+    assert run.steps >= 1 and run.parameters == pytest.approx(2.6, abs=0.1)
+    assert list(run.found) == detect.COLUMNS
+    assert set(run.found["image_id"]) <= set(images[4:]["image_id"])
+    (kept,) = tmp_path.iterdir()  # one table, and nothing else
+    before = kept.stat().st_mtime_ns
+    again = rivals.run_rival(*given, 2.0, tmp_path)
+    assert again.steps == run.steps and again.found.equals(run.found)
+    assert kept.stat().st_mtime_ns == before
+    rivals.run_rival(*given, 2.5, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_more_time_means_more_steps_and_a_rate_that_falls(films, tmp_path, monkeypatch):
+    images, boxes = films
+    clock = iter(np.arange(0, 100, 0.5))
+    monkeypatch.setattr(rivals.time, "monotonic", lambda: next(clock))
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *given, **named):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *given, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(rivals, "WARM_STEPS", 1)
+    rival = rivals.build_rival("YOLO11-n", VIEW, 0)
+    shown = detect.films_shown(images, boxes, RECIPE, tmp_path / "shown")
+    steps = rivals.train_rival(rival, shown, 2, 1e-3, 4.0, seed=0)
+    assert steps == len(rates) == 7  # half a second a step, the first at half a second
+    assert (np.diff(rates) < 0).all()
+    spent = np.arange(1, 8) * 0.5 / 4
+    assert rates == pytest.approx(1e-3 * (1 + np.cos(np.pi * spent)) / 2)
+
+
+def test_another_name_is_refused():
+    with pytest.raises(DernetError, match="YOLO11-n, YOLO11-s"):
+        rivals.build_rival("DINO", VIEW, 0)
