@@ -30,9 +30,10 @@ app = typer.Typer(
 )
 
 ProfileName = Annotated[
-    str, typer.Option("--profile", help="smoke, laptop, night or paper; else DERNET_PROFILE, else laptop.")
+    str, typer.Option("--profile", help="smoke, laptop, night, paper; else DERNET_PROFILE, laptop.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the libraries.")]
+Detector = Annotated[bool, typer.Option("--detector", help="YOLO11-L, in place of triage.")]
 Csv = Annotated[Path | None, typer.Option("--out", help="Also write the table, as CSV.")]
 Root = Annotated[Path, typer.Argument(help="A folder in the form of VinDr-SpineXR.")]
 
@@ -281,36 +282,48 @@ def train(
 
 
 @app.command()
-def estimate(profile: ProfileName = "paper", threads: Threads = None, out: Csv = None) -> None:
+def estimate(
+    profile: ProfileName = "paper",
+    detector: Detector = False,
+    threads: Threads = None,
+    out: Csv = None,
+) -> None:
     """Take a step of each triage network at a profile's size: time, memory, hours for it all."""
     with _one_sentence():
-        from dernet_utils.estimate import estimate_triage
+        from dernet_utils.estimate import estimate_detector, estimate_triage
 
         workspace = open_workspace(profile)
         workflow.prepare(workspace, workflow.cores(), _say)
-        _write(estimate_triage(workspace, threads or workflow.cores(), _say), out)
+        measure = estimate_detector if detector else estimate_triage
+        _write(measure(workspace, threads or workflow.cores(), _say), out)
 
 
 @app.command()
 def speed(
     profile: ProfileName = "",
     px: Annotated[int | None, typer.Option(min=32, help="Side; else the profile's.")] = None,
+    detector: Detector = False,
     threads: Threads = None,
     out: Csv = None,
 ) -> None:
     """Train each triage network by the book's loop and by a plain one, by turns, on the same films.
 
-    Tells how many times faster the first is, and whether both learn as much.
+    Tells how many times faster the first is, and whether both learn as much. Of the detector it
+    takes steps by turns, in this book's trainer and in ultralytics' own.
     """
     with _one_sentence():
         import torch
 
-        from dernet_utils.estimate import compare_loops
+        from dernet_utils.estimate import compare_loops, compare_steps
 
         torch.set_num_threads(threads or workflow.cores())
         workspace = open_workspace(profile)
         workflow.prepare(workspace, workflow.cores(), _say)
-        _write(compare_loops(workspace, px or workspace.profile.triage_px, _say), out)
+        if detector:
+            view = (px, px) if px else workspace.profile.detect_view
+            _write(compare_steps(workspace, view, _say), out)
+        else:
+            _write(compare_loops(workspace, px or workspace.profile.triage_px, _say), out)
 
 
 def _write(table, out: Path | None) -> None:

@@ -206,6 +206,19 @@ def _label_lines(lesion_types: pd.Series, fractions: np.ndarray) -> list[str]:
     ]
 
 
+def write_films(images: pd.DataFrame, boxes: pd.DataFrame, recipe: Recipe, folder: Path) -> dict:
+    """Write what a training reads, and return ultralytics' settings for it.
+
+    Args:
+        images, boxes: As `export_yolo` takes them.
+        recipe: The run's recipe.
+        folder: For the films, the list of what is trained on, and what the trainer leaves.
+    """
+    films = export_yolo(images, boxes, recipe.view, folder / "yolo")
+    run = yolo.write_run(folder, films, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
+    return _settings(recipe, run, folder / "trainer")
+
+
 def films_shown(
     images: pd.DataFrame, boxes: pd.DataFrame, recipe: Recipe, folder: Path, mosaic: bool = False
 ) -> SpineDataset:
@@ -365,10 +378,9 @@ def run_key(
 def _train(training, validation, boxes, recipe, checkpoint, weights, progress) -> None:
     """Run the epochs that are still to be run and leave a finished checkpoint."""
     kept = checkpoint.with_suffix("")
-    films = export_yolo(training, boxes, recipe.view, kept / "yolo")
-    run = yolo.write_run(kept, films, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
+    settings = write_films(training, boxes, recipe, kept)
     look = _looker(validation, boxes, recipe, checkpoint)
-    trainer = yolo.MosaicDecay(_settings(recipe, run, kept / "trainer"), look, progress)
+    trainer = yolo.MosaicDecay(settings, look, progress)
     trainer.model = yolo.build_detector(LESION_TYPES, recipe.seed, weights)
     with machine.denormals_flushed():
         trainer.train()

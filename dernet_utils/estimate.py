@@ -1,4 +1,4 @@
-"""What a training of triage takes on this machine: one step at full size, and two loops compared.
+"""What a training takes on this machine: one step at full size, and two ways of it compared.
 
 The comparison is between the loop that trains the book's networks and the plainest one that gives
 the same lessons. Both tables say on which processor and from which commit they come.
@@ -7,19 +7,25 @@ the same lessons. Both tables say on which processor and from which commit they 
 import multiprocessing
 import os
 import resource
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dernet_utils import machine
+from dernet_utils import detect, machine, yolo
 from dernet_utils.crossvalidation import run_images
+from dernet_utils.data import LESION_TYPES, read_dataset
 from dernet_utils.evaluate import auroc
+from dernet_utils.imaging import cache_images
 from dernet_utils.paper import SPOKEN, TRAIN_IMAGES
 from dernet_utils.profiles import NETWORKS
 from dernet_utils.stats import bootstrap_by_study
@@ -37,6 +43,9 @@ from dernet_utils.triage import (
 )
 from dernet_utils.workflow import COMPUTE
 from dernet_utils.workspace import Workspace, commit
+
+# isort: split
+from ultralytics.utils import NUM_THREADS
 
 Report = Callable[[str], None]
 
@@ -100,11 +109,7 @@ def measure_step(workspace: Workspace, name: str, recipe: Recipe) -> tuple[float
         started = time.perf_counter()
         train_epoch(network, optimizer, sample, recipe, 1)  # waits for the loss
         seconds = time.perf_counter() - started
-    if torch.cuda.is_available():
-        held = torch.cuda.max_memory_allocated()
-    else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return seconds, held / 1e9
+    return seconds, _held_gb()
 
 
 def compare_loops(workspace: Workspace, image_px: int, report: Report) -> pd.DataFrame:
@@ -204,3 +209,153 @@ def _held_out(network: nn.Module, judged: Sample, studies: pd.Series, workspace:
 
 def _measured_on() -> dict[str, str]:
     return {"processor": machine.name(), "commit": commit()}
+
+
+# The detector
+
+
+class StockTrainer(yolo.MosaicDecay):
+    """ultralytics' own step on the same views: its network, loss, memory layout and optimizer."""
+
+    def build_optimizer(self, *given, **named) -> torch.optim.Optimizer:
+        """Return the optimizer as ultralytics builds it."""
+        return super(yolo.MosaicDecay, self).build_optimizer(*given, **named)
+
+
+def estimate_detector(workspace: Workspace, threads: int, report: Report) -> pd.DataFrame:
+    """Take two steps of YOLO11-L at a profile's size and batch, and measure the second.
+
+    Args:
+        workspace: The run.
+        threads: Threads of the libraries.
+        report: Is given a line.
+
+    Returns:
+        One row, as text for a page: image size, batch, seconds a step, memory, hours for the steps
+        of all epochs on as many films as the run's detector learns from, processor, commit.
+    """
+    os.environ.update(COMPUTE | {"OMP_NUM_THREADS": str(threads)})
+    recipe, films = detect.Recipe.of(workspace.profile), len(_lesion_films(workspace)[0])
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        seconds, memory_gb = pool.submit(measure_detector_step, workspace, recipe).result()
+    steps = recipe.epochs * -(-films // recipe.batch)
+    row = {
+        "network": "YOLO11-L",
+        "image, px": "{} × {}".format(*recipe.view),
+        "batch": recipe.batch,
+        "seconds a step": f"{seconds:.1f}",
+        "memory, GB": f"{memory_gb:.1f}",
+        "films": films,
+        "hours": f"{seconds * steps / 3600:,.1f}",
+        **_measured_on(),
+    }
+    report(", ".join(f"{key} {value}" for key, value in row.items()))
+    return pd.DataFrame([row])
+
+
+def measure_detector_step(workspace: Workspace, recipe: detect.Recipe) -> tuple[float, float]:
+    """Return the seconds of a second step, and the most memory in GB that the process held."""
+    with _trainer(yolo.MosaicDecay, workspace, recipe) as trainer, machine.denormals_flushed():
+        seconds = [_step(trainer, batch) for batch in _batches(trainer, 2)][-1]
+    return seconds, _held_gb()
+
+
+def compare_steps(
+    workspace: Workspace, view: tuple[int, int], report: Report, rounds: int = 5
+) -> pd.DataFrame:
+    """Take steps of YOLO11-L by turns: ultralytics' as it comes, with all threads, and ours.
+
+    As it comes, ultralytics leaves one core of a processor to others.
+
+    Args:
+        workspace: The run; its first films with lesions are the batches.
+        view: Height and width of the input, px.
+        report: Is given a line.
+        rounds: Steps of each, after one that is not counted.
+
+    Returns:
+        One row, as text for a page: image size, batch, the median seconds of a step in each way,
+        how many times faster ours is, processor, commit.
+    """
+    recipe, every = replace(detect.Recipe.of(workspace.profile), view=view), torch.get_num_threads()
+    ways = {"stock": (StockTrainer, NUM_THREADS), "stock, all threads": (StockTrainer, every)}
+    ways["ours"] = (yolo.MosaicDecay, every)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with ExitStack() as opened:
+        trainers = {
+            way: opened.enter_context(_trainer(kind, workspace, recipe))
+            for way, (kind, _) in ways.items()
+        }
+        batches = {way: _batches(trainer, rounds + 1) for way, trainer in trainers.items()}
+        for _ in range(rounds + 1):
+            for way, (_, threads) in ways.items():
+                torch.set_num_threads(threads)
+                flushed = machine.denormals_flushed() if way == "ours" else nullcontext()
+                with flushed:
+                    seconds[way].append(_step(trainers[way], next(batches[way])))
+    torch.set_num_threads(every)
+    median = {way: statistics.median(taken[1:]) for way, taken in seconds.items()}
+    row = {
+        "network": "YOLO11-L",
+        "image, px": "{} × {}".format(*view),
+        "batch": recipe.batch,
+        **{f"{way}, s": f"{value:.2f}" for way, value in median.items()},
+        "stock / ours": f"{median['stock'] / median['ours']:.2f}",
+        "all threads / ours": f"{median['stock, all threads'] / median['ours']:.2f}",
+        **_measured_on(),
+    }
+    report(", ".join(f"{key} {value}" for key, value in row.items()))
+    return pd.DataFrame([row])
+
+
+def _lesion_films(workspace: Workspace) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The training films that show a lesion, as the detector learns from them, and all boxes."""
+    dataset = read_dataset(workspace.data_root)
+    cached = cache_images(dataset.images, workspace.cache, workspace.profile)
+    images = dataset.images.drop(columns="path").merge(cached, on="image_id")
+    return images[(images["split"] == "train") & images["abnormal"]], dataset.boxes
+
+
+@contextmanager
+def _trainer(kind: type[yolo.MosaicDecay], workspace: Workspace, recipe: detect.Recipe):
+    """A trainer before its first step, on a few films; its files are gone afterwards."""
+    films, boxes = _lesion_films(workspace)
+    some = films.head(2 * recipe.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = kind(detect.write_films(some, boxes, recipe, Path(folder)))
+        network = yolo.build_detector(LESION_TYPES, recipe.seed)
+        if kind is StockTrainer:
+            stock = yolo.DetectionModel("yolo11l.yaml", nc=len(LESION_TYPES), verbose=False)
+            stock.load_state_dict(network.state_dict())
+            network = stock
+        trainer.model = network
+        trainer._setup_train()
+        trainer.epoch = 0
+        trainer.begin_epoch()
+        trainer.model.train()
+        yield trainer
+
+
+def _batches(trainer: yolo.MosaicDecay, steps: int) -> Iterator[dict]:
+    """Batches, prepared; all films again where they have come to an end."""
+    while steps:
+        for batch in trainer.train_loader:
+            if steps and len(batch["img"]) == trainer.batch_size:
+                steps -= 1
+                yield trainer.preprocess_batch(batch)
+
+
+def _step(trainer: yolo.MosaicDecay, batch: dict) -> float:
+    """Seconds of one optimisation step, as ultralytics' loop takes it."""
+    started = time.perf_counter()
+    loss, _ = trainer.model(batch)
+    loss.sum().backward()
+    trainer.optimizer_step()
+    return time.perf_counter() - started
+
+
+def _held_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -745,7 +745,6 @@ def draw_patch(ax, box, film):
     x, y = np.array([box.xmin + box.xmax, box.ymin + box.ymax]) / 2 * film["scale"]
     reach = max(box.xmax - box.xmin, box.ymax - box.ymin, 240 / film["scale"] / 2) * film["scale"]
     ax.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach))
-    ax.set_title(PAPER_CODES[box.lesion_type], loc="left")
 
 
 # %% tags=["hide-input", "remove-output"]
@@ -762,11 +761,12 @@ fig, axes = plt.subplots(3, 4, figsize=(8, 6.6))
 for row, (name, table) in zip(axes, gallery.items(), strict=True):
     one_each = table.drop_duplicates("lesion_type")
     some = pd.concat([one_each, table.drop(one_each.index)]).head(4)
+    row[0].set_title(f"{name}: none", loc="left")
     for ax, box in zip(row, some.itertuples(), strict=False):
         draw_patch(ax, box, film_of.loc[box.image_id])
-    row[0].set_ylabel(name)
+        ax.set_title(f"{name}: {PAPER_CODES[box.lesion_type]}", loc="left")
     for ax in row:
-        ax.set(xticks=[], yticks=[], frame_on=False)
+        ax.set_axis_off()
 show_figure("c10-fig-gallery", fig)
 
 # %% [markdown]

@@ -225,6 +225,22 @@ def test_speed_compares_both_loops_for_each_network(smoke_book: Path, tmp_path: 
     assert all("plain / ours" in line for line in lines)
 
 
+@pytest.mark.parametrize("command", ["estimate", "speed"])
+def test_the_detectors_step_is_measured_too(command: str, smoke_book: Path, tmp_path: Path):
+    out, runs = tmp_path / "table.csv", str(smoke_book / "runs")
+    done = run_dernet(
+        command, "--detector", "--profile", "smoke", "--out", str(out), DERNET_RUNS=runs
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = pd.read_csv(out).to_dict("records")
+    assert (row["network"], row["image, px"], row["batch"]) == ("YOLO11-L", "96 × 64", 8)
+    if command == "estimate":
+        assert row["seconds a step"] > 0 and 0.1 < row["memory, GB"] < 20 and row["films"] > 8
+    else:
+        assert row["stock / ours"] == pytest.approx(row["stock, s"] / row["ours, s"], rel=0.1)
+        assert row["all threads / ours"] > 0
+
+
 def measured(command: str, smoke_book: Path, folder: Path) -> tuple[pd.DataFrame, list[str]]:
     """The table that a command writes from a finished run, and the lines it tells it in."""
     out = folder / "table.csv"

@@ -174,9 +174,7 @@ def a_trainer(films, tmp_path, view=(64, 64), epochs=3, **shown):
     recipe = Recipe(view, epochs, batch=2, lr=1e-3, mosaic_until=2, **shown)
     kept = tmp_path / "run"
     kept.mkdir()
-    exported = export_yolo(*films, view, kept / "yolo")
-    run = yolo.write_run(kept, exported, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
-    trainer = yolo.MosaicDecay(detect._settings(recipe, run, kept / "trainer"))
+    trainer = yolo.MosaicDecay(detect.write_films(*films, recipe, kept))
     trainer.model = yolo.build_detector(LESION_TYPES, 0)
     return trainer
 
