@@ -65,9 +65,10 @@ def focal_loss(
     """Return Eq. 6: binary cross-entropy in which what is easy counts little.
 
     The paper's equation is for targets 0 and 1. YOLO11's are soft: how well an anchor's box and
-    class fit the lesion that it is assigned to. With a target t, p_t and alpha_t become the means
-    t p + (1 - t)(1 - p) and t alpha + (1 - t)(1 - alpha), and -log p_t the cross-entropy with t; at
-    0 and 1 that is Eq. 6 (the form in TensorFlow Addons).
+    class fit the lesion that it is assigned to. With a target t, 1 - p_t becomes |t - p|, alpha_t
+    the mean t alpha + (1 - t)(1 - alpha), and -log p_t the cross-entropy with t. At 0 and 1 that is
+    Eq. 6, and the least loss, nothing, is at t (without alpha the quality focal loss of Li et al.,
+    2020, Eq. 5).
 
     Args:
         logits: Any shape.
@@ -81,11 +82,9 @@ def focal_loss(
     >>> float(focal_loss(torch.tensor(0.0), torch.tensor(1.0)))  # 0.25 * 0.5**2 * ln 2
     0.04332...
     """
-    prob = logits.sigmoid()
-    prob_of_truth = target * prob + (1 - target) * (1 - prob)
     weight = target * alpha + (1 - target) * (1 - alpha)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return weight * (1 - prob_of_truth) ** gamma * entropy
+    return weight * (target - logits.sigmoid()).abs() ** gamma * entropy
 
 
 def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils.instance import Instances
 
 CENTRE = (0.3, 0.7)  # paper, Algorithm 1, line 10: the mosaic's centre as a fraction of its width
-RARE_BELOW = 0.3  # of the films; a type on fewer is shown more often. Ours, for a few hundred films
+RARE_BELOW = 1.0  # of the films; a type on fewer is shown more often. Ours, for a few hundred films
 PASTE = 0.3  # share of views that get a rare lesion pasted in, where that is asked for
 MARGIN = 0.25  # of a pasted lesion's surroundings, as a share of its box, faded in
 

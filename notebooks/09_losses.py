@@ -287,22 +287,26 @@ show_figure("c09-fig-focal", fig)
 #
 # A second difficulty is of YOLO11's making. Its targets are not 0 and 1 but *soft*: an anchor that is
 # assigned to a lesion shall say how well its present box fits, 0.3 or 0.8. {eq}`eq:focal` does not tell
-# what $p_t$ is then. We take the mean over both answers, $p_t = tp + (1 - t)(1 - p)$, likewise for
-# $\alpha_t$, and cross-entropy with $t$ for $-\log p_t$. For $t$ of 0 and 1 this is the equation; in
-# between the least loss lies near $t$, and no longer exactly there:
+# what $p_t$ is then. With a target $t$ we take $|t - p|$ for $1 - p_t$, cross-entropy with $t$ for
+# $-\log p_t$, and the mean over both answers for $\alpha_t$. For $t$ of 0 and 1 this is the equation, and
+# for any other the least loss is nothing, at $p = t$. Without $\alpha_t$ it is the *quality focal loss* of
+# the authors who proposed the third term {cite}`li2020`. Another way to generalise, to take the mean
+# over both answers for $p_t$ too, has its least loss elsewhere:
 
 # %%
 t = torch.tensor(0.3, dtype=torch.float64)
 logits = torch.linspace(-6, 6, 24_001, dtype=torch.float64)
 entropy = F.binary_cross_entropy_with_logits(logits, t.expand_as(logits), reduction="none")
-at_least = logits[entropy.argmin()].sigmoid()
-at_least_focal = logits[losses.focal_loss(logits, t.expand_as(logits)).argmin()].sigmoid()
-assert abs(at_least - t) < 1e-3
-glue("c09-soft", f"{float(at_least_focal):.2f}", display=False)
+prob = logits.sigmoid()
+by_mean = (1 - t * prob - (1 - t) * (1 - prob)) ** losses.GAMMA * entropy
+at_least, at_least_by_mean = (
+    prob[loss.argmin()] for loss in (losses.focal_loss(logits, t.expand_as(logits)), by_mean)
+)
+assert abs(at_least - t) < 1e-3 < abs(at_least_by_mean - t)
+glue("c09-soft", f"{float(at_least_by_mean):.2f}", display=False)
 
 # %% [markdown]
-# For a target of 0.3 cross-entropy is least at 0.3, this focal loss at {glue:text}`c09-soft`. The order
-# of the scores, which is all that average precision sees, need not suffer.
+# For a target of 0.3 that one would teach the network to say {glue:text}`c09-soft`.
 
 # %% [markdown]
 # ### Counted on films

@@ -63,14 +63,25 @@ def test_focal_loss_is_torchvisions_for_hard_targets():
         assert torch.allclose(one, other, atol=1e-6)
 
 
-def test_focal_loss_is_ultralytics_for_soft_targets():
+def test_focal_loss_is_ultralytics_for_hard_targets():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 7, generator=generator) * 4
-    target = torch.rand(200, 7, generator=generator)
+    target = (torch.rand(200, 7, generator=generator) < 0.3).float()
     ours = with_gradient(lambda z: focal_loss(z, target, 1.5, 0.4).mean(1).sum(), logits)
     theirs = with_gradient(lambda z: FocalLoss(1.5, 0.4)(z, target), logits)
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_focal_loss_of_a_soft_target_by_hand_and_least_at_the_target():
+    # p = 1/2, t = 0.3: 0.2^2 ln 2, weighed by 0.3 * 0.25 + 0.7 * 0.75.
+    loss = focal_loss(torch.tensor(0.0), torch.tensor(0.3))
+    assert float(loss) == pytest.approx(0.6 * 0.04 * math.log(2))
+    logits = torch.linspace(-6, 6, 4801)
+    for t in (0.05, 0.3, 0.8):
+        losses = focal_loss(logits, torch.full_like(logits, t))
+        assert float(logits[losses.argmin()].sigmoid()) == pytest.approx(t, abs=1e-3)
+        assert float(losses.min()) == pytest.approx(0, abs=1e-6)
 
 
 def test_focal_loss_without_focus_is_half_the_cross_entropy():
