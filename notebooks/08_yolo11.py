@@ -31,7 +31,7 @@
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
 films_at_once = 4  # films for batch normalisation and for the fields
-field_px = 320  # side at which the effective field is measured
+field_px = 320  # side of the square in which the effective field is measured
 
 # %% tags=["hide-input"]
 import math
@@ -44,11 +44,13 @@ import torch.nn.functional as F
 from matplotlib.colors import LogNorm
 from myst_nb import glue
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_convert
 
 from dernet_utils import detect, triage, yolo
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.data import CORNERS, LESION_TYPES, read_dataset
+from dernet_utils.detection_metrics import SMALL_SHARE, size_stratum
 from dernet_utils.figures import show_boxes, show_figure, show_film, use_style
 from dernet_utils.imaging import cache_images, load_cached
 from dernet_utils.profiles import get_profile
@@ -63,7 +65,8 @@ cached = cache_images(dataset.images, workspace.cache, workspace.profile)
 images = dataset.images.drop(columns="path").merge(cached, on="image_id", validate="one_to_one")
 learnt = images[(images["split"] == "train") & images["abnormal"]]
 recipe = detect.Recipe.of(workspace.profile)
-S, paper_px = recipe.image_px, get_profile("paper").detect_px
+H, W = recipe.view
+paper_view = get_profile("paper").detect_view
 
 # %% [markdown]
 # {ref}`chap:yolo11-training` trains the paper's detector, YOLO11-L {cite}`jocher2024`. Before that we
@@ -74,16 +77,18 @@ S, paper_px = recipe.image_px, get_profile("paper").detect_px
 #
 # ## A network drawn from its code
 #
-# The weights on this page are {glue:text}`c08-weights`. What is seen below is how the network is made, not
-# what it knows. Through random weights signals fade or swell on the way down; so at each size at which the network
-# is used here, a few films pass first for batch normalisation to take their means and variances. No weight changes.
+# The weights on this page are {glue:text}`c08-weights`. What is seen below is how the network is made, not what
+# it knows. It receives a film fitted into a rectangle of $H \times W$ px, in this run {glue:text}`c08-px`, in the
+# paper {glue:text}`c08-paper-px`; what the film leaves free is grey. Through random weights signals fade or swell
+# on the way down; so at each size at which the network is used here, a few films pass first for batch
+# normalisation to take their means and variances. No weight changes.
 
 
 # %%
-def as_input(films, px):
-    """Films (B, 3, px, px) in [0, 1], each in a grey square, as the detector receives them."""
-    squares = [detect.letterbox(load_cached(path), px)[0] for path in films["path"]]
-    return torch.from_numpy(np.stack(squares))[:, None].expand(-1, 3, -1, -1).float() / 255
+def as_input(films, view):
+    """Films (B, 3, H, W) in [0, 1], each in a grey rectangle, as the detector receives them."""
+    filled = [detect.letterbox(load_cached(path), view)[0] for path in films["path"]]
+    return torch.from_numpy(np.stack(filled))[:, None].expand(-1, 3, -1, -1).float() / 255
 
 
 def settle(layers, films):
@@ -100,7 +105,7 @@ start = triage.starting_weights("yolo11l")
 network = yolo.build_detector(LESION_TYPES, recipe.seed, start).requires_grad_(False)
 before = [weight.clone() for weight in network.parameters()]
 some = learnt.head(films_at_once)
-settle(network, as_input(some, S))
+settle(network, as_input(some, (H, W)))
 assert all(map(torch.equal, before, network.parameters()))
 
 # %% [markdown]
@@ -119,12 +124,14 @@ def walk(network, x):
     return outputs
 
 
+# %%
 film = some.iloc[0]
-x = as_input(some.head(1), S)
+x = as_input(some.head(1), (H, W))
 maps, (answers, raw) = walk(network, x), network(x)
 heads = network.model[-1]
 for ours, theirs, stride in zip((maps[i] for i in heads.f), raw["feats"], (8, 16, 32), strict=True):
-    assert torch.allclose(ours, theirs, atol=1e-4) and ours.shape[-1] == S // stride
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert ours.shape[-2:] == (H // stride, W // stride)
 
 # %% tags=["hide-input"]
 PARTS = {"backbone": range(11), "neck": range(11, 23), "heads": range(23, 24)}
@@ -143,7 +150,8 @@ layers = pd.DataFrame(
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 weights = "random" if start is None else f"those of the local checkpoint {start.name}"
 for key, value in {
-    "profile": workspace.profile.name, "kind": kind, "px": S, "paper-px": paper_px,
+    "profile": workspace.profile.name, "kind": kind, "px": f"{H} × {W}",
+    "paper-px": " × ".join(map(str, paper_view)),
     "films": films_at_once, "field-px": field_px, "weights": weights,
     "one-kind": kind.removesuffix("s"),
 }.items():  # fmt: skip
@@ -155,7 +163,7 @@ layers.style.format({"weights": "{:,}"})
 place = {i: (0, i) for i in range(11)} | {i: (1, 19 - i) for i in range(11, 17)}
 place |= {i: (2, i - 12) for i in range(17, 23)}
 LOOK = {"Conv": "#CFE3F2", "C3k2": "#F6DDB0", "SPPF": "#E3E3E3", "C2PSA": "#F2C6DC"}
-fig, ax = plt.subplots(figsize=(5.6, 7.4))
+fig, ax = plt.subplots(figsize=(6.2, 7.4))
 fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
 
 
@@ -165,8 +173,11 @@ def draw(x, y, text, colour, bold=False):
 
 
 def connect(start, end, dash="-"):
-    gap = 14 if start[0] == end[0] else 34 if abs(start[1] - end[1]) < 1.5 else 22
-    arrow = {"arrowstyle": "-|>", "color": "0.35", "ls": dash, "shrinkA": gap - 6, "shrinkB": gap}
+    across = start[0] != end[0] and abs(start[1] - end[1]) < 1.5
+    tail, head = (
+        (28, 46 if end[0] == 3 else 41) if across else (8, 14 if start[0] == end[0] else 22)
+    )
+    arrow = {"arrowstyle": "-|>", "color": "0.35", "ls": dash, "shrinkA": tail, "shrinkB": head}
     ax.annotate("", end, start, arrowprops=arrow, zorder=0)
 
 
@@ -175,22 +186,26 @@ for layer in network.model[:-1]:
         if layer.i:
             source = place[layer.i - 1 if i == -1 else i]
             connect(source, place[layer.i], "-" if i == -1 else "--")
-    channels, side = maps[layer.i].shape[1:3]
-    text = f"{layer.i} {names[layer.i]}\n{channels} × {side}²"
+    text = f"{layer.i} {names[layer.i]}\n{layers['C × H × W'][layer.i]}"
     draw(*place[layer.i], text, LOOK.get(names[layer.i], "white"), layer.i in heads.f)
 for number, i in enumerate(heads.f):
-    side, at = maps[i].shape[-1], (3, place[i][1])
+    rows, columns = maps[i].shape[-2:]
+    at, places = (3, place[i][1]), f"{rows} × {columns}"
     connect(place[i], at)
-    draw(*at, f"box {4 * heads.reg_max} × {side}²\nclass {heads.nc} × {side}²", "#CDE8DC")
+    draw(*at, f"box {4 * heads.reg_max} × {places}\nclass {heads.nc} × {places}", "#CDE8DC")
     ax.text(3, at[1] - 0.56, f"stride {8 * 2**number}", ha="center", fontsize=8.3)
-draw(0, -1, f"film\n3 × {S}²", "white")
+draw(0, -1, f"film\n3 × {H} × {W}", "white")
 connect((0, -1), (0, 0))
 for column, (title, y) in enumerate(
     (("backbone", -1.6), ("neck,\nup", 2.4), ("neck,\ndown", 4.4), ("heads", 2.05))
 ):
     ax.text(column, y, title, ha="center", va="bottom", fontsize=9.5, weight="bold")
 ax.text(
-    1, -1.2, "number, name of the layer\nchannels × side² of its output", fontsize=8.3, va="top"
+    1,
+    -1.2,
+    "number, name of the layer\nchannels × height × width of its output",
+    fontsize=8.3,
+    va="top",
 )
 ax.plot([0.72, 0.95], [0.1, 0.1], "--", color="0.35", lw=1)
 ax.text(1, 0.1, "a way that skips layers", fontsize=8.3, va="center")
@@ -236,11 +251,15 @@ def multiply_adds(network, x):
 
 # %%
 by_conv = multiply_adds(network, x)
-psa, n = network.model[10], maps[10].shape[-1] ** 2
+psa, n = network.model[10], (H // 32) * (W // 32)
 block = psa.m[0].attn
 heads_of, d_k, d_v = block.num_heads, block.key_dim, block.head_dim
 by_products = len(psa.m) * heads_of * n**2 * (d_k + d_v)
-assert 2 * (by_conv.sum() + by_products) == triage.count_operations(network, S)  # torch counts
+with FlopCounterMode(display=False) as counted:
+    network(x)
+assert 2 * (by_conv.sum() + by_products) == counted.get_total_flops()
+
+# %%
 by_conv[10] += by_products
 costs = pd.DataFrame({"weights": layers["weights"], "multiply-adds": by_conv})
 costs = costs.groupby(layers["part"]).sum().loc[list(PARTS)]
@@ -261,10 +280,10 @@ assert costs["weights"].sum() == sum(p.numel() for p in network.parameters())
 
 # %%
 distance = raw["boxes"].view(4, 16, -1).softmax(1).mul(torch.arange(16.0)[:, None]).sum(1)
-sides = [S // s for s in (8, 16, 32)]
-stride = torch.cat([torch.full((side**2,), float(S // side)) for side in sides])
-column = torch.cat([torch.arange(side).repeat(side) for side in sides])
-row = torch.cat([torch.arange(side).repeat_interleave(side) for side in sides])
+sizes = {s: (H // s, W // s) for s in (8, 16, 32)}
+stride = torch.cat([torch.full((h * w,), s) for s, (h, w) in sizes.items()])
+column = torch.cat([torch.arange(w).repeat(h) for h, w in sizes.values()])
+row = torch.cat([torch.arange(h).repeat_interleave(w) for h, w in sizes.values()])
 middle = torch.stack([column, row]) + 0.5
 corners = torch.cat([middle - distance[:2], middle + distance[2:]]) * stride
 assert torch.allclose(box_convert(corners.T, "xyxy", "cxcywh").T, answers[0, :4], atol=1e-2)
@@ -274,6 +293,19 @@ assert torch.allclose(raw["scores"][0].sigmoid(), answers[0, 4:])
 # That is all: a film in, and out as many boxes as {eq}`eq:anchors` counts, to be thinned by their scores. Nothing
 # searches, and no place is looked at twice.
 #
+# Where does it begin? The last bias of each head is set by hand: where nothing has been learnt, an edge lies
+# about a stride from the middle, and each type has a probability near {glue:text}`c08-prior`
+# ({ref}`chap:losses`).
+
+# %%
+if start is None:
+    for edges, types in zip(heads.cv2, heads.cv3, strict=True):
+        begun = edges[-1].bias.view(4, 16).softmax(1) @ torch.arange(16.0)
+        assert ((begun > 0.5) & (begun < 2)).all()
+        assert torch.allclose(types[-1].bias.sigmoid(), torch.tensor(yolo.PRIOR))
+glue("c08-prior", yolo.PRIOR, display=False)
+
+# %% [markdown]
 # ## A stage by hand
 #
 # More than half of the weights lie in C3k2 stages. Their idea is *cross-stage partial* {cite}`wang2020`: let only a part
@@ -300,6 +332,7 @@ def csp_stage(x, stage):
     return stage.cv2(torch.cat(parts, dim=1))
 
 
+# %%
 stage = network.model[6]
 assert torch.allclose(csp_stage(maps[5], stage), maps[6], atol=1e-4)
 window = stage.m[0].m[0].cv1.conv  # one of its 3 x 3 convolutions
@@ -373,6 +406,7 @@ def attention(Q, K, V):
     return weights_of(Q, K) @ V
 
 
+# %%
 generator = torch.Generator().manual_seed(workspace.profile.seed)
 q, k, v = (torch.randn(5, width, generator=generator) for width in (3, 3, 2))
 looped = torch.tensor(attention_by_loops(q.tolist(), k.tolist(), v.tolist()))
@@ -411,6 +445,7 @@ for ax in (left, right):
     ax.set_xticks(lengths, lengths)
     ax.axvline(d_k, color="0.4", lw=0.8, ls=":")
 left.legend(fontsize=8)
+fig.get_layout_engine().set(wspace=0.08)
 show_figure("c08-fig-root", fig)
 glue("c08-dk", d_k, display=False)
 glue("c08-dv", d_v, display=False)
@@ -470,61 +505,67 @@ assert kept.shape == attending.shape == (1, maps[9].shape[1] // 2, *maps[9].shap
 #
 # ## Attention on a radiograph
 #
-# Where does the place of a lesion look? We give the film at the paper's {glue:text}`c08-paper-px` px, where the map
-# has more places than at {glue:text}`c08-px` px, and take the row of the weights for the cell that holds the centre of
-# the film's largest box. Weights are in units of $1/n$: 1 is what every place would get if all were alike.
+# Where does the place of a lesion look? We give the film at the paper's {glue:text}`c08-paper-px` px, where the
+# map of stride 32 has {glue:text}`c08-map-paper` places (at this run's {glue:text}`c08-px` px it has
+# {glue:text}`c08-map`), and take the row of the weights for the cell that holds the centre of the film's largest
+# box. Weights are in units of $1/n$: 1 is what every place would get if all were alike.
 
 # %%
 own = dataset.boxes[dataset.boxes["image_id"] == film["image_id"]]
 areas = (own["xmax"] - own["xmin"]) * (own["ymax"] - own["ymin"])
 lesion = own.loc[[areas.idxmax()]]
-square, (left_px, top_px, wide, high) = detect.letterbox(load_cached(film["path"]), paper_px)
-gain = wide / film["width"]
-centre = lesion[["xmin", "ymin"]].to_numpy() + lesion[["xmax", "ymax"]].to_numpy()
-centre_px = centre[0] / 2 * gain + [left_px, top_px]
+filled, place_px = detect.letterbox(load_cached(film["path"]), paper_view)
+at_paper_px = detect.to_view(lesion[list(CORNERS)], place_px, film["height"], film["width"])
+centre_px = at_paper_px.reshape(2, 2).mean(axis=0)
 cell_x, cell_y = (centre_px // 32).astype(int)
 
 # %%
-backbone, two = network.model[:11], as_input(some.head(2), paper_px)  # a plain chain
+backbone, two = network.model[:11], as_input(some.head(2), paper_view)  # a plain chain
 settle(backbone, two)
 Q, K, _ = queries_keys_values(psa.cv1(backbone[:10](two[:1])).chunk(2, dim=1)[1], block)
-side = paper_px // 32
-n_paper = side**2
+rows, columns = (side // 32 for side in paper_view)
+n_paper = rows * columns
 weight = weights_of(Q, K)[0]
 assert weight.shape == (heads_of, n_paper, n_paper)
 assert torch.allclose(weight.sum(-1), torch.ones(heads_of, n_paper), atol=1e-5)
-looks = n_paper * weight[:, cell_y * side + cell_x].view(heads_of, side, side)
+looks = n_paper * weight[:, cell_y * columns + cell_x].view(heads_of, rows, columns)
 assert torch.allclose(looks.mean((1, 2)), torch.ones(heads_of), atol=1e-4)
+
+# %%
+most_at = np.array([divmod(int(one.argmax()), columns) for one in looks])
+far_px = 32 * np.hypot(*(most_at - [cell_y, cell_x]).T)  # middle of a cell to that of another
+for key, value in {
+    "places": len(np.unique(most_at, axis=0)), "nearest": f"{far_px.min():.0f}",
+    "farthest": f"{far_px.max():.0f}", "most": f"{looks.max():.1f}",
+}.items():  # fmt: skip
+    glue(f"c08-look-{key}", value, display=False)
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(2, 3, figsize=(7.2, 5.4))
-show_film(axes[0, 0], square, lesion["lesion_type"].item())
-inset = lesion.assign(
-    **{c: lesion[c] * gain + (left_px if c[0] == "x" else top_px) for c in CORNERS}
-)
+show_film(axes[0, 0], filled, lesion["lesion_type"].item())
+inset = lesion.assign(**dict(zip(CORNERS, at_paper_px[0], strict=True)))
 show_boxes(axes[0, 0], inset, names=False)
 drawn = [*looks, looks.mean(0)]
 titles = [*(f"head {number}" for number in range(1, heads_of + 1)), "mean of the heads"]
-most = float(looks.max())
 for ax, one, title in zip(axes.flat[1:], drawn, titles, strict=True):
-    show_film(ax, square, f"{title}: {float(one.min()):.1f} to {float(one.max()):.1f}")
-    area = (0, paper_px, paper_px, 0)
+    show_film(ax, filled, f"{title}: {float(one.min()):.1f} to {float(one.max()):.1f}")
+    area = (0, paper_view[1], paper_view[0], 0)
     seen = ax.imshow(one, cmap="viridis", norm=LogNorm(0.1, 10), alpha=0.6, extent=area)
 for ax in axes.flat[1:]:
     ax.plot(*centre_px, "+", color="white", ms=11, mew=2.6)
     ax.plot(*centre_px, "+", color="black", ms=10, mew=1.0)
 for ax in axes.flat:
     ax.title.set_fontsize(9)
-bar = fig.colorbar(seen, ax=axes, shrink=0.6, location="bottom", extend="both")
-bar.ax.set_xticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
+bar = fig.colorbar(seen, ax=axes, shrink=0.6, location="bottom")
+bar.ax.set_xticks([0.1, 0.3, 1, 3, 10], ["≤ 0.1", "0.3", "1", "3", "≥ 10"])
 bar.ax.minorticks_off()
 bar.set_label("weight, in units of 1/n", fontsize=9)
 bar.ax.tick_params(labelsize=8)
 show_figure("c08-fig-attention", fig)
 glue("c08-places", f"{n:,}", display=False)
 glue("c08-places-paper", n_paper, display=False)
-glue("c08-side-paper", side, display=False)
-glue("c08-look-most", f"{most:.1f}", display=False)
+glue("c08-map", f"{H // 32} × {W // 32}", display=False)
+glue("c08-map-paper", f"{rows} × {columns}", display=False)
 
 # %% [markdown]
 # ```{glue:figure} c08-fig-attention
@@ -536,36 +577,46 @@ glue("c08-look-most", f"{most:.1f}", display=False)
 # {glue:text}`c08-profile`.
 # ```
 #
-# In {numref}`fig:attention-maps` the four heads look at different places, some of them far off, and the largest weight
-# is {glue:text}`c08-look-most` times an even share. A head whose weights are random likes what its random numbers happen
-# to like: then this is the mechanism and not knowledge. A trained head may have learnt to compare a vertebra with its
-# neighbours, as a radiologist does; that would have to be shown, and a map of weights alone does not show that
-# the answer rests on it.
+# In {numref}`fig:attention-maps` the {glue:text}`c08-heads` heads have their largest weights at
+# {glue:text}`c08-look-places` places, {glue:text}`c08-look-nearest` to {glue:text}`c08-look-farthest` px from the
+# cell that asks, and the largest of all is {glue:text}`c08-look-most` times an even share. A head whose weights
+# are random likes what its random numbers happen to like: then this is the mechanism and not knowledge. A trained
+# head may have learnt to compare a vertebra with its neighbours, as a radiologist does; that would have to be
+# shown, and a map of weights alone does not show that the answer rests on it.
 #
 # ### What it costs
 #
-# Every place looks at every place, so the products grow with $n^2$. At {glue:text}`c08-paper-px` px there
-# are {glue:text}`c08-side-paper` × {glue:text}`c08-side-paper` = {glue:text}`c08-places-paper` places at stride 32,
-# at {glue:text}`c08-px` px just {glue:text}`c08-places`. Convolutions grow with $n$.
+# Every place looks at every place, so the products grow with $n^2$. At {glue:text}`c08-paper-px` px there are
+# {glue:text}`c08-map-paper` = {glue:text}`c08-places-paper` places at stride 32, at this run's
+# {glue:text}`c08-px` px {glue:text}`c08-map` = {glue:text}`c08-places`. Convolutions grow with $n$, so neither
+# depends on the input's shape but through its area.
 
 # %% tags=["hide-input", "remove-output"]
 by_all_conv = by_conv.sum() - by_products
 px = np.array([96, 160, 320, 640, 1280, 2560])
-growth = px / S
-products, convolutions = by_products * growth**4, by_all_conv * growth**2
-products_640, conv_640 = products[px == paper_px].item(), convolutions[px == paper_px].item()
-at_paper = products_640 / (products_640 + conv_640)
-equal_px = S * math.sqrt(by_all_conv / by_products)
-assert n_paper == (paper_px / 32) ** 2 == 400 and n == (S // 32) ** 2
-assert at_paper < 0.01 and equal_px > 10 * paper_px
+run_side, paper_side = math.sqrt(H * W), math.sqrt(math.prod(paper_view))
+
+
+def cost_of(side):
+    """Multiply-adds of convolutions, and of Eq. 3, for a square input, or one of its area."""
+    growth = (side / run_side) ** 2
+    return by_all_conv * growth, by_products * growth**2
+
+
+convolutions, products = cost_of(px)
+conv_paper, products_paper = cost_of(paper_side)
+at_paper = products_paper / (products_paper + conv_paper)
+equal_px = run_side * math.sqrt(by_all_conv / by_products)
+assert n_paper == 400 and n == maps[10].shape[-2] * maps[10].shape[-1]
+assert at_paper < 0.01 and equal_px > 10 * paper_side
 fig, ax = plt.subplots(figsize=(5.2, 3.2))
 ax.loglog(px, convolutions / 1e9, "o-", label="convolutions, as $n$")
 ax.loglog(px, products / 1e9, "s--", label="products of Eq. 3, as $n^2$")
 foot = {"transform": ax.get_xaxis_transform(), "va": "top", "rotation": 90, "fontsize": 8}
-for at, word in {S: "this run", paper_px: "paper"}.items():
+for at, word in {run_side: "this run", paper_side: "paper"}.items():
     ax.axvline(at, color="0.4", lw=0.8, ls=":")
     ax.text(at * 1.03, 0.97, word, **foot)
-ax.set(xlabel="side of the film, px", ylabel="billion multiply-adds")
+ax.set(xlabel="side of a square input, px", ylabel="billion multiply-adds")
 ax.set_xticks(px, [f"{p}" for p in px])
 ax.minorticks_off()
 ax.legend(fontsize=8, loc="lower right")
@@ -576,22 +627,22 @@ glue("c08-backbone-weights", f"{shares.loc['backbone', 'weights']:.0%}", display
 glue("c08-neck-weights", f"{shares.loc['neck', 'weights']:.0%}", display=False)
 glue("c08-heads-weights", f"{shares.loc['heads', 'weights']:.0%}", display=False)
 glue("c08-madds", f"{costs['multiply-adds'].sum() / 1e9:.2f}", display=False)
-glue("c08-madds-paper", f"{(conv_640 + products_640) / 1e9:.1f}", display=False)
+glue("c08-madds-paper", f"{(conv_paper + products_paper) / 1e9:.1f}", display=False)
 glue("c08-products-share", f"{at_paper:.2%}", display=False)
 glue("c08-equal-px", f"{equal_px:,.0f}", display=False)
 
 # %% [markdown]
 # ```{glue:figure} c08-fig-cost
 # :name: fig:attention-cost
-# :alt: Two rising lines over the side of the film on logarithmic axes, convolutions above and the products of attention far below but twice as steep.
-# Multiply-adds for one film. The architecture does not depend on data or profile; dotted are this run's
-# side and the paper's.
+# :alt: Two rising lines over the side of a square input on logarithmic axes, convolutions above and the products of attention far below but twice as steep.
+# Multiply-adds for one film. The architecture does not depend on data or profile; dotted are the
+# sides of squares of the area of this run's input and of the paper's.
 # ```
 #
 # At the paper's size the products are {glue:text}`c08-products-share` of all multiply-adds
-# ({numref}`fig:attention-cost`) and would catch up with the convolutions at {glue:text}`c08-equal-px` px only. That is
-# because attention stands at the coarsest map, where places are few, and it is the price of that economy that
-# a place there is 32 px wide.
+# ({numref}`fig:attention-cost`) and would catch up with the convolutions at a side of {glue:text}`c08-equal-px`
+# px only. That is because attention stands at the coarsest map, where places are few, and it is the price of that
+# economy that a place there is 32 px wide.
 #
 # ## How far an answer sees
 #
@@ -614,12 +665,13 @@ def windows_of(layer):
     return sum(one.kernel_size[0] - 1 for one in layer.modules() if isinstance(one, nn.Conv2d))
 
 
+# %%
 r, j = [], []
 for layer in network.model[:-1]:
     whose = layer.f if isinstance(layer.f, list) else [layer.f]
     widest, step = max([r[i] for i in whose if r] or [1]), j[whose[0]] if j else 1
     r.append(widest + windows_of(layer) * step)
-    j.append(S // maps[layer.i].shape[-1])
+    j.append(H // maps[layer.i].shape[-2])
 assert [j[i] for i in heads.f] == [8, 16, 32]
 
 # %% [markdown]
@@ -634,6 +686,7 @@ def touched(y, x):
     return torch.autograd.grad(y.sum(), x)[0].abs().sum((0, 1)) > 0
 
 
+# %%
 noise = torch.rand(1, 3, 128, 128, generator=generator).requires_grad_()
 rows_and_columns = touched(network.model[:3](noise)[..., 16, 16], noise).nonzero()
 assert (rows_and_columns.amax(0) - rows_and_columns.amin(0) + 1).tolist() == [r[2], r[2]]
@@ -641,18 +694,18 @@ asks = torch.randn(1, psa.c, 6, 6, generator=generator).requires_grad_()
 assert touched(attention_block(asks, block)[..., 0, 0], asks).all()
 assert touched(attention_block(asks, block, with_eq_3=False)[..., 0, 0], asks).sum() == 4
 fields = pd.DataFrame({"stride": [j[i] for i in heads.f], "field, px": [r[i] for i in heads.f]})
-assert (fields["field, px"] > paper_px).all()
+assert (fields["field, px"] > max(paper_view)).all()
 fields.set_index("stride").T
 
 # %% [markdown]
 # All three answers could see more than the paper's whole film without Eq. 3. With it they see all of it at any size: for
 # whatever comes after layer 10, "receptive field" means everything.
 #
-# A field of {glue:text}`c08-field-fine` px for the finest map, Eq. 3 left out, says little about where an answer looks,
-# since most of it is reached by few ways. The *effective* field {cite}`luo2016` asks how strongly. We take the gradient
-# of a map's middle place, its channels added with random signs, and sum its size over {glue:text}`c08-films`
-# films of {glue:text}`c08-field-px` px. Eq. 3 stays left out. Beside the three answers we look at the maps of the same
-# strides in the backbone.
+# A field of {glue:text}`c08-field-fine` px for the finest map, Eq. 3 left out, says little about where an answer
+# looks, since most of it is reached by few ways. The *effective* field {cite}`luo2016` asks how strongly. We take
+# the gradient of a map's middle place, its channels added with random signs, and sum its size over
+# {glue:text}`c08-films` films, each in a square of {glue:text}`c08-field-px` px. Eq. 3 stays left out. Beside the
+# three answers we look at the maps of the same strides in the backbone.
 
 
 # %%
@@ -673,7 +726,7 @@ def side_that_holds(pull, stride, share=0.9):
 
 
 # %%
-films = as_input(some, field_px)
+films = as_input(some, (field_px, field_px))
 settle(network, films)
 films.requires_grad_()
 for one in psa.m:
@@ -681,6 +734,8 @@ for one in psa.m:
 outputs = walk(network, films)
 for one in psa.m:
     del one.attn.forward  # Eq. 3 is back
+
+# %%
 watched = {"backbone": (4, 6, 8), "answer": tuple(heads.f)}
 pulls = {i: effective_field(outputs, films, i) for i in sum(watched.values(), ())}
 held = {i: side_that_holds(pull, j[i]) for i, pull in pulls.items()}
@@ -713,70 +768,68 @@ for key, i in {"early": 4, "fine": 16, "middle": 19, "coarse": 22}.items():
 # :name: fig:fields
 # :alt: Six square maps of gradient size. Above, three backbone maps with bright patches in the middle that grow with the stride; below, three answering maps, bright over most of the film. Dashed squares hold nine tenths.
 # Effective fields of the middle place, Eq. 3 left out: maps of the backbone (above) and the three that are answered
-# from (below). The dashed square holds 90 % of the gradient, its side is in the title; what lies beyond the film
-# cannot be counted. Sum over n = {glue:text}`c08-films` {glue:text}`c08-kind` of the training split; weights of
-# the network: {glue:text}`c08-weights`; profile {glue:text}`c08-profile`.
+# from (below). The dashed square holds 90 % of the gradient, its side is in the title; it may
+# reach beyond the input, where there is nothing to count. Sum over n = {glue:text}`c08-films`
+# {glue:text}`c08-kind` of the training split; weights of the network: {glue:text}`c08-weights`; profile {glue:text}`c08-profile`.
 # ```
 #
-# In the backbone, at stride 8, nine tenths of the gradient lie in a square of {glue:text}`c08-eff-early` px, where
-# {eq}`eq:field` allows {glue:text}`c08-field-early`. The answer of the same stride has {glue:text}`c08-eff-fine` px, those
-# of strides 16 and 32 {glue:text}`c08-eff-middle` and {glue:text}`c08-eff-coarse`, on films of
-# {glue:text}`c08-field-px` px ({numref}`fig:fields`). That is the neck at work: it brings to the fine map what the
-# coarse one saw. Training changes these fields.
+# In the backbone, at stride 8, nine tenths of the gradient lie in a square of {glue:text}`c08-eff-early` px,
+# where {eq}`eq:field` allows {glue:text}`c08-field-early`. The answer of the same stride has
+# {glue:text}`c08-eff-fine` px, those of strides 16 and 32 {glue:text}`c08-eff-middle` and
+# {glue:text}`c08-eff-coarse`, in inputs of {glue:text}`c08-field-px` px ({numref}`fig:fields`). That is the neck
+# at work: it brings to the fine map what the coarse one saw. Training changes these fields.
 #
 # ## Are lesions small for it?
 #
-# A lesion is small, says the paper, if it covers less than a hundredth of the field of view. We take a
-# box's area over the film's. And we take the side of a square of the same area in the network's pixels, as in
-# {ref}`chap:losses`: a box of side $a$ covers $(a/8)^2$ cells of the finest map, which is how many places look at it
-# from within. The table has the medians of both, at this run's size and at the paper's.
+# A lesion is small, says the paper, if it covers less than a hundredth of the field of view. We take a box's area
+# over the stored film's. And we take the side of a square of the same area in the network's pixels, as in
+# {ref}`chap:losses`: the film is scaled to fit into the input's height and width, and its boxes with it. A box of
+# side $a$ covers $(a/8)^2$ cells of the finest map, which is how many places look at it from within. The table has
+# medians.
 
 # %%
 boxes = dataset.boxes[dataset.boxes["image_id"].isin(learnt["image_id"])]
-film_of = images.set_index("image_id").loc[boxes["image_id"]].reset_index()
+film_of = images.set_index("image_id").loc[boxes["image_id"]]
+height, width = film_of["height"].to_numpy(), film_of["width"].to_numpy()
 area = ((boxes["xmax"] - boxes["xmin"]) * (boxes["ymax"] - boxes["ymin"])).to_numpy()
-lesions = pd.DataFrame({
-    "type": boxes["lesion_type"].to_numpy(),
-    "small": area / (film_of["height"] * film_of["width"]) < 0.01,
-    "side": np.sqrt(area) / film_of[["height", "width"]].max(axis=1),
-})  # fmt: skip
-lesions["cells"] = (lesions["side"] * S / 8) ** 2
-lesions["cells, paper"] = (lesions["side"] * paper_px / 8) ** 2
-assert np.allclose(lesions["cells, paper"] / lesions["cells"], (paper_px / S) ** 2)
+lesions = pd.DataFrame({"type": boxes["lesion_type"].to_numpy()})
+lesions["small"] = area / (height * width) < SMALL_SHARE
+for where, view in {"this run": (H, W), "paper": paper_view}.items():
+    gain = np.minimum(view[0] / height, view[1] / width)  # of the letterbox
+    lesions[f"side, {where}"] = np.sqrt(area) * gain
+    lesions[f"cells, {where}"] = area * gain**2 / 8**2
 
 # %%
 of_type = lesions.groupby("type")
-present = of_type["side"].median().sort_values().index
-table = pd.DataFrame({
-    "n": of_type.size(),
-    "small": of_type["small"].mean().map("{:.0%}".format),
-    f"{S} px": (of_type["side"].median() * S).round(1),
-    "cells": of_type["cells"].median().round(1),
-    f"{paper_px} px": (of_type["side"].median() * paper_px).round(1),
-    "cells ": of_type["cells, paper"].median().round(1),
-}).loc[present]  # fmt: skip
+medians = of_type[[c for c in lesions if "," in c]].median().round(1)
+table = pd.concat([of_type.size().rename("n"), of_type["small"].mean(), medians], axis=1)
+table = table.loc[of_type["side, this run"].median().sort_values().index]
+table["small"] = table["small"].map("{:.0%}".format)
+as_scored = ~size_stratum(boxes, learnt, small=True)["outside"]
+assert (lesions["small"].to_numpy() == as_scored.to_numpy()).all()
 assert table["n"].sum() == len(lesions) == len(boxes)
 table
 
 # %% tags=["hide-input", "remove-output"]
-side_px = {side: lesions["side"] * side for side in (S, paper_px)}
+side_px = {where: lesions[f"side, {where}"] for where in ("this run", "paper")}
+present, shown_px = table.index, {"this run": f"{H} × {W}", "paper": "{} × {}".format(*paper_view)}
 fig, ax = plt.subplots(figsize=(6.0, 5.2))
 flier = {"marker": ".", "ms": 3, "mec": "0.4"}
 for number, name in enumerate(present):
-    sides_of = lesions.loc[lesions["type"] == name, "side"]
-    for shift, px_, face in ((-0.17, S, "#56B4E9"), (0.17, paper_px, "white")):
+    for shift, where, face in ((-0.17, "this run", "#56B4E9"), (0.17, "paper", "white")):
         ax.boxplot(
-            sides_of * px_, orientation="horizontal", positions=[number + shift], widths=0.3, patch_artist=True,
+            side_px[where][lesions["type"] == name], orientation="horizontal", positions=[number + shift], widths=0.3, patch_artist=True,
             boxprops={"fc": face}, medianprops={"color": "black", "lw": 1.8}, flierprops=flier,
         )  # fmt: skip
 ax.set_yticks(range(len(present)), [f"{t}\nn = {table['n'][t]:,}" for t in present], fontsize=8.5)
 for stride, dash in ((8, "-"), (16, "--"), (32, ":")):
     ax.axvline(stride, color="#B23B00", lw=1.7, ls=dash, label=f"stride {stride}", zorder=1)
-ax.bar(0, 0, fc="#56B4E9", ec="black", label=f"at {S} px, this run")
-ax.bar(0, 0, fc="white", ec="black", label=f"at {paper_px} px, paper")
-ticks = [t for t in (2, 4, 8, 16, 32, 64, 128, 256, 512) if t > side_px[S].min() / 2]
+ax.bar(0, 0, fc="#56B4E9", ec="black", label=f"{shown_px['this run']} px, this run")
+ax.bar(0, 0, fc="white", ec="black", label=f"{shown_px['paper']} px, paper")
+low = min(6.5, side_px["this run"].min() / 1.2)  # so that all three strides are in sight
+ticks = [t for t in (2, 4, 8, 16, 32, 64, 128, 256, 512) if t > low]
 ax.set(xscale="log", xlabel="side of a square of the box's area, network's px")
-ax.set_xlim(side_px[S].min() / 1.2, side_px[paper_px].max() * 1.2)
+ax.set_xlim(low, side_px["paper"].max() * 1.2)
 ax.set_xticks(ticks, ticks)
 ax.minorticks_off()
 ax.invert_yaxis()
@@ -789,14 +842,14 @@ for key, value in {
     "smallest": present[0],
     "smallest-n": int(table["n"].iloc[0]),
     "smallest-small": table["small"].iloc[0],
-    "smallest-cells": f"{table['cells'].iloc[0]:.1f}",
-    "smallest-cells-paper": f"{table['cells '].iloc[0]:.1f}",
-    "median": f"{side_px[S].median():.1f}",
-    "median-paper": f"{side_px[paper_px].median():.1f}",
-    "below": f"{(side_px[S] < 8).mean():.0%}",
-    "below-paper": f"{(side_px[paper_px] < 8).mean():.0%}",
-    "below-32": f"{(side_px[paper_px] < 32).mean():.0%}",
-    "larger": f"{r[16] / side_px[paper_px].median():.0f}",
+    "smallest-cells": f"{table['cells, this run'].iloc[0]:.1f}",
+    "smallest-cells-paper": f"{table['cells, paper'].iloc[0]:.1f}",
+    "median": f"{side_px['this run'].median():.1f}",
+    "median-paper": f"{side_px['paper'].median():.1f}",
+    "below": f"{(side_px['this run'] < 8).mean():.0%}",
+    "below-paper": f"{(side_px['paper'] < 8).mean():.0%}",
+    "below-32": f"{(side_px['paper'] < 32).mean():.0%}",
+    "larger": f"{r[16] / side_px['paper'].median():.0f}",
 }.items():
     glue(f"c08-{key}", value, display=False)
 
@@ -837,9 +890,9 @@ rows = {
     "answering maps": ("not given", "strides 8, 16, 32"),
     "small lesions": ("< 1 % of FOV", f"{lesions['small'].mean():.0%} of boxes"),
     "parameters": ("not given", f"{costs['weights'].sum() / 1e6:.1f} million"),
-    f"multiply-adds, {paper_px} px": (
+    f"multiply-adds, {shown_px['paper']} px": (
         "not given",
-        f"{(conv_640 + products_640) / 1e9:.1f} billion",
+        f"{(conv_paper + products_paper) / 1e9:.1f} billion",
     ),
 }
 pd.DataFrame(rows, index=["paper", "this edition"]).T
@@ -851,7 +904,7 @@ pd.DataFrame(rows, index=["paper", "this edition"]).T
 # ## Exercises
 #
 # Change the chapter first: set `field_px = 160` in the parameters and run all. Which of the fields
-# are now cut off by the edge of the film?
+# are now cut off by the edge of the input?
 #
 # ```{exercise}
 # :label: ex:yolo11-same-keys
@@ -903,6 +956,7 @@ def shuffle(x):
     return x.flatten(2)[..., order].view_as(x)
 
 
+# %%
 Q, K, V = (rows[..., order, :] for rows in queries_keys_values(given, block))
 in_order = attention(*queries_keys_values(given, block))
 assert torch.allclose(attention(Q, K, V), in_order[..., order, :], atol=1e-4)
@@ -928,18 +982,18 @@ assert torch.allclose(block(shuffle(given)), shuffle(block(given)), atol=1e-4)
 # ````{solution-start} ex:yolo11-finer
 # :class: dropdown
 # ````
-# The boxes below 8 px would cover whole cells again, and there would be four times as many places as have the
-# finest answer now. Whether more lesions are found is another matter: nearly all of the new places must say "none", and
-# the map of stride 4 lies early in the network, where little is known yet. One would train both, on the same folds
-# and seeds and with the same time, and compare the average precision of small boxes, with intervals over studies.
+# Boxes of 4 to 8 px, as far as there are any, would cover a whole cell again, and there would be four times as
+# many places as have the finest answer now. Whether more lesions are found is another matter: nearly all of the
+# new places must say "none", and the map of stride 4 lies early in the network, where little is known yet. One
+# would train both, on the same folds and seeds and with the same time, and compare the average precision of small
+# boxes, with intervals over studies.
 
 # %%
-now = sum((paper_px // s) ** 2 for s in (8, 16, 32))
-more = (paper_px // 4) ** 2
+now, more = (sum(math.prod(paper_view) // s**2 for s in steps) for steps in ((8, 16, 32), (4,)))
 assert np.isclose(more / now, 16 / (4 + 1 + 1 / 4))
-gained = {side: float(((px_ >= 4) & (px_ < 8)).mean()) for side, px_ in side_px.items()}
-print(f"{now:,} places and {more:,} new ones at {paper_px} px")
-print({f"boxes from 4 to 8 px at {side} px": f"{share:.1%}" for side, share in gained.items()})
+gained = {where: float(((a >= 4) & (a < 8)).mean()) for where, a in side_px.items()}
+print(f"{now:,} places and {more:,} new ones at {shown_px['paper']} px")
+print({f"boxes from 4 to 8 px, {where}": f"{share:.1%}" for where, share in gained.items()})
 
 # %% [markdown]
 # ````{solution-end}
@@ -955,4 +1009,4 @@ print({f"boxes from 4 to 8 px at {side} px": f"{share:.1%}" for side, share in g
 # - Every answer could see the whole film. Before training, nine tenths of what moves the backbone's map of
 #   stride 8 lie within {glue:text}`c08-eff-early` px; for the answer of that stride it is {glue:text}`c08-eff-fine` px.
 # - {glue:text}`c08-small` of this run's boxes are small in the paper's sense, and {glue:text}`c08-below` are less wide
-#   than one cell at {glue:text}`c08-px` px. Pixels are what small lesions lack.
+#   than one cell at {glue:text}`c08-px` px. No lesion is short of context; what a small one can lack is pixels.
