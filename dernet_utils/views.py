@@ -24,6 +24,7 @@ from ultralytics.utils.instance import Instances
 
 CENTRE = (0.3, 0.7)  # paper, Algorithm 1, line 10: the mosaic's centre as a fraction of its width
 RARE_BELOW = 1.0  # of the films; a type on fewer is shown more often. Ours, for a few hundred films
+PASTE_FROM = 2.0  # repeat factor from which a lesion is pasted: a type on a quarter of the films
 PASTE = 0.3  # share of views that get a rare lesion pasted in, where that is asked for
 MARGIN = 0.25  # of a pasted lesion's surroundings, as a share of its box, faded in
 
@@ -44,7 +45,7 @@ def repeat_factors(classes: Sequence[np.ndarray], types: int) -> tuple[np.ndarra
     >>> films = [np.array([0])] * 99 + [np.array([0, 1])]
     >>> of_type, of_film = repeat_factors(films, 2)
     >>> of_type.round(2).tolist(), of_film[-2:].round(2).tolist()
-    ([1.0, 5.48], [1.0, 5.48])
+    ([1.0, 10.0], [1.0, 10.0])
     """
     shows = np.zeros((len(classes), types), bool)
     for row, own in enumerate(classes):
@@ -172,7 +173,7 @@ class PasteRare(BaseTransform):
             (film, row)
             for film, own in enumerate(dataset.labels)
             for row, kind in enumerate(own["cls"].ravel().astype(int))
-            if dataset.of_type[kind] > 1
+            if dataset.of_type[kind] >= PASTE_FROM
         ]
 
     def __call__(self, labels: dict) -> dict:

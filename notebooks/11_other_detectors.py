@@ -86,7 +86,7 @@ assert not set(training["study_id"]) & set(test["study_id"])
 # %% tags=["remove-cell"]
 seconds = workspace.profile.rival_seconds
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
-spoken = f"{seconds:g} seconds" if seconds < 300 else f"{seconds / 60:g} minutes"
+spoken = f"{seconds:g} s" if seconds < 300 else f"{seconds / 60:g} minutes"
 for key, value in {
     "profile": workspace.profile.name, "kind": kind, "training": len(training), "test": len(test),
     "test-studies": test["study_id"].nunique(), "truth": len(truth), "px": f"{H} × {W}",
@@ -343,26 +343,21 @@ glue("c11-verdict", text, display=False)
 
 # %% tags=["hide-input"]
 night = kept_record("night-detectors")
-if night:
-    told = ("command", "commit", "date", "processor", "seed", "films", "seconds")
-    shown = pd.Series({key: night[key] for key in told}, name="night")
-else:
-    shown = "No record of the profile night has been kept yet."
-shown
+told = ("command", "commit", "date", "processor", "seed", "films", "seconds")
+shown = {key: night[key] for key in told} if night else {"night": "not yet run"}
+pd.Series(shown, name="the kept run").to_frame()
 
 # %% tags=["hide-input"]
-if night:
-    rows = {
-        name: {
-            "steps": own.get("steps", "–"),
-            "mAP@0.5 (%), 95 % interval": "{value:.1f} [{low:.1f}, {high:.1f}]".format(
-                **{key: 100 * own["scores"]["mAP"][key] for key in ("value", "low", "high")}
-            ),
-        }
-        for name, own in night["detectors"].items()
+rows = {
+    name: {
+        "steps": own.get("steps", "–"),
+        "mAP@0.5 (%), 95 % interval": "{value:.1f} [{low:.1f}, {high:.1f}]".format(
+            **{key: 100 * own["scores"]["mAP"][key] for key in ("value", "low", "high")}
+        ),
     }
-    shown = pd.DataFrame.from_dict(rows, orient="index")
-shown
+    for name, own in (night["detectors"] if night else {}).items()
+}
+pd.DataFrame.from_dict(rows, orient="index").rename_axis("the kept run")
 
 # %% [markdown]
 # This run's record is written in the same form; `dernet record` keeps it.
@@ -382,18 +377,16 @@ assert json.loads(path.read_text())["detectors"].keys() == tables.keys()
 # %% tags=["hide-input"]
 columns = [*LESION_TYPES, "mAP"]
 heads = [*(PAPER_CODES[name] for name in LESION_TYPES), "mAP@0.5"]
-printed = {("paper: VinDr-SpineXR", name): row for name, row in TABLE_3.items()}
-printed = pd.DataFrame.from_dict(printed, orient="index", columns=heads)
+printed = pd.DataFrame.from_dict(TABLE_3, orient="index", columns=heads)
+printed.rename_axis("paper: VinDr-SpineXR, AP@0.5 (%)").map("{:.2f}".format)
+
+# %% tags=["hide-input"]
 here = {
-    (f"this run: {kind}", name): [
-        f"{100 * table['value'].get(column, np.nan):.1f}" for column in columns
-    ]
+    name: [100 * table["value"].get(column, np.nan) for column in columns]
     for name, table in tables.items()
 }
-here = pd.DataFrame.from_dict(here, orient="index", columns=heads).replace("nan", "–")
-both = pd.concat([printed.map("{:.2f}".format), here])
-both.index = pd.MultiIndex.from_tuples(both.index, names=["AP@0.5, per cent", "detector"])
-both
+here = pd.DataFrame.from_dict(here, orient="index", columns=heads)
+here.rename_axis(f"this run: {kind}, AP@0.5 (%)").map("{:.1f}".format).replace("nan", "–")
 
 # %% [markdown]
 # Intervals of this run's means are in {numref}`fig:other-detectors`. Four of the paper's rows have no
@@ -401,10 +394,10 @@ both
 #
 # | row | why it is not run here |
 # |---|---|
-# | DINO | kept by its authors' research code only, which needs compiled kernels for GPUs; RT-DETR stands for the family |
-# | Sparse R-CNN | the same: research code on a framework that is no longer kept up |
-# | VinDr-SpineXR | the dataset's baseline: a Faster R-CNN gated by a classifier, whose weights and data are under a signed agreement |
-# | EGCA-Net | no code was found to be published |
+# | DINO | its authors' research code needs kernels compiled for a GPU; RT-DETR stands for the family |
+# | Sparse R-CNN | research code that builds on another research framework, outside the libraries that this book pins |
+# | VinDr-SpineXR | the dataset's baseline is a detector gated by a classifier; neither its weights nor its data may be passed on |
+# | EGCA-Net | we know of no published code |
 #
 # ## Exercises
 #
