@@ -41,6 +41,7 @@ class Recipe:
         batch: Images a step.
         lr: Peak of AdamW's learning rate, which then falls to a hundredth along a cosine.
         mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        gamma, alpha: Eq. 6's exponent, and its weight of a lesion; 1 - alpha is that of none.
         scale: How much larger or smaller a training film may be shown, as a share.
         repeat: Whether films of rare lesion types are drawn more often.
         paste: Whether lesions of rare types are pasted into other films.
@@ -52,6 +53,8 @@ class Recipe:
     batch: int
     lr: float
     mosaic_until: int
+    gamma: float = losses.GAMMA
+    alpha: float = losses.ALPHA
     scale: float = 0.5  # ultralytics' own
     repeat: bool = False
     paste: bool = False
@@ -66,11 +69,18 @@ class Recipe:
             profile.detect_batch,
             profile.detect_lr,
             profile.mosaic_until,
+            profile.focal_gamma,
+            profile.focal_alpha,
             profile.detect_scale,
             profile.detect_repeat,
             profile.detect_paste,
             profile.seed,
         )
+
+    @property
+    def focal(self) -> dict[str, float]:
+        """What `dernet_utils.losses.focal_loss` is told."""
+        return {"gamma": self.gamma, "alpha": self.alpha}
 
     @property
     def shown(self) -> dict:
@@ -382,6 +392,7 @@ def _train(training, validation, boxes, recipe, checkpoint, weights, progress) -
     look = _looker(validation, boxes, recipe, checkpoint)
     trainer = yolo.MosaicDecay(settings, look, progress)
     trainer.model = yolo.build_detector(LESION_TYPES, recipe.seed, weights)
+    trainer.model.focal = recipe.focal
     with machine.denormals_flushed():
         trainer.train()
     tensors, history = yolo.read_state(trainer.state_file)

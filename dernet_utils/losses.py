@@ -68,7 +68,7 @@ def focal_loss(
     class fit the lesion that it is assigned to. With a target t, 1 - p_t becomes |t - p|, alpha_t
     the mean t alpha + (1 - t)(1 - alpha), and -log p_t the cross-entropy with t. At 0 and 1 that is
     Eq. 6, and the least loss, nothing, is at t (without alpha the quality focal loss of Li et al.,
-    2020, Eq. 5).
+    2020, Eq. 2).
 
     Args:
         logits: Any shape.

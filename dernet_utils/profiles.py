@@ -45,6 +45,8 @@ class Profile(BaseModel):
     detect_batch: int = Field(gt=0)
     detect_lr: float = Field(gt=0)
     mosaic_until: int = Field(ge=0, description="first epoch without mosaic")
+    focal_gamma: float = Field(2.0, ge=0)  # paper, section 3.3
+    focal_alpha: float = Field(0.25, gt=0, lt=1)  # companion code
     detect_scale: float = Field(0.5, ge=0, lt=1)  # ultralytics' own
     detect_repeat: bool = Field(False, description="rare lesion types drawn more often")
     detect_paste: bool = Field(False, description="rare lesion types pasted into other films")

@@ -9,7 +9,7 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +55,16 @@ class Rival:
     raw: Callable[[Tensor], Iterable[Tensor]]
 
 
-def build_rival(name: str, view: tuple[int, int], seed: int) -> Rival:
+def build_rival(
+    name: str, view: tuple[int, int], seed: int, focal: Mapping[str, float] = yolo.Detector.focal
+) -> Rival:
     """Return one of `RIVALS` from random weights.
 
     Args:
         name: As Table 3 of this book writes it.
         view: Height and width of its input, px.
         seed: Seed of the weights.
+        focal: YOLO11's exponent and class weight of Eq. 6; RetinaNet has its authors', the paper's.
 
     Raises:
         DernetError: The name is none of them.
@@ -71,7 +74,9 @@ def build_rival(name: str, view: tuple[int, int], seed: int) -> Rival:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name.startswith("YOLO11"):
-            return _yolo(yolo.build_detector(LESION_TYPES, seed, scale=name[-1].lower()))
+            network = yolo.build_detector(LESION_TYPES, seed, scale=name[-1].lower())
+            network.focal = focal
+            return _yolo(network)
         return _rt_detr(view) if name == RT_DETR else _two_or_one_stage(name, view)
 
 
@@ -256,7 +261,7 @@ def run_rival(
     key = _key(name, training, boxes, asked, recipe, seconds)
     kept = Path(folder) / f"{name.lower().replace(' ', '-')}-{key}.parquet"
     if not kept.is_file():
-        rival = build_rival(name, recipe.view, recipe.seed)
+        rival = build_rival(name, recipe.view, recipe.seed, recipe.focal)
         films = detect.films_shown(training, boxes, recipe, kept.with_suffix(""))
         lr = recipe.lr * LR_SHARE.get(name, 1.0)
         steps = train_rival(rival, films, recipe.batch, lr, seconds, recipe.seed)

@@ -10,9 +10,10 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 
 from dernet_utils import machine, offline
 from dernet_utils.errors import DernetError
-from dernet_utils.losses import Assigned, focal_loss
+from dernet_utils.losses import ALPHA, GAMMA, Assigned, focal_loss
 from dernet_utils.views import SpineDataset, seed_augmentations
 
 # isort: split
@@ -41,7 +42,13 @@ LEAST_FIT = 0.9  # of a starting checkpoint's tensors; the class layers may be o
 
 
 class Detector(DetectionModel):
-    """YOLO11-L whose forward pass may run in bfloat16 while its loss stays in float32."""
+    """YOLO11 whose forward pass may run in bfloat16 while its loss stays in float32.
+
+    Attributes:
+        focal: Eq. 6's exponent and class weight: ``gamma`` and ``alpha``; else the paper's.
+    """
+
+    focal: Mapping[str, float] = MappingProxyType({"gamma": GAMMA, "alpha": ALPHA})
 
     def loss(self, batch: dict, preds: dict | None = None) -> tuple[torch.Tensor, dict]:
         """Return Eq. 4's three terms times the batch size, and the terms by name.
@@ -87,7 +94,7 @@ class Detector(DetectionModel):
     def init_criterion(self) -> v8DetectionLoss:
         """Return ultralytics' loss, its class term Eq. 6 in place of binary cross-entropy."""
         criterion = v8DetectionLoss(self)
-        criterion.bce = focal_loss
+        criterion.bce = partial(focal_loss, **self.focal)
         return criterion
 
     def assigned(self, batch: dict) -> Assigned:

@@ -33,6 +33,8 @@ profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
 films_at_once = 6  # of the batch that losses are counted on
 
 # %% tags=["hide-input"]
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -536,13 +538,16 @@ show_figure("c09-fig-dfl", fig)
 # ## The sum
 #
 # What is trained must be {eq}`eq:total-loss`. On the batch above, from the same assignments, our three
-# terms against the trainer's. Cross-entropy in the middle term stands beside.
+# terms against the trainer's, both with the exponent and the class weight of this run
+# ({glue:text}`c09-gamma` and {glue:text}`c09-alpha`). Cross-entropy in the middle term stands beside.
 
 # %%
 assert (network.args.box, network.args.cls, network.args.dfl) == (7.5, 0.5, 1.5)
+network.focal = recipe.focal  # this run's gamma and alpha
+this_runs = partial(losses.focal_loss, **recipe.focal)
 with torch.no_grad():
     _, trained = network.loss(batch)
-    ours = losses.total_loss(network.assigned(batch))
+    ours = losses.total_loss(network.assigned(batch), class_loss=this_runs)
     entropy = losses.total_loss(network.assigned(batch), class_loss=cross_entropy)
 trained = {name.removesuffix("_loss"): float(value) for name, value in trained.items()}
 for name, value in trained.items():
@@ -553,6 +558,8 @@ terms.round(3)
 
 # %% tags=["remove-cell"]
 parts = terms["trainer"] / terms["trainer"].sum()
+glue("c09-gamma", f"{recipe.gamma:g}", display=False)
+glue("c09-alpha", f"{recipe.alpha:g}", display=False)
 glue("c09-box-share", f"{parts['box']:.0%}", display=False)
 glue("c09-class-share", f"{parts['cls']:.0%}", display=False)
 
@@ -571,8 +578,8 @@ pd.DataFrame(
         "paper": ["7.5, 0.5, 1.5", "2.0", "0.25 (companion code)", "focal loss"],
         "this edition": [
             "7.5, 0.5, 1.5",
-            f"{losses.GAMMA} (here)",
-            f"{losses.ALPHA} (here)",
+            f"{recipe.gamma}",
+            f"{recipe.alpha}",
             "focal loss",
         ],
     },

@@ -93,7 +93,8 @@ for key, value in {
     "profile": workspace.profile.name, "kind": kind, "training": len(training),
     "left-out": len(left_out), "validation": len(validation),
     "test": len(test), "test-studies": test["study_id"].nunique(),
-    "px": f"{recipe.view[0]} × {recipe.view[1]}", "epochs": recipe.epochs, "batch": recipe.batch, "lr": recipe.lr,
+    "px": "{} × {}".format(*recipe.view), "epochs": recipe.epochs, "batch": recipe.batch,
+    "lr": recipe.lr, "gamma": f"{recipe.gamma:g}", "alpha": f"{recipe.alpha:g}",
     "tau": recipe.mosaic_until, "alarms": f"{alarms_allowed:g}", "scale": f"{recipe.scale:.0%}",
     "resamples": f"{workspace.profile.bootstrap:,}",
 }.items():  # fmt: skip
@@ -238,7 +239,9 @@ assert np.allclose(returned, [[0, 0, film["width"], film["height"]]])
 # proportions {cite}`zheng2020`. $\mathcal{L}_{Focal}$ asks each of the seven probabilities to be
 # right and lets the many easy "nothing here" weigh little {cite}`lin2017`.
 # $\mathcal{L}_{DFL}$ treats each edge as a distribution over 16 distances, since the edge of an
-# osteophyte is not one line {cite}`li2020`. {ref}`chap:losses` takes the three apart.
+# osteophyte is not one line {cite}`li2020`. {ref}`chap:losses` takes the three apart. The focal loss
+# of this run has $\gamma$ = {glue:text}`c10-gamma` and $\alpha$ = {glue:text}`c10-alpha`; the paper has 2,
+# and its companion code 0.25 ({ref}`sec:chosen` says what a short run makes of that).
 #
 # What the trainer uses must be this sum. We give the network a small batch of noise with one box a
 # film, take the three terms without weights, and add them by hand.
@@ -251,6 +254,7 @@ batch = {
     "img": torch.rand(2, 3, H, W), "batch_idx": torch.tensor([0.0, 1.0]),
     "cls": torch.tensor([[2.0], [4.0]]), "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.3]] * 2),
 }  # fmt: skip
+network.focal = recipe.focal
 predictions = network.train().raw_predictions(batch["img"])
 
 

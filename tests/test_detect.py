@@ -102,9 +102,10 @@ def test_in_float32_ours_and_ultralytics_say_the_same_but_for_the_class_term(mon
     assert list(ours) == list(theirs) == ["box_loss", "cls_loss", "dfl_loss"]
     for name in ("box_loss", "dfl_loss"):
         assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=0.01)
-    network.criterion.bce = torch.nn.BCEWithLogitsLoss(reduction="none")
-    with_entropy = network.loss(batch)[1]["cls_loss"]
-    assert float(with_entropy) == pytest.approx(float(theirs["cls_loss"]), rel=0.01)
+    assert float(ours["cls_loss"]) < float(theirs["cls_loss"])
+    network.focal, network.criterion = {"gamma": 0, "alpha": 0.5}, None  # half the cross-entropy
+    half = network.loss(batch)[1]["cls_loss"]
+    assert float(2 * half) == pytest.approx(float(theirs["cls_loss"]), rel=0.01)
 
 
 def test_answers_are_ultralytics_own(monkeypatch):
