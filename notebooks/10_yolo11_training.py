@@ -434,7 +434,7 @@ show_figure("c10-fig-learning", draw_learning(history))
 # the other with mosaic; both end their learning rate with a cosine. They are judged on fold 0.
 
 # %% tags=["remove-output"]
-arm_epochs = max(1, round(T_max / 10))
+arm_epochs = max(1, T_max // 16)
 glue("c10-arm-epochs", arm_epochs, display=False)
 arms = {}
 for name, tau in {"stops": 1, "goes on": arm_epochs + 1}.items():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -178,6 +179,16 @@ def a_trainer(films, tmp_path, view=(64, 64), epochs=3, **shown):
     trainer = yolo.MosaicDecay(detect.write_films(*films, recipe, kept))
     trainer.model = yolo.build_detector(LESION_TYPES, 0)
     return trainer
+
+
+def test_weights_of_equation_4_are_those_that_are_used_and_written_down(films, tmp_path):
+    trainer = a_trainer(films, tmp_path)
+    trainer._setup_train()
+    criterion = trainer.model.init_criterion()
+    written = yaml.safe_load((tmp_path / "run" / "trainer" / "args.yaml").read_text())
+    for name, weight in {"box": 7.5, "cls": 0.5, "dfl": 1.5}.items():
+        assert getattr(trainer.model.args, name) == getattr(criterion.hyp, name) == weight
+        assert written[name] == weight
 
 
 @pytest.fixture
