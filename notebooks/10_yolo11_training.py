@@ -430,7 +430,7 @@ show_figure("c10-fig-learning", draw_learning(history))
 #
 # The curve on the right cannot tell what stopping mosaic did, since the network would have gone on
 # learning anyway. An experiment can. Two trainings start from the same weights, those after the last
-# epoch with mosaic, and go on for {glue:text}`c10-arm-epochs` epochs, one with films as they are,
+# epoch with mosaic, and go on (epochs: {glue:text}`c10-arm-epochs`), one with films as they are,
 # the other with mosaic; both end their learning rate with a cosine. They are judged on fold 0.
 
 # %% tags=["remove-output"]
