@@ -127,7 +127,7 @@ def _two_or_one_stage(name: str, view: tuple[int, int]) -> Rival:
     shapes = ((0.5, 1.0, 2.0),) * 5
     common = {
         "weights": None, "weights_backbone": None, "num_classes": len(LESION_TYPES) + 1,
-        "trainable_backbone_layers": 5, "min_size": min(view), "max_size": max(view),
+        "min_size": min(view), "max_size": max(view),
     }  # fmt: skip
     limits = {"score_thresh": detect.MIN_SCORE, "nms_thresh": detect.NMS_IOU}
     if name == FASTER_RCNN:

@@ -54,18 +54,20 @@ def test_parameters_are_those_of_the_published_networks():
 
 def test_a_run_is_kept_and_its_time_is_kept_to(films, tmp_path):
     images, boxes = films
+    kept_in = tmp_path / "kept"
+    kept_in.mkdir()
     given = ("YOLO11-n", images[:4], boxes, images[4:], RECIPE)
-    run = rivals.run_rival(*given, 2.0, tmp_path)
+    run = rivals.run_rival(*given, 2.0, kept_in)
     assert run.steps >= 1 and run.parameters == pytest.approx(2.6, abs=0.1)
     assert list(run.found) == detect.COLUMNS
     assert set(run.found["image_id"]) <= set(images[4:]["image_id"])
-    (kept,) = tmp_path.iterdir()  # one table, and nothing else
+    (kept,) = kept_in.iterdir()  # one table, and nothing else
     before = kept.stat().st_mtime_ns
-    again = rivals.run_rival(*given, 2.0, tmp_path)
+    again = rivals.run_rival(*given, 2.0, kept_in)
     assert again.steps == run.steps and again.found.equals(run.found)
     assert kept.stat().st_mtime_ns == before
-    rivals.run_rival(*given, 2.5, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    rivals.run_rival(*given, 2.5, kept_in)
+    assert len(list(kept_in.iterdir())) == 2
 
 
 def test_more_time_means_more_steps_and_a_rate_that_falls(films, tmp_path, monkeypatch):
