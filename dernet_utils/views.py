@@ -33,7 +33,7 @@ def repeat_factors(classes: Sequence[np.ndarray], types: int) -> tuple[np.ndarra
     """Return how often to show a lesion type, and a film, relative to once.
 
     A type on a share f of the films gets max(1, sqrt(t / f)), t being `RARE_BELOW`, and a film the
-    largest factor of its types (Gupta et al., LVIS, 2019, section 5).
+    largest factor of its types (Gupta et al., LVIS, 2019).
 
     Args:
         classes: Of each film, the numbers of its boxes' types, in any shape.

@@ -337,9 +337,9 @@ glue("c11-verdict", text, display=False)
 #
 # ## A longer run, kept
 #
-# The profile `night` gives each of them a longer time. It was run once, and what came of it lies in
-# the book's folder of results, with the command, the commit, the day, the machine and the seed. It is
-# shown beside the present run and is never mixed with it.
+# The profile `night` gives each of them a longer time and YOLO11 the paper's focal loss. It is run once;
+# what comes of it is then kept in the book's folder of results, with the command, the commit, the day,
+# the machine and the seed, and shown here beside the present run, never mixed with it.
 
 # %% tags=["hide-input"]
 night = kept_record("night-detectors")
