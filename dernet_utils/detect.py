@@ -28,7 +28,7 @@ COLUMNS = ["image_id", "lesion_type", *CORNERS, "score"]
 MIN_SCORE = 0.001  # ultralytics' floor for evaluation: a curve needs the weak boxes too
 MAX_BOXES = 300  # a film; ultralytics' default
 NMS_IOU = 0.5  # paper, Algorithm 1, line 18
-LOOKS = 4  # at the validation fold, spread evenly over a run: each costs as much as a few steps
+LOOKS = 3  # at the validation fold, spread evenly over a run: each costs as much as a few steps
 
 
 @dataclass(frozen=True)

@@ -138,10 +138,9 @@ def match_boxes(
     found_of = _by_film(predictions, lesion_type, ["score"])
     parts = [
         (row_of[film], *_judged(true_of.get(film), found, iou))
-        for film, found in found_of.items()
+        for film, found in sorted(found_of.items())  # equal scores rank by film, as in COCO's
         if film in row_of
     ]
-    parts.sort(key=lambda part: part[0])  # equal scores rank in the order of the films
     rows = np.concatenate([np.full(len(hit), row) for row, _, hit in parts] or [np.empty(0, int)])
     score = np.concatenate([score for _, score, _ in parts] or [np.empty(0)])
     hit = np.concatenate([hit for _, _, hit in parts] or [np.empty(0, bool)])

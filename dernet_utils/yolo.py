@@ -64,9 +64,12 @@ class Detector(DetectionModel):
         return self.criterion(preds, batch)
 
     def raw_predictions(self, images: torch.Tensor) -> dict:
-        """Return the heads' outputs in float32 for images (B, 3, H, W) in [0, 1]."""
+        """Return the heads' outputs in float32 for images (B, 3, H, W) in [0, 1].
+
+        In evaluation all is in float32: scores in bfloat16 tie, and their order is lost.
+        """
         images = images.contiguous(memory_format=torch.channels_last)
-        able = machine.bfloat16_helps(images.device)
+        able = self.training and machine.bfloat16_helps(images.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=able):
             preds = self.forward(images)
         preds = preds if self.training else preds[1]
@@ -75,7 +78,7 @@ class Detector(DetectionModel):
     def answers(self, images: torch.Tensor) -> torch.Tensor:
         """Return what each anchor says: a box, and a probability for each type.
 
-        Equal to ultralytics' own decoding, which would be in bfloat16 here and lose pixels.
+        As ultralytics decodes them, one tensor for all maps.
 
         Args:
             images: Shape (B, 3, H, W), in [0, 1].
