@@ -1,6 +1,6 @@
 # The verbs of the README; continuous integration calls the same ones.
 #
-#   make book [PROFILE=smoke|laptop|paper]   execute what changed, build the pages
+#   make book [PROFILE=smoke|laptop|night|paper]   execute what changed, build the pages
 #   make test                                every test, chapters and pages included
 #   make lab                                 JupyterLab on the chapters
 #   make clean                               delete what runs made; the environment stays
