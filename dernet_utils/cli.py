@@ -288,7 +288,7 @@ def estimate(
     threads: Threads = None,
     out: Csv = None,
 ) -> None:
-    """Take a step of each triage network at a profile's size: time, memory, hours for it all."""
+    """Take a step of each triage network, or of the detector, at a profile's size: time, memory."""
     with _one_sentence():
         from dernet_utils.estimate import estimate_detector, estimate_triage
 

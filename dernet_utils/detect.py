@@ -16,18 +16,20 @@ from safetensors.torch import load_file, save_file
 from torchvision.ops import batched_nms, box_convert
 
 from dernet_utils import losses, machine, views, yolo
-from dernet_utils.data import CORNERS, LESION_TYPES
+from dernet_utils.data import CORNERS, LESION_TYPES, make_folds, read_dataset
 from dernet_utils.detection_metrics import mean_average_precision
 from dernet_utils.errors import DernetError
-from dernet_utils.imaging import load_cached
+from dernet_utils.imaging import cache_images, load_cached
 from dernet_utils.profiles import Profile
 from dernet_utils.views import SpineDataset, seed_augmentations
+from dernet_utils.workspace import Workspace
 
 GREY = 114  # ultralytics' padding, so that the network meets the same margin as in training
 COLUMNS = ["image_id", "lesion_type", *CORNERS, "score"]
 MIN_SCORE = 0.001  # ultralytics' floor for evaluation: a curve needs the weak boxes too
 MAX_BOXES = 300  # a film; ultralytics' default
 NMS_IOU = 0.5  # paper, Algorithm 1, line 18
+FOLDS = 5  # paper, section 4.1; one is held out, at every profile
 LOOKS = 3  # at the validation fold, spread evenly over a run: each costs as much as a few steps
 
 
@@ -111,6 +113,43 @@ class Trained:
 
 
 # Images
+
+
+@dataclass(frozen=True)
+class Films:
+    """What a run's detector learns from and is judged on.
+
+    Attributes:
+        training: Films that show a lesion, of the training studies but fold 0.
+        validation: All films of fold 0.
+        test: All films of the test split.
+        boxes: Of all films: `image_id`, `lesion_type` and corners in stored pixels.
+    """
+
+    training: pd.DataFrame
+    validation: pd.DataFrame
+    test: pd.DataFrame
+    boxes: pd.DataFrame
+
+
+def run_films(workspace: Workspace) -> Films:
+    """Return a run's films, enhanced and cached, as chapter 10 deals them.
+
+    Raises:
+        DernetError: The dataset is not clean.
+    """
+    dataset = read_dataset(workspace.data_root)
+    cached = cache_images(dataset.images, workspace.cache, workspace.profile)
+    images = dataset.images.drop(columns="path").merge(cached, on="image_id", validate="one_to_one")
+    learnt = dataset.images[dataset.images["split"] == "train"]
+    dealt = make_folds(learnt, FOLDS, workspace.profile.seed).set_index("image_id")["fold"]
+    fold = images["image_id"].map(dealt)
+    return Films(
+        images[(fold > 0) & images["abnormal"]],
+        images[fold == 0],
+        images[images["split"] == "test"].reset_index(drop=True),
+        dataset.boxes,
+    )
 
 
 def letterbox(

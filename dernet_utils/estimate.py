@@ -23,9 +23,8 @@ from torch import nn
 
 from dernet_utils import detect, machine, yolo
 from dernet_utils.crossvalidation import run_images
-from dernet_utils.data import LESION_TYPES, read_dataset
+from dernet_utils.data import LESION_TYPES
 from dernet_utils.evaluate import auroc
-from dernet_utils.imaging import cache_images
 from dernet_utils.paper import SPOKEN, TRAIN_IMAGES
 from dernet_utils.profiles import NETWORKS
 from dernet_utils.stats import bootstrap_by_study
@@ -235,7 +234,7 @@ def estimate_detector(workspace: Workspace, threads: int, report: Report) -> pd.
         of all epochs on as many films as the run's detector learns from, processor, commit.
     """
     os.environ.update(COMPUTE | {"OMP_NUM_THREADS": str(threads)})
-    recipe, films = detect.Recipe.of(workspace.profile), len(_lesion_films(workspace)[0])
+    recipe, films = detect.Recipe.of(workspace.profile), len(detect.run_films(workspace).training)
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
         seconds, memory_gb = pool.submit(measure_detector_step, workspace, recipe).result()
@@ -309,21 +308,13 @@ def compare_steps(
     return pd.DataFrame([row])
 
 
-def _lesion_films(workspace: Workspace) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The training films that show a lesion, as the detector learns from them, and all boxes."""
-    dataset = read_dataset(workspace.data_root)
-    cached = cache_images(dataset.images, workspace.cache, workspace.profile)
-    images = dataset.images.drop(columns="path").merge(cached, on="image_id")
-    return images[(images["split"] == "train") & images["abnormal"]], dataset.boxes
-
-
 @contextmanager
 def _trainer(kind: type[yolo.MosaicDecay], workspace: Workspace, recipe: detect.Recipe):
     """A trainer before its first step, on a few films; its files are gone afterwards."""
-    films, boxes = _lesion_films(workspace)
-    some = films.head(2 * recipe.batch)
+    films = detect.run_films(workspace)
+    some = films.training.head(2 * recipe.batch)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = kind(detect.write_films(some, boxes, recipe, Path(folder)))
+        trainer = kind(detect.write_films(some, films.boxes, recipe, Path(folder)))
         network = yolo.build_detector(LESION_TYPES, recipe.seed)
         if kind is StockTrainer:
             stock = yolo.DetectionModel("yolo11l.yaml", nc=len(LESION_TYPES), verbose=False)

@@ -1,7 +1,7 @@
 """What the machine at hand can do, and how a training makes use of it."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -56,6 +56,24 @@ def bfloat16_helps(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return bool(able.get("amx_bf16", False) or able.get("avx512_bf16", False))
+
+
+def in_bfloat16(forward: Callable, device: torch.device, *given, **named):
+    """Call a network, or a part of one, in bfloat16 where that helps; what it says is in float32.
+
+    For training only: scores in bfloat16 tie, and their order is lost.
+    """
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_helps(device)):
+        said = forward(*given, **named)
+    return _float32(said)
+
+
+def _float32(said):
+    if isinstance(said, dict):
+        return {name: _float32(one) for name, one in said.items()}
+    if isinstance(said, tuple | list):
+        return type(said)(map(_float32, said))
+    return said.float() if torch.is_tensor(said) and said.is_floating_point() else said
 
 
 @contextmanager

@@ -89,7 +89,8 @@ def _rt_detr(view: tuple[int, int]) -> Rival:
     network.nc = len(LESION_TYPES)  # its loss asks for it
     places = sum(view[0] // stride * (view[1] // stride) for stride in (8, 16, 32))
     network.model[-1].num_queries = min(QUERIES, places)
-    network.to(memory_format=torch.channels_last).predict = _in_bfloat16(network.predict)
+    network.to(memory_format=torch.channels_last)
+    network.predict = _fast_in_training(network, network.predict)
     sides = torch.tensor([view[1], view[0]] * 2)
 
     def raw(images: Tensor) -> Tensor:
@@ -99,25 +100,15 @@ def _rt_detr(view: tuple[int, int]) -> Rival:
     return Rival(network, lambda batch: network.loss(batch)[0], raw)
 
 
-def _in_bfloat16(forward: Callable) -> Callable:
-    """Let a part run as YOLO11-L does, what it says given on in float32."""
+def _fast_in_training(network: nn.Module, forward: Callable) -> Callable:
+    """Return a form of `forward` that runs in bfloat16 while `network` trains, as YOLO11-L does."""
 
     def fast(*given, **named):
-        device = machine.device()
-        able = machine.bfloat16_helps(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=able):
-            said = forward(*given, **named)
-        return _float32(said)
+        if network.training:
+            return machine.in_bfloat16(forward, machine.device(), *given, **named)
+        return forward(*given, **named)
 
     return fast
-
-
-def _float32(said):
-    if isinstance(said, dict):
-        return {name: _float32(one) for name, one in said.items()}
-    if isinstance(said, tuple | list):
-        return type(said)(map(_float32, said))
-    return said.float() if torch.is_tensor(said) and said.is_floating_point() else said
 
 
 def _two_or_one_stage(name: str, view: tuple[int, int]) -> Rival:
@@ -151,7 +142,7 @@ def _two_or_one_stage(name: str, view: tuple[int, int]) -> Rival:
         )
         slow = [network.backbone, network.head.classification_head, network.head.regression_head]
     for part in slow:
-        part.to(memory_format=torch.channels_last).forward = _in_bfloat16(part.forward)
+        part.to(memory_format=torch.channels_last).forward = _fast_in_training(part, part.forward)
     sides = torch.tensor([view[1], view[0]] * 2)
 
     def loss(batch: dict) -> Tensor:

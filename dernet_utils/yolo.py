@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dernet_utils import machine, offline
+from dernet_utils import machine
 from dernet_utils.errors import DernetError
 from dernet_utils.losses import ALPHA, GAMMA, Assigned, focal_loss
 from dernet_utils.views import SpineDataset, seed_augmentations
@@ -34,9 +34,9 @@ from ultralytics.utils.loss import v8DetectionLoss
 from ultralytics.utils.tal import make_anchors
 from ultralytics.utils.torch_utils import intersect_dicts, unwrap_model
 
-RUNS = offline.RUNS
 PRIOR = 0.01  # untrained probability of a lesion (Lin et al., 2017, section 4.1)
 REACH = 1  # strides to an untrained box's edges; ours, of the order of a lesion's
+FALL = 0.7  # of a distance's logit with each stride from there: each half as probable
 CLASS_BIAS = "model.23.cv3.0.2.bias"  # its length is the number of classes
 LEAST_FIT = 0.9  # of a starting checkpoint's tensors; the class layers may be of other classes
 
@@ -66,14 +66,12 @@ class Detector(DetectionModel):
     def raw_predictions(self, images: torch.Tensor) -> dict:
         """Return the heads' outputs in float32 for images (B, 3, H, W) in [0, 1].
 
-        In evaluation all is in float32: scores in bfloat16 tie, and their order is lost.
+        In training they may be computed in bfloat16.
         """
         images = images.contiguous(memory_format=torch.channels_last)
-        able = self.training and machine.bfloat16_helps(images.device)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=able):
-            preds = self.forward(images)
-        preds = preds if self.training else preds[1]
-        return {name: _float32(value) for name, value in preds.items()}
+        if self.training:
+            return machine.in_bfloat16(self.forward, images.device, images)
+        return self.forward(images)[1]
 
     def answers(self, images: torch.Tensor) -> torch.Tensor:
         """Return what each anchor says: a box, and a probability for each type.
@@ -130,10 +128,6 @@ class Detector(DetectionModel):
         )
 
 
-def _float32(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-    return [v.float() for v in value] if isinstance(value, list) else value.float()
-
-
 def build_detector(
     classes: tuple[str, ...], seed: int, start: Path | None = None, scale: str = "l"
 ) -> Detector:
@@ -147,7 +141,8 @@ def build_detector(
         scale: ultralytics' letter of the network's size; the paper's is l.
 
     Raises:
-        DernetError: `start` cannot be read without running code that it carries.
+        DernetError: `start` is another network's, or cannot be read without running code that it
+            carries.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -178,7 +173,7 @@ def begin_small(model: Detector) -> None:
     distance = torch.arange(head.reg_max)
     with torch.no_grad():
         for edges, classes in zip(head.cv2, head.cv3, strict=True):
-            edges[-1].bias.view(4, -1)[:] = -0.7 * (distance - REACH).abs()
+            edges[-1].bias.view(4, -1)[:] = -FALL * (distance - REACH).abs()
             classes[-1].bias.fill_(math.log(PRIOR / (1 - PRIOR)))
 
 
@@ -224,7 +219,7 @@ def write_run(
     films: Path,
     classes: tuple[str, ...],
     mosaic_until: int,
-    **shown: int | bool,
+    **shown: tuple[int, int] | bool,
 ) -> Path:
     """Write down what a run trains on, and how, for `MosaicDecay` to read.
 
@@ -233,7 +228,7 @@ def write_run(
         films: Folder of images, with labels beside it.
         classes: Names in the order of the labels.
         mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
-        shown: As `SpineDataset` takes it: ``crop_px``, ``repeat``, ``paste``.
+        shown: As `SpineDataset` takes it: ``view``, ``repeat``, ``paste``.
 
     Returns:
         The file.

@@ -85,6 +85,9 @@ test = images[images["split"] == "test"].reset_index(drop=True)
 left_out = images[(own_fold > 0) & ~images["abnormal"]]
 assert len(training) + len(left_out) + len(validation) + len(test) == len(images)
 assert not set(training["study_id"]) & (set(validation["study_id"]) | set(test["study_id"]))
+films = detect.run_films(workspace)  # the same, for the chapters after this one
+assert films.training.equals(training) and films.validation.equals(validation)
+assert films.test.equals(test)
 
 # %% tags=["hide-input"]
 recipe = detect.Recipe.of(workspace.profile)
@@ -372,7 +375,7 @@ show_figure("c10-fig-mosaic", fig)
 def draw_learning(history):
     """Loss terms and validation mAP against the epoch; epochs with mosaic lie on grey."""
     fig, (ax_loss, ax_map) = plt.subplots(1, 2, figsize=(8, 3.1))
-    for name, label, dash in (("box", "CIoU", "-"), ("cls", "focal", "--"), ("dfl", "DFL", ":")):
+    for name, label, dash in (("box", "CIoU", "-"), ("cls", "classes", "--"), ("dfl", "DFL", ":")):
         ax_loss.plot(history["epoch"], history[name], dash, marker="o", ms=3, label=label)
     looked = history.dropna(subset="map50")
     ax_map.plot(looked["epoch"], looked["map50"], marker="o", color="k")

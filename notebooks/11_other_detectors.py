@@ -58,9 +58,8 @@ from torchvision.models.detection.image_list import ImageList
 from dernet_utils import detect, rivals
 from dernet_utils import detection_metrics as metrics
 from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import LESION_TYPES, PAPER_CODES, make_folds, read_dataset
+from dernet_utils.data import LESION_TYPES, PAPER_CODES
 from dernet_utils.figures import show_figure, use_style
-from dernet_utils.imaging import cache_images
 from dernet_utils.paper import TABLE_3
 from dernet_utils.results import detector_record, kept_record
 from dernet_utils.workspace import open_workspace
@@ -68,16 +67,10 @@ from dernet_utils.workspace import open_workspace
 workspace = open_workspace(profile)
 use_style()
 ensure_cohort(workspace)
-dataset = read_dataset(workspace.data_root)
 
 # %%
-cached = cache_images(dataset.images, workspace.cache, workspace.profile)
-images = dataset.images.drop(columns="path").merge(cached, on="image_id", validate="one_to_one")
-fifths = make_folds(dataset.images[dataset.images["split"] == "train"], 5, workspace.profile.seed)
-own_fold = images["image_id"].map(fifths.set_index("image_id")["fold"])
-training = images[(own_fold > 0) & images["abnormal"]]  # those of the chapter before
-test = images[images["split"] == "test"].reset_index(drop=True)
-boxes = dataset.boxes
+films = detect.run_films(workspace)  # those of the chapter before
+training, test, boxes = films.training, films.test, films.boxes
 truth = boxes[boxes["image_id"].isin(test["image_id"])]
 recipe = detect.Recipe.of(workspace.profile)
 H, W = recipe.view

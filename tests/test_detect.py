@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dernet_utils import detect, machine, yolo
+from dernet_utils import detect, machine, offline, yolo
 from dernet_utils.data import CORNERS, LESION_TYPES
 from dernet_utils.detect import Recipe, export_yolo, letterbox, suppress, to_stored, to_view
 from dernet_utils.errors import DernetError
@@ -376,6 +376,6 @@ def test_ultralytics_keeps_to_itself():
     from ultralytics.utils import ONLINE, SETTINGS, SETTINGS_FILE
 
     assert not ONLINE and not SETTINGS["sync"]
-    assert SETTINGS_FILE.is_relative_to(yolo.RUNS)
+    assert SETTINGS_FILE.is_relative_to(offline.RUNS)
     trainer_events = yolo.MosaicDecay.run_callbacks.__qualname__
     assert trainer_events.startswith("MosaicDecay")  # integrations are never called

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dernet_utils import detect, rivals
+from dernet_utils import detect, machine, rivals
 from dernet_utils.data import LESION_TYPES
 from dernet_utils.detect import Recipe
 from dernet_utils.errors import DernetError
@@ -41,6 +41,20 @@ def test_each_learns_from_a_batch_and_answers(name):
         assert ((answer[4:] >= 0) & (answer[4:] <= 1)).all()
         corners, classes, scores = detect.suppress(answer)
         assert len(corners) == len(classes) == len(scores)
+
+
+@pytest.mark.parametrize("name", rivals.RIVALS)
+def test_answers_do_not_depend_on_bfloat16(name, monkeypatch):
+    """Scores in bfloat16 tie, and with their order an average precision is lost."""
+    rival = rivals.build_rival(name, VIEW, seed=0)
+    rival.network.eval()
+    said = []
+    for able in (True, False):
+        monkeypatch.setattr(machine, "bfloat16_helps", lambda device, able=able: able)
+        with torch.no_grad():
+            said.append(list(rival.raw(a_batch()["img"])))
+    for fast, exact in zip(*said, strict=True):
+        assert torch.equal(fast, exact)
 
 
 def test_parameters_are_those_of_the_published_networks():
