@@ -469,7 +469,8 @@ glue("c09-none-entropy", f"{last['cross-entropy']['none']:.0%}", display=False)
 # {glue:text}`c09-prob-focal` with the focal loss and {glue:text}`c09-prob-entropy` with cross-entropy;
 # {glue:text}`c09-none-focal` and {glue:text}`c09-none-entropy` of the pull come from none. A focal loss is
 # also a small one: with $\alpha_t = 0.25$ and the paper's $\lambda_{cls} = 0.5$ the class term may fall far
-# behind the other two. In a short run from random weights that can cost more than the balance gains.
+# behind the other two. What it does to what is found after a short run from random weights was measured
+# when the profile `laptop` was set: {ref}`sec:chosen`.
 
 # %% [markdown]
 # ## An edge that is not one line
