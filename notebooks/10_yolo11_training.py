@@ -165,7 +165,7 @@ assert np.allclose(by_hand, of_type)
 glue("c10-rare-below", f"{t:g}", display=False)
 glue("c10-repeat", "is on" if recipe.repeat else "is off", display=False)
 glue("c10-paste", "is on" if recipe.paste else "is off", display=False)
-pd.DataFrame({"share of films": f, "repeat factor": of_type}).round(2)
+pd.DataFrame({"share of films": f.fillna(0), "repeat factor": of_type}).round(2)
 
 # %% [markdown]
 # In this run the switch {glue:text}`c10-repeat`. Another one, which {glue:text}`c10-paste`, pastes

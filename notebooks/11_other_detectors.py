@@ -111,9 +111,13 @@ for key, value in {
 # The network says four numbers $(t_x, t_y, t_w, t_h)$, by which the anchor's centre moves and its sides
 # grow {cite}`ren2015`:
 #
-# $$
-# x = x_a + t_x\, w_a, \qquad y = y_a + t_y\, h_a, \qquad w = w_a\, e^{t_w}, \qquad h = h_a\, e^{t_h} .
-# $$ (eq:anchor-moves)
+# ```{math}
+# :label: eq:anchor-moves
+# \begin{aligned}
+# x &= x_a + t_x\, w_a, & y &= y_a + t_y\, h_a, \\
+# w &= w_a\, e^{t_w}, & h &= h_a\, e^{t_h} .
+# \end{aligned}
+# ```
 #
 # So nothing said means the anchor itself, and a unit of $t_x$ is an anchor's width.
 
