@@ -114,8 +114,10 @@ for key, value in {
 # ```{math}
 # :label: eq:anchor-moves
 # \begin{aligned}
-# x &= x_a + t_x\, w_a, & y &= y_a + t_y\, h_a, \\
-# w &= w_a\, e^{t_w}, & h &= h_a\, e^{t_h} .
+# x &= x_a + t_x\, w_a, \\
+# y &= y_a + t_y\, h_a, \\
+# w &= w_a\, e^{t_w}, \\
+# h &= h_a\, e^{t_h} .
 # \end{aligned}
 # ```
 #
@@ -354,7 +356,7 @@ rows = {
     }
     for name, own in (night["detectors"] if night else {}).items()
 }
-pd.DataFrame.from_dict(rows, orient="index").rename_axis("the kept run")
+pd.DataFrame.from_dict(rows, orient="index").rename_axis("the kept run") if night else None
 
 # %% [markdown]
 # This run's record is written in the same form; `dernet record` keeps it.
