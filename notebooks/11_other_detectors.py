@@ -64,11 +64,10 @@ from dernet_utils.paper import TABLE_3
 from dernet_utils.results import detector_record, kept_record
 from dernet_utils.workspace import open_workspace
 
+# %%
 workspace = open_workspace(profile)
 use_style()
 ensure_cohort(workspace)
-
-# %%
 films = detect.run_films(workspace)  # those of the chapter before
 training, test, boxes = films.training, films.test, films.boxes
 truth = boxes[boxes["image_id"].isin(test["image_id"])]
