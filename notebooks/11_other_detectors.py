@@ -274,6 +274,9 @@ longer = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
 chapter_10 = f"YOLO11-L, {recipe.epochs} epochs"
 tables[chapter_10] = metrics.detection_table(truth, longer, test, **bootstrap, iou=iou_match)
 assert all(table.loc["mAP", "boxes"] == len(truth) for table in tables.values())
+every = pd.concat({name: run.found for name, run in runs.items()}, names=["detector"])
+every = every.reset_index("detector")
+every.to_parquet(workspace.tables / "rivals_test_boxes.parquet", index=False)
 
 # %% tags=["hide-input", "remove-output"]
 fig, ax = plt.subplots(figsize=(6.4, 3.4))
