@@ -77,7 +77,7 @@ PROFILES = {
             name="laptop", patients=560, folds=2, cache_px=640,
             triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
             triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
-            detect_view=(192, 128), detect_epochs=28, detect_batch=6, detect_lr=2e-3,
+            detect_view=(192, 128), detect_epochs=28, detect_batch=6, detect_lr=5e-4,
             detect_scale=0.2, detect_repeat=True, mosaic_until=13, rival_seconds=30,
             focal_gamma=0.0, focal_alpha=0.5,  # cross-entropy, halved: see Deviations
         ),
@@ -86,7 +86,7 @@ PROFILES = {
             name="night", patients=560, folds=2, cache_px=640,
             triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
             triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
-            detect_view=(192, 128), detect_epochs=60, detect_batch=6, detect_lr=2e-3,
+            detect_view=(192, 128), detect_epochs=60, detect_batch=6, detect_lr=5e-4,
             detect_scale=0.2, detect_repeat=True, mosaic_until=27, rival_seconds=480,
         ),
         # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.
