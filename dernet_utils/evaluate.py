@@ -1,5 +1,7 @@
 """What a classifier's answers are worth: normal (0) or abnormal (1)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
@@ -264,3 +266,71 @@ def _studies_of(y: np.ndarray, studies: np.ndarray) -> np.ndarray:
             f"Each label needs its study: {len(y)} labels and shape {studies.shape} came."
         )
     return studies
+
+
+# Statistics of weighted images: a row of weights each for `dernet_utils.stats.bootstrap`
+
+
+def weighted_auroc(y: np.ndarray, prob: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from weights of images, shape (draws, n), to AUROCs, shape (draws,).
+
+    Scores are sorted once. A draw's area is then two running sums: over each pair of an abnormal
+    and a normal image, the product of their weights where the abnormal one scores higher, half of
+    it at a tie, divided by the sum of all products.
+
+    Args:
+        y, prob: As in `auroc`.
+
+    Returns:
+        The function; nan for a draw without weight on one of the classes.
+
+    Raises:
+        DernetError: As `auroc` raises.
+
+    >>> of = weighted_auroc([0, 1, 0, 1], [0.1, 0.4, 0.4, 0.8])
+    >>> of(np.array([[1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 1, 0]])).tolist()
+    [0.875, 0.5, nan]
+    """
+    y, prob = _checked(y, prob)
+    order = np.argsort(prob, kind="stable")
+    first = np.flatnonzero(np.diff(prob[order], prepend=np.nan) != 0)  # of equal scores
+    abnormal = y[order]
+
+    def areas(weights: np.ndarray) -> np.ndarray:
+        weights = np.asarray(weights, np.float64)[:, order]
+        if not len(first):
+            return np.full(len(weights), np.nan)
+        hits = np.add.reduceat(weights * abnormal, first, axis=1)
+        alarms = np.add.reduceat(weights * ~abnormal, first, axis=1)
+        below = alarms.cumsum(axis=1)
+        pairs = hits.sum(axis=1) * below[:, -1]
+        wins = np.einsum("bn,bn->b", hits, below - alarms / 2)
+        return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+    return areas
+
+
+def weighted_point(
+    y: np.ndarray, prob: np.ndarray, threshold: float
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Return a function from weights, shape (draws, n), to what `operating_point` has of each draw.
+
+    Args, raises: As `operating_point`.
+    """
+    y, prob = _checked(y, prob)
+    called = prob > threshold
+    cells = np.stack([called & y, ~called & y, called & ~y, ~called & ~y], axis=1)
+
+    def points(weights: np.ndarray) -> dict[str, np.ndarray]:
+        hits, misses, alarms, cleared = (np.asarray(weights, np.float64) @ cells).T
+        parts = {
+            "f1": (2 * hits, 2 * hits + misses + alarms),
+            "sensitivity": (hits, hits + misses),
+            "specificity": (cleared, cleared + alarms),
+        }
+        return {
+            name: np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+            for name, (part, whole) in parts.items()
+        }
+
+    return points
