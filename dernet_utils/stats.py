@@ -269,7 +269,7 @@ def _bca_tails(
     """The shares of draws between which a bca interval lies (Efron, 1987, Eqs. 2.3, 6.6)."""
     below = ((draws < value).sum() + (draws == value).sum() / 2) / max(len(draws), 1)
     without = without[~np.isnan(without)]
-    if not 0 < below < 1 or not np.ptp(without) > 0:
+    if not 0 < below < 1 or not len(without) or not np.ptp(without) > 0:
         return np.full(2, np.nan)
     away = without.mean() - without
     spread = (away**2).sum() ** 1.5
@@ -336,8 +336,8 @@ class Areas:
 def delong(y: np.ndarray, prob: np.ndarray, groups: np.ndarray | None = None) -> Areas:
     """Return AUROCs with their covariance, from placement values.
 
-    Without groups it is the estimator of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988), by
-    midranks; with groups that of Obuchowski (Biometrics 53, 1997), which adds up placement values
+    Without groups it is the estimator of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988),
+    by midranks; with groups that of Obuchowski (Biometrics 53, 1997), which adds up placement values
     by group before it squares them.
 
     Args:
@@ -355,8 +355,8 @@ def delong(y: np.ndarray, prob: np.ndarray, groups: np.ndarray | None = None) ->
     prob = prob[:, None] if prob.ndim == 1 else prob
     if y.ndim != 1 or prob.ndim != 2 or len(prob) != len(y) or np.isnan(prob).any():
         raise DernetError(
-            f"DeLong's variance needs a label and a score for each image, none of them nan: shapes "
-            f"{y.shape} and {prob.shape} came."
+            "DeLong's variance needs a label and a score for each image, none of them nan: "
+            f"shapes {y.shape} and {prob.shape} came."
         )
     if not np.isin(y, (0, 1)).all() or len(np.unique(y)) < 2:
         raise DernetError("DeLong's variance needs labels 0 and 1, and both of them.")
@@ -471,7 +471,8 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
     first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
     if first.ndim != 1 or first.shape != second.shape:
         raise DernetError(
-            f"McNemar's test compares the same images: shapes {first.shape} and {second.shape} came."
+            "McNemar's test compares the same images: shapes "
+            f"{first.shape} and {second.shape} came."
         )
     alone, other = int((first & ~second).sum()), int((second & ~first).sum())
     n = alone + other
