@@ -337,8 +337,8 @@ def delong(y: np.ndarray, prob: np.ndarray, groups: np.ndarray | None = None) ->
     """Return AUROCs with their covariance, from placement values.
 
     Without groups it is the estimator of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988),
-    by midranks; with groups that of Obuchowski (Biometrics 53, 1997), which adds placement values up
-    by group before it squares them.
+    by midranks; with groups that of Obuchowski (Biometrics 53, 1997), which adds placement values
+    up by group before it squares them.
 
     Args:
         y: Labels, shape (n,), 0 or 1.
