@@ -9,7 +9,7 @@ from scipy.sparse import csr_array
 
 from dernet_utils.data import CORNERS
 from dernet_utils.errors import DernetError
-from dernet_utils.stats import Interval, resample_by_study
+from dernet_utils.stats import Interval, draw_weights, interval_of
 
 RECALLS = np.linspace(0, 1, 101)  # where COCO reads the precision-recall curve
 MOST_BOXES = 100  # of one lesion type on one film; COCO's limit
@@ -413,7 +413,7 @@ def detection_table(
     weights = _weights(images, resamples, seed)
     types, boxes, areas = _all_areas(truth, predictions, films, weights, iou)
     rows = [
-        {"boxes": count, **vars(_interval(values, images["study_id"]))}
+        {"boxes": count, **vars(interval_of(values, images["study_id"].to_numpy()))}
         for count, values in zip([*boxes, sum(boxes)], areas, strict=True)
     ]
     return pd.DataFrame(rows, index=pd.Index([*types, "mAP"], name="lesion_type"))
@@ -444,6 +444,7 @@ def mean_difference(
     resamples: int = 1000,
     seed: int = 42,
     iou: float = 0.5,
+    level: float = 0.95,
 ) -> Interval:
     """Return how far one detector's mean average precision lies above another's.
 
@@ -452,6 +453,7 @@ def mean_difference(
     Args:
         truth, predictions, images, resamples, seed, iou: As `detection_table` takes them.
         others: The other detector's boxes.
+        level: Coverage of the interval in (0, 1).
 
     Raises:
         DernetError: As `detection_table` raises.
@@ -461,7 +463,7 @@ def mean_difference(
     first, second = (
         _all_areas(truth, found, films, weights, iou)[2][-1] for found in (predictions, others)
     )
-    return _interval(first - second, images["study_id"])
+    return interval_of(first - second, images["study_id"].to_numpy(), level)
 
 
 def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame) -> list[str]:
@@ -476,24 +478,8 @@ def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFra
 
 def _weights(images: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
     """How often each film counts: once, then as drawn by study, shape (1 + resamples, films)."""
-    draws = resample_by_study(images["study_id"].to_numpy(), resamples, seed)
-    counts = [np.bincount(rows, minlength=len(images)) for rows in draws]
-    return np.stack([np.ones(len(images)), *counts])
-
-
-def _interval(values: np.ndarray, studies: pd.Series) -> Interval:
-    """The first value, with the percentiles of the others where they are defined."""
-    defined = values[1:][~np.isnan(values[1:])]
-    low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (np.nan, np.nan)
-    return Interval(
-        value=float(values[0]),
-        low=float(low),
-        high=float(high),
-        n_images=len(studies),
-        n_studies=studies.nunique(),
-        resamples=len(defined),
-        undefined=len(values) - 1 - len(defined),
-    )
+    drawn = draw_weights(images["study_id"].to_numpy(), resamples, seed)
+    return np.vstack([np.ones(len(images)), drawn])
 
 
 def size_table(
@@ -600,7 +586,7 @@ def froc_table(
     films = _searched(truth, predictions, images)
     matches = _all_types(truth, predictions, films, iou)
     found = _found_within(matches, _weights(images, resamples, seed))
-    rows = [vars(_interval(values, images["study_id"])) for values in found.T]
+    rows = [vars(interval_of(values, images["study_id"].to_numpy())) for values in found.T]
     return pd.DataFrame(rows, index=pd.Index(FALSE_ALARMS, name="false_alarms_per_film"))
 
 

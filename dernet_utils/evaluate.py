@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_curve
 
 from dernet_utils.errors import DernetError
-from dernet_utils.stats import bootstrap_by_study, resample_by_study
+from dernet_utils.stats import draw_weights, interval_of, resample_by_study
 
 
 def auroc(y: np.ndarray, prob: np.ndarray) -> float:
@@ -183,15 +183,10 @@ def classification_table(
     y, prob = _checked(y, prob)
     studies = _studies_of(y, studies)
 
-    def point(name: str):
-        return lambda rows: operating_point(y[rows], prob[rows], threshold)[name]
-
-    statistics = {"auroc": lambda rows: auroc(y[rows], prob[rows])}
-    statistics |= {name: point(name) for name in ("f1", "sensitivity", "specificity")}
-    rows = {
-        name: vars(bootstrap_by_study(statistic, studies, resamples, seed))
-        for name, statistic in statistics.items()
-    }
+    weights = np.vstack([np.ones(len(y)), draw_weights(studies, resamples, seed)])
+    values = {"auroc": weighted_auroc(y, prob)(weights)}
+    values |= weighted_point(y, prob, threshold)(weights)
+    rows = {name: vars(interval_of(own, studies)) for name, own in values.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
 
 
