@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 from tqdm.auto import tqdm
 
 from dernet_utils.data import LESION_TYPES, load_folds, read_dataset
@@ -46,6 +47,8 @@ class CrossValidated:
         test: One row a test image: ``image_id``, ``study_id``, and ``prob``, the mean over the
             folds' networks. It has no label.
         curves: Learning curves: the rows of `triage.Trained.history` with their ``fold``.
+        epochs: One row a training image and epoch from the last on crops on: ``image_id``,
+            ``epoch`` and ``prob``, by the network that did not learn from that fold, not mirrored.
         checkpoints: One a fold.
     """
 
@@ -53,6 +56,7 @@ class CrossValidated:
     out_of_fold: pd.DataFrame
     test: pd.DataFrame
     curves: pd.DataFrame
+    epochs: pd.DataFrame
     checkpoints: tuple[Path, ...]
 
 
@@ -225,12 +229,19 @@ def cross_validate(
         DernetError: As `train_fold`.
     """
     images = run_images(workspace)
-    found, curves, checkpoints = [], [], []
+    found, curves, epochs, checkpoints = [], [], [], []
     for fold in range(workspace.profile.folds):
         after = None if progress is None else lambda row, fold=fold: progress(fold, row)
         checkpoint = _train_fold(workspace, images, name, fold, after)
         found.append(pd.read_parquet(checkpoint.with_suffix(".parquet")).assign(by=fold))
-        curves.append(load_trained(name, checkpoint)[1].assign(fold=fold))
+        history = load_trained(name, checkpoint)[1]
+        said = history.pop("validation_logits")
+        held = images.loc[images["fold"] == fold, "image_id"]
+        for epoch, logits in zip(history["epoch"], said, strict=True):
+            if logits is not None:
+                prob = expit(np.array(logits))
+                epochs.append(pd.DataFrame({"image_id": held, "epoch": epoch, "prob": prob}))
+        curves.append(history.assign(fold=fold))
         checkpoints.append(checkpoint)
     prob = pd.concat(found).groupby("image_id")["prob"].agg(["mean", "size"])
     train, test = (images[images["split"] == split].copy() for split in ("train", "test"))
@@ -247,6 +258,7 @@ def cross_validate(
         train[["image_id", "study_id", "fold", "label", "prob"]].reset_index(drop=True),
         test[["image_id", "study_id", "prob"]].reset_index(drop=True),
         pd.concat(curves, ignore_index=True),
+        pd.concat(epochs, ignore_index=True),
         tuple(checkpoints),
     )
 

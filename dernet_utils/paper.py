@@ -25,6 +25,9 @@ TABLE_3 = {
     "EGCA-Net": (22.36, 29.75, 36.73, 44.69, 66.58, 50.41, 2.09, 36.09),
     "YOLO11-L": (26.70, 41.40, 40.60, 54.80, 74.10, 51.20, 2.99, 40.10),
 }
+# Boxes of the training split, in the order of LESION_TYPES (Nguyen et al., MICCAI 2021).
+PUBLISHED_BOXES = (924, 387, 12_562, 280, 429, 268, 248)
+PUBLISHED_ABNORMAL = 4129  # of the training images
 METRICS = {"auroc": "AUROC", "f1": "F1", "sensitivity": "Sensitivity", "specificity": "Specificity"}
 SPOKEN = {
     "densenet121": "DenseNet121",

@@ -161,7 +161,8 @@ class Trained:
         history: One row an epoch: ``epoch`` from 1, ``learnt_from`` (crops or films), ``lr`` at
             its end, ``train_loss`` (with augmentation), ``validation_loss``,
             ``validation_auroc`` (both of whole images; missing before the last epoch on crops),
-            ``seconds``.
+            ``validation_logits`` (a list, to four decimals, in the order of the images; missing
+            likewise), ``seconds``.
         checkpoint: The safetensors file with weights and history.
     """
 
@@ -516,11 +517,12 @@ def _train(
     for epoch in range(len(history), recipe.crop_epochs + recipe.epochs):
         started = time.perf_counter()
         train_loss = train_epoch(network, optimizer, train, recipe, epoch)
-        loss = area = None
+        loss = area = said = None
         if epoch + 1 >= recipe.crop_epochs:
             logits = torch.cat(list(_logits(network, validation.pixels, recipe.batch)))
             loss = float(F.binary_cross_entropy_with_logits(logits, validation.y))
             area = auroc(validation.y.numpy(), logits.numpy())
+            said = [round(value, 4) for value in logits.tolist()]
         row = {
             "epoch": epoch + 1,
             "learnt_from": "crops" if epoch < recipe.crop_epochs else "films",
@@ -528,6 +530,7 @@ def _train(
             "train_loss": train_loss,
             "validation_loss": loss,
             "validation_auroc": area,
+            "validation_logits": said,
             "seconds": time.perf_counter() - started,
         }
         history.append(row)

@@ -53,6 +53,7 @@ from dernet_utils.cohort import ensure_cohort
 from dernet_utils.data import LESION_TYPES, PAPER_CODES, check_dataset, read_dataset
 from dernet_utils.figures import show_boxes, show_figure, show_film, use_style
 from dernet_utils.imaging import read_grey
+from dernet_utils.paper import PUBLISHED_BOXES
 from dernet_utils.stats import bootstrap_by_study
 from dernet_utils.workspace import open_workspace
 
@@ -270,7 +271,7 @@ print(f"r = {r:.1f} : 1, from {n_c.idxmax()} ({n_c.max()}) to {rarest} ({n_c[rar
 # dataset. Numbers of two datasets are compared, never added.
 
 # %%
-PUBLISHED = dict(zip(LESION_TYPES, (924, 387, 12562, 280, 429, 268, 248), strict=True))
+PUBLISHED = dict(zip(LESION_TYPES, PUBLISHED_BOXES, strict=True))
 published = pd.Series(PUBLISHED)
 table = pd.DataFrame(
     {
