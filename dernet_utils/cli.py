@@ -342,6 +342,38 @@ def record(profile: ProfileName = "night") -> None:
 
 
 @app.command()
+def predict(
+    files: Annotated[list[Path], typer.Argument(help="DICOM, PNG or JPEG files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a file.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for answers and films with boxes drawn in.")
+    ] = None,
+    profile: ProfileName = "",
+) -> None:
+    """Ask the networks of the last run about radiographs. For research and teaching only."""
+    with _one_sentence():
+        from dernet_utils.predict import answer_file, run_pipeline
+
+        pipeline, refused = run_pipeline(open_workspace(profile)), 0
+        for path in files:
+            try:
+                record = answer_file(pipeline, path, out)
+            except DernetError as error:
+                refused += 1
+                typer.echo(str(error), err=True)
+                continue
+            _say(json.dumps(record) if as_json else _in_words(record))
+        if refused:
+            _end(f"{refused} of {len(files)} files could not be answered.", 1)
+
+
+def _in_words(record: dict) -> str:
+    said = "{file}: {decision}, score {score:.3f}, threshold {threshold:.3f}"
+    box = "  {lesion_type} {score:.2f} at {xmin:.0f}, {ymin:.0f} to {xmax:.0f}, {ymax:.0f}"
+    return "\n".join([said.format(**record), *(box.format(**own) for own in record["boxes"])])
+
+
+@app.command()
 def build(profile: ProfileName = "") -> None:
     """Build the pages from the executed chapters."""
     with _one_sentence():

@@ -61,6 +61,7 @@ __all__ = [
     "Problem",
     "Report",
     "check_dataset",
+    "labelled_findings",
     "load_folds",
     "make_folds",
     "read_dataset",
@@ -354,6 +355,28 @@ def read_manifest(root: Path) -> dict | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DernetError(f"{path} should be JSON, but {error}: make the cohort again.") from error
+
+
+def labelled_findings(manifest: dict) -> pd.DataFrame:
+    """Return the findings of a virtual cohort that its tables have a box for.
+
+    Args:
+        manifest: As `read_manifest` returns it.
+
+    Returns:
+        One row a box: ``image_id``, ``number`` (the finding's place among those that `read_twins`
+        returns for the film), ``lesion_type`` and ``visibility``.
+    """
+    rows = [
+        (film["image_id"], number, finding["type"], seen["visibility"])
+        for study in manifest["studies"]
+        for film in study["films"]
+        for number, (finding, seen) in enumerate(
+            zip(study["findings"], film["findings"], strict=True)
+        )
+        if seen["box"] is not None
+    ]
+    return pd.DataFrame(rows, columns=["image_id", "number", "lesion_type", "visibility"])
 
 
 def make_folds(images_train: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame:

@@ -19,16 +19,14 @@ from dernet_utils import losses, machine, views, yolo
 from dernet_utils.data import CORNERS, LESION_TYPES, make_folds, read_dataset
 from dernet_utils.detection_metrics import mean_average_precision
 from dernet_utils.errors import DernetError
-from dernet_utils.imaging import cache_images, load_cached
+from dernet_utils.imaging import cache_images, letterbox, load_cached, to_stored, to_view
+from dernet_utils.pipeline import MAX_BOXES, NMS_IOU
 from dernet_utils.profiles import Profile
 from dernet_utils.views import SpineDataset, seed_augmentations
 from dernet_utils.workspace import Workspace
 
-GREY = 114  # ultralytics' padding, so that the network meets the same margin as in training
 COLUMNS = ["image_id", "lesion_type", *CORNERS, "score"]
 MIN_SCORE = 0.001  # ultralytics' floor for evaluation: a curve needs the weak boxes too
-MAX_BOXES = 300  # a film; ultralytics' default
-NMS_IOU = 0.5  # paper, Algorithm 1, line 18
 FOLDS = 5  # paper, section 4.1; one is held out, at every profile
 LOOKS = 3  # at the validation fold, spread evenly over a run: each costs as much as a few steps
 
@@ -150,70 +148,6 @@ def run_films(workspace: Workspace) -> Films:
         images[images["split"] == "test"].reset_index(drop=True),
         dataset.boxes,
     )
-
-
-def letterbox(
-    grey: np.ndarray, view: tuple[int, int]
-) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """Fit an image into a grey rectangle without changing its proportions.
-
-    Args:
-        grey: 8-bit image, shape (H, W).
-        view: Height and width of the rectangle, px.
-
-    Returns:
-        The rectangle, and where in it the image lies: left, top, width, height.
-
-    >>> filled, place = letterbox(np.zeros((400, 200), np.uint8), (100, 64))
-    >>> filled.shape, place
-    ((100, 64), (7, 0, 50, 100))
-    """
-    height, width = grey.shape
-    gain = min(view[0] / height, view[1] / width)
-    size = max(1, round(width * gain)), max(1, round(height * gain))
-    method = cv2.INTER_AREA if gain < 1 else cv2.INTER_LINEAR
-    left, top = (view[1] - size[0]) // 2, (view[0] - size[1]) // 2
-    filled = np.full(view, GREY, np.uint8)
-    fitted = cv2.resize(grey, size, interpolation=method)
-    filled[top : top + size[1], left : left + size[0]] = fitted
-    return filled, (left, top, *size)
-
-
-def to_view(
-    xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
-) -> np.ndarray:
-    """Take corners from the stored image into a letterboxed one; `to_stored` takes them back.
-
-    Args:
-        xyxy: Corners in stored pixels, shape (n, 4).
-        place: As `letterbox` returns it.
-        height, width: Of the stored image.
-
-    >>> to_view(np.array([[0, 200, 100, 400]]), (25, 0, 50, 100), 400, 200).tolist()
-    [[25.0, 50.0, 50.0, 100.0]]
-    """
-    left, top, fitted_width, fitted_height = place
-    gain = np.tile([fitted_width / width, fitted_height / height], 2)
-    return np.asarray(xyxy, np.float64) * gain + [left, top, left, top]
-
-
-def to_stored(
-    xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
-) -> np.ndarray:
-    """Take corners from a letterboxed image back to the stored image, within its edges.
-
-    Args:
-        xyxy: Corners in its pixels, shape (n, 4).
-        place: As `letterbox` returns it.
-        height, width: Of the stored image.
-
-    >>> to_stored(np.array([[25, 50, 50, 120]]), (25, 0, 50, 100), 400, 200).tolist()
-    [[0.0, 200.0, 100.0, 400.0]]
-    """
-    left, top, fitted_width, fitted_height = place
-    gain = np.tile([width / fitted_width, height / fitted_height], 2)
-    stored = (np.asarray(xyxy, np.float64) - [left, top, left, top]) * gain
-    return stored.clip(0, [width, height, width, height])
 
 
 def export_yolo(

@@ -1,7 +1,7 @@
 """Where a network looked, and how good such a picture is: Grad-CAM, LIME, lesion masks, and judges.
 
-A heat map is a float array of the image's shape, at least 0; the larger, the more an answer rests on
-the place. A map that says nothing is the same everywhere; a map of zeros is one of these.
+A heat map is a float array of the image's shape, at least 0; the larger, the more an answer rests
+on the place. A map that says nothing is the same everywhere; a map of zeros is one of these.
 """
 
 from collections.abc import Callable

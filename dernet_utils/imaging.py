@@ -1,4 +1,4 @@
-"""From a file to an enhanced radiograph: DICOM, PNG and JPEG to 8-bit grey; CLAHE; the cache.
+"""From a file to what a network is shown: DICOM, PNG and JPEG to 8-bit grey; CLAHE; the cache.
 
 Chapter 02 builds by hand what stands here, and asserts that the two agree.
 """
@@ -27,6 +27,7 @@ from dernet_utils.profiles import Profile
 PREPROCESSING_VERSION = 1
 
 LEVELS = 256  # grey levels of an 8-bit image
+GREY = 114  # ultralytics' padding, so that the network meets the same margin as in training
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # pydicom's names of the decoders, best first.
 DECODERS = ("pylibjpeg", "pyjpegls", "pydicom", "pillow", "gdcm")
@@ -484,6 +485,73 @@ def preprocess(grey: np.ndarray, long_side_px: int, clip_limit: float, tiles: in
 
 def _scale(shape: tuple[int, ...], long_side_px: int) -> float:
     return min(1.0, long_side_px / max(shape))
+
+
+# --- A detector's rectangle ------------------------------------------------------------------
+
+
+def letterbox(
+    grey: np.ndarray, view: tuple[int, int]
+) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Fit an image into a grey rectangle without changing its proportions.
+
+    Args:
+        grey: 8-bit image, shape (H, W).
+        view: Height and width of the rectangle, px.
+
+    Returns:
+        The rectangle, and where in it the image lies: left, top, width, height.
+
+    >>> filled, place = letterbox(np.zeros((400, 200), np.uint8), (100, 64))
+    >>> filled.shape, place
+    ((100, 64), (7, 0, 50, 100))
+    """
+    height, width = grey.shape
+    gain = min(view[0] / height, view[1] / width)
+    size = max(1, round(width * gain)), max(1, round(height * gain))
+    method = cv2.INTER_AREA if gain < 1 else cv2.INTER_LINEAR
+    left, top = (view[1] - size[0]) // 2, (view[0] - size[1]) // 2
+    filled = np.full(view, GREY, np.uint8)
+    fitted = cv2.resize(grey, size, interpolation=method)
+    filled[top : top + size[1], left : left + size[0]] = fitted
+    return filled, (left, top, *size)
+
+
+def to_view(
+    xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
+) -> np.ndarray:
+    """Take corners from the stored image into a letterboxed one; `to_stored` takes them back.
+
+    Args:
+        xyxy: Corners in stored pixels, shape (n, 4).
+        place: As `letterbox` returns it.
+        height, width: Of the stored image.
+
+    >>> to_view(np.array([[0, 200, 100, 400]]), (25, 0, 50, 100), 400, 200).tolist()
+    [[25.0, 50.0, 50.0, 100.0]]
+    """
+    left, top, fitted_width, fitted_height = place
+    gain = np.tile([fitted_width / width, fitted_height / height], 2)
+    return np.asarray(xyxy, np.float64) * gain + [left, top, left, top]
+
+
+def to_stored(
+    xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
+) -> np.ndarray:
+    """Take corners from a letterboxed image back to the stored image, within its edges.
+
+    Args:
+        xyxy: Corners in its pixels, shape (n, 4).
+        place: As `letterbox` returns it.
+        height, width: Of the stored image.
+
+    >>> to_stored(np.array([[25, 50, 50, 120]]), (25, 0, 50, 100), 400, 200).tolist()
+    [[0.0, 200.0, 100.0, 400.0]]
+    """
+    left, top, fitted_width, fitted_height = place
+    gain = np.tile([width / fitted_width, height / fitted_height], 2)
+    stored = (np.asarray(xyxy, np.float64) - [left, top, left, top]) * gain
+    return stored.clip(0, [width, height, width, height])
 
 
 # --- The cache --------------------------------------------------------------------------------

@@ -28,6 +28,12 @@ from dernet_utils.workspace import PROJECT, Workspace, commit
 Report = Callable[[str], None]
 
 HEARTBEAT_S = 30  # ours: often enough to see that a training lives
+# What one chapter writes and another reads: who reads it, and who writes it.
+HANDED_ON = {
+    "read_decision": "write_decision",
+    "open_test_labels": "write_decision",
+    "run_pipeline": "write_models",
+}
 TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
 MAX_THREADS = 8  # more help none of our networks
 QUICKEST_FIRST = ("densenet121", "resnet50", "tf_efficientnetv2_s")  # by a training's time
@@ -109,21 +115,29 @@ def trainings_of(name: str, folds: int, project: Path = PROJECT) -> list[tuple[s
 
 
 def chapters_before(name: str, project: Path = PROJECT) -> list[str]:
-    """Return the chapters whose tables a chapter reads, so that they are executed before it.
+    """Return the chapters whose results a chapter reads, so that they are executed before it.
 
-    A table is read by `read_parquet` and written by `to_parquet`, its name given in the call.
+    A table is read by `read_parquet` and written by `to_parquet`, its name given in the call; what
+    else is handed on has a function to read it and one to write it (`HANDED_ON`).
     """
-    read = _tables(name, "read_parquet", project)
+    read = _results(name, {"read_parquet": ""} | HANDED_ON, project)
+    written = {"to_parquet": ""} | {writer: writer for writer in HANDED_ON.values()}
     others = (other for other in chapter_names(project) if other != name)
-    return [other for other in others if _tables(other, "to_parquet", project) & read]
+    return [other for other in others if _results(other, written, project) & read]
 
 
-def _tables(name: str, by: str, project: Path) -> set[str]:
+def _results(name: str, by: dict[str, str], project: Path) -> set[str]:
+    """What a chapter calls these functions for: tables by name, other things by who writes them."""
     tree = ast.parse((project / "notebooks" / f"{name}.py").read_text(encoding="utf-8"))
-    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
-    named = (n for call in calls if getattr(call.func, "attr", "") == by for n in ast.walk(call))
-    values = {getattr(n, "value", None) for n in named if isinstance(n, ast.Constant)}
-    return {value for value in values if str(value).endswith(".parquet")}
+    found: set[str] = set()
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        called = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        if by.get(called):
+            found.add(by[called])
+        elif called in by:
+            values = (n.value for n in ast.walk(call) if isinstance(n, ast.Constant))
+            found |= {value for value in values if str(value).endswith(".parquet")}
+    return found
 
 
 def data_digest(workspace: Workspace) -> str:

@@ -1,0 +1,205 @@
+"""Phase III of Algorithm 1: score, gate, boxes; and the command that asks it."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from smoke import run_dernet
+from torchvision.ops import batched_nms, box_convert
+
+from dernet_utils import pipeline, predict
+from dernet_utils.crossvalidation import cross_validate, read_decision
+from dernet_utils.data import CORNERS, LESION_TYPES, read_dataset
+from dernet_utils.ensemble import Decision
+from dernet_utils.errors import DernetError
+from dernet_utils.imaging import read_grey
+from dernet_utils.profiles import NETWORKS, get_profile
+from dernet_utils.workspace import Workspace
+
+DECISION = Decision(("a", "b"), (0.75, 0.25), 1.0, {"youden": 0.5}, 10)
+
+
+def raw_boxes(*boxes):
+    """Of each box: centre x and y, width, height, type, probability; other types get nothing."""
+    raw = np.zeros((11, len(boxes)))
+    for column, (*place, kind, prob) in enumerate(boxes):
+        raw[:4, column] = place
+        raw[4 + kind, column] = prob
+    return raw
+
+
+def toy(a=0.8, b=0.6, boxes=((50, 40, 20, 10, 2, 0.9),)):
+    asked = []
+
+    def detector(filled):
+        asked.append(filled)
+        return raw_boxes(*boxes)
+
+    made = pipeline.Pipeline(
+        {"a": lambda square: a, "b": lambda square: b}, detector, DECISION, LESION_TYPES,
+        0.1, 32, (96, 64), 96, 2.0, 8,
+    )  # fmt: skip
+    return made, asked
+
+
+def film(height=192, width=128):
+    return np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+
+
+def test_an_abnormal_film_gets_its_boxes_in_stored_pixels():
+    made, asked = toy()
+    answer = made.answer(film())
+    assert answer.score == pytest.approx(0.75 * 0.8 + 0.25 * 0.6) and answer.abnormal
+    assert answer.shares == {"a": 0.8, "b": 0.6}
+    assert asked[0].shape == (96, 64) and asked[0].dtype == np.uint8
+    (box,) = answer.boxes.itertuples()
+    assert box.lesion_type == "Osteophytes" and box.score == 0.9
+    # The view shows the film at half its size, without a margin.
+    assert [box.xmin, box.ymin, box.xmax, box.ymax] == [80, 70, 120, 90]
+
+
+def test_a_normal_film_gets_none_and_the_detector_is_not_asked():
+    made, asked = toy(a=0.4, b=0.5)
+    answer = made.answer(film())
+    assert not answer.abnormal and not asked
+    assert list(answer.boxes.columns) == ["lesion_type", *CORNERS, "score"] and answer.boxes.empty
+    at_threshold = toy(a=0.5, b=0.5)[0].answer(film())
+    assert not at_threshold.abnormal  # line 17: exceeds
+
+
+def test_a_detector_that_finds_nothing():
+    for boxes in ((), ((50, 40, 20, 10, 2, 0.05),)):
+        answer = toy(boxes=boxes)[0].answer(film())
+        assert answer.abnormal and answer.boxes.empty
+        record = predict.as_record(answer)
+        assert record["decision"] == "abnormal" and record["boxes"] == []
+        assert predict.draw_answer(film(), answer).shape[1] == 128
+
+
+def test_networks_and_threshold_are_those_of_the_decision():
+    made, _ = toy()
+    with pytest.raises(DernetError, match="weighed for a, b"):
+        replace(made, triage={"b": made.triage["b"], "a": made.triage["a"]})
+    with pytest.raises(DernetError, match="one of youden"):
+        replace(made, threshold="f1")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(1, 30), st.integers(1, 30),
+                  st.integers(0, 2), st.integers(1, 10**6)),
+        max_size=30, unique_by=lambda box: box[5],
+    )
+)  # fmt: skip
+def test_suppression_is_torchvisions(boxes):
+    raw = raw_boxes(*[(*box[:5], box[5] / 10**6) for box in boxes])
+    corners, classes, scores = pipeline.suppress(raw, 0.3)
+    theirs = box_convert(torch.from_numpy(raw[:4].T), "cxcywh", "xyxy")
+    prob = torch.from_numpy(raw[4:].T)
+    anchors, kinds = (prob >= 0.3).nonzero(as_tuple=True)
+    kept = batched_nms(theirs[anchors], prob[anchors, kinds], kinds, pipeline.NMS_IOU)
+    assert corners == pytest.approx(theirs[anchors[kept]].numpy())
+    assert classes.tolist() == kinds[kept].tolist()
+    assert scores == pytest.approx(prob[anchors[kept], kinds[kept]].numpy())
+
+
+def test_at_most_so_many_boxes():
+    many = [(10 * k, 5, 4, 4, 0, 0.9 - k / 1000) for k in range(400)]
+    assert len(pipeline.suppress(raw_boxes(*many), 0.01)[2]) == pipeline.MAX_BOXES
+
+
+def test_an_overlay_shows_the_film_the_boxes_and_the_decision():
+    grey = film(2000, 1500)
+    answer = toy()[0].answer(grey)
+    drawn = predict.draw_answer(grey, answer)
+    assert drawn.dtype == np.uint8 and drawn.shape[1] == 960 and drawn.shape[0] > 1280
+    coloured = (drawn.max(axis=2).astype(int) - drawn.min(axis=2)) > 60
+    assert coloured[:1280].any() and not coloured[1280:].any()
+    assert drawn[1280:].max() > 200  # the line of text
+
+
+# A run's own networks
+
+
+@pytest.fixture(scope="module")
+def workspace(smoke_book: Path) -> Workspace:
+    return Workspace(get_profile("smoke"), smoke_book / "runs" / "smoke")
+
+
+def test_the_pipeline_says_what_the_tables_say(workspace: Workspace):
+    made, images = predict.run_pipeline(workspace), read_dataset(workspace.data_root).images
+    tables = {name: cross_validate(workspace, name).test.set_index("image_id") for name in NETWORKS}
+    found = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
+    decision = read_decision(workspace)
+    some = images[images["split"] == "test"].head(4)
+    made = replace(made, least_score=0.0011)
+    for one in some.itertuples():
+        grey = read_grey(one.path)
+        enhanced = made.enhance(grey)
+        answer = made.answer_enhanced(enhanced, grey.shape)
+        for name in NETWORKS:
+            assert answer.shares[name] == pytest.approx(
+                tables[name].loc[one.image_id, "prob"], abs=1e-5
+            )
+        prob = [[tables[name].loc[one.image_id, "prob"] for name in NETWORKS]]
+        assert answer.score == pytest.approx(decision.prob(np.array(prob))[0], abs=1e-5)
+        own = found[(found["image_id"] == one.image_id) & (found["score"] > 0.0012)]
+        ours = made.find(enhanced, grey.shape)
+        ours = ours[ours["score"] > 0.0012].head(len(own))
+        assert ours["score"].to_numpy() == pytest.approx(own["score"].head(len(ours)), abs=1e-4)
+
+
+def predicted(smoke_book: Path, *arguments: str):
+    return run_dernet(
+        "predict", "--profile", "smoke", *arguments, DERNET_RUNS=str(smoke_book / "runs")
+    )
+
+
+def test_predict_reads_all_three_forms(smoke_book: Path, workspace: Workspace, tmp_path: Path):
+    dicom = Path(read_dataset(workspace.data_root).images["path"].iloc[0])
+    grey = read_grey(dicom)
+    for name in ("film.png", "film.jpg"):
+        cv2.imwrite(str(tmp_path / name), grey)
+    files = [str(dicom), str(tmp_path / "film.png"), str(tmp_path / "film.jpg")]
+    done = predicted(smoke_book, *files, "--json", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["file"] for record in records] == files
+    assert records[0]["score"] == pytest.approx(records[1]["score"], abs=1e-9)
+    for path, record in zip(files, records, strict=True):
+        name = Path(path).name
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text()) == record
+        assert cv2.imread(str(tmp_path / "out" / f"{name}.overlay.png")) is not None
+        assert (record["decision"] == "abnormal") == (record["score"] > record["threshold"])
+        assert record["decision"] == "abnormal" or record["boxes"] == []
+
+
+def test_predict_answers_what_it_can_and_says_what_it_cannot(
+    smoke_book: Path, workspace: Workspace, tmp_path: Path
+):
+    good = Path(read_dataset(workspace.data_root).images["path"].iloc[0])
+    bad, other = tmp_path / "notes.png", tmp_path / "b" / "film.dicom"
+    bad.write_text("not a film")
+    other.parent.mkdir()
+    shutil.copy(good, other)
+    shutil.copy(good, tmp_path / "film.dicom")
+    files = [str(bad), str(tmp_path / "film.dicom"), str(other)]
+    done = predicted(smoke_book, *files, "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "notes.png: not an image" in done.stderr and "another file of that name" in done.stderr
+    assert "2 of 3 files could not be answered" in done.stderr and "Traceback" not in done.stderr
+    assert "film.dicom: " in done.stdout and "threshold" in done.stdout
+
+
+def test_predict_without_a_run_says_what_to_do(tmp_path: Path):
+    done = run_dernet("predict", "x.png", "--profile", "smoke", DERNET_RUNS=str(tmp_path))
+    assert done.returncode == 1 and "dernet run --profile smoke" in done.stderr
