@@ -9,6 +9,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import torch
+from captum._utils.models.linear_model import SkLearnRidge  # where captum's own pages name it
 from captum.attr import LayerAttribution, LayerGradCam, Lime
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
@@ -82,8 +83,8 @@ def lime(
 ) -> np.ndarray:
     """Return how much each superpixel speaks for abnormal (Ribeiro et al., KDD 2016).
 
-    Patches are blurred away at random, the network is asked again, and a sparse linear model of
-    its logit is fitted to which patches were there.
+    Patches are blurred away at random, the network is asked again, and a linear model of its logit
+    is fitted, by ridge regression, to which patches were there.
 
     Args:
         network: In evaluation mode afterwards.
@@ -101,7 +102,7 @@ def lime(
     patches = torch.from_numpy(segments).to(device)[None, None].expand(-1, 3, -1, -1)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        found = Lime(lambda x: network(x).squeeze(1)).attribute(
+        found = Lime(lambda x: network(x).squeeze(1), SkLearnRidge(alpha=1.0)).attribute(
             image, baselines=blurred, feature_mask=patches, n_samples=samples,
             perturbations_per_eval=16, return_input_shape=False,
         )  # fmt: skip

@@ -285,7 +285,7 @@ glue("c12-width-ratio", f"{ratio:.2f}", display=False)
 
 
 # %%
-mu, studies, films = 1.5, 100, 3
+mu, studies, films = 1.5, 200, 3
 truth = norm.cdf(mu / np.sqrt(2))
 which = np.repeat(np.arange(studies), films)
 
@@ -357,8 +357,8 @@ for ax, wanted in ((left, 0.95), (right, 0.05)):
     ax.axhspan(wanted - 2 * error, wanted + 2 * error, color="0.88", zorder=0)
     ax.set(xlabel="intraclass correlation", xlim=(-0.04, 0.79))
     ax.legend(fontsize=8)
-left.set(ylabel="intervals that hold the true AUROC", ylim=(0.6, 1))
-right.set(ylabel="tests that reject, networks being equal", ylim=(0, 0.3))
+left.set(ylabel="intervals that hold the truth", ylim=(0.6, 1))
+right.set(ylabel="tests that reject equal networks", ylim=(0, 0.3))
 show_figure("c12-fig-coverage", fig)
 
 # %% [markdown]
@@ -366,7 +366,7 @@ show_figure("c12-fig-coverage", fig)
 # :name: fig:coverage
 # :alt: Left, the share of intervals that hold the truth, falling with correlation when films are counted and level when studies are. Right, the share of false rejections, rising when films are counted and level when studies are.
 # How often 95 % intervals hold the true AUROC (left) and how often tests reject two equal networks (right),
-# on {glue:text}`c12-simulations` simulated datasets of 100 studies with three films each. Grey: what is
+# on {glue:text}`c12-simulations` simulated datasets of 200 studies with three films each. Grey: what is
 # wanted, and what chance alone allows.
 # ```
 #

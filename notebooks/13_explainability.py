@@ -181,7 +181,7 @@ maps["DERNet"] = sum(w * maps[name] for w, name in zip(decision.weights, NETWORK
 # the network again, and fits a linear model from which patches $z'$ were there to the logit:
 #
 # $$
-# \hat w = \arg\min_w \sum_s \pi_s \bigl( f(x_s) - w_0 - w^\top z'_s \bigr)^2 + \lambda \lVert w \rVert_1 ,
+# \hat w = \arg\min_w \sum_s \pi_s \bigl( f(x_s) - w_0 - w^\top z'_s \bigr)^2 + \lambda \lVert w \rVert^2 ,
 # $$ (eq:lime)
 #
 # where $\pi_s$ says how near the altered film is to the true one. Patches with large positive weights speak for *abnormal*. We explain DenseNet121.
@@ -213,7 +213,7 @@ agreement = spearmanr(w_hat, weights[0]).statistic
 glue("c13-lime-agreement", f"{agreement:.2f}", display=False)
 
 # %% [markdown]
-# Rank correlation of the two: {glue:text}`c13-lime-agreement`. What is missing to one is chance and the penalty, which sets small weights to zero.
+# Rank correlation of the two: {glue:text}`c13-lime-agreement`. What is missing to one is chance, since both asked about other patches, and the penalty.
 #
 # ## Masks without labels
 #

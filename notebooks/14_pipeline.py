@@ -149,8 +149,8 @@ pd.Series({SPOKEN[n]: p for n, p in answer.shares.items()} | {"DERNet": answer.s
 
 # %% tags=["hide-input", "remove-output"]
 enhanced = pipeline.enhance(grey)
-fig, ax = plt.subplots(figsize=(8, 3.6))
-ax.set(xlim=(0, 16), ylim=(0, 7))
+fig, ax = plt.subplots(figsize=(8, 3.3))
+ax.set(xlim=(0, 16), ylim=(0.2, 6.6))
 ax.set_axis_off()
 
 
@@ -194,13 +194,13 @@ show_figure("c14-fig-pipeline", fig)
 
 # %% [markdown]
 # ```{glue:figure} c14-fig-pipeline
-# :name: fig:pipeline
+# :name: fig:phase-three
 # :alt: From left to right a radiograph, the same after CLAHE, three networks with their probabilities, the vote compared with its threshold, the detector, and the radiograph with boxes.
 # The pipeline, the counterpart of the paper's Fig. 2, on the test film with the highest score (one of {glue:text}`c14-test` {glue:text}`c14-kind`; profile
 # {glue:text}`c14-profile`; boxes from a score of {glue:text}`c14-least-score`, colours as in all chapters).
 # ```
 #
-# {numref}`fig:pipeline` shows all that happens to a film. What the detector can still do is decided on the way: it never sees a
+# {numref}`fig:phase-three` shows all that happens to a film. What the detector can still do is decided on the way: it never sees a
 # film whose gate is shut.
 #
 # ## What a gate can win, and must lose

@@ -380,14 +380,14 @@ glue("c15-epochs", len(epochs), display=False)
 
 # %% [markdown]
 # ```{glue:figure} c15-fig-optimism
-# :name: fig:optimism
+# :name: fig:choosing
 # :alt: Three histograms of the gain from choosing on the films that judge, for AUROC, F1 and the sum of sensitivity and specificity, with the mean and zero marked.
 # What choosing epoch, weights and threshold on the judging half adds to its result, in points, over {glue:text}`c15-halves` random
 # halves of {glue:text}`c15-n-studies` training studies ({glue:text}`c15-n` {glue:text}`c15-kind`, scored out of fold; profile {glue:text}`c15-profile`).
 # ```
 #
 # Mean and range of 95 % of halves: AUROC {glue:text}`c15-auroc`, F1 {glue:text}`c15-f1`, sensitivity plus
-# specificity {glue:text}`c15-youden` points. {numref}`fig:optimism` is a lower bound in two ways. Here {glue:text}`c15-epochs` epochs
+# specificity {glue:text}`c15-youden` points. {numref}`fig:choosing` is a lower bound in two ways. Here {glue:text}`c15-epochs` epochs
 # were scored, from which to choose; the paper's training has 60. And nobody tried other augmentations, image sizes or seeds, and kept what did best on these
 # films. The larger a test split, the smaller the optimism: our halves are smaller than the paper's 2,078 films, and that makes ours larger. So the number is this run's, and the sign
 # is everybody's.

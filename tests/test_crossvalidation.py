@@ -135,6 +135,11 @@ def test_each_training_image_is_scored_once_by_a_network_that_never_saw_it(works
         rows = train[train["fold"] == fold]
         prob = triage.predict_triage(network, triage.load_pixels(rows["path"], 32))
         assert found.out_of_fold["prob"][rows.index].to_numpy() == pytest.approx(prob, abs=1e-6)
+        pixels, network = triage.load_pixels(rows["path"], 32), network.eval()
+        with torch.no_grad():  # as after the epoch: not mirrored, in bfloat16 where that is faster
+            plain = network(triage.as_input(pixels)).squeeze(1).sigmoid().numpy()
+        said = found.epochs[found.epochs["epoch"] == epochs].set_index("image_id")["prob"]
+        assert said[rows["image_id"]].to_numpy() == pytest.approx(plain, abs=0.02)
         facts = triage.checkpoint_facts(checkpoint)
         assert facts["fold"] == f"{fold} of {folds}" and facts["profile"] == "smoke"
         assert json.loads(facts["recipe"])["seed"] == 42 and facts["commit"]
@@ -144,6 +149,10 @@ def test_each_training_image_is_scored_once_by_a_network_that_never_saw_it(works
     assert found.test["prob"].to_numpy() == pytest.approx(np.mean(each, axis=0), abs=1e-6)
     again = crossvalidation.cross_validate(workspace, NETWORK, lambda *_: pytest.fail("trained"))
     assert again.out_of_fold.equals(found.out_of_fold)
+    assert again.epochs.equals(found.epochs)
+    of_image = found.epochs.groupby("image_id")["epoch"].agg(list)
+    assert sorted(of_image.index) == sorted(train["image_id"])
+    assert of_image.map(lambda own: own == list(range(1, epochs + 1))).all()
 
 
 def test_other_test_images_are_scored_anew_without_training(workspace, monkeypatch):

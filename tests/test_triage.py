@@ -307,13 +307,16 @@ def test_learns_what_is_easy(tmp_path):
     assert trained.history["train_loss"].iloc[-1] < trained.history["train_loss"].iloc[0]
 
 
-def test_history_has_a_row_an_epoch(trained):
+def test_history_has_a_row_an_epoch(trained, samples):
     history = trained.history
     assert history["epoch"].tolist() == [1, 2, 3]
     assert history["lr"].is_monotonic_decreasing
     # Cosine by hand: the last of 3 x 2 steps is taken at 5/6 of the way.
     assert history["lr"].iloc[-1] == pytest.approx(1e-3 * (1 + np.cos(np.pi * 5 / 6)) / 2)
     assert history["validation_auroc"].between(0, 1).all()
+    last = np.array(history["validation_logits"].iloc[-1])
+    y = samples[1].y.numpy()
+    assert auroc(y, last) == pytest.approx(history["validation_auroc"].iloc[-1], abs=0.02)
     assert epoch_line(history.iloc[0].to_dict() | {"epoch": 1}).startswith("epoch  1")
 
 

@@ -105,15 +105,25 @@ def test_a_chapter_waits_for_the_trainings_that_it_reads():
     )
 
 
-def test_a_chapter_comes_after_those_whose_tables_it_reads(tmp_path: Path):
+def test_a_chapter_comes_after_those_whose_results_it_reads(tmp_path: Path):
     assert workflow.chapters_before("11_other_detectors") == ["10_yolo11_training"]
     assert workflow.chapters_before("10_yolo11_training") == []
+    assert (
+        workflow.chapters_before("07_ensemble") == []
+    )  # it reads the decision that it has written
+    assert workflow.chapters_before("12_statistics") == ["07_ensemble", "11_other_detectors"]
+    for name in ("13_explainability", "14_pipeline"):
+        assert workflow.chapters_before(name) == ["07_ensemble", "10_yolo11_training"]
+    assert workflow.chapters_before("15_audit") == []
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
     (notebooks / "01_a.py").write_text('table.to_parquet(folder / "a.parquet", index=False)\n')
     (notebooks / "02_b.py").write_text('table.to_parquet(folder / "b.parquet")\n')
     (notebooks / "03_c.py").write_text('pd.read_parquet(folder / "a.parquet")\n')
     assert workflow.chapters_before("03_c", tmp_path) == ["01_a"]
+    (notebooks / "04_d.py").write_text("predict.write_models(workspace)\n")
+    (notebooks / "05_e.py").write_text("pipeline = run_pipeline(workspace)\n")
+    assert workflow.chapters_before("05_e", tmp_path) == ["04_d"]
 
 
 def test_a_digest_knows_where_its_parts_end():
