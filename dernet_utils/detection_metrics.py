@@ -1,6 +1,6 @@
 """What a detector's answers are worth: boxes against boxes, by COCO's rules as in pycocotools."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -293,6 +293,26 @@ def average_precision(
     films = _films(truth, predictions)
     matches = match_boxes(truth, predictions, lesion_type, films, iou)
     return float(_areas(matches, np.ones((1, len(films))))[0])
+
+
+def weighted_average_precision(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    lesion_type: str,
+    films: Sequence[str],
+    iou: float = 0.5,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from weights of films, shape (draws, films), to average precisions.
+
+    For `dernet_utils.stats.bootstrap`; boxes are matched once.
+
+    Args, raises: As `match_boxes`.
+
+    Returns:
+        The function; nan for a draw without weight on a true box.
+    """
+    matches = match_boxes(truth, predictions, lesion_type, films, iou)
+    return lambda weights: _areas(matches, np.asarray(weights, np.float64))
 
 
 def _films(truth: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:

@@ -35,8 +35,10 @@ from dernet_utils.detection_metrics import (
     size_stratum,
     size_table,
     type_confusion,
+    weighted_average_precision,
 )
 from dernet_utils.errors import DernetError
+from dernet_utils.stats import bootstrap
 
 TYPES = ("Osteophytes", "Surgical implant", "Vertebral collapse")
 
@@ -330,6 +332,11 @@ def test_table_of_intervals_holds_its_values():
     assert result.loc[each.index, "value"].tolist() == pytest.approx(each.tolist())
     assert result["boxes"].tolist()[-1] == len(truth)
     assert (result["n_studies"] == 50).all()
+    of_one = weighted_average_precision(truth, predictions, TYPES[0], films)
+    own = bootstrap(of_one, images["study_id"], resamples=1000, seed=42)
+    assert vars(own) == pytest.approx(result.drop(columns="boxes").loc[TYPES[0]].to_dict())
+    bca = bootstrap(of_one, images["study_id"], resamples=1000, seed=42, method="bca")
+    assert bca.value == own.value and bca.low < bca.value < bca.high
 
 
 def full_size(rng, found_per_film=60):
