@@ -292,7 +292,8 @@ pd.DataFrame({
 # %% [markdown]
 # Bootstrap and DeLong agree about as well as two methods can; what matters is the unit. By study the
 # bootstrap's interval is {glue:text}`c12-width-ratio` times as wide as by film, on
-# {glue:text}`c12-n` {glue:text}`c12-kind` of {glue:text}`c12-n-studies` studies. Which is right?
+# {glue:text}`c12-n` {glue:text}`c12-kind` of {glue:text}`c12-n-studies` studies. It need not be wider: where a study has normal and
+# abnormal films, what they share moves both and cancels in an AUROC. Where all films of a study have one label, nothing cancels. Which is right?
 #
 # ## How often an interval holds the truth
 #
