@@ -129,15 +129,25 @@ def test_a_mask_is_the_lesion_and_not_its_box():
 
 def test_edges_of_a_mask():
     grey, _ = disc()
-    assert explain.lesion_mask(np.zeros((40, 40), np.uint8), np.array([5, 5, 15, 15])).sum() <= 100
-    whole = explain.lesion_mask(grey, np.array([-5.0, -5, 500, 500]))
-    assert whole.all()  # no background is left to tell it from
+    flat = explain.lesion_mask(np.zeros((40, 40), np.uint8), np.array([5, 5, 15, 15]))
+    assert (
+        flat.any() and not (flat & ~explain.ellipse_in(np.array([5, 5, 15, 15]), (40, 40), 1)).any()
+    )
+    whole = explain.lesion_mask(grey, np.array([-5.0, -5, 500, 500]))  # cut off at the edges
+    assert whole.any() and not whole[0, 0] and not whole[-1, -1]
     tiny = explain.lesion_mask(grey, np.array([3.2, 4.1, 3.9, 4.4]))
-    assert tiny.sum() == 1
+    assert tiny.sum() == 1 and tiny[4, 3]
     with pytest.raises(DernetError, match="no pixel"):
         explain.lesion_mask(grey, np.array([200, 10, 210, 20]))
     with pytest.raises(DernetError, match="pixels"):
         explain.lesion_mask(grey, np.array([1, 1, 9, 9]), np.zeros((3, 3)))
+
+
+def test_ellipse_by_its_area():
+    found = explain.ellipse_in(np.array([10.0, 20, 110, 80]), (100, 120), 1.0)
+    assert found.sum() == pytest.approx(np.pi * 50 * 30, rel=0.01)
+    rows, columns = np.nonzero(found)
+    assert [columns.min(), rows.min(), columns.max(), rows.max()] == [10, 20, 109, 79]
 
 
 def test_a_map_that_says_nothing_scores_the_share():
