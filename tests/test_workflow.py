@@ -90,7 +90,8 @@ def test_chapters_are_in_reading_order():
     training = [name for name in names if workflow.is_training(name)]
     triage = ["04_densenet121", "05_efficientnetv2_s", "06_resnet50", "07_ensemble"]
     detection = ["08_yolo11", "09_losses", "10_yolo11_training", "11_other_detectors"]
-    assert training == [*triage, *detection]
+    evidence = ["12_statistics", "13_explainability", "14_pipeline", "15_audit"]
+    assert training == [*triage, *detection, *evidence]
 
 
 def test_a_chapter_waits_for_the_trainings_that_it_reads():
