@@ -508,11 +508,11 @@ for name, own in columns.items():
     gap, folds = area_gap(vote, own), fold_gaps(name)
     both = stats.delong(y, np.column_stack([vote, own]), study)
     assert np.isclose(both.difference().value, gap.value)
-    rows[f"DERNet less {name}"] = {
+    rows[name] = {
         "AUROC": f"{gap:+.3f}", "DeLong": both.p_value(), "McNemar": stats.mcnemar(ours, right[name]).p,
         "paired t": stats.paired_t(folds).p, "corrected t": stats.paired_t(folds, q).p,
     }  # fmt: skip
-table_2 = pd.DataFrame(rows).T
+table_2 = pd.DataFrame(rows).T.rename_axis("DERNet less")
 table_2["DeLong, Holm"] = stats.holm(table_2["DeLong"].to_numpy(float))
 shown_columns = ["AUROC", "DeLong", "DeLong, Holm", "McNemar", "paired t", "corrected t"]
 tests = shown_columns[1:]
@@ -522,8 +522,7 @@ table_2[shown_columns].style.format({name: "{:.3f}" for name in tests})
 shown = table_2.index[table_2["DeLong, Holm"] < 0.05]
 text = "none of the differences stands"
 if len(shown):
-    named = [name.removeprefix("DERNet less ") for name in shown]
-    text = f"what stands is the difference to {', '.join(named)}"
+    text = f"what stands is the difference to {', '.join(shown)}"
 glue("c12-stands", text, display=False)
 plain = (table_2["paired t"] < 0.05).sum()
 glue("c12-plain-t", int(plain), display=False)
@@ -565,9 +564,10 @@ def map_gap(name, level=0.95):
     return metrics.mean_difference(true_boxes, mine, of[name], searched.test, **draws, level=level)
 
 
-table_3 = {f"YOLO11-L less {n}": (map_gap(n), map_gap(n, level)) for n in others}
+table_3 = {n: (map_gap(n), map_gap(n, level)) for n in others}
 heads = ["mAP@0.5, 95 %", f"simultaneous, {level:.0%} each"]
-pd.DataFrame({n: [f"{gap:+.3f}" for gap in own] for n, own in table_3.items()}, heads).T
+gaps = pd.DataFrame({n: [f"{gap:+.3f}" for gap in own] for n, own in table_3.items()}, heads).T
+gaps.rename_axis("YOLO11-L less")
 
 # %% tags=["remove-cell"]
 sure = [name for name, (_, wide) in table_3.items() if wide.low > 0 or wide.high < 0]
@@ -636,7 +636,7 @@ for key, name in zip(("one", "pair"), needed, strict=True):
 # To see 2.42 points with a chance of {glue:text}`c12-power` takes {glue:text}`c12-needed-one` studies for one AUROC against a number that is
 # held fixed, and {glue:text}`c12-needed-pair` for two networks on the same films, as far as this run's
 # standard errors serve. {numref}`fig:power` marks what there is. A network with a higher AUROC has a smaller $\sigma$, so that the
-# paper's own case is somewhat easier; {ref}`chap:statistics` cannot settle it without the paper's scores.
+# paper's own case is somewhat easier; it cannot be settled without the paper's scores.
 #
 # ## Which test when
 #

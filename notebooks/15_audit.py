@@ -76,11 +76,13 @@ glue("c15-halves", f"{halves:,}", display=False)
 # Sensitivity $Se$, specificity $Sp$ and the share $\pi$ of abnormal films fix F1. Of all films, $Se\,\pi$ are hits,
 # $(1 - Se)\,\pi$ misses and $(1 - Sp)(1 - \pi)$ false alarms, so that
 #
-# $$
-# F_1 = \frac{2\, Se\, \pi}{Se\, \pi + (1 - Sp)(1 - \pi) + \pi}
-# \quad \Longleftrightarrow \quad
-# \pi = \frac{F_1\, (1 - Sp)}{2\, Se - F_1\, (Se + Sp)} .
-# $$ (eq:f1-prevalence)
+# ```{math}
+# :label: eq:f1-prevalence
+# \begin{aligned}
+# F_1 &= \frac{2\, Se\, \pi}{Se\, \pi + (1 - Sp)(1 - \pi) + \pi}, \\
+# \pi &= \frac{F_1\, (1 - Sp)}{2\, Se - F_1\, (Se + Sp)} .
+# \end{aligned}
+# ```
 #
 # All rows of Table 2 are of one test split, and it has one $\pi$. Each row that prints all three names the $\pi$ at which it can be right. First by hand,
 # for DERNet's row, without a thought for rounding:
@@ -249,10 +251,14 @@ pd.DataFrame({"boxes": counts, "osteophytes to one": ratios}).round(1)
 #
 # From an AUROC and the two numbers of films alone, Hanley and McNeil {cite}`hanley1982` give a standard error:
 #
-# $$
-# \operatorname{var} A = \frac{A (1 - A) + (n_1 - 1)(Q_1 - A^2) + (n_0 - 1)(Q_2 - A^2)}{n_1 n_0},
-# \qquad Q_1 = \frac{A}{2 - A}, \quad Q_2 = \frac{2 A^2}{1 + A} .
-# $$ (eq:hanley-mcneil)
+# ```{math}
+# :label: eq:hanley-mcneil
+# \begin{aligned}
+# \operatorname{var} A &= \frac{1}{n_1 n_0} \bigl[ A (1 - A) + (n_1 - 1)(Q_1 - A^2) \\
+#     &\qquad\quad + (n_0 - 1)(Q_2 - A^2) \bigr], \\
+# Q_1 &= \frac{A}{2 - A}, \qquad Q_2 = \frac{2 A^2}{1 + A} .
+# \end{aligned}
+# ```
 
 # %%
 A, baseline = TABLE_2["DERNet"][0] / 100, TABLE_2["VinDr Ensemble"][0] / 100
