@@ -56,6 +56,7 @@ from dernet_utils.crossvalidation import cross_validate, open_test_labels, read_
 from dernet_utils.figures import show_figure, use_style
 from dernet_utils.paper import SPOKEN, TABLE_2
 from dernet_utils.profiles import NETWORKS
+from dernet_utils.rivals import RIVALS
 from dernet_utils.workspace import open_workspace
 
 # %%
@@ -553,8 +554,8 @@ assert np.allclose(np.sort(table_2["DeLong, Holm"].to_numpy(float)), adjusted)
 
 # %%
 boxes = pd.read_parquet(workspace.tables / "rivals_test_boxes.parquet")
-of = {name: own.drop(columns="detector") for name, own in boxes.groupby("detector", sort=False)}
-others = [name for name in of if name != "YOLO11-L"]
+of = {name: boxes[boxes["detector"] == name].drop(columns="detector") for name in RIVALS}
+others = [name for name in RIVALS if name != "YOLO11-L"]
 level = 1 - 0.05 / len(others)
 
 
