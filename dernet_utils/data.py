@@ -357,7 +357,7 @@ def read_manifest(root: Path) -> dict | None:
         raise DernetError(f"{path} should be JSON, but {error}: make the cohort again.") from error
 
 
-def labelled_findings(manifest: dict) -> pd.DataFrame:
+def labelled_findings(manifest: dict | None) -> pd.DataFrame:
     """Return the findings of a virtual cohort that its tables have a box for.
 
     Args:
@@ -366,7 +366,15 @@ def labelled_findings(manifest: dict) -> pd.DataFrame:
     Returns:
         One row a box: ``image_id``, ``number`` (the finding's place among those that `read_twins`
         returns for the film), ``lesion_type`` and ``visibility``.
+
+    Raises:
+        DernetError: There is no manifest.
     """
+    if manifest is None:
+        raise DernetError(
+            "Exact masks are known of virtual films only, and this dataset has no manifest: take a "
+            "profile with a virtual cohort."
+        )
     rows = [
         (film["image_id"], number, finding["type"], seen["visibility"])
         for study in manifest["studies"]

@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
+from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from myst_nb import glue
 
 from dernet_utils.data import LESION_TYPES
@@ -87,6 +87,31 @@ def show_boxes(ax: Axes, boxes: pd.DataFrame, scale: float = 1.0, names: bool = 
                 x, y - 2, box.lesion_type + score, color=colour, fontsize=7, va="bottom",
                 bbox={"facecolor": "black", "alpha": 0.55, "pad": 0.8, "edgecolor": "none"},
             )  # fmt: skip
+
+
+def draw_stage(
+    ax: Axes, x: float, y: float, text: str, width: float, colour: str = "#dbe9f6"
+) -> None:
+    """Draw a stage of a schematic: a rounded box, 0.9 high, with a text in its middle.
+
+    Args:
+        ax: Where to draw; a stage and its ways are in its units.
+        x, y: Lower left corner.
+        text: One line or two.
+        width: Of the box.
+        colour: Of its ground.
+    """
+    shape = FancyBboxPatch((x, y), width, 0.9, "round,pad=0.06", fc=colour, ec="0.3", lw=0.8)
+    ax.add_patch(shape)
+    ax.text(x + width / 2, y + 0.45, text, ha="center", va="center", fontsize=9)
+
+
+def draw_way(
+    ax: Axes, start: tuple[float, float], end: tuple[float, float], text: str = ""
+) -> None:
+    """Draw an arrow from one stage of a schematic to another, with a text above its middle."""
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "0.3"})
+    ax.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.12, text, fontsize=8, ha="center")
 
 
 def draw_learning_curves(curves: pd.DataFrame) -> Figure:

@@ -125,22 +125,9 @@ def bootstrap_by_study(
     >>> bootstrap_by_study(lambda rows: y[rows].mean(), ["a", "b", "c", "d"], 500).n_studies
     4
     """
-    if not 0 < level < 1:
-        raise DernetError(f"The level of an interval lies between 0 and 1, not at {level}.")
     studies = np.asarray(studies)
-    draws = np.array([statistic(rows) for rows in resample_by_study(studies, resamples, seed)])
-    defined = draws[~np.isnan(draws)]
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(defined, tails) if len(defined) else (np.nan, np.nan)
-    return Interval(
-        value=float(statistic(np.arange(len(studies)))),
-        low=float(low),
-        high=float(high),
-        n_images=len(studies),
-        n_studies=len(np.unique(studies)),
-        resamples=len(defined),
-        undefined=len(draws) - len(defined),
-    )
+    draws = [statistic(rows) for rows in resample_by_study(studies, resamples, seed)]
+    return interval_of(np.array([statistic(np.arange(len(studies))), *draws]), studies, level)
 
 
 # Statistics of weighted rows: all draws at once

@@ -35,7 +35,6 @@ at_least = 0.9  # sensitivity that a cautious reading room asks for
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.patches import FancyBboxPatch
 from myst_nb import glue
 from sklearn.isotonic import IsotonicRegression
 
@@ -119,29 +118,15 @@ fig, ax = plt.subplots(figsize=(7.2, 3))
 ax.set(xlim=(0, 10), ylim=(0, 4.2))
 ax.set_axis_off()
 
-
-def box(x, y, text, width=2.1, colour="#dbe9f6"):
-    """A rounded box with a text in its middle."""
-    shape = FancyBboxPatch((x, y), width, 0.9, "round,pad=0.06", fc=colour, ec="0.3", lw=0.8)
-    ax.add_patch(shape)
-    ax.text(x + width / 2, y + 0.45, text, ha="center", va="center", fontsize=9)
-
-
-def arrow(start, end, text=""):
-    """An arrow, with a text above its middle."""
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "0.3"})
-    ax.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.12, text, fontsize=8, ha="center")
-
-
-box(0.1, 1.65, "enhanced\nradiograph", 1.5, "0.93")
+figures.draw_stage(ax, 0.1, 1.65, "enhanced\nradiograph", 1.5, "0.93")
 for level, (name, weight) in enumerate(zip(spoken, omega_paper, strict=True)):
     bottom = 3.1 - 1.45 * level
-    box(2.6, bottom, name)
-    arrow((1.7, 2.1), (2.5, bottom + 0.45))
-    arrow((4.8, bottom + 0.45), (6.3, 2.1), f"$\\omega$ = {weight}")
-box(6.4, 1.65, "$\\mathcal{S} = \\sum \\omega P$", 1.3, "#fbe3c8")
-arrow((7.8, 2.1), (8.4, 2.1))
-box(8.5, 1.65, "abnormal if\n$\\mathcal{S} > \\tau$", 1.3, "#fbe3c8")
+    figures.draw_stage(ax, 2.6, bottom, name, 2.1)
+    figures.draw_way(ax, (1.7, 2.1), (2.5, bottom + 0.45))
+    figures.draw_way(ax, (4.8, bottom + 0.45), (6.3, 2.1), f"$\\omega$ = {weight}")
+figures.draw_stage(ax, 6.4, 1.65, "$\\mathcal{S} = \\sum \\omega P$", 1.3, "#fbe3c8")
+figures.draw_way(ax, (7.8, 2.1), (8.4, 2.1))
+figures.draw_stage(ax, 8.5, 1.65, "abnormal if\n$\\mathcal{S} > \\tau$", 1.3, "#fbe3c8")
 show_figure("c07-fig-ensemble", fig)
 
 # %% [markdown]

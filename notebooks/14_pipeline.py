@@ -45,14 +45,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.patches import FancyBboxPatch
 from myst_nb import glue
 
 from dernet_utils import detect, predict, stats
 from dernet_utils import detection_metrics as metrics
 from dernet_utils.cohort import ensure_cohort
 from dernet_utils.crossvalidation import cross_validate, open_test_labels, read_decision
-from dernet_utils.figures import show_boxes, show_figure, show_film, use_style
+from dernet_utils.figures import (
+    draw_stage,
+    draw_way,
+    show_boxes,
+    show_figure,
+    show_film,
+    use_style,
+)
 from dernet_utils.imaging import read_grey
 from dernet_utils.paper import SPOKEN
 from dernet_utils.profiles import NETWORKS
@@ -143,8 +149,10 @@ grey = read_grey(path)
 answer = pipeline.answer(grey)
 assert np.isclose(answer.score, S[row], atol=1e-5) and answer.abnormal == opened[row]
 reported = of_film.get(film["image_id"], none)
-reported = reported[reported["score"] >= least_score + 1e-6]
-assert answer.abnormal is False or abs(len(answer.boxes) - len(reported)) <= 1
+expected = reported[reported["score"] >= least_score] if opened[row] else none
+assert abs(len(answer.boxes) - len(expected)) <= 1  # one may lie at the line itself
+both = min(len(answer.boxes), len(expected))
+assert np.allclose(answer.boxes["score"].head(both), expected["score"].head(both), atol=1e-4)
 pd.Series({SPOKEN[n]: p for n, p in answer.shares.items()} | {"DERNet": answer.score}).round(3)
 
 # %% tags=["hide-input", "remove-output"]
@@ -152,20 +160,6 @@ enhanced = pipeline.enhance(grey)
 fig, ax = plt.subplots(figsize=(8, 3.3))
 ax.set(xlim=(0, 16), ylim=(0.2, 6.6))
 ax.set_axis_off()
-
-
-def stage(x, y, text, width=2.6, colour="#dbe9f6"):
-    """A rounded box with a text in its middle."""
-    shape = FancyBboxPatch((x, y), width, 1.1, "round,pad=0.08", fc=colour, ec="0.3", lw=0.8)
-    ax.add_patch(shape)
-    ax.text(x + width / 2, y + 0.55, text, ha="center", va="center", fontsize=8)
-
-
-def way(start, end, text=""):
-    """An arrow, with a text above its middle."""
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "0.3"})
-    middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.15
-    ax.text(*middle, text, fontsize=8, ha="center", va="bottom")
 
 
 def picture(x, image, title, shown=None):
@@ -180,15 +174,15 @@ def picture(x, image, title, shown=None):
 picture(0.0, grey, "DICOM, PNG, JPEG")
 picture(2.7, enhanced, "CLAHE")
 for level, (name, p) in enumerate(answer.shares.items()):
-    stage(5.6, 4.9 - 1.9 * level, f"{SPOKEN[name]}\n{p:.2f}")
-    way((4.95, 3.5), (5.5, 5.45 - 1.9 * level))
-    way((8.35, 5.45 - 1.9 * level), (8.9, 3.6))
-stage(9.0, 3.0, f"vote {answer.score:.2f}\n> {tau:.2f} ?", 1.9, "#f6e7c8")
-way((11.0, 3.5), (11.9, 3.5), "yes" if answer.abnormal else "")
-way((9.95, 2.9), (9.95, 1.6), "")
+    draw_stage(ax, 5.6, 4.9 - 1.9 * level, f"{SPOKEN[name]}\n{p:.2f}", 2.6)
+    draw_way(ax, (4.95, 3.5), (5.5, 5.35 - 1.9 * level))
+    draw_way(ax, (8.35, 5.35 - 1.9 * level), (8.9, 3.6))
+draw_stage(ax, 9.0, 3.0, f"vote {answer.score:.2f}\n> {tau:.2f} ?", 1.9, "#f6e7c8")
+draw_way(ax, (11.0, 3.5), (11.9, 3.5), "yes" if answer.abnormal else "")
+draw_way(ax, (9.95, 2.9), (9.95, 1.6), "")
 ax.text(10.1, 2.2, "no", fontsize=8)
-stage(9.0, 0.4, "normal:\nno boxes", 1.9, "0.93")
-stage(12.0, 3.0, "YOLO11-L\nNMS 0.5", 1.7)
+draw_stage(ax, 9.0, 0.4, "normal:\nno boxes", 1.9, "0.93")
+draw_stage(ax, 12.0, 3.0, "YOLO11-L\nNMS 0.5", 1.7)
 picture(13.9, enhanced, "boxes", answer.boxes)
 show_figure("c14-fig-pipeline", fig)
 

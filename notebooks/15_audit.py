@@ -327,7 +327,7 @@ by_epoch = np.stack(
 )  # fmt: skip
 assert by_epoch.shape == (len(NETWORKS), len(epochs), len(held)) and not np.isnan(by_epoch).any()
 last = np.stack([found[name].out_of_fold["prob"] for name in NETWORKS])
-assert np.allclose(by_epoch[:, -1], last, atol=0.02)  # scored again, mirrored too
+assert np.abs(by_epoch[:, -1] - last).mean() < 0.1  # the last epoch's, but not mirrored
 
 
 # %%
