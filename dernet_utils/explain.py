@@ -131,6 +131,14 @@ def centred_map(shape: tuple[int, int]) -> np.ndarray:
 # Masks
 
 
+def filled_box(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return which pixels of an image a box holds: bool, of `shape`, (height, width)."""
+    left, top, right, bottom = np.round(box).astype(int).clip(0)
+    held = np.zeros(shape, bool)
+    held[top:bottom, left:right] = True
+    return held
+
+
 def ellipse_in(box: np.ndarray, shape: tuple[int, int], share: float = INNER) -> np.ndarray:
     """Return the ellipse in the middle of a box, whose axes are this share of its sides.
 

@@ -66,11 +66,12 @@ use_style()
 ensure_cohort(workspace)
 numbers = workspace.profile
 films = detect.run_films(workspace)
-findings = labelled_findings(read_manifest(workspace.data_root))
+exact = numbers.virtual  # of a real film neither a lesion's shadow nor a twin is known
 found = {name: cross_validate(workspace, name) for name in NETWORKS}
 decision = read_decision(workspace)
 open_test_labels(workspace)  # the decision is written: test films may be looked at
-abnormal = films.test[films.test["image_id"].isin(findings["image_id"])]
+truth = films.boxes[films.boxes["image_id"].isin(films.test["image_id"])]
+abnormal = films.test[films.test["image_id"].isin(truth["image_id"])]
 rng = np.random.default_rng(numbers.seed)
 some = np.sort(rng.permutation(len(abnormal))[:films_judged])
 judged = abnormal.iloc[some].reset_index(drop=True)
@@ -81,36 +82,46 @@ study, px = judged["study_id"].to_numpy(), numbers.triage_px
 for key, value in {
     "profile": numbers.name, "n": len(judged), "n-studies": len(set(study)), "px": px,
     "samples": lime_samples, "seeds": lime_seeds, "segments": explain.SEGMENTS,
-    "kind": "virtual radiographs" if numbers.virtual else "radiographs",
+    "kind": "virtual radiographs" if exact else "radiographs",
+    "masks": "the exact shadow" if exact else "the boxes",
 }.items():  # fmt: skip
     glue(f"c13-{key}", value, display=False)
 
 # %% [markdown]
 # We take {glue:text}`c13-n` {glue:text}`c13-kind` of the test split with at least one labelled lesion, of {glue:text}`c13-n-studies` studies, drawn at
-# random. The mask of a film is the shadow of all its labelled lesions, exact to the pixel.
+# random. The mask of a virtual film is the shadow of all its labelled lesions, exact to the pixel; of a real film, whose
+# shadows nobody has drawn, it is its boxes, filled.
 
 
 # %%
-def masks_of(film):
-    """Of a film's labelled lesions: type and exact mask, at the size of the enhanced film."""
-    grey = load_cached(film.path)
+def smaller(mask, size):
+    """A mask at the size, (width, height), of the enhanced film."""
+    return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
+
+
+def exact_masks(film, size):
+    """Of a virtual film's labelled lesions: type and exact mask."""
     twins = read_twins(workspace.data_root, film.image_id)
     own = findings[findings["image_id"] == film.image_id]
-    size = grey.shape[::-1]
+    return [(row.lesion_type, smaller(twins[row.number].mask, size)) for row in own.itertuples()]
+
+
+def filled_boxes(film, size):
+    """Of a film's labelled lesions: type and filled box."""
+    own = truth[truth["image_id"] == film.image_id]
+    corners = own[list(CORNERS)].to_numpy() * film.scale
     return [
-        (
-            row.lesion_type,
-            cv2.resize(
-                twins[row.number].mask.astype(np.float32), size, interpolation=cv2.INTER_AREA
-            )
-            >= 0.5,
-        )
-        for row in own.itertuples()
+        (kind, explain.filled_box(box, size[::-1]))
+        for kind, box in zip(own["lesion_type"], corners, strict=True)
     ]
 
 
+masks_of = exact_masks if exact else filled_boxes
+findings = labelled_findings(read_manifest(workspace.data_root)) if exact else None
 shown = [load_cached(path) for path in judged["path"]]
-lesions = [masks_of(film) for film in judged.itertuples()]
+lesions = [
+    masks_of(film, grey.shape[::-1]) for film, grey in zip(judged.itertuples(), shown, strict=True)
+]
 masks = [np.any([mask for _, mask in own], axis=0) for own in lesions]
 share = np.array([mask.mean() for mask in masks])
 assert all(mask.shape == grey.shape for mask, grey in zip(masks, shown, strict=True))
@@ -226,7 +237,6 @@ glue("c13-lime-agreement", f"{agreement:.2f}", display=False)
 # %%
 boxes = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
 boxes = boxes[boxes["image_id"].isin(judged["image_id"])]
-truth = films.boxes[films.boxes["image_id"].isin(judged["image_id"])]
 busiest = np.argsort([-len(own) for own in lesions], kind="stable")[: min(3, len(judged))]
 
 
@@ -265,7 +275,7 @@ show_figure("c13-fig-explained", fig)
 # :name: fig:explained
 # :alt: Three films in rows; in columns the true boxes, a LIME map, a Grad-CAM map and drawn masks, with the exact outline of the lesions dashed.
 # LIME (DenseNet121), Grad-CAM (DERNet) and masks, the counterpart of the paper's Fig. 4: the judged test films with the most lesions.
-# Dashed blue: the exact shadow of the lesions. Orange: masks drawn inside the true boxes. {glue:text}`c13-kind`, profile {glue:text}`c13-profile`.
+# Dashed blue: {glue:text}`c13-masks` of the lesions. Orange: masks drawn inside the true boxes. {glue:text}`c13-kind`, profile {glue:text}`c13-profile`.
 # ```
 #
 # Before reading on, decide from {numref}`fig:explained` alone whether these maps are good. Then look at the numbers.
@@ -507,7 +517,7 @@ glue("c13-misled-alike", f"{mean_of(alike['trained on shuffled labels']):.2f}", 
 # ## Judge 4: the same film without the lesion
 #
 # The hardest question: *does the map move when only the lesion is removed?* Of each film we take the most visible lesion and its twin, the same film
-# without it, through the same enhancement.
+# without it, through the same enhancement. Of a patient there is no such film, so on real films this judge is silent.
 
 
 # %%
@@ -517,18 +527,9 @@ def twin_of(film):
     twin = read_twins(workspace.data_root, film.image_id)[own["number"]]
     grey = read_grey(Path(workspace.data_root) / "test_images" / f"{film.image_id}.dicom")
     without = preprocess(twin.without(grey), numbers.cache_px, numbers.clip_limit, numbers.tiles)
-    size = without.shape[::-1]
-    mask = cv2.resize(twin.mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) >= 0.5
-    return without, mask
+    return without, smaller(twin.mask, without.shape[::-1])
 
 
-twins, twin_masks = zip(*(twin_of(film) for film in judged.itertuples()), strict=True)
-assert all(twin.shape == grey.shape for twin, grey in zip(twins, shown, strict=True))
-small = [cv2.resize(twin, (px, px), interpolation=cv2.INTER_AREA) for twin in twins]
-twin_pixels = torch.from_numpy(np.stack(small))[:, None]
-
-
-# %%
 def dernet(shown_pixels):
     """DERNet's probability of abnormal."""
     columns = [
@@ -539,26 +540,36 @@ def dernet(shown_pixels):
     return decision.prob(np.column_stack(columns))
 
 
-fall = dernet(pixels) - dernet(twin_pixels)
-twin_maps = cams(twin_pixels)
-twin_map = sum(w * twin_maps[name] for w, name in zip(decision.weights, NETWORKS, strict=True))
-moved, area = [], []
-for row, mask in enumerate(twin_masks):
-    change = np.abs(on_film(row, maps["DERNet"][row]) - on_film(row, twin_map[row]))
-    around = cv2.dilate(mask.astype(np.uint8), np.ones((15, 15))).astype(bool)
-    moved.append(explain.energy(change, around))
-    area.append(around.mean())
-moved, area = np.array(moved), np.array(area)
+# %%
+def ask_twins():
+    """Of each film: the probability's fall, the share of the map's change at the lesion, its area."""
+    twins, twin_masks = zip(*(twin_of(film) for film in judged.itertuples()), strict=True)
+    assert all(twin.shape == grey.shape for twin, grey in zip(twins, shown, strict=True))
+    small = [cv2.resize(twin, (px, px), interpolation=cv2.INTER_AREA) for twin in twins]
+    twin_pixels = torch.from_numpy(np.stack(small))[:, None]
+    twin_maps = cams(twin_pixels)
+    twin_map = sum(w * twin_maps[name] for w, name in zip(decision.weights, NETWORKS, strict=True))
+    moved, area = [], []
+    for row, mask in enumerate(twin_masks):
+        change = np.abs(on_film(row, maps["DERNet"][row]) - on_film(row, twin_map[row]))
+        around = cv2.dilate(mask.astype(np.uint8), np.ones((15, 15))).astype(bool)
+        moved.append(explain.energy(change, around))
+        area.append(around.mean())
+    return dernet(pixels) - dernet(twin_pixels), np.array(moved), np.array(area)
+
+
+fall, moved, area = ask_twins() if exact else np.empty((3, 0))
 
 # %% tags=["hide-input", "remove-output"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.3))
 left.hist(100 * fall, bins=20, color="0.6")
 left.axvline(0, color="#B5442E", ls="--", label="no change")
-left.axvline(100 * fall.mean(), color="k", label=f"mean {100 * fall.mean():+.1f}")
+if exact:
+    left.axvline(100 * fall.mean(), color="k", label=f"mean {100 * fall.mean():+.1f}")
 left.set(xlabel="fall of the probability, points", ylabel="films")
 left.legend(fontsize=8)
 right.plot(100 * area, 100 * moved, "o", ms=4, alpha=0.7)
-limit = 100 * max(area.max(), moved.max()) * 1.05
+limit = 105 * max([*area, *moved], default=1)
 right.plot([0, limit], [0, limit], "--", color="#B5442E", label="as everywhere else")
 right.set(
     xlabel="lesion and surroundings, per cent of the film",
@@ -568,24 +579,24 @@ right.legend(fontsize=8)
 show_figure("c13-fig-twins", fig)
 
 # %% tags=["remove-cell"]
-glue("c13-fall", f"{mean_of(100 * fall):+.1f}", display=False)
-glue("c13-moved", f"{mean_of(moved - area):+.3f}", display=False)
-lead = mean_of(moved - area)
-verdict = "The map changes no more at the lesion than elsewhere, as far as these films tell."
-if lead.low > 0:
-    verdict = (
-        "The map changes more at the lesion than elsewhere, though most of its change is elsewhere."
+by_fall = moves = moved_verdict = fall_verdict = "(no film has a twin here)"
+if exact:
+    falls, lead = mean_of(100 * fall), mean_of(moved - area)
+    by_fall, moves = f"{falls:+.1f}", f"{lead:+.3f}"
+    moved_verdict = (
+        "The map changes no more at the lesion than elsewhere, as far as these films tell."
     )
-if lead.low > 0 and moved.mean() > 0.5:
-    verdict = "Most of the map's change is at the lesion."
-glue("c13-moved-verdict", verdict, display=False)
-falls = mean_of(100 * fall)
-said = (
-    "one lesion less makes the network surer of normal"
-    if falls.low > 0
-    else "no fall can be told from zero"
-)
-glue("c13-fall-verdict", said, display=False)
+    if lead.low > 0:
+        moved_verdict = "The map changes more at the lesion than elsewhere, though most of its change is elsewhere."
+    if lead.low > 0 and moved.mean() > 0.5:
+        moved_verdict = "Most of the map's change is at the lesion."
+    fall_verdict = "no fall can be told from zero"
+    if falls.low > 0:
+        fall_verdict = "one lesion less makes the network surer of normal"
+glue("c13-fall", by_fall, display=False)
+glue("c13-moved", moves, display=False)
+glue("c13-moved-verdict", moved_verdict, display=False)
+glue("c13-fall-verdict", fall_verdict, display=False)
 
 # %% [markdown]
 # ```{glue:figure} c13-fig-twins
@@ -601,45 +612,39 @@ glue("c13-fall-verdict", said, display=False)
 #
 # ## Are the masks right?
 #
-# Each labelled lesion has its exact mask, so overlap can be measured: for the filled box and the ellipse in its middle, which do not look at the film, for
+# Each labelled lesion of a virtual film has its exact mask, so overlap can be measured there: for the filled box and the ellipse in its middle, which do not look at the film, for
 # GrabCut, and for GrabCut told by the heat map; inside true boxes first, and then inside the boxes that the detector found.
 
 
 # %%
-def overlaps(row, boxes_shown, exact):
+def overlaps(row, boxes_shown, shadow):
     """IoU and Dice of four masks in a box with a lesion's exact mask."""
     heat, out = on_film(row, maps["DERNet"][row]), {}
     for name, told in {"GrabCut": None, "GrabCut and heat map": heat}.items():
-        out[name] = explain.overlap(explain.lesion_mask(shown[row], boxes_shown, told), exact)
-    filled = np.zeros(exact.shape, bool)
-    left, top, right, bottom = np.round(boxes_shown).astype(int)
-    filled[max(top, 0) : bottom, max(left, 0) : right] = True
-    ellipse = explain.ellipse_in(boxes_shown, exact.shape)
-    blind = {
-        "filled box": explain.overlap(filled, exact),
-        "ellipse": explain.overlap(ellipse, exact),
-    }
-    return blind | out
+        out[name] = explain.overlap(explain.lesion_mask(shown[row], boxes_shown, told), shadow)
+    blind = {"filled box": explain.filled_box, "ellipse": explain.ellipse_in}
+    out |= {n: explain.overlap(of(boxes_shown, shadow.shape), shadow) for n, of in blind.items()}
+    return out
 
 
 # %%
 in_true, in_found = [], []
-for row, own in enumerate(lesions):
+for row, own in enumerate(lesions if exact else []):
     offered = corners_shown(row, boxes)
-    for kind, exact in own:
-        if not exact.any():
+    for kind, shadow in own:
+        if not shadow.any():
             continue
-        y, x = np.nonzero(exact)
+        y, x = np.nonzero(shadow)
         tight = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], float)
         real = corners_shown(row, truth)
         real = real[real["lesion_type"] == kind][list(CORNERS)].to_numpy()
         best = real[np.argmax(metrics.box_iou(tight[None], real)[0])]
         record = {"study": study[row], "lesion_type": kind}
-        in_true.append(record | overlaps(row, best, exact))
+        in_true.append(record | overlaps(row, best, shadow))
         same = offered[offered["lesion_type"] == kind][list(CORNERS)].to_numpy()
         if len(same) and metrics.box_iou(best[None], same).max() >= 0.5:
             near = same[np.argmax(metrics.box_iou(best[None], same)[0])]
-            in_found.append(record | overlaps(row, near, exact))
+            in_found.append(record | overlaps(row, near, shadow))
 ways = ("filled box", "ellipse", "GrabCut", "GrabCut and heat map")
 
 
@@ -666,15 +671,14 @@ mask_table = pd.DataFrame(columns)
 mask_table
 
 # %% tags=["remove-cell"]
-if in_true:
-    own = {way: np.array([record[way][0] for record in in_true]) for way in ways}
-    groups = np.array([record["study"] for record in in_true])
-    gain = own["GrabCut"] - own["ellipse"]
-    lead = stats.bootstrap(lambda w: w @ gain / w.sum(axis=1), groups, **draws)
-    heat_gain = own["GrabCut and heat map"] - own["GrabCut"]
-    heat_lead = stats.bootstrap(lambda w: w @ heat_gain / w.sum(axis=1), groups, **draws)
-    glue("c13-mask-gain", f"{lead:+.3f}", display=False)
-    glue("c13-heat-gain", f"{heat_lead:+.3f}", display=False)
+gains = {"mask": ("GrabCut", "ellipse"), "heat": ("GrabCut and heat map", "GrabCut")}
+groups = np.array([record["study"] for record in in_true])
+for key, (one, other) in gains.items():
+    gain = np.array([record[one][0] - record[other][0] for record in in_true])
+    said = "(no exact masks here)"
+    if in_true:
+        said = f"{stats.bootstrap(lambda w, g=gain: w @ g / w.sum(axis=1), groups, **draws):+.3f}"
+    glue(f"c13-{key}-gain", said, display=False)
 
 # %% [markdown]
 # GrabCut less the ellipse: IoU {glue:text}`c13-mask-gain`. The heat map adds {glue:text}`c13-heat-gain` to that. Where the first is not above zero, the outline in a figure is

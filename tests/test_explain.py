@@ -150,6 +150,11 @@ def test_ellipse_by_its_area():
     assert [columns.min(), rows.min(), columns.max(), rows.max()] == [10, 20, 109, 79]
 
 
+def test_filled_box_is_cut_off_at_the_edges():
+    held = explain.filled_box(np.array([-3.0, 1.6, 4.2, 50]), (8, 6))
+    assert held.sum() == 4 * 6 and held[2:, :4].all()
+
+
 def test_a_map_that_says_nothing_scores_the_share():
     mask = np.zeros((10, 10), bool)
     mask[:3] = True

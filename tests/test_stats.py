@@ -156,6 +156,27 @@ def test_percentile_interval_is_that_of_the_loop():
         assert getattr(fast, name) == pytest.approx(value, abs=1e-12)
 
 
+@pytest.mark.parametrize("method", ["percentile", "bca", "delong"])
+def test_intervals_by_study_cover_where_those_by_film_do_not(method):
+    """200 studies of one to five films whose scores share half of their variance."""
+    rng, truth = np.random.default_rng(11), norm.cdf(1.5 / np.sqrt(2))
+    held = {"study": [], "film": []}
+    for seed in range(600):
+        study = np.repeat(np.arange(200), rng.integers(1, 6, 200))
+        y = (study % 2).astype(float)
+        own, film = rng.normal(size=200)[study], rng.normal(size=len(study))
+        score = 1.5 * y + np.sqrt(0.5) * (own + film)
+        for unit, groups in {"study": study, "film": np.arange(len(study))}.items():
+            if method == "delong":
+                found = stats.delong(y, score, groups).interval()
+            else:
+                area = weighted_auroc(y, score)
+                found = stats.bootstrap(area, groups, 400, seed, method=method)
+            held[unit].append(found.low <= truth <= found.high)
+    assert 0.93 <= np.mean(held["study"]) <= 0.97
+    assert np.mean(held["film"]) < 0.90
+
+
 def test_bca_interval_is_scipys():
     values = np.random.default_rng(2).lognormal(size=60)
     ours = stats.bootstrap(
