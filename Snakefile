@@ -75,7 +75,7 @@ rule chapter:
         digest=lambda wildcards: steps.chapter_digest(wildcards.chapter, workspace),
     # The chapters that wait for no other job begin before the trainings do: one of them trains too.
     priority: len(steps.QUICKEST_FIRST) + 1
-    threads: lambda wildcards: max(1, every_core // 2) if steps.is_training(wildcards.chapter) else 1
+    threads: lambda wildcards: steps.cores_for(wildcards.chapter, every_core)
     shell:
         "{dernet} chapter {wildcards.chapter} --profile {profile} --threads {threads} 2>&1"
 

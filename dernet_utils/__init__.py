@@ -20,7 +20,13 @@ Modules import in one direction, from the bottom of this list to its top::
     offline, views, yolo, detect    where the lesions are: YOLO11-L, training, boxes
     rivals      the other detectors of Table 3, on equal terms
     results     what long runs have found, kept in the book
+    explain     where networks look, and whether that is where the lesion is
+    audit       what printed numbers imply for one another
+    pipeline, report    Algorithm 1, Phase III; its answer as JSON and as a picture
+    outliers    what is no radiograph of a spine
+    runtime     the pipeline from ONNX files, without torch
     figures     the drawing that chapters share
+    predict, export     a run's networks as a pipeline, and as ONNX files
     workflow    chapters executed, the book staged and built
     estimate    what a whole training would take on this machine
     cli         the command `dernet`

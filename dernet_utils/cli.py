@@ -374,6 +374,23 @@ def _in_words(record: dict) -> str:
 
 
 @app.command()
+def export(
+    out: Annotated[
+        Path | None, typer.Option(help="A folder; else the run's folder models.")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="In 8-bit integers, too.")] = False,
+    profile: ProfileName = "",
+) -> None:
+    """Write the networks of the last run as ONNX files, with a manifest."""
+    with _one_sentence():
+        from dernet_utils.export import export_run
+
+        workspace = open_workspace(profile)
+        path = export_run(workspace, out or workspace.models, int8)
+        _say(f"The networks are beside {path}.")
+
+
+@app.command()
 def build(profile: ProfileName = "") -> None:
     """Build the pages from the executed chapters."""
     with _one_sentence():

@@ -11,18 +11,7 @@ from myst_nb import glue
 
 from dernet_utils.data import LESION_TYPES
 from dernet_utils.imaging import load_cached
-
-# One colour a lesion type, the same in every chapter: Okabe and Ito's palette, distinguishable
-# with any colour vision; each also has its own dash, so that a grey print is legible.
-LESION_STYLE = {
-    "Disc space narrowing": ("#56B4E9", "-"),
-    "Foraminal stenosis": ("#CC79A7", "--"),
-    "Osteophytes": ("#E69F00", "-"),
-    "Spondylolysthesis": ("#009E73", "--"),
-    "Surgical implant": ("#F0E442", "-"),
-    "Vertebral collapse": ("#D55E00", "-."),
-    "Other lesions": ("#FFFFFF", ":"),
-}
+from dernet_utils.report import LESION_STYLE
 
 
 def use_style() -> None:

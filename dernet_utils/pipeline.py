@@ -5,6 +5,7 @@ Networks come in as functions, so that whatever runs them, and what has no torch
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -16,6 +17,21 @@ from dernet_utils.imaging import letterbox, preprocess, to_stored
 
 NMS_IOU = 0.5  # paper, Algorithm 1, line 18
 MAX_BOXES = 300  # a film; ultralytics' default
+
+
+class Look(NamedTuple):
+    """What a network makes of a film.
+
+    Attributes:
+        prob: Probability of abnormal, in [0, 1].
+        heat: Where it looks, float (h, w), at least 0, with a sum of 1 or 0 (Grad-CAM); None where
+            nobody asked.
+        embedding: Means of its early maps, float (D,); None likewise.
+    """
+
+    prob: float
+    heat: np.ndarray | None = None
+    embedding: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,7 @@ class Pipeline:
     """From a radiograph to an answer.
 
     Attributes:
-        triage: Each network by name: takes the film, uint8 (triage_px, triage_px), and returns the
-            probability of abnormal.
+        triage: Each network by name: takes the film, uint8 (triage_px, triage_px).
         detector: Takes the film, uint8 of the view's shape, and returns of each anchor centre,
             width and height in its pixels, then a probability a lesion type: (4 + C, anchors).
         decision: Weights, calibration and thresholds, chosen out of fold.
@@ -59,7 +74,7 @@ class Pipeline:
         threshold: Name of the decision's threshold.
     """
 
-    triage: Mapping[str, Callable[[np.ndarray], float]]
+    triage: Mapping[str, Callable[[np.ndarray], Look]]
     detector: Callable[[np.ndarray], np.ndarray]
     decision: Decision
     lesion_types: tuple[str, ...]
@@ -101,13 +116,39 @@ class Pipeline:
             enhanced: As `enhance` returns it.
             stored: Height and width of the film as it is stored; boxes are in its pixels.
         """
+        return self.decide(self.look(enhanced), enhanced, stored)
+
+    def look(self, enhanced: np.ndarray) -> dict[str, Look]:
+        """Return what each network makes of an enhanced film."""
         side = (self.triage_px, self.triage_px)
         square = cv2.resize(enhanced, side, interpolation=cv2.INTER_AREA)
-        shares = {name: float(ask(square)) for name, ask in self.triage.items()}
+        return {name: ask(square) for name, ask in self.triage.items()}
+
+    def decide(
+        self, looks: Mapping[str, Look], enhanced: np.ndarray, stored: tuple[int, int]
+    ) -> Answer:
+        """Return the answer for an enhanced film that the networks have looked at: lines 16 to 22.
+
+        Args:
+            looks: As `look` returns them.
+            enhanced, stored: As `answer_enhanced` takes them.
+        """
+        shares = {name: float(look.prob) for name, look in looks.items()}
         score = float(self.decision.prob(np.array([list(shares.values())]))[0])
         threshold = self.decision.thresholds[self.threshold]
         found = self.find(enhanced, stored) if score > threshold else self._table([], [], [])
         return Answer(score, shares, threshold, found)
+
+    def heat(self, looks: Mapping[str, Look]) -> np.ndarray:
+        """Return DERNet's heat map: the networks' maps, weighed as the vote, float (h, w).
+
+        Raises:
+            DernetError: These networks give no maps.
+        """
+        maps = [look.heat for look in looks.values()]
+        if any(one is None for one in maps):
+            raise DernetError("These networks give no heat maps: export them with `dernet export`.")
+        return np.tensordot(self.decision.weights, np.stack(maps), axes=1)
 
     def find(self, enhanced: np.ndarray, stored: tuple[int, int]) -> pd.DataFrame:
         """Return the boxes of an enhanced film, whatever triage says of it: line 18."""

@@ -33,8 +33,11 @@ HANDED_ON = {
     "read_decision": "write_decision",
     "open_test_labels": "write_decision",
     "run_pipeline": "write_models",
+    "export_run": "write_models",
+    "open_pipeline": "export_run",
 }
 TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
+TIMED = "runtime"  # and one that imports this measures times, and wants the machine for itself
 MAX_THREADS = 8  # more help none of our networks
 QUICKEST_FIRST = ("densenet121", "resnet50", "tf_efficientnetv2_s")  # by a training's time
 # Read by glibc, torch and OpenMP when a process starts; numbers do not depend on them. A step of
@@ -93,10 +96,12 @@ def _imports_of(path: Path, package: Path) -> set[str]:
     return {name for name in ours if (package / f"{name}.py").is_file()}
 
 
-def is_training(name: str, project: Path = PROJECT) -> bool:
-    """Return whether a chapter trains a network, so that one core is not enough for it."""
-    path = project / "notebooks" / f"{name}.py"
-    return bool(modules_of(path, project / "dernet_utils") & TRAINING)
+def cores_for(name: str, every: int, project: Path = PROJECT) -> int:
+    """Return how many of all cores a chapter gets: half for a training, all for one that times."""
+    modules = modules_of(project / "notebooks" / f"{name}.py", project / "dernet_utils")
+    if TIMED in modules:
+        return every
+    return max(1, every // 2) if modules & TRAINING else 1
 
 
 def trainings_of(name: str, folds: int, project: Path = PROJECT) -> list[tuple[str, int]]:

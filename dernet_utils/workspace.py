@@ -47,6 +47,11 @@ class Workspace:
         return self._made("weights")
 
     @property
+    def models(self) -> Path:
+        """Networks as ONNX files, and their manifest."""
+        return self._made("models")
+
+    @property
     def tables(self) -> Path:
         """Folds, probabilities, boxes and scores, as Parquet and JSON."""
         return self._made("tables")

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from smoke import run_dernet
 from torchvision.ops import batched_nms, box_convert
 
-from dernet_utils import pipeline, predict
+from dernet_utils import pipeline, predict, report
 from dernet_utils.crossvalidation import cross_validate, read_decision
 from dernet_utils.data import CORNERS, LESION_TYPES, read_dataset
 from dernet_utils.ensemble import Decision
 from dernet_utils.errors import DernetError
 from dernet_utils.imaging import read_grey
+from dernet_utils.pipeline import Look
 from dernet_utils.profiles import NETWORKS, get_profile
 from dernet_utils.workspace import Workspace
 
@@ -44,8 +45,8 @@ def toy(a=0.8, b=0.6, boxes=((50, 40, 20, 10, 2, 0.9),)):
         return raw_boxes(*boxes)
 
     made = pipeline.Pipeline(
-        {"a": lambda square: a, "b": lambda square: b}, detector, DECISION, LESION_TYPES,
-        0.1, 32, (96, 64), 96, 2.0, 8,
+        {"a": lambda square: Look(a), "b": lambda square: Look(b)},
+        detector, DECISION, LESION_TYPES, 0.1, 32, (96, 64), 96, 2.0, 8,
     )  # fmt: skip
     return made, asked
 
@@ -79,9 +80,9 @@ def test_a_detector_that_finds_nothing():
     for boxes in ((), ((50, 40, 20, 10, 2, 0.05),)):
         answer = toy(boxes=boxes)[0].answer(film())
         assert answer.abnormal and answer.boxes.empty
-        record = predict.as_record(answer)
+        record = report.as_record(answer)
         assert record["decision"] == "abnormal" and record["boxes"] == []
-        assert predict.draw_answer(film(), answer).shape[1] == 128
+        assert report.draw_answer(film(), answer).shape[1] == 128
 
 
 def test_networks_and_threshold_are_those_of_the_decision():
@@ -120,7 +121,7 @@ def test_at_most_so_many_boxes():
 def test_an_overlay_shows_the_film_the_boxes_and_the_decision():
     grey = film(2000, 1500)
     answer = toy()[0].answer(grey)
-    drawn = predict.draw_answer(grey, answer)
+    drawn = report.draw_answer(grey, answer)
     assert drawn.dtype == np.uint8 and drawn.shape[1] == 960 and drawn.shape[0] > 1280
     coloured = (drawn.max(axis=2).astype(int) - drawn.min(axis=2)) > 60
     assert coloured[:1280].any() and not coloured[1280:].any()

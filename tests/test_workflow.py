@@ -87,11 +87,13 @@ def test_modules_of_broken_python(package: Path, tmp_path: Path):
 def test_chapters_are_in_reading_order():
     names = workflow.chapter_names()
     assert names == sorted(names) and "01_data" in names
-    training = [name for name in names if workflow.is_training(name)]
+    cores = {name: workflow.cores_for(name, 8) for name in names}
     triage = ["04_densenet121", "05_efficientnetv2_s", "06_resnet50", "07_ensemble"]
     detection = ["08_yolo11", "09_losses", "10_yolo11_training", "11_other_detectors"]
     evidence = ["12_statistics", "13_explainability", "14_pipeline", "15_audit"]
-    assert training == [*triage, *detection, *evidence]
+    halves = [*triage, *detection, *evidence]
+    assert [name for name in names if cores[name] == 4] == halves
+    assert [name for name in names if cores[name] == 8] == ["16_onnx", "17_outliers"]
 
 
 def test_a_chapter_waits_for_the_trainings_that_it_reads():
@@ -117,6 +119,7 @@ def test_a_chapter_comes_after_those_whose_results_it_reads(tmp_path: Path):
     for name in ("13_explainability", "14_pipeline"):
         assert workflow.chapters_before(name) == ["07_ensemble", "10_yolo11_training"]
     assert workflow.chapters_before("15_audit") == []
+    assert workflow.chapters_before("17_outliers") == ["16_onnx"]
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
     (notebooks / "01_a.py").write_text('table.to_parquet(folder / "a.parquet", index=False)\n')

@@ -1,0 +1,244 @@
+"""A run's networks as ONNX files, with a manifest that says all that a pipeline needs.
+
+One file a triage network: all folds' networks and the mirrored film in it, so that a reader of the
+file cannot leave one out. One file for the detector.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import torch
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+
+from dernet_utils.crossvalidation import read_decision, run_images
+from dernet_utils.data import LESION_TYPES
+from dernet_utils.detect import load_detector, run_films
+from dernet_utils.imaging import letterbox, load_cached
+from dernet_utils.outliers import fit_familiar
+from dernet_utils.predict import read_models
+from dernet_utils.runtime import MANIFEST, NOTICE, open_network
+from dernet_utils.triage import as_input, load_pixels, load_trained
+from dernet_utils.workspace import Workspace, commit
+from dernet_utils.yolo import Detector
+
+OPSET = 20
+EARLY = 1  # of a network's stages, from 0: its maps are a quarter as wide as the film
+SMALLEST = 1e-12  # a map whose sum is below it is one of zeros
+CALIBRATION_FILMS = 64  # training films from which int8's scales are taken; ours
+FAMILIAR = "resnet50"  # whose early maps say whether a film is like those learnt from; ours
+QUANTIZED = ["Conv"]  # nearly all of the arithmetic; what follows the last maps stays in float32
+
+
+class Triage(nn.Module):
+    """The networks of all folds as one."""
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, film: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `pipeline.Look` holds.
+
+        Args:
+            film: uint8, shape (n, 1, px, px).
+
+        Returns:
+            Probability of abnormal, the mean over folds, and over the film and its mirror image,
+            shape (n,); Grad-CAM, each fold's with a sum of 1, their mean, shape (n, h, w); and the
+            means of the first fold's early maps, shape (n, D).
+        """
+        both = as_input(torch.cat([film, film.flip(-1)]))
+        prob, heat, embeddings = [], [], []
+        for network in self.networks:
+            maps, (early,) = network.forward_intermediates(both, indices=[EARLY])
+            prob.append(network.forward_head(maps).sigmoid().unflatten(0, (2, -1))[..., 0])
+            upright = maps.unflatten(0, (2, -1))[0]
+            # Average and one linear layer follow: the gradient is that layer's weight, up to h w.
+            own = torch.einsum("k,nkij->nij", network.get_classifier().weight[0], upright).relu()
+            heat.append(own / own.sum(dim=(1, 2), keepdim=True).clamp(min=SMALLEST))
+            embeddings.append(early.unflatten(0, (2, -1))[0].mean(dim=(2, 3)))
+        return torch.stack(prob).mean(dim=(0, 1)), torch.stack(heat).mean(dim=0), embeddings[0]
+
+
+class Boxes(nn.Module):
+    """The detector as `pipeline.Pipeline` asks it."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, film: Tensor) -> Tensor:
+        """Return what `yolo.Detector.answers` says of films, uint8 (n, 1, H, W)."""
+        return self.detector.answers((film.float() / 255).expand(-1, 3, -1, -1))
+
+
+def write_onnx(network: Triage | Boxes, shape: tuple[int, int], path: Path) -> Path:
+    """Write a network as ONNX: ``film`` comes in, uint8 (n, 1, height, width), for any n.
+
+    Out come ``prob``, ``heat`` and ``embedding``, or ``boxes``.
+
+    Args:
+        network: Its weights are left as they are; its memory may be laid out anew.
+        shape: Height and width of a film, fixed in the file.
+        path: The file.
+
+    Returns:
+        `path`.
+    """
+    outputs = ["boxes"] if isinstance(network, Boxes) else ["prob", "heat", "embedding"]
+    network = network.eval().cpu().to(memory_format=torch.contiguous_format)
+    films = torch.zeros(2, 1, *shape, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # ultralytics' head keeps anchors that our answers do not read.
+        warnings.filterwarnings("ignore", message="The tensor attributes")
+        program = torch.onnx.export(
+            network, (films,), input_names=["film"], output_names=outputs, opset_version=OPSET,
+            dynamic_shapes={"film": {0: torch.export.Dim("n")}}, dynamo=True, verbose=False,
+        )  # fmt: skip
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    program.save(part, external_data=False)
+    part.replace(path)
+    return path
+
+
+def quantize(path: Path, films: Iterable[np.ndarray], out: Path) -> Path:
+    """Write an ONNX file's convolutions in 8-bit integers, scales a channel.
+
+    Args:
+        path: As `write_onnx` wrote it.
+        films: Training films as the network sees them, uint8 (height, width); the ranges of all
+            maps on them become the scales.
+        out: The file to write.
+
+    Returns:
+        `out`.
+    """
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        folded, part = Path(folder) / "folded.onnx", Path(folder) / out.name
+        # Batch normalisation must be in the convolutions before they are rounded.
+        quant_pre_process(path, folded, skip_symbolic_shape=True)
+        quantize_static(
+            folded, part, _Films(films), quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=QUANTIZED, per_channel=True, weight_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.MinMax,
+        )  # fmt: skip
+        part.replace(out)
+    return out
+
+
+class _Films(CalibrationDataReader):
+    def __init__(self, films: Iterable[np.ndarray]):
+        self._films = iter(films)
+
+    def get_next(self) -> dict | None:
+        film = next(self._films, None)
+        return None if film is None else {"film": film[None, None]}
+
+
+def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
+    """Write a run's networks as ONNX, and the manifest that `runtime.open_pipeline` reads.
+
+    Args:
+        workspace: The run; its chapter on the pipeline has been executed.
+        out: A folder, made where it is not there; files of an export before are replaced.
+        int8: Whether each network is written in 8-bit integers too.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DernetError: The run has no pipeline yet, or a checkpoint is missing.
+    """
+    models, numbers, folder = read_models(workspace), workspace.profile, workspace.weights
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)  # what it says is no longer so
+    shown = _calibration(workspace) if int8 else []
+    px, view = numbers.triage_px, numbers.detect_view
+    squares = [cv2.resize(film, (px, px), interpolation=cv2.INTER_AREA) for film in shown]
+    filled = [letterbox(film, view)[0] for film in shown]
+    triage = {}
+    for name, checkpoints in models["triage"].items():
+        network = Triage([load_trained(name, folder / one)[0] for one in checkpoints])
+        triage[name] = write_all(network, (px, px), out / f"{name}.onnx", squares)
+    detector = Boxes(load_detector(folder / models["detector"])[0])
+    seen = fit_familiar(*training_embeddings(workspace, out / f"{FAMILIAR}.onnx"))
+    manifest = {
+        "notice": NOTICE,
+        "made_by": f"dernet-utils {commit()}, torch {torch.__version__}, onnx {onnx.__version__}",
+        "profile": numbers.name,
+        "virtual": numbers.virtual,
+        "triage": triage,
+        "detector": write_all(detector, view, out / "yolo11l.onnx", filled),
+        "familiar": {"network": FAMILIAR} | _facts(seen.save(out / "familiar.npz")),
+        "decision": asdict(read_decision(workspace)),
+        "lesion_types": LESION_TYPES,
+        "least_score": models["least_score"],
+        "triage_px": px,
+        "view": view,
+        "cache_px": numbers.cache_px,
+        "clip_limit": numbers.clip_limit,
+        "tiles": numbers.tiles,
+    }
+    path = out / MANIFEST
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def training_embeddings(workspace: Workspace, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the embeddings of training films that a file's first network learnt from, and others.
+
+    Args:
+        workspace: The run.
+        path: A triage network as `write_onnx` wrote it.
+
+    Returns:
+        Shape (n, D) of the films of all folds but the first; (m, D) of the first fold's.
+    """
+    images, run = run_images(workspace), open_network(path)
+    training = images[images["split"] == "train"]
+    pixels = load_pixels(training["path"], workspace.profile.triage_px).numpy()
+    parts = np.array_split(pixels, max(1, len(pixels) // 16))
+    embeddings = np.concatenate([run(part)[2] for part in parts])
+    held_out = (training["fold"] == 0).to_numpy()
+    return embeddings[~held_out], embeddings[held_out]
+
+
+def _calibration(workspace: Workspace) -> list[np.ndarray]:
+    """Enhanced films of the training split, drawn by the run's seed."""
+    training = run_films(workspace).training
+    some = min(CALIBRATION_FILMS, len(training))
+    return [
+        load_cached(path)
+        for path in training["path"].sample(some, random_state=workspace.profile.seed)
+    ]
+
+
+def write_all(
+    network: Triage | Boxes, shape: tuple[int, int], path: Path, shown: list[np.ndarray]
+) -> dict[str, dict[str, str]]:
+    """Write a network in each precision; return file and digest of each."""
+    files = {"float32": write_onnx(network, shape, path)}
+    if len(shown):
+        files["int8"] = quantize(path, shown, path.with_suffix(".int8.onnx"))
+    return {precision: _facts(file) for precision, file in files.items()}
+
+
+def _facts(path: Path) -> dict[str, str]:
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

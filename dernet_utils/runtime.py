@@ -1,0 +1,149 @@
+"""The pipeline from ONNX files: ONNX Runtime or OpenVINO, and no torch."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dernet_utils.ensemble import Decision
+from dernet_utils.errors import DernetError
+from dernet_utils.outliers import Familiar
+from dernet_utils.pipeline import Look, Pipeline
+
+MANIFEST = "manifest.json"
+NOTICE = "For research and teaching, not for diagnosis."
+# What runs a network, the precision of its file, and that of its arithmetic.
+ENGINES = {
+    "onnxruntime": ("onnxruntime", "float32", "float32"),
+    "onnxruntime-int8": ("onnxruntime", "int8", "int8"),
+    "openvino": ("openvino", "float32", "f32"),
+    "openvino-bfloat16": ("openvino", "float32", "bf16"),
+    "openvino-int8": ("openvino", "int8", "f32"),
+}
+
+Run = Callable[[np.ndarray], list[np.ndarray]]  # takes uint8 (n, 1, height, width)
+
+
+def read_exported(folder: Path) -> dict:
+    """Return the manifest of exported networks, its files checked against their digests.
+
+    Raises:
+        DernetError: There is no manifest, it is no JSON, or a file is not the one that it names.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise DernetError(f"There is no {path}: write one with `dernet export --out {folder}`.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        networks = [*manifest["triage"].values(), manifest["detector"]]
+        files = [facts for network in networks for facts in network.values()]
+        files.append(manifest["familiar"])
+        named = {Path(folder) / facts["file"]: facts["sha256"] for facts in files}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DernetError(f"{path} is damaged ({error}): export the networks again.") from error
+    for file, digest in named.items():
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise DernetError(
+                f"{file} is missing or not the file that {path} names: export the networks again."
+            )
+    return manifest
+
+
+def open_pipeline(
+    folder: Path,
+    engine: str = "onnxruntime",
+    threads: int | None = None,
+    threshold: str = "youden",
+) -> Pipeline:
+    """Return the pipeline of exported networks.
+
+    Args:
+        folder: As `export.export_run` wrote it.
+        engine: One of `ENGINES`.
+        threads: For each network; None: all cores.
+        threshold: Name of the decision's threshold.
+
+    Raises:
+        DernetError: Another engine, a precision that was not exported, or as `read_exported`
+            raises.
+    """
+    if engine not in ENGINES:
+        raise DernetError(f"The engine is one of {', '.join(ENGINES)}, not {engine!r}.")
+    folder, manifest = Path(folder), read_exported(folder)
+    precision = ENGINES[engine][1]
+
+    def opened(network: dict) -> Run:
+        if precision not in network:
+            raise DernetError(
+                f"{folder} holds no networks in {precision}: write them with `dernet export "
+                f"--int8 --out {folder}`."
+            )
+        return open_network(folder / network[precision]["file"], engine, threads)
+
+    triage = {name: _looks(opened(network)) for name, network in manifest["triage"].items()}
+    detector = opened(manifest["detector"])
+    return Pipeline(
+        triage,
+        lambda filled: detector(filled[None, None])[0][0],
+        Decision(**manifest["decision"]),
+        tuple(manifest["lesion_types"]),
+        manifest["least_score"],
+        manifest["triage_px"],
+        tuple(manifest["view"]),
+        manifest["cache_px"],
+        manifest["clip_limit"],
+        manifest["tiles"],
+        threshold,
+    )
+
+
+def open_familiar(folder: Path) -> tuple[str, Familiar]:
+    """Return the network whose look says whether a film is familiar, and what is.
+
+    Raises:
+        DernetError: As `read_exported` and `Familiar.load` raise.
+    """
+    facts = read_exported(folder)["familiar"]
+    return facts["network"], Familiar.load(Path(folder) / facts["file"])
+
+
+def _looks(run: Run) -> Callable[[np.ndarray], Look]:
+    def look(square: np.ndarray) -> Look:
+        prob, heat, embedding = run(square[None, None])
+        return Look(float(prob[0]), heat[0], embedding[0])
+
+    return look
+
+
+def open_network(path: Path, engine: str = "onnxruntime", threads: int | None = None) -> Run:
+    """Return a function that runs an ONNX file on films and returns all its outputs.
+
+    Args:
+        path: As `export.write_onnx` or `export.quantize` wrote it.
+        engine, threads: As `open_pipeline` takes them.
+    """
+    library, _, arithmetic = ENGINES[engine]
+    if library == "onnxruntime":
+        return _onnxruntime(path, threads)
+    return _openvino(path, arithmetic, threads)
+
+
+def _onnxruntime(path: Path, threads: int | None) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda films: session.run(None, {"film": films})
+
+
+def _openvino(path: Path, arithmetic: str, threads: int | None) -> Run:
+    import openvino
+
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": arithmetic}
+    if threads:
+        hints["INFERENCE_NUM_THREADS"] = threads
+    compiled = openvino.Core().compile_model(path, "CPU", hints)
+    return lambda films: [np.array(one) for one in compiled(films).values()]

@@ -1,0 +1,180 @@
+"""Networks as ONNX files, and the pipeline that runs them without torch."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from dernet_utils import export, runtime
+from dernet_utils.data import LESION_TYPES
+from dernet_utils.errors import DernetError
+from dernet_utils.explain import grad_cam
+from dernet_utils.outliers import fit_familiar
+from dernet_utils.profiles import NETWORKS
+from dernet_utils.triage import build_network, predict_triage
+from dernet_utils.yolo import build_detector
+
+PX = 64
+VIEW = (96, 64)
+
+
+def films(n, shape):
+    return np.random.default_rng(n).integers(0, 256, (n, 1, *shape), dtype=np.uint8)
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def network_that_looks(name, seed=1):
+    """An untrained network whose head is not zero."""
+    network = build_network(name, seed=seed)
+    with torch.no_grad():
+        network.get_classifier().weight.normal_(generator=torch.Generator().manual_seed(seed))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def networks():
+    seeds = {name: (1,) for name in NETWORKS} | {"resnet50": (1, 2)}
+    return {name: [network_that_looks(name, one) for one in own] for name, own in seeds.items()}
+
+
+@pytest.fixture(scope="module")
+def detector():
+    made = build_detector(LESION_TYPES, 3)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # boxes of every kind and place
+        for branch in (*made.model[-1].cv2, *made.model[-1].cv3):
+            branch[-1].weight.normal_(std=0.5, generator=generator)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(networks, detector, tmp_path_factory) -> Path:
+    """A folder as `export_run` leaves it, of untrained networks."""
+    folder = tmp_path_factory.mktemp("models")
+    shown = {"resnet50": list(films(8, (PX, PX))[:, 0])}  # the one that is quantised
+    triage = {
+        name: export.write_all(
+            export.Triage(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, [])
+        )
+        for name, own in networks.items()
+    }
+    found = export.write_all(export.Boxes(detector), VIEW, folder / "yolo11l.onnx", [])
+    decision = {
+        "networks": NETWORKS, "weights": (0.5, 0.3, 0.2), "temperature": 1.3,
+        "thresholds": {"youden": 0.0, "shut": 1.0}, "fitted_on": 10,
+    }  # fmt: skip
+    embeddings = runtime.open_network(folder / "resnet50.onnx")(films(8, (PX, PX)))[2]
+    seen = fit_familiar(embeddings, embeddings).save(folder / "familiar.npz")
+    familiar = {"network": "resnet50", "file": seen.name, "sha256": digest(seen)}
+    manifest = {
+        "notice": runtime.NOTICE, "profile": "test", "virtual": True, "triage": triage,
+        "detector": found, "familiar": familiar, "decision": decision, "lesion_types": LESION_TYPES,
+        "least_score": 0.001, "triage_px": PX, "view": VIEW, "cache_px": 128,
+        "clip_limit": 2.0, "tiles": 8,
+    }  # fmt: skip
+    (folder / runtime.MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_triage_says_what_torch_says(exported, networks, name, engine):
+    run = runtime.open_network(exported / f"{name}.onnx", engine)
+    for n in (1, 3):
+        shown = films(n, (PX, PX))
+        prob, heat, embedding = run(shown)
+        pixels = torch.from_numpy(shown)
+        wanted = np.mean([predict_triage(own, pixels) for own in networks[name]], axis=0)
+        assert prob == pytest.approx(wanted, abs=1e-5)
+        maps = [grad_cam(name, own, pixels) for own in networks[name]]
+        sums = [one.sum(axis=(1, 2), keepdims=True) for one in maps]
+        assert heat.shape == (n, 2, 2) and (heat >= 0).all()
+        filled = [s.ravel() > 0 for s in sums]
+        assert heat.sum(axis=(1, 2)) == pytest.approx(np.mean(filled, axis=0), abs=1e-4)
+        with torch.no_grad():
+            stages = networks[name][0].forward_intermediates(
+                export.as_input(pixels), intermediates_only=True
+            )
+        assert stages[1].shape[2:] == (PX // 4, PX // 4)
+        assert embedding == pytest.approx(stages[1].mean(dim=(2, 3)).numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_detector_says_what_torch_says(exported, detector, engine):
+    run = runtime.open_network(exported / "yolo11l.onnx", engine)
+    for n in (1, 3):
+        shown = films(n, VIEW)
+        with torch.no_grad():
+            grey = torch.from_numpy(shown).float() / 255
+            wanted = detector.answers(grey.expand(-1, 3, -1, -1)).numpy()
+        (found,) = run(shown)
+        assert found[:, :4] == pytest.approx(wanted[:, :4], abs=0.01)  # px
+        assert found[:, 4:] == pytest.approx(wanted[:, 4:], abs=1e-4)
+
+
+def test_fewer_bits_say_nearly_the_same(exported):
+    shown = films(4, (PX, PX))
+    path = {"int8": exported / "resnet50.int8.onnx", "float32": exported / "resnet50.onnx"}
+    wanted = runtime.open_network(path["float32"])(shown)[2]
+    for engine in ("onnxruntime-int8", "openvino-bfloat16", "openvino-int8"):
+        embedding = runtime.open_network(path[runtime.ENGINES[engine][1]], engine)(shown)[2]
+        apart = np.abs(embedding - wanted).mean() / wanted.mean()
+        assert 0 < apart < 0.05
+    kinds = {node.op_type for node in onnx.load(path["int8"]).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    assert path["int8"].stat().st_size < path["float32"].stat().st_size / 3
+
+
+def test_the_pipeline_runs_and_the_gate_shuts(exported):
+    grey = films(1, (200, 150))[0, 0]
+    open_gate = runtime.open_pipeline(exported).answer(grey)
+    assert open_gate.abnormal and len(open_gate.boxes)
+    shut = runtime.open_pipeline(exported, threshold="shut").answer(grey)
+    assert not shut.abnormal and shut.boxes.empty and shut.score == open_gate.score
+    pipeline = runtime.open_pipeline(exported)
+    looks = pipeline.look(pipeline.enhance(grey))
+    assert pipeline.heat(looks).shape == (2, 2)
+    name, familiar = runtime.open_familiar(exported)
+    assert familiar.distance(looks[name].embedding[None]).shape == (1,)
+
+
+def test_serving_needs_no_torch(exported):
+    code = (
+        "import sys; from dernet_utils import runtime; "
+        f"runtime.open_pipeline({str(exported)!r}); "
+        "heavy = {'torch', 'timm', 'ultralytics', 'matplotlib', 'pandera'} & set(sys.modules); "
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_say_what_to_do(exported, tmp_path):
+    with pytest.raises(DernetError, match="dernet export"):
+        runtime.open_pipeline(tmp_path)
+    with pytest.raises(DernetError, match="engine is one of"):
+        runtime.open_pipeline(exported, "tensorrt")
+    (tmp_path / runtime.MANIFEST).write_text("{")
+    with pytest.raises(DernetError, match="damaged"):
+        runtime.open_pipeline(tmp_path)
+    manifest = json.loads((exported / runtime.MANIFEST).read_text())
+    del manifest["triage"]["resnet50"]["int8"]
+    (tmp_path / runtime.MANIFEST).write_text(json.dumps(manifest))
+    networks = (*manifest["triage"].values(), manifest["detector"])
+    for name in ("familiar.npz", *(own["float32"]["file"] for own in networks)):
+        (tmp_path / name).symlink_to(exported / name)
+    with pytest.raises(DernetError, match="--int8"):
+        runtime.open_pipeline(tmp_path, "openvino-int8")
+    (tmp_path / "resnet50.onnx").unlink()
+    (tmp_path / "resnet50.onnx").write_bytes(b"another")
+    with pytest.raises(DernetError, match="not the file"):
+        runtime.open_pipeline(tmp_path)

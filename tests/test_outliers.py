@@ -1,0 +1,164 @@
+"""What is rejected as no radiograph of a spine, and why."""
+
+from io import BytesIO
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dernet_utils import outliers
+from dernet_utils.errors import DernetError
+from dernet_utils.imaging import decode_grey
+from dernet_utils.pipeline import Look
+
+
+def png(picture):
+    return cv2.imencode(".png", picture)[1].tobytes()
+
+
+def radiograph(height=400, width=250, seed=0):
+    """A picture as smooth, and as full of greys, as a radiograph."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    grey = 200 * np.exp(-3 * x**2) + 30 * np.sin(9 * y) + rng.normal(0, 3, (height, width))
+    return grey.clip(0, 255).astype(np.uint8)
+
+
+def reasons_of(picture):
+    data = png(picture)
+    return outliers.picture_reasons(outliers.picture_facts(data, decode_grey(data)))
+
+
+def words(reasons):
+    return " ".join(reason.text for reason in reasons)
+
+
+# Header
+
+
+@pytest.mark.parametrize(
+    ("header", "words_wanted"),
+    [
+        ({"Modality": "CT"}, "modality is CT"),
+        ({"Modality": "DX", "BodyPartExamined": "CHEST"}, "CHEST, not the spine"),
+        ({"Modality": "MR", "BodyPartExamined": "KNEE"}, "modality is MR"),
+        ({"Modality": "DX", "BodyPartExamined": "LSPINE"}, ""),
+        ({"Modality": "cr", "BodyPartExamined": "T-SPINE"}, ""),
+        ({"Modality": "CR"}, ""),
+        ({"Modality": "", "BodyPartExamined": ""}, ""),
+    ],
+)
+def test_header(tiny_dataset, header, words_wanted):
+    film = pydicom.dcmread(next((tiny_dataset / "test_images").glob("*.dicom")))
+    for name, value in header.items():
+        setattr(film, name, value)
+    stream = BytesIO()
+    pydicom.dcmwrite(stream, film)
+    found = outliers.header_reasons(stream.getvalue())
+    assert words_wanted in words(found) and bool(found) == bool(words_wanted)
+    assert all(reason.layer == "header" for reason in found)
+
+
+def test_a_picture_has_no_header():
+    assert outliers.header_reasons(png(radiograph())) == []
+
+
+# Picture
+
+
+def test_a_radiograph_has_nothing_against_it():
+    for seed in range(5):
+        assert reasons_of(radiograph(seed=seed)) == []
+    jpeg = cv2.imencode(".jpg", radiograph())[1].tobytes()
+    assert outliers.picture_reasons(outliers.picture_facts(jpeg, decode_grey(jpeg))) == []
+
+
+def page():
+    made = np.full((500, 400), 255, np.uint8)
+    for y in range(30, 480, 20):
+        cv2.putText(made, "radiograph of the spine", (20, y), 0, 0.7, 0, 1, cv2.LINE_AA)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("picture", "words_wanted"),
+    [
+        (np.dstack([radiograph(), radiograph(seed=1) // 2, radiograph()]), "in colour"),
+        (radiograph(100, 60), "short side has 60 px"),
+        (radiograph(2000, 200), "times as long as wide"),
+        (100 + radiograph() // 20, "within"),
+        (radiograph() // 16 * 16, "grey levels"),
+        (page(), "one bright grey"),
+        (np.random.default_rng(0).integers(0, 256, (300, 300), dtype=np.uint8), "noise"),
+        (np.zeros((300, 300), np.uint8), "grey levels"),
+        (np.full((300, 300), 255, np.uint8), "one bright grey"),
+    ],
+)
+def test_pictures_that_are_none(picture, words_wanted):
+    assert words_wanted in words(reasons_of(picture))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 255))
+def test_facts_are_numbers_whatever_the_picture(height, width, grey):
+    data = png(np.full((height, width), grey, np.uint8))
+    facts = outliers.picture_facts(data, decode_grey(data))
+    assert set(facts) == set(outliers.LIMITS) and np.isfinite(list(facts.values())).all()
+    assert outliers.picture_reasons(facts)
+
+
+def test_a_drawn_picture_is_flat():
+    drawn = np.repeat(np.arange(0, 250, 3, dtype=np.uint8), 6)[None].repeat(300, 0).copy()
+    for k in range(40):
+        drawn[4 * k : 4 * k + 8, 10 * k : 10 * k + 40] = 5 * k + 7
+    assert "perfectly even" in words(reasons_of(drawn))
+
+
+# Network
+
+
+def embeddings(n, seed, shift=0.0):
+    """Points near a plane in 40 dimensions."""
+    rng = np.random.default_rng(seed)
+    plane = np.random.default_rng(7).normal(size=(5, 40))
+    return rng.normal(size=(n, 5)) @ plane + 0.05 * rng.normal(size=(n, 40)) + shift
+
+
+def test_as_many_are_rejected_as_was_asked():
+    familiar = outliers.fit_familiar(embeddings(300, 0), embeddings(2000, 1), rejected=0.05)
+    far = familiar.distance(embeddings(4000, 2)) > familiar.limit
+    assert far.mean() == pytest.approx(0.05, abs=0.02)
+    assert (familiar.distance(embeddings(50, 3, shift=1.0)) > familiar.limit).all()
+
+
+def test_distance_is_that_of_mahalanobis_where_all_directions_are_kept():
+    rng = np.random.default_rng(0)
+    learnt = rng.normal(size=(500, 6)) * [1, 2, 3, 1, 2, 3]
+    familiar = outliers.fit_familiar(learnt, learnt[:50])
+    inverse = np.linalg.inv(np.cov(learnt.T))
+    away = learnt[:20] - learnt.mean(axis=0)
+    wanted = np.sqrt(np.einsum("ij,jk,ik->i", away, inverse, away))
+    assert familiar.distance(learnt[:20]) == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_look_from_afar_has_a_reason(tmp_path):
+    familiar = outliers.fit_familiar(embeddings(300, 0), embeddings(200, 1))
+    near, far = embeddings(300, 0).mean(axis=0), np.full(40, 9.0)
+    assert familiar.reasons(Look(0.5, None, near)) == []
+    (reason,) = familiar.reasons(Look(0.5, None, far))
+    assert reason.layer == "network" and "times as far" in reason.text
+    again = outliers.Familiar.load(familiar.save(tmp_path / "familiar.npz"))
+    assert again.distance(far[None]) == familiar.distance(far[None])
+    assert again.limit == familiar.limit
+
+
+def test_errors(tmp_path):
+    with pytest.raises(DernetError, match="at least 3 films"):
+        outliers.fit_familiar(np.zeros((2, 4)), np.zeros((1, 4)))
+    with pytest.raises(DernetError, match="export"):
+        outliers.Familiar.load(tmp_path / "none.npz")
+    same = outliers.fit_familiar(np.zeros((5, 4)), np.zeros((3, 4)))
+    assert np.isfinite(same.distance(np.ones((1, 4)))).all()
