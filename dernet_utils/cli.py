@@ -29,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+LOOPBACK = "127.0.0.1"
 ProfileName = Annotated[
     str, typer.Option("--profile", help="smoke, laptop, night, paper; else DERNET_PROFILE, laptop.")
 ]
@@ -388,6 +389,36 @@ def export(
         workspace = open_workspace(profile)
         path = export_run(workspace, out or workspace.models, int8)
         _say(f"The networks are beside {path}.")
+
+
+@app.command()
+def serve(
+    profile: ProfileName = "",
+    host: Annotated[str, typer.Option(help="Another address than this needs a token.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    engine: Annotated[str, typer.Option(help="onnxruntime, openvino …")] = "onnxruntime",
+) -> None:
+    """Serve the web page and the API, with the networks of the last run.
+
+    The environment variable DERNET_TOKEN holds the token that every request then must carry.
+    """
+    with _one_sentence():
+        import uvicorn
+
+        from dernet_utils.app import open_app
+
+        token = os.environ.get("DERNET_TOKEN", "")
+        if host != LOOPBACK and not token:
+            _end(
+                f"At {host} others can reach the server: set DERNET_TOKEN to a secret that they "
+                "must know, or leave --host out.",
+                2,
+            )
+        served = open_app(open_workspace(profile), engine, token, host)
+        _say(f"Serving on http://{host}:{port}. Ctrl-C ends it.")
+        uvicorn.run(
+            served, host=host, port=port, access_log=False, log_level="warning", server_header=False
+        )
 
 
 @app.command()

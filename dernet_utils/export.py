@@ -7,6 +7,7 @@ file cannot leave one out. One file for the detector.
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,8 @@ from dernet_utils.detect import load_detector, run_films
 from dernet_utils.imaging import letterbox, load_cached
 from dernet_utils.outliers import fit_familiar
 from dernet_utils.predict import read_models
-from dernet_utils.runtime import MANIFEST, NOTICE, open_network
+from dernet_utils.report import NOTICE
+from dernet_utils.runtime import MANIFEST, SAMPLES, open_network
 from dernet_utils.triage import as_input, load_pixels, load_trained
 from dernet_utils.workspace import Workspace, commit
 from dernet_utils.yolo import Detector
@@ -43,6 +45,7 @@ EARLY = 1  # of a network's stages, from 0: its maps are a quarter as wide as th
 SMALLEST = 1e-12  # a map whose sum is below it is one of zeros
 CALIBRATION_FILMS = 64  # training films from which int8's scales are taken; ours
 FAMILIAR = "resnet50"  # whose early maps say whether a film is like those learnt from; ours
+OFFERED = 6  # films to try
 QUANTIZED = ["Conv"]  # nearly all of the arithmetic; what follows the last maps stays in float32
 
 
@@ -196,6 +199,8 @@ def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
         "clip_limit": numbers.clip_limit,
         "tiles": numbers.tiles,
     }
+    if numbers.virtual:
+        _copy_samples(workspace, out / SAMPLES)
     path = out / MANIFEST
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return path
@@ -228,6 +233,14 @@ def _calibration(workspace: Workspace) -> list[np.ndarray]:
         load_cached(path)
         for path in training["path"].sample(some, random_state=workspace.profile.seed)
     ]
+
+
+def _copy_samples(workspace: Workspace, folder: Path) -> None:
+    """Copy virtual films of the test split, to be tried by who has none."""
+    folder.mkdir(exist_ok=True)
+    for number, film in enumerate(run_films(workspace).test.head(OFFERED).itertuples(), start=1):
+        path = workspace.data_root / "test_images" / f"{film.image_id}.dicom"
+        shutil.copyfile(path, folder / f"virtual-{number}.dcm")
 
 
 def write_all(

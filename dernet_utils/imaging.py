@@ -19,6 +19,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pydicom
+from PIL import Image
 
 from dernet_utils.errors import DernetError
 from dernet_utils.profiles import Profile
@@ -26,6 +27,7 @@ from dernet_utils.profiles import Profile
 # Part of every cache key: raise it whenever `preprocess` or the decoding changes its pixels.
 PREPROCESSING_VERSION = 1
 
+MOST_PIXELS = 100_000_000  # of an image; a large radiograph has 20 million
 LEVELS = 256  # grey levels of an 8-bit image
 GREY = 114  # ultralytics' padding, so that the network meets the same margin as in training
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -107,6 +109,16 @@ def _decode_picture(data: bytes) -> np.ndarray:
         complete = data.find(JPEG_END, data.rfind(JPEG_SCAN)) > 0
     if not complete:
         raise DernetError("the picture is cut short; copy or download the file again.")
+    try:
+        # Pillow reads no more than the header here, and refuses by itself what is far too large.
+        width, height = Image.open(BytesIO(data)).size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        width, height = 1, MOST_PIXELS + 1
+    if width * height > MOST_PIXELS:
+        raise DernetError(
+            "the picture's header is damaged, or promises more pixels than any radiograph has; "
+            "export the picture again."
+        )
     try:
         grey = cv2.imdecode(
             np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH
@@ -205,6 +217,12 @@ def _refusal(dataset: pydicom.Dataset) -> str:
         return (
             f"the DICOM image is in colour ({photometric}), where a radiograph is MONOCHROME1 or "
             "MONOCHROME2; export it in grey."
+        )
+    pixels = int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0)
+    if pixels > MOST_PIXELS:
+        return (
+            f"the DICOM header promises {pixels / 1e6:,.0f} million pixels, where a radiograph "
+            "has some tens; export the image again."
         )
     if frames > 1:
         return (

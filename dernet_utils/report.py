@@ -1,4 +1,8 @@
-"""An answer as others want it: JSON, a picture, a page, DICOM."""
+"""An answer as others want it: JSON, a picture, a page to print."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
 
 import cv2
 import numpy as np
@@ -16,6 +20,7 @@ LESION_STYLE = {
     "Vertebral collapse": ("#D55E00", "-."),
     "Other lesions": ("#FFFFFF", ":"),
 }
+NOTICE = "For research and teaching, not for diagnosis"
 OVERLAY_PX = 1280  # long side of an overlay at most
 STROKE = 500  # pixels of its long side to one of a line's width
 
@@ -31,12 +36,13 @@ def as_record(answer: Answer) -> dict:
     }
 
 
-def draw_answer(grey: np.ndarray, answer: Answer) -> np.ndarray:
+def draw_answer(grey: np.ndarray, answer: Answer, overridden: Sequence[str] = ()) -> np.ndarray:
     """Return the film with its boxes and decision drawn on it.
 
     Args:
         grey: The film as `imaging.read_grey` returns it, uint8 (H, W).
         answer: The pipeline's.
+        overridden: Reasons against the film that a person set aside.
 
     Returns:
         Colours in OpenCV's order, uint8 (h, w, 3), at most 1,280 pixels long, with a line of
@@ -68,8 +74,10 @@ def draw_answer(grey: np.ndarray, answer: Answer) -> np.ndarray:
     word = "abnormal" if answer.abnormal else "normal"
     lines = [
         f"DERNet: {word}, score {answer.score:.2f}, threshold {answer.threshold:.2f}",
-        "For research and teaching, not for diagnosis",
+        NOTICE,
     ]
+    if overridden:
+        lines.insert(1, "A person overrode: " + " ".join(overridden))
     below = np.zeros((16 * stroke * len(lines) + 8 * stroke, picture.shape[1], 3), np.uint8)
     for number, line in enumerate(lines):
         room = picture.shape[1] / cv2.getTextSize(line, write["fontFace"], 1.0, stroke)[0][0]
@@ -78,3 +86,69 @@ def draw_answer(grey: np.ndarray, answer: Answer) -> np.ndarray:
             below, line, at, fontScale=min(small, 0.95 * room), color=(255, 255, 255), **write
         )
     return np.vstack([picture, below])
+
+
+def as_page(
+    grey: np.ndarray, answer: Answer, about: Mapping, overridden: Sequence[str] = ()
+) -> str:
+    """Return an answer as a page of HTML that stands by itself, to be printed.
+
+    Args:
+        grey, answer, overridden: As `draw_answer` takes them.
+        about: The manifest of the networks, as `runtime.read_exported` returns it.
+    """
+    picture = cv2.imencode(".png", draw_answer(grey, answer, overridden))[1].tobytes()
+    shown = base64.b64encode(picture).decode()
+    word = "abnormal" if answer.abnormal else "normal"
+    scores = [("DERNet", answer.score), *answer.shares.items()]
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    boxes = [
+        (box.lesion_type, f"{box.score:.2f}", *(f"{getattr(box, edge):.0f}" for edge in corners))
+        for box in answer.boxes.itertuples()
+    ]
+    height, width = grey.shape
+    warning = ""
+    if overridden:
+        told = escape(" ".join(overridden))
+        warning = f"<p class=warning>A person overrode the rejection of this file. {told}</p>"
+    learnt = " They learnt from virtual radiographs only." if about.get("virtual") else ""
+    return PAGE.format(
+        notice=NOTICE, shown=shown, word=word, warning=warning, width=width, height=height,
+        threshold=f"{answer.threshold:.3f}",
+        scores=_rows([(name, f"{value:.3f}") for name, value in scores]),
+        boxes=_rows(boxes) or "<tr><td colspan=6>none</td></tr>",
+        made_by=escape(str(about.get("made_by", ""))) + "." + learnt,
+    )  # fmt: skip
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    return "".join(f"<tr>{row}</tr>" for row in cells)
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>DERNet: report</title>
+<style>
+body {{ font: 11pt/1.45 system-ui, sans-serif; max-width: 48rem; }}
+body {{ margin: 1.5rem auto; padding: 0 1rem; }}
+img {{ display: block; max-width: 100%; max-height: 60vh; margin: 1rem 0; }}
+table {{ border-collapse: collapse; margin: .5rem 0 1rem; }}
+th, td {{ text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ccc; }}
+.notice, .warning {{ color: #9a3b20; font-weight: 600; }}
+</style>
+<h1>Spine radiograph: {word}</h1>
+<p class=notice>{notice}.</p>
+{warning}
+<img src="data:image/png;base64,{shown}" alt="The film with the boxes of the table below.">
+<h2>Probability of abnormal</h2>
+<table>{scores}</table>
+<p>Above {threshold} DERNet calls a film abnormal, and the detector is asked.</p>
+<h2>Lesions</h2>
+<table><tr><th>type<th>confidence<th>left<th>top<th>right<th>bottom</tr>{boxes}</table>
+<p>Places in pixels of the film, {width} × {height}.</p>
+<footer><p>{made_by}</p></footer>
+</html>
+"""

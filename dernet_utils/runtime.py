@@ -13,7 +13,7 @@ from dernet_utils.outliers import Familiar
 from dernet_utils.pipeline import Look, Pipeline
 
 MANIFEST = "manifest.json"
-NOTICE = "For research and teaching, not for diagnosis."
+SAMPLES = "samples"  # films to try, beside it
 # What runs a network, the precision of its file, and that of its arithmetic.
 ENGINES = {
     "onnxruntime": ("onnxruntime", "float32", "float32"),

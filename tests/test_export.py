@@ -1,88 +1,20 @@
 """Networks as ONNX files, and the pipeline that runs them without torch."""
 
-import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from exported import PX, VIEW, squares
 
 from dernet_utils import export, runtime
-from dernet_utils.data import LESION_TYPES
 from dernet_utils.errors import DernetError
 from dernet_utils.explain import grad_cam
-from dernet_utils.outliers import fit_familiar
 from dernet_utils.profiles import NETWORKS
-from dernet_utils.triage import build_network, predict_triage
-from dernet_utils.yolo import build_detector
-
-PX = 64
-VIEW = (96, 64)
-
-
-def films(n, shape):
-    return np.random.default_rng(n).integers(0, 256, (n, 1, *shape), dtype=np.uint8)
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def network_that_looks(name, seed=1):
-    """An untrained network whose head is not zero."""
-    network = build_network(name, seed=seed)
-    with torch.no_grad():
-        network.get_classifier().weight.normal_(generator=torch.Generator().manual_seed(seed))
-    return network.eval()
-
-
-@pytest.fixture(scope="module")
-def networks():
-    seeds = {name: (1,) for name in NETWORKS} | {"resnet50": (1, 2)}
-    return {name: [network_that_looks(name, one) for one in own] for name, own in seeds.items()}
-
-
-@pytest.fixture(scope="module")
-def detector():
-    made = build_detector(LESION_TYPES, 3)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():  # boxes of every kind and place
-        for branch in (*made.model[-1].cv2, *made.model[-1].cv3):
-            branch[-1].weight.normal_(std=0.5, generator=generator)
-    return made.eval()
-
-
-@pytest.fixture(scope="module")
-def exported(networks, detector, tmp_path_factory) -> Path:
-    """A folder as `export_run` leaves it, of untrained networks."""
-    folder = tmp_path_factory.mktemp("models")
-    shown = {"resnet50": list(films(8, (PX, PX))[:, 0])}  # the one that is quantised
-    triage = {
-        name: export.write_all(
-            export.Triage(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, [])
-        )
-        for name, own in networks.items()
-    }
-    found = export.write_all(export.Boxes(detector), VIEW, folder / "yolo11l.onnx", [])
-    decision = {
-        "networks": NETWORKS, "weights": (0.5, 0.3, 0.2), "temperature": 1.3,
-        "thresholds": {"youden": 0.0, "shut": 1.0}, "fitted_on": 10,
-    }  # fmt: skip
-    embeddings = runtime.open_network(folder / "resnet50.onnx")(films(8, (PX, PX)))[2]
-    seen = fit_familiar(embeddings, embeddings).save(folder / "familiar.npz")
-    familiar = {"network": "resnet50", "file": seen.name, "sha256": digest(seen)}
-    manifest = {
-        "notice": runtime.NOTICE, "profile": "test", "virtual": True, "triage": triage,
-        "detector": found, "familiar": familiar, "decision": decision, "lesion_types": LESION_TYPES,
-        "least_score": 0.001, "triage_px": PX, "view": VIEW, "cache_px": 128,
-        "clip_limit": 2.0, "tiles": 8,
-    }  # fmt: skip
-    (folder / runtime.MANIFEST).write_text(json.dumps(manifest))
-    return folder
+from dernet_utils.triage import predict_triage
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -90,7 +22,7 @@ def exported(networks, detector, tmp_path_factory) -> Path:
 def test_triage_says_what_torch_says(exported, networks, name, engine):
     run = runtime.open_network(exported / f"{name}.onnx", engine)
     for n in (1, 3):
-        shown = films(n, (PX, PX))
+        shown = squares(n, (PX, PX))
         prob, heat, embedding = run(shown)
         pixels = torch.from_numpy(shown)
         wanted = np.mean([predict_triage(own, pixels) for own in networks[name]], axis=0)
@@ -112,7 +44,7 @@ def test_triage_says_what_torch_says(exported, networks, name, engine):
 def test_the_detector_says_what_torch_says(exported, detector, engine):
     run = runtime.open_network(exported / "yolo11l.onnx", engine)
     for n in (1, 3):
-        shown = films(n, VIEW)
+        shown = squares(n, VIEW)
         with torch.no_grad():
             grey = torch.from_numpy(shown).float() / 255
             wanted = detector.answers(grey.expand(-1, 3, -1, -1)).numpy()
@@ -122,7 +54,7 @@ def test_the_detector_says_what_torch_says(exported, detector, engine):
 
 
 def test_fewer_bits_say_nearly_the_same(exported):
-    shown = films(4, (PX, PX))
+    shown = squares(4, (PX, PX))
     path = {"int8": exported / "resnet50.int8.onnx", "float32": exported / "resnet50.onnx"}
     wanted = runtime.open_network(path["float32"])(shown)[2]
     for engine in ("onnxruntime-int8", "openvino-bfloat16", "openvino-int8"):
@@ -135,7 +67,7 @@ def test_fewer_bits_say_nearly_the_same(exported):
 
 
 def test_the_pipeline_runs_and_the_gate_shuts(exported):
-    grey = films(1, (200, 150))[0, 0]
+    grey = squares(1, (200, 150))[0, 0]
     open_gate = runtime.open_pipeline(exported).answer(grey)
     assert open_gate.abnormal and len(open_gate.boxes)
     shut = runtime.open_pipeline(exported, threshold="shut").answer(grey)

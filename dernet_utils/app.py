@@ -1,0 +1,346 @@
+"""The web interface: a page, and the same as an API under ``/api/v1``.
+
+Nothing that is sent is kept, on disk or in a log: a file lives in memory until it is answered. One
+film is answered at a time; a few may wait, and who comes after them is told to come back.
+"""
+
+import asyncio
+import base64
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cv2
+import numpy as np
+import pydicom
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from dernet_utils import __version__
+from dernet_utils.errors import DernetError
+from dernet_utils.examine import Examined, Examiner
+from dernet_utils.report import LESION_STYLE, NOTICE, as_page, as_record
+from dernet_utils.runtime import SAMPLES, read_exported
+from dernet_utils.workspace import Workspace
+
+WEB = Path(__file__).with_name("web")
+MOST_BYTES = 100 * 2**20  # of a request; a large radiograph has 20
+MOST_FILES = 64  # of a batch
+WAITING = 8  # requests that may wait for the one that is answered
+RETRY_S = 2
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class Refused(Exception):
+    """A request that cannot be answered, with the status and the sentence to say so."""
+
+    def __init__(self, status: int, sentence: str, **headers: str):
+        super().__init__(sentence)
+        self.status, self.headers = status, headers
+
+
+class Desk:
+    """Lets one film be answered at a time, and few wait."""
+
+    def __init__(self) -> None:
+        self._waiting, self._lock = 0, asyncio.Lock()
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for one's turn.
+
+        Raises:
+            Refused: Too many wait already.
+        """
+        if self._waiting > WAITING:
+            raise Refused(
+                503, "Busy: too many films are waiting. Send yours again in a moment.",
+                **{"Retry-After": str(RETRY_S)},
+            )  # fmt: skip
+        self._waiting += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._waiting -= 1
+
+
+def open_app(
+    workspace: Workspace, engine: str, token: str = "", host: str = "127.0.0.1"
+) -> FastAPI:
+    """Return the application with the networks of a run.
+
+    Args:
+        workspace: The run; its networks are exported.
+        engine: As `runtime.open_pipeline` takes it.
+        token, host: As `make_app` takes token and hosts; an address for all stands for any name.
+
+    Raises:
+        DernetError: As `runtime.open_pipeline` raises.
+    """
+    folder = workspace.models
+    examiner, samples = Examiner.open(folder, engine), folder / SAMPLES
+    hosts = ("*",) if host in ("0.0.0.0", "::") else ("127.0.0.1", "localhost", host)
+    about = read_exported(folder)
+    return make_app(examiner, about, token, hosts, samples if samples.is_dir() else None)
+
+
+def make_app(
+    examiner: Examiner,
+    about: dict,
+    token: str = "",
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost"),
+    samples: Path | None = None,
+) -> FastAPI:
+    """Return the web application.
+
+    Args:
+        examiner: Answers each film.
+        about: The manifest of its networks.
+        token: Asked of every request to the API where it is not empty.
+        hosts: Names under which the server may be called.
+        samples: A folder of films to try.
+    """
+    app = FastAPI(
+        title="DERNet", version=__version__, description=NOTICE, docs_url=None, redoc_url=None,
+        openapi_url="/api/v1/openapi.json",
+    )  # fmt: skip
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    desk = Desk()
+    offered = {path.name: path for path in sorted(samples.iterdir())} if samples else {}
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable) -> Response:
+        if token and request.url.path.startswith("/api/") and not _has(token, request):
+            refused = {"error": "The token is missing or wrong."}
+            response = JSONResponse(refused, 401, {"WWW-Authenticate": "Bearer"})
+        else:
+            response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.exception_handler(Refused)
+    async def refuse(request: Request, error: Refused) -> Response:
+        return JSONResponse({"error": str(error)}, error.status, error.headers)
+
+    @app.exception_handler(DernetError)
+    async def unreadable(request: Request, error: DernetError) -> Response:
+        return JSONResponse({"error": _sentence(error)}, 422)
+
+    async def examined(data: bytes, override: bool) -> Examined:
+        async with desk.turn():
+            return await run_in_threadpool(examiner.examine, data, override)
+
+    @app.post("/api/v1/analyse", openapi_extra=_BODY)
+    async def analyse(
+        request: Request,
+        override: Override = False,
+        picture: Annotated[bool, Query(description="Return the film as PNG, too.")] = False,
+        heat: Annotated[bool, Query(description="Return DERNet's heat map, too.")] = False,
+    ) -> JSONResponse:
+        """Answer one file: DICOM, PNG or JPEG, as the request's body."""
+        done = await examined(await _body(request), override)
+        return JSONResponse(_said(done, examiner, picture, heat))
+
+    @app.post("/api/v1/analyse-batch", openapi_extra=_FORM)
+    async def analyse_batch(request: Request, override: Override = False) -> StreamingResponse:
+        """Answer many files of a form, a line of JSON each, as soon as it is known."""
+        files = await _files(request)
+
+        async def lines() -> AsyncIterator[str]:
+            for number, data in enumerate(files):
+                try:
+                    said = _said(await examined(data, override), examiner)
+                except DernetError as error:
+                    said = {"error": _sentence(error)}
+                except Refused as refused:
+                    said = {"error": str(refused)}
+                yield json.dumps({"number": number} | said) + "\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    @app.post("/api/v1/report/{form}", openapi_extra=_BODY)
+    async def report(
+        form: Literal["html", "json", "sr", "sc"], request: Request, override: Override = False
+    ) -> Response:
+        """Answer one file by a report: a page, JSON, or, of a DICOM image, SR or capture."""
+        data = await _body(request)
+        done = await examined(data, override)
+        if done.rejected:
+            raise Refused(
+                409,
+                "The file was rejected, and there is nothing to report: "
+                + " ".join(reason.text for reason in done.reasons),
+            )
+        return await run_in_threadpool(_report, form, data, done, about)
+
+    @app.get("/api/v1/health")
+    async def health() -> dict:
+        """Say that the server is there."""
+        return {"status": "ok"}
+
+    @app.get("/api/v1/model")
+    async def model() -> dict:
+        """Say which networks answer."""
+        shown = ("notice", "made_by", "profile", "virtual", "decision", "least_score")
+        styles = {name: {"colour": c, "dash": d} for name, (c, d) in LESION_STYLE.items()}
+        return {name: about.get(name) for name in shown} | {"lesion_types": styles}
+
+    @app.get("/api/v1/samples")
+    async def list_samples() -> list[str]:
+        """Name the films to try."""
+        return list(offered)
+
+    @app.get("/api/v1/samples/{name}")
+    async def sample(name: str) -> FileResponse:
+        """Send a film to try."""
+        if name not in offered:
+            raise Refused(404, "There is no sample of that name.")
+        return FileResponse(offered[name], media_type="application/octet-stream")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(WEB / "index.html")
+
+    app.mount("/web", StaticFiles(directory=WEB), name="web")
+    return app
+
+
+Override = Annotated[bool, Query(description="Answer although reasons speak against the file.")]
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": _BINARY}}}
+_MANY = {
+    "schema": {
+        "type": "object",
+        "properties": {"files": {"type": "array", "items": _BINARY["schema"]}},
+    }
+}
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": _MANY}}}
+
+
+def _has(token: str, request: Request) -> bool:
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
+
+
+def _sentence(error: DernetError) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]
+
+
+async def _body(request: Request) -> bytes:
+    """The body, in memory, unless there is too much of it."""
+    if int(request.headers.get("content-length") or 0) > MOST_BYTES:
+        raise Refused(413, _TOO_LARGE)
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MOST_BYTES:
+            raise Refused(413, _TOO_LARGE)
+        parts.append(part)
+    if not size:
+        raise Refused(422, "The file is empty; choose a DICOM, PNG or JPEG file.")
+    return b"".join(parts)
+
+
+_TOO_LARGE = f"The file is larger than {MOST_BYTES // 2**20} MB, and no radiograph is."
+
+
+async def _files(request: Request) -> list[bytes]:
+    """The files of a form, in memory."""
+    if int(request.headers.get("content-length") or 0) > MOST_BYTES:
+        raise Refused(413, _TOO_LARGE)
+
+    async def bounded() -> AsyncIterator[bytes]:
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > MOST_BYTES:
+                raise Refused(413, _TOO_LARGE)
+            yield part
+
+    parser = MultiPartParser(request.headers, bounded(), max_files=MOST_FILES)
+    parser.spool_max_size = MOST_BYTES  # beyond it a file would go to the disk
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, UnicodeDecodeError) as error:
+        raise Refused(
+            422, f"The form cannot be read; send up to {MOST_FILES} files as multipart/form-data."
+        ) from error
+    files = [await value.read() for _, value in form.multi_items() if not isinstance(value, str)]
+    if not files:
+        raise Refused(422, "The form holds no file.")
+    return files
+
+
+def _said(done: Examined, examiner: Examiner, picture: bool = False, heat: bool = False) -> dict:
+    height, width = done.grey.shape
+    said = {
+        "notice": NOTICE,
+        "width": width,
+        "height": height,
+        "rejected": done.rejected,
+        "overridden": bool(done.overridden),
+        "reasons": [reason._asdict() for reason in done.reasons],
+    }
+    if done.answer is not None:
+        said |= as_record(done.answer)
+        if heat:
+            said["heat"] = _png(_levels(examiner.pipeline.heat(done.looks)))
+    if picture:
+        said["picture"] = _png(done.grey)
+    return said
+
+
+def _levels(heat: np.ndarray) -> np.ndarray:
+    """A heat map as 8-bit grey, its hottest place white."""
+    return (255 * heat / max(heat.max(), 1e-12)).round().astype(np.uint8)
+
+
+def _png(picture: np.ndarray) -> str:
+    return base64.b64encode(cv2.imencode(".png", picture)[1].tobytes()).decode()
+
+
+def _report(form: str, data: bytes, done: Examined, about: dict) -> Response:
+    if form == "json":
+        record = as_record(done.answer) | {"notice": NOTICE, "overridden": list(done.overridden)}
+        return _attached(json.dumps(record, indent=1).encode(), "application/json", "report.json")
+    if form == "html":
+        page = as_page(done.grey, done.answer, about, done.overridden)
+        return _attached(page.encode(), "text/html; charset=utf-8", "report.html")
+    if data[128:132] != b"DICM":
+        raise Refused(
+            422, "A DICOM report refers to a DICOM image; take the page or JSON for this file."
+        )
+    from dernet_utils.dicom_report import secondary_capture, structured_report
+
+    film = pydicom.dcmread(BytesIO(data))
+    if form == "sr":
+        made = structured_report(film, done.answer, about["made_by"][:64], done.overridden)
+    else:
+        made = secondary_capture(film, done.grey, done.answer, done.overridden)
+    stream = BytesIO()
+    pydicom.dcmwrite(stream, made, enforce_file_format=True)
+    return _attached(stream.getvalue(), "application/dicom", f"{form}.dcm")
+
+
+def _attached(content: bytes, media_type: str, name: str) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="dernet-{name}"'}
+    return Response(content, media_type=media_type, headers=headers)

@@ -1,0 +1,200 @@
+"""An answer as DICOM objects that refer to the film: a structured report, a secondary capture.
+
+Both carry the film's patient and study, and say that an algorithm made them for research. The
+report follows template TID 1500 (PS3.16): DERNet's probability, then a group for each box. The
+private coding scheme 99DERNET names the lesion types, which no public scheme has as the dataset
+means them.
+"""
+
+import cv2
+import highdicom as hd
+import numpy as np
+import pydicom
+from highdicom.sr import CodedConcept
+from pydicom.sr.codedict import codes
+
+from dernet_utils.errors import DernetError
+from dernet_utils.pipeline import Answer
+from dernet_utils.report import NOTICE, draw_answer
+
+MAKER, MODEL = "dernet-utils", "DERNet and YOLO11-L"
+SCHEME = "99DERNET"
+SCHEME_UID = "2.25.228134109838106742108331741283561123951"
+REPORT_SERIES, CAPTURE_SERIES = 9001, 9002
+MUST_SAY = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
+    "StudyTime", "AccessionNumber", "ReferringPhysicianName",
+)  # fmt: skip
+PROBABILITY = CodedConcept("PROB", SCHEME, "Probability of an abnormal film")
+CONFIDENCE = CodedConcept("CONF", SCHEME, "Confidence of the detector")
+REJECTED = CodedConcept("REJECTION", SCHEME, "Rejection overridden by a person")
+RATIO = CodedConcept("1", "UCUM", "no units")
+
+
+def lesion_concept(lesion_type: str) -> CodedConcept:
+    """Return the code of a lesion type: its name, as far as sixteen characters reach.
+
+    >>> lesion_concept("Surgical implant").value
+    'SURGICAL_IMPLANT'
+    """
+    return CodedConcept(lesion_type.upper().replace(" ", "_")[:16], SCHEME, lesion_type)
+
+
+def structured_report(
+    film: pydicom.Dataset, answer: Answer, version: str, overridden: tuple[str, ...] = ()
+) -> pydicom.Dataset:
+    """Return a Comprehensive SR, TID 1500, of an answer.
+
+    Args:
+        film: The DICOM image that was asked about.
+        answer: What the pipeline says of it; boxes in the image's pixels.
+        version: Of the algorithm.
+        overridden: Reasons against the image that a person set aside.
+
+    Raises:
+        DernetError: The image lacks what a report must refer to.
+    """
+    film = _source(film)
+    algorithm = hd.sr.AlgorithmIdentification(
+        MODEL, version, parameters=[f"threshold {answer.threshold:.4f}"]
+    )
+    device = hd.sr.ObserverContext(
+        codes.DCM.Device,
+        hd.sr.DeviceObserverIdentifyingAttributes(
+            uid=hd.UID(), name=MODEL, manufacturer_name=MAKER, model_name=MODEL
+        ),
+    )
+    context = hd.sr.ObservationContext(observer_device_context=device)
+    image = hd.sr.SourceImageForRegion(film.SOPClassUID, film.SOPInstanceUID)
+    whole = hd.sr.MeasurementsAndQualitativeEvaluations(
+        hd.sr.TrackingIdentifier(uid=hd.UID(), identifier="whole film"),
+        algorithm_id=algorithm,
+        finding_type=codes.SCT.Abnormal if answer.abnormal else codes.DCM.NoAbnormality,
+        source_images=[hd.sr.SourceImageForMeasurementGroup(film.SOPClassUID, film.SOPInstanceUID)],
+        measurements=[hd.sr.Measurement(PROBABILITY, answer.score, RATIO)],
+        qualitative_evaluations=[
+            hd.sr.QualitativeEvaluation(REJECTED, CodedConcept(f"REASON{k + 1}", SCHEME, text[:64]))
+            for k, text in enumerate(overridden)
+        ]
+        or None,
+    )
+    groups = [whole]
+    for number, box in enumerate(answer.boxes.itertuples(), start=1):
+        corners = np.array([
+            [box.xmin, box.ymin], [box.xmax, box.ymin], [box.xmax, box.ymax],
+            [box.xmin, box.ymax], [box.xmin, box.ymin],
+        ])  # fmt: skip
+        region = hd.sr.ImageRegion(hd.sr.GraphicTypeValues.POLYLINE, corners, image)
+        groups.append(
+            hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(
+                hd.sr.TrackingIdentifier(uid=hd.UID(), identifier=f"lesion {number}"),
+                referenced_region=region,
+                algorithm_id=algorithm,
+                finding_type=lesion_concept(box.lesion_type),
+                measurements=[hd.sr.Measurement(CONFIDENCE, float(box.score), RATIO)],
+            )
+        )
+    content = hd.sr.MeasurementReport(
+        context,
+        procedure_reported=codes.SCT.PlainRadiography,
+        imaging_measurements=groups,
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    report = hd.sr.ComprehensiveSR(
+        evidence=[film],
+        content=content,
+        series_number=REPORT_SERIES,
+        series_instance_uid=hd.UID(),
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer=MAKER,
+        is_complete=True,
+        series_description=NOTICE[:64],
+    )
+    _declare_scheme(report)
+    return report
+
+
+def secondary_capture(
+    film: pydicom.Dataset, grey: np.ndarray, answer: Answer, overridden: tuple[str, ...] = ()
+) -> pydicom.Dataset:
+    """Return a colour Secondary Capture of the film with its boxes.
+
+    Args:
+        film, answer, overridden: As `structured_report` takes them.
+        grey: The film as `imaging.decode_grey` returns it, uint8 (H, W).
+
+    Raises:
+        DernetError: As `structured_report` raises.
+    """
+    film = _source(film)
+    drawn = draw_answer(grey, answer, overridden)
+    capture = hd.sc.SCImage.from_ref_dataset(
+        film,
+        pixel_array=np.ascontiguousarray(cv2.cvtColor(drawn, cv2.COLOR_BGR2RGB)),
+        photometric_interpretation="RGB",
+        bits_allocated=8,
+        coordinate_system="PATIENT",
+        patient_orientation=("L", "F"),  # highdicom asks for one; what is known comes below
+        series_instance_uid=hd.UID(),
+        series_number=CAPTURE_SERIES,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer=MAKER,
+        transfer_syntax_uid=pydicom.uid.ExplicitVRLittleEndian,
+        series_description=NOTICE[:64],
+    )
+    capture.BurnedInAnnotation = "YES"
+    capture.DerivationDescription = "Boxes and decision of an algorithm drawn on the film"
+    capture.PatientOrientation = film.get("PatientOrientation")
+    capture.BodyPartExamined = film.get("BodyPartExamined") or "SPINE"
+    if film.get("Laterality"):  # of a paired part, which a spine is not
+        capture.Laterality = film.Laterality
+    item = pydicom.Dataset()
+    item.ReferencedSOPClassUID = film.SOPClassUID
+    item.ReferencedSOPInstanceUID = film.SOPInstanceUID
+    capture.SourceImageSequence = [item]
+    return capture
+
+
+def read_report(report: pydicom.Dataset) -> dict:
+    """Return what a structured report of ours says: ``score``, and ``boxes``, one dict each."""
+    content = hd.sr.ComprehensiveSR.from_dataset(report).content
+    (whole,) = content.get_image_measurement_groups()
+    (score,) = whole.get_measurements(name=PROBABILITY)
+    boxes = []
+    for group in content.get_planar_roi_measurement_groups():
+        corners = group.roi.value
+        (confidence,) = group.get_measurements(name=CONFIDENCE)
+        boxes.append({
+            "lesion_type": group.finding_type.meaning, "score": float(confidence.value),
+            "xmin": corners[:, 0].min(), "ymin": corners[:, 1].min(),
+            "xmax": corners[:, 0].max(), "ymax": corners[:, 1].max(),
+        })  # fmt: skip
+    return {"score": float(score.value), "boxes": boxes}
+
+
+def _source(film: pydicom.Dataset) -> pydicom.Dataset:
+    """The film's header, what a report must say of patient and study empty where it is silent."""
+    needed = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+    if missing := [name for name in needed if not film.get(name)]:
+        raise DernetError(
+            f"The DICOM header lacks {', '.join(missing)}, which a report must refer to: send the "
+            "image as the device made it."
+        )
+    source = pydicom.Dataset()
+    source.update({e.tag: e for e in film if e.keyword != "PixelData"})
+    source.file_meta = film.file_meta
+    for name in MUST_SAY:
+        if name not in source:
+            setattr(source, name, None)
+    return source
+
+
+def _declare_scheme(report: pydicom.Dataset) -> None:
+    item = pydicom.Dataset()
+    item.CodingSchemeDesignator = SCHEME
+    item.CodingSchemeUID = SCHEME_UID
+    item.CodingSchemeName = "Lesion types of VinDr-SpineXR, as DERNet reports them"
+    item.CodingSchemeResponsibleOrganization = MAKER
+    report.CodingSchemeIdentificationSequence = [item]

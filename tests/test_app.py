@@ -1,0 +1,347 @@
+"""The web application, asked as a client would ask it."""
+
+import json
+import logging
+import threading
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+from fastapi.testclient import TestClient
+from pydicom.data import get_testdata_files
+
+from dernet_utils import app as web
+from dernet_utils import runtime
+from dernet_utils.dicom_report import read_report
+from dernet_utils.examine import Examiner
+
+RADIOGRAPH = Path("radiograph.dcm")
+
+
+@pytest.fixture(scope="module")
+def examiner(exported) -> Examiner:
+    made = Examiner.open(exported, threads=1)
+    made.familiar.__dict__["limit"] = np.inf  # noise is not familiar to anything
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(examiner, exported, tmp_path_factory):
+    samples = tmp_path_factory.mktemp("samples")
+    (samples / "virtual-1.dcm").write_bytes(film())
+    about = runtime.read_exported(exported) | {"made_by": "dernet-utils test"}
+    application = web.make_app(examiner, about, samples=samples)
+    return TestClient(application, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
+def grey(height=300, width=200, seed=0):
+    """A picture as smooth, and as full of greys, as a radiograph."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    shown = 200 * np.exp(-3 * x**2) + 30 * np.sin(9 * y) + rng.normal(0, 3, (height, width))
+    return shown.clip(0, 255).astype(np.uint8)
+
+
+def film(seed=0, **header) -> bytes:
+    """A DICOM radiograph."""
+    shown = grey(seed=seed)
+    made = pydicom.Dataset()
+    made.file_meta = pydicom.dataset.FileMetaDataset()
+    made.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    made.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID
+    made.SOPInstanceUID = f"2.25.{1000 + seed}"
+    made.StudyInstanceUID, made.SeriesInstanceUID = "2.25.1", "2.25.2"
+    made.PatientName, made.PatientID, made.PatientBirthDate = "Roe^Jane", "SECRET-7", "19500101"
+    made.PatientSex, made.StudyID, made.AccessionNumber = "F", "1", ""
+    made.StudyDate, made.StudyTime, made.ReferringPhysicianName = "20260101", "120000", ""
+    made.Modality, made.BodyPartExamined = "DX", "LSPINE"
+    made.Rows, made.Columns = shown.shape
+    made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"
+    made.BitsAllocated = made.BitsStored = 8
+    made.HighBit, made.PixelRepresentation = 7, 0
+    made.PixelData = shown.tobytes()
+    for name, value in header.items():
+        setattr(made, name, value)
+    stream = BytesIO()
+    pydicom.dcmwrite(stream, made, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def encoded(ending=".png", picture=None):
+    return cv2.imencode(ending, grey() if picture is None else picture)[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    "data", [film(), encoded(".png"), encoded(".jpg")], ids=["dcm", "png", "jpg"]
+)
+def test_each_form_is_answered(client, examiner, data):
+    said = client.post("/api/v1/analyse?picture=true&heat=true", content=data)
+    assert said.status_code == 200
+    said = said.json()
+    wanted = examiner.examine(data).answer
+    assert said["score"] == wanted.score and said["decision"] == "abnormal"
+    assert len(said["boxes"]) == len(wanted.boxes) and not said["rejected"]
+    assert (said["width"], said["height"]) == (200, 300) and "not for diagnosis" in said["notice"]
+    picture = cv2.imdecode(np.frombuffer(_decoded(said["picture"]), np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert (picture == examiner.examine(data).grey).all()
+    heat = cv2.imdecode(np.frombuffer(_decoded(said["heat"]), np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert heat.shape == (2, 2)
+
+
+def _decoded(text):
+    import base64
+
+    return base64.b64decode(text)
+
+
+def test_a_rejection_has_reasons_and_may_be_overridden(client):
+    data = film(Modality="CT", BodyPartExamined="CHEST")
+    said = client.post("/api/v1/analyse", content=data).json()
+    assert said["rejected"] and "score" not in said
+    assert [reason["layer"] for reason in said["reasons"]] == ["header", "header"]
+    refused = client.post("/api/v1/report/html", content=data)
+    assert refused.status_code == 409 and "modality is CT" in refused.json()["error"]
+    said = client.post("/api/v1/analyse?override=true", content=data).json()
+    assert said["overridden"] and said["score"] and len(said["reasons"]) == 2
+    page = client.post("/api/v1/report/html?override=true", content=data).text
+    assert "A person overrode" in page and "modality is CT" in page
+
+
+def test_the_page_of_a_report(client, examiner):
+    page = client.post("/api/v1/report/html", content=film()).text
+    answer = examiner.examine(film()).answer
+    assert f"{answer.score:.3f}" in page and "not for diagnosis" in page
+    assert page.count("<tr><td>") >= len(answer.boxes) + 4
+    assert "http" not in page.replace("http-equiv", "")  # nothing from elsewhere
+    told = client.post("/api/v1/report/json", content=film()).json()
+    assert told["score"] == answer.score and told["overridden"] == []
+
+
+def test_dicom_reports_say_what_was_answered(client, examiner, tmp_path):
+    data = film()
+    answer, source = examiner.examine(data).answer, pydicom.dcmread(BytesIO(data))
+    sent = client.post("/api/v1/report/sr", content=data)
+    assert sent.headers["content-type"] == "application/dicom"
+    report = pydicom.dcmread(BytesIO(sent.content))
+    assert report.StudyInstanceUID == source.StudyInstanceUID
+    assert report.PatientID == source.PatientID
+    (evidence,) = report.CurrentRequestedProcedureEvidenceSequence
+    (series,) = evidence.ReferencedSeriesSequence
+    assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    told = read_report(report)
+    assert told["score"] == pytest.approx(answer.score, abs=1e-6)
+    assert [box["lesion_type"] for box in told["boxes"]] == list(answer.boxes["lesion_type"])
+    for name in ("score", "xmin", "ymin", "xmax", "ymax"):
+        read = [box[name] for box in told["boxes"]]
+        assert read == pytest.approx(answer.boxes[name].tolist(), rel=1e-6, abs=1e-4)
+    sent = client.post("/api/v1/report/sc", content=data)
+    capture = pydicom.dcmread(BytesIO(sent.content))
+    assert capture.pixel_array.shape[2] == 3
+    assert capture.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+
+
+@pytest.mark.parametrize("form", ["sr", "sc"])
+def test_dicom_reports_have_no_errors(client, form, tmp_path):
+    import subprocess
+
+    data = film(Modality="CT")
+    sent = client.post(f"/api/v1/report/{form}?override=true", content=data)
+    (tmp_path / "made.dcm").write_bytes(sent.content)
+    told = subprocess.run(["dciodvfy", tmp_path / "made.dcm"], capture_output=True, text=True)
+    errors = [line for line in (told.stdout + told.stderr).splitlines() if "Error" in line]
+    assert not errors, errors
+
+
+def test_a_picture_has_no_dicom_report(client):
+    refused = client.post("/api/v1/report/sr", content=encoded())
+    assert refused.status_code == 422 and "DICOM image" in refused.json()["error"]
+
+
+def test_a_batch_is_answered_line_by_line(client):
+    files = [("files", (f"../{n}", data)) for n, data in enumerate([film(), b"junk", encoded()])]
+    sent = client.post("/api/v1/analyse-batch", files=files)
+    assert sent.headers["content-type"].startswith("application/x-ndjson")
+    lines = [json.loads(line) for line in sent.text.splitlines()]
+    assert [line["number"] for line in lines] == [0, 1, 2]
+    assert "score" in lines[0] and "score" in lines[2] and "Not an image" in lines[1]["error"]
+
+
+def test_what_else_there_is(client):
+    assert client.get("/api/v1/health").json() == {"status": "ok"}
+    assert client.get("/api/v1/model").json()["decision"]["temperature"] == 1.3
+    paths = client.get("/api/v1/openapi.json").json()["paths"]
+    assert {"/api/v1/analyse", "/api/v1/analyse-batch", "/api/v1/report/{form}"} <= set(paths)
+    assert client.get("/api/v1/samples").json() == ["virtual-1.dcm"]
+    assert client.get("/api/v1/samples/virtual-1.dcm").content == film()
+    for name in ("..%2Fmanifest.json", "none", "%2Fetc%2Fpasswd"):
+        assert client.get(f"/api/v1/samples/{name}").status_code == 404
+    page = client.get("/")
+    assert page.status_code == 200 and "DERNet" in page.text
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    for part in ("app.js", "style.css"):
+        assert client.get(f"/web/{part}").status_code == 200
+
+
+# Bad input
+
+
+def bomb(side=40_000):
+    """A PNG of a few kilobytes whose header says that it is huge."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(1000))
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def without_pixels():
+    made = pydicom.dcmread(BytesIO(film()))
+    del made.PixelData
+    stream = BytesIO()
+    pydicom.dcmwrite(stream, made, enforce_file_format=True)
+    return stream.getvalue()
+
+
+BAD = {
+    "text": b"hello", "nothing": b"", "a renamed file": b"%PDF-1.7 " + bytes(500),
+    "truncated DICOM": film()[:2000], "cut in the header": film()[:140], "huge": bomb(),
+    "a zip": b"PK\x03\x04" + bytes(200), "several frames": film(NumberOfFrames=2),
+    "no pixels": without_pixels(), "invalid UTF-8": b"\xff\xfe\xfa" * 50,
+    "hostile SVG": b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
+    "cut PNG": encoded()[:-40], "cut JPEG": encoded(".jpg")[:500],
+    "rows without end": film(Rows=65_535, Columns=65_535),
+    "colour DICOM": film(PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("path", ["analyse", "report/sr"])
+def test_what_is_no_film_gets_a_sentence(client, data, path):
+    refused = client.post(f"/api/v1/{path}", content=data)
+    assert 400 <= refused.status_code < 500
+    said = refused.json()["error"]
+    assert said.endswith(".") and "Traceback" not in said and "/" not in said.replace("and/or", "")
+
+
+def test_too_much_is_refused(client, monkeypatch):
+    monkeypatch.setattr(web, "MOST_BYTES", 1000)
+    for path in ("analyse", "analyse-batch"):
+        assert client.post(f"/api/v1/{path}", content=bytes(1001)).status_code == 413
+
+    def parts():
+        yield bytes(600)
+        yield bytes(600)
+
+    assert client.post("/api/v1/analyse", content=parts()).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"content": b"no form"},
+        {"files": []},
+        {"data": {"files": "words"}},
+        {"content": b"--x\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+    ],
+)
+def test_a_form_that_is_none(client, sent):
+    refused = client.post("/api/v1/analyse-batch", **sent)
+    assert refused.status_code == 422 and refused.json()["error"].endswith(".")
+
+
+def test_every_test_file_of_pydicom_is_answered(client):
+    """None breaks the server; each is answered or refused in a sentence."""
+    names = [name for name in get_testdata_files() if Path(name).is_file()]
+    assert len(names) > 50
+    for name in names:
+        data = Path(name).read_bytes()
+        if len(data) > 5_000_000 or not data:
+            continue
+        said = client.post("/api/v1/analyse", content=data)
+        assert said.status_code in (200, 422), (name, said.text)
+        assert "error" in said.json() or "rejected" in said.json()
+    assert client.get("/api/v1/health").status_code == 200
+
+
+def test_the_token_is_asked_for(examiner, exported):
+    guarded = TestClient(
+        web.make_app(examiner, runtime.read_exported(exported), token="secret"),
+        base_url="http://localhost",
+    )
+    assert guarded.get("/").status_code == 200  # the page asks for it
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}):
+        refused = guarded.get("/api/v1/model", headers=header)
+        assert refused.status_code == 401 and "token" in refused.json()["error"]
+    right = {"Authorization": "Bearer secret"}
+    assert guarded.get("/api/v1/model", headers=right).status_code == 200
+
+
+def test_another_host_is_refused(client):
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+
+
+# Nothing is kept, and nobody waits for ever
+
+
+def test_nothing_is_kept_or_logged(client, caplog, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with caplog.at_level(logging.DEBUG):
+        client.post("/api/v1/analyse", content=film())
+        client.post("/api/v1/analyse-batch", files=[("files", ("Roe^Jane.dcm", film() * 3))])
+    for secret in ("Roe", "SECRET-7", "19500101"):
+        assert secret not in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def held_up(examiner, monkeypatch):
+    """Let no film be answered until the block ends."""
+    free, examine = threading.Event(), Examiner.examine
+
+    def waits(self, data, override=False):
+        free.wait(30)
+        return examine(self, data, override)
+
+    monkeypatch.setattr(Examiner, "examine", waits)
+    yield free
+    free.set()
+
+
+def test_who_comes_too_late_is_told_to_come_back(examiner, exported, monkeypatch):
+    application = web.make_app(examiner, runtime.read_exported(exported))
+    said = []
+    with (
+        TestClient(application, base_url="http://localhost") as client,
+        held_up(examiner, monkeypatch) as free,
+    ):
+
+        def ask():
+            said.append(client.post("/api/v1/analyse", content=film()))
+
+        clients = [threading.Thread(target=ask) for _ in range(web.WAITING + 4)]
+        for one in clients:
+            one.start()
+        for _ in range(100):
+            if len(said) >= 3:
+                break
+            threading.Event().wait(0.1)
+        free.set()
+        for one in clients:
+            one.join()
+    late = [answer for answer in said if answer.status_code == 503]
+    assert len(late) == 3 and all(int(answer.headers["retry-after"]) > 0 for answer in late)
+    assert "Busy" in late[0].json()["error"]
+    assert sum(answer.status_code == 200 for answer in said) == web.WAITING + 1
