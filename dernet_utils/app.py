@@ -27,6 +27,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from dernet_utils import __version__
 from dernet_utils.errors import DernetError
 from dernet_utils.examine import Examined, Examiner
+from dernet_utils.paper import SPOKEN
 from dernet_utils.report import LESION_STYLE, NOTICE, as_page, as_record
 from dernet_utils.runtime import SAMPLES, read_exported
 from dernet_utils.workspace import Workspace
@@ -201,7 +202,8 @@ def make_app(
         """Say which networks answer."""
         shown = ("notice", "made_by", "profile", "virtual", "decision", "least_score")
         styles = {name: {"colour": c, "dash": d} for name, (c, d) in LESION_STYLE.items()}
-        return {name: about.get(name) for name in shown} | {"lesion_types": styles}
+        said = {name: about.get(name) for name in shown}
+        return said | {"lesion_types": styles, "networks": SPOKEN}
 
     @app.get("/api/v1/samples")
     async def list_samples() -> list[str]:

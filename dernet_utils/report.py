@@ -7,6 +7,7 @@ from html import escape
 import cv2
 import numpy as np
 
+from dernet_utils.paper import SPOKEN
 from dernet_utils.pipeline import Answer
 
 # One colour a lesion type, the same in every chapter: Okabe and Ito's palette, distinguishable
@@ -100,7 +101,8 @@ def as_page(
     picture = cv2.imencode(".png", draw_answer(grey, answer, overridden))[1].tobytes()
     shown = base64.b64encode(picture).decode()
     word = "abnormal" if answer.abnormal else "normal"
-    scores = [("DERNet", answer.score), *answer.shares.items()]
+    shares = [(SPOKEN.get(name, name), prob) for name, prob in answer.shares.items()]
+    scores = [("DERNet", answer.score), *shares]
     corners = ("xmin", "ymin", "xmax", "ymax")
     boxes = [
         (box.lesion_type, f"{box.score:.2f}", *(f"{getattr(box, edge):.0f}" for edge in corners))

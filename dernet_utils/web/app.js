@@ -4,7 +4,7 @@ const DASHES = { "-": [], "--": [8, 5], "-.": [9, 4, 2, 4], ":": [2, 4] };
 const films = []; // { name, file, said, grey, heat, view, override }
 let current = -1;
 let token = "";
-let model = { lesion_types: {} };
+let model = { lesion_types: {}, networks: {} };
 const hidden = new Set(); // lesion types that are switched off
 
 // --- The server ---------------------------------------------------------------------------
@@ -80,8 +80,8 @@ async function ask(film) {
 }
 
 async function pixels(base64) {
-  const blob = await (await fetch(`data:image/png;base64,${base64}`)).blob();
-  const bitmap = await createImageBitmap(blob);
+  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+  const bitmap = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
   const sheet = new OffscreenCanvas(bitmap.width, bitmap.height);
   const pen = sheet.getContext("2d", { willReadFrequently: true });
   pen.drawImage(bitmap, 0, 0);
@@ -144,7 +144,8 @@ function showAnswer(film) {
   $("decision").className = said.decision;
   $("overridden").hidden = !said.overridden;
   $("overridden").textContent = `A person overrode a rejection: ${said.reasons.map((r) => r.text).join(" ")}`;
-  const scores = [["DERNet", said.score, said.threshold], ...Object.entries(said.networks)];
+  const networks = Object.entries(said.networks).map(([name, prob]) => [model.networks[name] ?? name, prob]);
+  const scores = [["DERNet", said.score, said.threshold], ...networks];
   $("scores").replaceChildren(...scores.map(([name, value, mark]) => bar(name, value, mark)));
   $("none").hidden = said.boxes.length > 0;
   $("boxes-part").hidden = !said.boxes.length;
@@ -207,7 +208,7 @@ function showBoxes(film) {
     const [x0, y0, x1, y1] = place;
     row.append(
       element("th", box.lesion_type, { scope: "row" }), element("td", box.score.toFixed(2)),
-      element("td", `${x0}, ${y0} to ${x1}, ${y1}`),
+      element("td", `${x0}–${x1}, ${y0}–${y1}`),
     );
     return row;
   }));

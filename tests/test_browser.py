@@ -1,0 +1,205 @@
+"""The page, used as a person would use it, in headless Chromium."""
+
+import base64
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+import uvicorn
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, sync_playwright
+from test_app import encoded, film, grey
+
+from dernet_utils import app as web
+from dernet_utils import runtime
+from dernet_utils.examine import Examiner
+
+
+@pytest.fixture(scope="module")
+def address(exported, tmp_path_factory) -> Iterator[str]:
+    """A running server."""
+    examiner = Examiner.open(exported, threads=1)
+    examiner.familiar.__dict__["limit"] = np.inf
+    samples = tmp_path_factory.mktemp("samples")
+    (samples / "virtual-1.dcm").write_bytes(film(seed=3))
+    about = runtime.read_exported(exported) | {"made_by": "dernet-utils test"}
+    application = web.make_app(examiner, about, samples=samples)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        threading.Event().wait(0.05)
+    yield f"http://127.0.0.1:{port}/"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = shutil.which("chromium")
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["desktop", "phone"])
+def page(request, browser, address) -> Iterator[Page]:
+    """The page, watched: no error, and no request to anywhere else."""
+    width, scheme = request.param
+    opened = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    asked, errors = [], []
+    opened.on("request", lambda one: asked.append(one.url))
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    opened.goto(address)
+    opened.locator("#about", has_text="profile test").wait_for()
+    yield opened
+    refused = "the server responded with a status of 422"  # a file that is no picture
+    assert [text for text in errors if refused not in text] == []
+    assert all(url.startswith((address, "blob:", "data:")) for url in asked), asked
+    opened.close()
+
+
+def upload(page: Page, *files: tuple[str, bytes]) -> None:
+    """Choose files, and wait until all are answered."""
+    before = page.locator("#films li").count()
+    page.set_input_files(
+        "#files",
+        [{"name": n, "mimeType": "application/octet-stream", "buffer": d} for n, d in files],
+    )
+    page.locator("#films li").nth(before + len(files) - 1).wait_for()
+    page.wait_for_selector("#progress", state="hidden", timeout=60_000)
+
+
+def picture_of(page: Page) -> np.ndarray:
+    """What the canvas shows."""
+    url = page.evaluate("document.getElementById('canvas').toDataURL()")
+    data = base64.b64decode(url.removeprefix("data:image/png;base64,"))
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+
+
+def test_each_form_is_shown_with_its_answer(page):
+    upload(page, ("a.dcm", film()), ("b.png", encoded()), ("c.jpg", encoded(".jpg")))
+    assert page.locator("#films small").all_text_contents()[0].startswith("abnormal, score")
+    for number in range(3):
+        page.locator("#films button").nth(number).click()
+        assert page.locator("#decision").text_content() == "Abnormal"
+        assert page.locator("#scores .bar").count() == 4
+        assert page.locator("#boxes tr").count() > 0
+        dicom = page.locator("#reports .dicom").first
+        (dicom.wait_for(), page.wait_for_timeout(100))
+        assert dicom.is_disabled() == (number > 0)
+
+
+def test_dragging_changes_the_window_and_buttons_the_view(page):
+    upload(page, ("a.png", encoded()))
+    page.locator("#least").fill("1")  # without boxes
+    first = picture_of(page)
+    page.locator("#canvas").evaluate("canvas => canvas.scrollIntoView({block: 'center'})")
+    place = page.locator("#canvas").bounding_box()
+    middle = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] - 80, middle[1] - 60, steps=4)
+    page.mouse.up()
+    assert int(page.locator("#window").input_value()) == 256 - 80
+    assert int(page.locator("#level").input_value()) == 128 - 60
+    assert (picture_of(page) != first).any()
+    page.locator("#reset").click()
+    assert (picture_of(page) == first).all()
+    page.locator("#invert").click()
+    assert picture_of(page)[first > 200].mean() < 60
+    page.locator("#invert").click()
+    page.locator("#closer").click()
+    page.locator("input[value=pan]").check()
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 40, middle[1], steps=2)
+    page.mouse.up()
+    assert (picture_of(page) != first).any()
+    page.locator("#canvas").press("0")  # by the keyboard
+    assert (picture_of(page) == first).all()
+    page.locator("#heat").click()
+    page.locator("#heat[aria-pressed=true]").wait_for()
+    assert np.ptp(picture_of(page).astype(int), axis=2).max() > 30  # in colour
+
+
+def test_boxes_are_switched_by_type_and_confidence(page):
+    upload(page, ("a.dcm", film()))
+    rows = page.locator("#boxes tr").count()
+    shown = picture_of(page)
+    first = page.locator("#types label").first
+    kind = first.text_content().strip()
+    of_kind = page.locator("#boxes tr", has_text=kind).count()
+    first.locator("input").uncheck()
+    assert page.locator("#boxes tr").count() == rows - of_kind
+    assert (picture_of(page) != shown).any()
+    first.locator("input").check()
+    page.locator("#least").fill("1")
+    assert page.locator("#boxes tr").count() == 0
+
+
+def test_every_report_is_downloaded(page, tmp_path):
+    upload(page, ("a.dcm", film()))
+    page.locator("#reports .dicom:not([disabled])").first.wait_for()
+    for form in ("html", "json", "sr", "sc"):
+        with page.expect_download() as waiting:
+            page.locator(f"#reports [data-form={form}]").click()
+        path = Path(tmp_path / form)
+        waiting.value.save_as(path)
+        data = path.read_bytes()
+        if form == "html":
+            assert b"<!doctype html>" in data and b"not for diagnosis" in data
+        elif form == "json":
+            assert json.loads(data)["decision"] == "abnormal"
+        else:
+            assert pydicom.dcmread(BytesIO(data)).PatientID == "SECRET-7"
+
+
+def test_a_rejection_is_shown_and_overridden(page):
+    photo = np.dstack([grey(), grey(seed=1) // 2, grey()])
+    upload(page, ("photo.png", encoded(picture=photo)), ("words.txt", b"no picture at all"))
+    assert page.locator("#films small").all_text_contents()[0] == "rejected"
+    assert "Not an image" in page.locator("#films small").all_text_contents()[1]
+    page.locator("#films button").first.click()
+    assert "in colour" in page.locator("#reasons").text_content()
+    assert page.locator("#verdict").is_hidden()
+    page.locator("#override").click()
+    page.locator("#verdict").wait_for()
+    assert "overrode" in page.locator("#overridden").text_content()
+
+
+def test_a_film_to_try(page):
+    page.locator("#samples summary").click()
+    page.locator("#sample-list button").first.click()
+    page.locator("#films small", has_text="score").wait_for(timeout=60_000)
+
+
+def test_no_barrier_is_found(page):
+    upload(page, ("a.dcm", film()))
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+
+
+def test_the_keyboard_reaches_everything(page):
+    upload(page, ("a.dcm", film()))
+    reached = set()
+    page.locator("body").press("Tab")
+    for _ in range(40):
+        reached.add(
+            page.evaluate("document.activeElement.id || document.activeElement.textContent")
+        )
+        page.keyboard.press("Tab")
+    assert {"files", "canvas", "level", "window", "invert", "heat", "reset", "least"} <= reached
