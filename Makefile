@@ -3,6 +3,7 @@
 #   make book [PROFILE=smoke|laptop|night|paper]   execute what changed, build the pages
 #   make test                                every test, chapters and pages included
 #   make lab                                 JupyterLab on the chapters
+#   make serve [PROFILE=…]                   the web page, with the last run's networks
 #   make clean                               delete what runs made; the environment stays
 #   make lock                                write requirements.lock anew from pyproject.toml
 
@@ -15,7 +16,7 @@ DONOR := $(or $(DERNET_DONOR),.cache/donor)/mask.nii.gz
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := book
-.PHONY: book test lab clean lock
+.PHONY: book test lab serve clean lock
 # A killed step leaves nothing that looks finished.
 .DELETE_ON_ERROR:
 
@@ -28,6 +29,9 @@ test: $(LOCKED) $(DONOR)
 
 lab: $(LOCKED) $(DONOR)
 	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+
+serve: $(LOCKED)
+	@$(BIN)/dernet serve --profile "$(PROFILE)"
 
 clean:
 	rm -rf runs _build .pytest_cache .ruff_cache .hypothesis

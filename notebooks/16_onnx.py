@@ -31,7 +31,7 @@
 
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
-rounds = 15  # measurements of each engine, by turns
+allowed = 0.005  # of AUROC and of mAP, that an engine may give up
 
 # %%
 import time
@@ -64,6 +64,7 @@ workspace = open_workspace(profile)
 use_style()
 ensure_cohort(workspace)
 numbers = workspace.profile
+rounds = numbers.timings  # of each engine, by turns
 folder = workspace.models
 manifest_file = export.export_run(workspace, folder, int8=True)
 manifest = runtime.read_exported(folder)
@@ -75,7 +76,7 @@ draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 # %% tags=["remove-cell"]
 for key, value in {
     "profile": numbers.name, "n": len(test), "n-studies": test["study_id"].nunique(),
-    "boxes": len(truth), "folds": numbers.folds, "rounds": rounds, "machine": machine.name(),
+    "boxes": len(truth), "allowed": f"{allowed:g}", "folds": numbers.folds, "rounds": rounds, "machine": machine.name(),
     "kind": "virtual radiographs" if numbers.virtual else "radiographs",
     "calibration": export.CALIBRATION_FILMS, "px": numbers.triage_px,
     "view": "{} × {}".format(*numbers.detect_view),
@@ -262,12 +263,12 @@ for engine, (score, own) in answers.items():
 parity = pd.DataFrame(rows).T
 exact = rows["onnxruntime"], rows["openvino"]
 assert all(row["score, furthest"] < 1e-4 and row["box, furthest, px"] < 0.5 for row in exact)
-assert all(round(row["AUROC"], 3) == round(evaluate.auroc(y, by_torch), 3) for row in exact)
-assert all(round(row["mAP@0.5"], 3) == round(map_torch, 3) for row in exact)
+assert all(abs(row["AUROC"] - evaluate.auroc(y, by_torch)) < 5e-4 for row in exact)
+assert all(abs(row["mAP@0.5"] - map_torch) < 5e-4 for row in exact)
 parity
 
 # %% tags=["remove-cell"]
-good = [name for name, fall in falls.items() if min(fall) > -0.005]
+good = [name for name, fall in falls.items() if min(fall) > -allowed]
 glue("c16-good", ", ".join(good), display=False)
 glue("c16-torch-auroc", f"{evaluate.auroc(y, by_torch):.4f}", display=False)
 glue("c16-torch-map", f"{map_torch:.4f}", display=False)
@@ -275,7 +276,7 @@ glue("c16-torch-map", f"{map_torch:.4f}", display=False)
 # %% [markdown]
 # {glue:text}`c16-n` {glue:text}`c16-kind` of {glue:text}`c16-n-studies` studies with {glue:text}`c16-boxes` boxes; torch has an AUROC of
 # {glue:text}`c16-torch-auroc` and a mAP of {glue:text}`c16-torch-map`; intervals by study. In float32 scores agree to four decimals and boxes to half a pixel, which the cell
-# asserts. An engine that gives up less than 0.005 of both: {glue:text}`c16-good`. Which of them to use is a choice, and what the
+# asserts. An engine that gives up less than {glue:text}`c16-allowed` of both: {glue:text}`c16-good`. Which of them to use is a choice, and what the
 # test split says about it is a report on that choice, since no engine was chosen by it.
 #
 # ## How fast
@@ -442,7 +443,7 @@ show_figure("c16-fig-latency", fig)
 # Median time of one film at the paper's sizes, by stage, over {glue:text}`c16-rounds` rounds; {glue:text}`c16-machine`. The mark: what the arithmetic alone would take.
 # ```
 #
-# ONNX Runtime in float32 is {glue:text}`c16-ort-faster` times as fast as PyTorch (95 % over rounds). The fastest engine that keeps both AUROC and mAP within 0.005 is
+# ONNX Runtime in float32 is {glue:text}`c16-ort-faster` times as fast as PyTorch (95 % over rounds). The fastest engine that keeps both AUROC and mAP within {glue:text}`c16-allowed` is
 # {glue:text}`c16-best`: {glue:text}`c16-best-ms` ms against {glue:text}`c16-eager-ms`, {glue:text}`c16-best-faster` times as fast, at {glue:text}`c16-best-limit` of the machine's
 # limit. One film takes {glue:text}`c16-gflop` billion operations; the machine does {glue:text}`c16-peak-float32` billion a second in float32,
 # {glue:text}`c16-peak-bfloat16` in bfloat16 and {glue:text}`c16-peak-int8` in int8. What is lost to {numref}`fig:latency`'s mark is memory: small layers are read
