@@ -25,7 +25,7 @@ Modules import in one direction, from the bottom of this list to its top::
     pipeline, report    Algorithm 1, Phase III; its answer as JSON and as a picture
     outliers    what is no radiograph of a spine
     runtime     the pipeline from ONNX files, without torch
-    examine, dicom_report, app    a file from anywhere, answered; DICOM reports; the web page
+    examine, dicom_report, app, node    a file from anywhere, answered; the web page; DICOM
     figures     the drawing that chapters share
     predict, export     a run's networks as a pipeline, and as ONNX files
     workflow    chapters executed, the book staged and built

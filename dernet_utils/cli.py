@@ -422,6 +422,31 @@ def serve(
 
 
 @app.command()
+def node(
+    peer: Annotated[str, typer.Option(help="Who gets the reports: TITLE@host:port.")],
+    profile: ProfileName = "",
+    title: Annotated[str, typer.Option(help="The node's own title.")] = "DERNET",
+    host: Annotated[str, typer.Option(help="Where it listens.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 11112,
+    engine: Annotated[str, typer.Option(help="onnxruntime, openvino …")] = "onnxruntime",
+) -> None:
+    """Receive films by DICOM C-STORE, answer them, and send the reports to a peer."""
+    with _one_sentence():
+        import logging
+
+        from dernet_utils.examine import Examiner
+        from dernet_utils.node import Node, Peer
+        from dernet_utils.runtime import read_exported
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        receiver, folder = Peer.parse(peer), open_workspace(profile).models
+        version = read_exported(folder)["made_by"]
+        with Node(Examiner.open(folder, engine), version, receiver, title, port, host):
+            _say(f"{title} listens on {host}:{port} and reports to {receiver.title}.")
+            signal.pause()  # until Ctrl-C
+
+
+@app.command()
 def build(profile: ProfileName = "") -> None:
     """Build the pages from the executed chapters."""
     with _one_sentence():

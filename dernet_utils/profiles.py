@@ -53,6 +53,8 @@ class Profile(BaseModel):
     rival_seconds: float = Field(gt=0, description="training time of each detector of Table 3")
     bootstrap: int = Field(1000, ge=100)  # paper, section 4.1
     timings: int = Field(15, ge=2, description="rounds in which runtimes are timed by turns")
+    timed_px: int = Field(384, gt=0, multiple_of=32, description="side of triage's input there")
+    timed_view: tuple[Side, Side] = Field((640, 640), description="the detector's input there")
 
     @property
     def virtual(self) -> bool:
@@ -70,7 +72,7 @@ PROFILES = {
             triage_crop_px=32, triage_crop_epochs=1, triage_detail=2,
             detect_view=(96, 64), detect_epochs=2, detect_batch=8, detect_lr=1e-3,
             mosaic_until=2, rival_seconds=1,
-            bootstrap=200, timings=2,
+            bootstrap=200, timings=2, timed_px=64, timed_view=(96, 64),
         ),
         # A person's first run: from random weights, so the learning rate is higher than the
         # paper's, which starts from ImageNet and COCO.

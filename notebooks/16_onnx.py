@@ -56,7 +56,7 @@ from dernet_utils.figures import show_figure, use_style
 from dernet_utils.imaging import letterbox, load_cached
 from dernet_utils.paper import SPOKEN
 from dernet_utils.pipeline import Look, Pipeline
-from dernet_utils.profiles import NETWORKS, get_profile
+from dernet_utils.profiles import NETWORKS
 from dernet_utils.workspace import open_workspace
 
 # %%
@@ -79,7 +79,7 @@ for key, value in {
     "boxes": len(truth), "allowed": f"{allowed:g}", "folds": numbers.folds, "rounds": rounds, "machine": machine.name(),
     "kind": "virtual radiographs" if numbers.virtual else "radiographs",
     "calibration": export.CALIBRATION_FILMS, "px": numbers.triage_px,
-    "view": "{} × {}".format(*numbers.detect_view),
+    "timed-px": numbers.timed_px, "timed-view": "{} × {}".format(*numbers.timed_view),
 }.items():  # fmt: skip
     glue(f"c16-{key}", value, display=False)
 
@@ -281,15 +281,14 @@ glue("c16-torch-map", f"{map_torch:.4f}", display=False)
 #
 # ## How fast
 #
-# Now at the paper's sizes, 384 px for triage and 640 px for the detector. Weights do not matter for time, so the networks are untrained; one network a backbone, and the film with its mirror image, as
+# Now at {glue:text}`c16-timed-px` px for triage and {glue:text}`c16-timed-view` px for the detector (the paper's sizes are 384 and 640 px). Weights do not matter for time, so the networks are untrained; one network a backbone, and the film with its mirror image, as
 # everywhere in this book. By turns, so that a busy moment of the machine hits all alike.
 
 # %%
-paper = get_profile("paper")
-speed = folder / "paper-size"
+speed = folder / "timed"
 speed.mkdir(exist_ok=True)
-squares = [cv2.resize(film, (paper.triage_px,) * 2) for film in enhanced[:8]]
-filled = [letterbox(film, paper.detect_view)[0] for film in enhanced[:8]]
+squares = [cv2.resize(film, (numbers.timed_px,) * 2) for film in enhanced[:8]]
+filled = [letterbox(film, numbers.timed_view)[0] for film in enhanced[:8]]
 modules = {
     name: export.Triage([triage.build_network(name, seed=numbers.seed)]).eval() for name in NETWORKS
 }
@@ -303,14 +302,14 @@ for name, module in modules.items():
 
 # %%
 def made(ask):
-    """The pipeline at the paper's sizes, its gate open, from functions that run networks."""
+    """The pipeline at these sizes, its gate open, from functions that run networks."""
     open_gate = replace(decision, thresholds={"youden": -1.0})
     return Pipeline(
         {name: lambda square, name=name: Look(*(one[0] for one in ask[name](square[None, None])))
          for name in NETWORKS},
         lambda film: ask["yolo11l"](film[None, None])[0][0],
-        open_gate, LESION_TYPES, 0.5, paper.triage_px, paper.detect_view, paper.cache_px,
-        paper.clip_limit, paper.tiles,
+        open_gate, LESION_TYPES, 0.5, numbers.timed_px, numbers.timed_view, numbers.cache_px,
+        numbers.clip_limit, numbers.tiles,
     )  # fmt: skip
 
 
@@ -341,7 +340,7 @@ def stages(pipeline, grey):
     film = pipeline.enhance(grey)
     marks.append(time.perf_counter())
     looks = {}
-    square = cv2.resize(film, (paper.triage_px,) * 2, interpolation=cv2.INTER_AREA)
+    square = cv2.resize(film, (numbers.timed_px,) * 2, interpolation=cv2.INTER_AREA)
     for name, ask in pipeline.triage.items():
         looks[name] = ask(square)
         marks.append(time.perf_counter())
@@ -440,7 +439,7 @@ show_figure("c16-fig-latency", fig)
 # ```{glue:figure} c16-fig-latency
 # :name: fig:latency
 # :alt: Bars of milliseconds a film for PyTorch and five engines, divided into stages, each with a mark for the arithmetic limit.
-# Median time of one film at the paper's sizes, by stage, over {glue:text}`c16-rounds` rounds; {glue:text}`c16-machine`. The mark: what the arithmetic alone would take.
+# Median time of one film at {glue:text}`c16-timed-px` px and {glue:text}`c16-timed-view` px, by stage, over {glue:text}`c16-rounds` rounds; {glue:text}`c16-machine`. The mark: what the arithmetic alone would take.
 # ```
 #
 # ONNX Runtime in float32 is {glue:text}`c16-ort-faster` times as fast as PyTorch (95 % over rounds). The fastest engine that keeps both AUROC and mAP within {glue:text}`c16-allowed` is
@@ -470,7 +469,7 @@ batches = {}
 for engine in ("onnxruntime", "openvino-bfloat16"):
     run = runtime.open_network(sized["resnet50"], engine)
     batches[f"ResNet50, {engine}"] = {
-        n: throughput(run, (paper.triage_px,) * 2, n) for n in (1, 4, 8)
+        n: throughput(run, (numbers.timed_px,) * 2, n) for n in (1, 4, 8)
     }
 pd.DataFrame(batches).T.round(1).rename_axis(columns="films at once")
 
