@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pydicom
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
@@ -144,6 +145,16 @@ def make_app(
     @app.exception_handler(DernetError)
     async def unreadable(request: Request, error: DernetError) -> Response:
         return JSONResponse({"error": _sentence(error)}, 422)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        told = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
+        return JSONResponse({"error": f"The request is malformed ({told})."}, 422)
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        sentence = "The server failed at this file, which is its fault and not the file's."
+        return JSONResponse({"error": sentence}, 500)
 
     async def examined(data: bytes, override: bool) -> Examined:
         async with desk.turn():

@@ -1,5 +1,7 @@
 """A file from anywhere, examined: read, judged by the guard, and answered where it passes."""
 
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,10 @@ from dernet_utils.imaging import decode_grey
 from dernet_utils.outliers import Familiar, Reason, header_reasons, picture_facts, picture_reasons
 from dernet_utils.pipeline import Answer, Look, Pipeline
 from dernet_utils.runtime import open_familiar, open_pipeline
+
+# pydicom quotes header values in what it warns of, names among them: none may reach a server's log.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module="pydicom")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
-from exported import detector, exported, networks  # noqa: F401  (fixtures)
+from exported import detector, examiner, exported, networks  # noqa: F401  (fixtures)
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     DigitalXRayImageStorageForPresentation,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from dernet_utils import export, runtime
 from dernet_utils.data import LESION_TYPES
+from dernet_utils.examine import Examiner
 from dernet_utils.outliers import fit_familiar
 from dernet_utils.profiles import NETWORKS
 from dernet_utils.triage import build_network
@@ -78,3 +80,10 @@ def exported(networks, detector, tmp_path_factory) -> Path:
     }  # fmt: skip
     (folder / runtime.MANIFEST).write_text(json.dumps(manifest))
     return folder
+
+
+@pytest.fixture(scope="session")
+def examiner(exported) -> Examiner:
+    """The untrained networks behind a guard whose last layer lets all through."""
+    made = Examiner.open(exported, threads=1)
+    return replace(made, familiar=replace(made.familiar, limit=np.inf))

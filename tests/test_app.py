@@ -1,8 +1,12 @@
 """The web application, asked as a client would ask it."""
 
+import base64
 import json
 import logging
+import struct
+import subprocess
 import threading
+import zlib
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -13,20 +17,12 @@ import pydicom
 import pytest
 from fastapi.testclient import TestClient
 from pydicom.data import get_testdata_files
+from sent import encoded, film
 
 from dernet_utils import app as web
 from dernet_utils import runtime
 from dernet_utils.dicom_report import read_report
 from dernet_utils.examine import Examiner
-
-RADIOGRAPH = Path("radiograph.dcm")
-
-
-@pytest.fixture(scope="module")
-def examiner(exported) -> Examiner:
-    made = Examiner.open(exported, threads=1)
-    made.familiar.__dict__["limit"] = np.inf  # noise is not familiar to anything
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -36,44 +32,6 @@ def client(examiner, exported, tmp_path_factory):
     about = runtime.read_exported(exported) | {"made_by": "dernet-utils test"}
     application = web.make_app(examiner, about, samples=samples)
     return TestClient(application, base_url="http://127.0.0.1", raise_server_exceptions=False)
-
-
-def grey(height=300, width=200, seed=0):
-    """A picture as smooth, and as full of greys, as a radiograph."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    shown = 200 * np.exp(-3 * x**2) + 30 * np.sin(9 * y) + rng.normal(0, 3, (height, width))
-    return shown.clip(0, 255).astype(np.uint8)
-
-
-def film(seed=0, **header) -> bytes:
-    """A DICOM radiograph."""
-    shown = grey(seed=seed)
-    made = pydicom.Dataset()
-    made.file_meta = pydicom.dataset.FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    made.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
-    made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID
-    made.SOPInstanceUID = f"2.25.{1000 + seed}"
-    made.StudyInstanceUID, made.SeriesInstanceUID = "2.25.1", "2.25.2"
-    made.PatientName, made.PatientID, made.PatientBirthDate = "Roe^Jane", "SECRET-7", "19500101"
-    made.PatientSex, made.StudyID, made.AccessionNumber = "F", "1", ""
-    made.StudyDate, made.StudyTime, made.ReferringPhysicianName = "20260101", "120000", ""
-    made.Modality, made.BodyPartExamined = "DX", "LSPINE"
-    made.Rows, made.Columns = shown.shape
-    made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"
-    made.BitsAllocated = made.BitsStored = 8
-    made.HighBit, made.PixelRepresentation = 7, 0
-    made.PixelData = shown.tobytes()
-    for name, value in header.items():
-        setattr(made, name, value)
-    stream = BytesIO()
-    pydicom.dcmwrite(stream, made, enforce_file_format=True)
-    return stream.getvalue()
-
-
-def encoded(ending=".png", picture=None):
-    return cv2.imencode(ending, grey() if picture is None else picture)[1].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -94,8 +52,6 @@ def test_each_form_is_answered(client, examiner, data):
 
 
 def _decoded(text):
-    import base64
-
     return base64.b64decode(text)
 
 
@@ -147,8 +103,6 @@ def test_dicom_reports_say_what_was_answered(client, examiner, tmp_path):
 
 @pytest.mark.parametrize("form", ["sr", "sc"])
 def test_dicom_reports_have_no_errors(client, form, tmp_path):
-    import subprocess
-
     data = film(Modality="CT")
     sent = client.post(f"/api/v1/report/{form}?override=true", content=data)
     (tmp_path / "made.dcm").write_bytes(sent.content)
@@ -193,8 +147,6 @@ def test_what_else_there_is(client):
 
 def bomb(side=40_000):
     """A PNG of a few kilobytes whose header says that it is huge."""
-    import struct
-    import zlib
 
     def chunk(kind, data):
         return (
@@ -248,6 +200,13 @@ def test_too_much_is_refused(client, monkeypatch):
     assert client.post("/api/v1/analyse", content=parts()).status_code == 413
 
 
+def test_what_is_asked_wrongly_is_named(client):
+    refused = client.post("/api/v1/report/pdf", content=film())
+    assert refused.status_code == 422 and "form" in refused.json()["error"]
+    refused = client.post("/api/v1/analyse?override=perhaps", content=film())
+    assert refused.status_code == 422 and "override" in refused.json()["error"]
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -298,8 +257,11 @@ def test_another_host_is_refused(client):
 
 def test_nothing_is_kept_or_logged(client, caplog, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    odd = film(PatientSex="Roe, too long for a code", Modality="Roe-modality-Roe")
+    caplog.clear()
     with caplog.at_level(logging.DEBUG):
         client.post("/api/v1/analyse", content=film())
+        client.post("/api/v1/report/sr?override=true", content=odd)
         client.post("/api/v1/analyse-batch", files=[("files", ("Roe^Jane.dcm", film() * 3))])
     for secret in ("Roe", "SECRET-7", "19500101"):
         assert secret not in caplog.text

@@ -16,18 +16,15 @@ import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
-from test_app import encoded, film, grey
+from sent import encoded, film, grey
 
 from dernet_utils import app as web
 from dernet_utils import runtime
-from dernet_utils.examine import Examiner
 
 
 @pytest.fixture(scope="module")
-def address(exported, tmp_path_factory) -> Iterator[str]:
+def address(examiner, exported, tmp_path_factory) -> Iterator[str]:
     """A running server."""
-    examiner = Examiner.open(exported, threads=1)
-    examiner.familiar.__dict__["limit"] = np.inf
     samples = tmp_path_factory.mktemp("samples")
     (samples / "virtual-1.dcm").write_bytes(film(seed=3))
     about = runtime.read_exported(exported) | {"made_by": "dernet-utils test"}

@@ -4,24 +4,15 @@ import logging
 import threading
 from io import BytesIO
 
-import numpy as np
 import pydicom
 import pytest
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import CTImageStorage, DigitalXRayImageStorageForPresentation
-from test_app import film
+from sent import film
 
 from dernet_utils.dicom_report import read_report
 from dernet_utils.errors import DernetError
-from dernet_utils.examine import Examiner
 from dernet_utils.node import REPORTS, Node, Peer
-
-
-@pytest.fixture(scope="module")
-def examiner(exported):
-    made = Examiner.open(exported, threads=1)
-    made.familiar.__dict__["limit"] = np.inf
-    return made
 
 
 @pytest.fixture
