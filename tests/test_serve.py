@@ -1,0 +1,110 @@
+"""The command `dernet serve`: a process of its own, and many clients at once."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from sent import film
+from smoke import run_dernet
+
+from dernet_utils.workspace import PROJECT
+
+CLIENTS, SECONDS = 32, 8
+
+
+@pytest.fixture(scope="module")
+def runs(exported, tmp_path_factory) -> Path:
+    """A folder of runs that holds nothing but exported networks."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(exported, folder / "smoke" / "models")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(runs):
+    """A server's process and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["serve", "--profile", "smoke", "--port", str(port)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dernet_utils.cli", *command],
+        cwd=PROJECT,
+        env=os.environ | {"DERNET_RUNS": str(runs)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    address, begun = f"http://127.0.0.1:{port}/api/v1/", time.monotonic()
+    while time.monotonic() - begun < 60:
+        try:
+            urllib.request.urlopen(f"{address}health")
+            break
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    yield process, address
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[0]
+    assert "Serving on" in said and "Traceback" not in said and "SECRET" not in said
+
+
+def post(url, data):
+    """Status and body of an answer, whatever the status."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data)) as answer:
+            return answer.status, answer.read(), answer.headers
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read(), refused.headers
+
+
+def megabytes(process) -> float:
+    """Memory that a process holds."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1000
+
+
+def test_many_clients_at_once(server):
+    """Each answer is right, or a request to come back; memory does not grow."""
+    process, address = server
+    url = f"{address}analyse?override=true"
+    wanted = json.loads(post(url, film())[1])
+    said, stop = [], time.monotonic() + SECONDS
+
+    def ask():
+        while time.monotonic() < stop:
+            status, body, headers = post(url, film())
+            said.append((status, body, headers))
+            if status == 503:
+                time.sleep(0.2)
+
+    for _ in range(8):
+        post(url, film())
+    before = megabytes(process)
+    clients = [threading.Thread(target=ask) for _ in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    assert {status for status, *_ in said} <= {200, 503}
+    right = [json.loads(body) for status, body, _ in said if status == 200]
+    assert len(right) > 5 and all(one == wanted for one in right)
+    busy = [headers for status, _, headers in said if status == 503]
+    assert all(int(headers["Retry-After"]) > 0 for headers in busy)
+    assert megabytes(process) < before + 100
+
+
+def test_what_is_needed_is_said(tmp_path):
+    none = run_dernet("serve", "--profile", "smoke", DERNET_RUNS=str(tmp_path))
+    assert none.returncode == 1 and "dernet export" in none.stderr
+    open_to_all = run_dernet("serve", "--host", "0.0.0.0", DERNET_RUNS=str(tmp_path))
+    assert open_to_all.returncode == 2 and "DERNET_TOKEN" in open_to_all.stderr
