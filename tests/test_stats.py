@@ -337,6 +337,7 @@ def test_mcnemar_is_statsmodels(rows):
     assert found.statistic == cells[0][1] - cells[1][0]
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_is_statsmodels(p):
     assert stats.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
