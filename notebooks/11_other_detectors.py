@@ -344,9 +344,9 @@ glue("c11-verdict", text, display=False)
 
 # %% tags=["hide-input"]
 night = kept_record("night-detectors")
-told = ("command", "commit", "date", "processor", "seed", "films", "seconds")
-shown = {key: night[key] for key in told} if night else {"night": "not yet run"}
-pd.Series(shown, name="the kept run").to_frame()
+told = ("command", "commit", "date", "processor", "seed", "films", "seconds", "remark")
+shown = {key: night[key] for key in told if key in night} if night else {"night": "not yet run"}
+pd.Series(shown, name="the kept run").to_frame().style
 
 # %% tags=["hide-input"]
 rows = {
