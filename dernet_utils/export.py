@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import onnx
 import torch
+from joblib import Parallel, delayed
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -176,19 +177,25 @@ def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
     px, view = numbers.triage_px, numbers.detect_view
     squares = [cv2.resize(film, (px, px), interpolation=cv2.INTER_AREA) for film in shown]
     filled = [letterbox(film, view)[0] for film in shown]
-    triage = {}
-    for name, checkpoints in models["triage"].items():
-        network = Triage([load_trained(name, folder / one)[0] for one in checkpoints])
-        triage[name] = write_all(network, (px, px), out / f"{name}.onnx", squares)
+    jobs = [
+        (
+            Triage([load_trained(name, folder / one)[0] for one in own]),
+            (px, px),
+            out / f"{name}.onnx",
+            squares,
+        )
+        for name, own in models["triage"].items()
+    ]
     detector = Boxes(load_detector(folder / models["detector"])[0])
+    *triage, found = write_each([*jobs, (detector, view, out / "yolo11l.onnx", filled)])
     seen = fit_familiar(*training_embeddings(workspace, out / f"{FAMILIAR}.onnx"))
     manifest = {
         "notice": NOTICE,
         "made_by": f"dernet-utils {commit()}, torch {torch.__version__}, onnx {onnx.__version__}",
         "profile": numbers.name,
         "virtual": numbers.virtual,
-        "triage": triage,
-        "detector": write_all(detector, view, out / "yolo11l.onnx", filled),
+        "triage": dict(zip(models["triage"], triage, strict=True)),
+        "detector": found,
         "familiar": {"network": FAMILIAR} | _facts(seen.save(out / "familiar.npz")),
         "decision": asdict(read_decision(workspace)),
         "lesion_types": LESION_TYPES,
@@ -241,6 +248,19 @@ def _copy_samples(workspace: Workspace, folder: Path) -> None:
     for number, film in enumerate(run_films(workspace).test.head(OFFERED).itertuples(), start=1):
         path = workspace.data_root / "test_images" / f"{film.image_id}.dicom"
         shutil.copyfile(path, folder / f"virtual-{number}.dcm")
+
+
+def write_each(jobs: Sequence[tuple]) -> list[dict[str, dict[str, str]]]:
+    """Write several networks beside one another, on as many cores as torch may use.
+
+    Args:
+        jobs: Of each network what `write_all` takes.
+
+    Returns:
+        What it returns, in the same order.
+    """
+    beside = min(len(jobs), torch.get_num_threads())
+    return Parallel(n_jobs=beside)(delayed(write_all)(*job) for job in jobs)
 
 
 def write_all(

@@ -293,11 +293,11 @@ modules = {
     name: export.Triage([triage.build_network(name, seed=numbers.seed)]).eval() for name in NETWORKS
 }
 modules["yolo11l"] = export.Boxes(yolo.build_detector(LESION_TYPES, numbers.seed)).eval()
-sized = {}
-for name, module in modules.items():
-    shown = filled if name == "yolo11l" else squares
-    sized[name] = export.write_onnx(module, shown[0].shape, speed / f"{name}.onnx")
-    export.quantize(sized[name], shown, sized[name].with_suffix(".int8.onnx"))
+sized = {name: speed / f"{name}.onnx" for name in modules}
+seen = {name: filled if name == "yolo11l" else squares for name in modules}
+export.write_each([
+    (module, seen[name][0].shape, sized[name], seen[name]) for name, module in modules.items()
+])  # fmt: skip
 
 
 # %%

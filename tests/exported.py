@@ -58,13 +58,14 @@ def exported(networks, detector, tmp_path_factory) -> Path:
     """A folder as `export_run` leaves it, of untrained networks."""
     folder = tmp_path_factory.mktemp("models")
     shown = {"resnet50": list(squares(8, (PX, PX))[:, 0])}  # the one that is quantised
-    triage = {
-        name: export.write_all(
-            export.Triage(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, [])
-        )
+    jobs = [
+        (export.Triage(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, []))
         for name, own in networks.items()
-    }
-    found = export.write_all(export.Boxes(detector), VIEW, folder / "yolo11l.onnx", [])
+    ]
+    *written, found = export.write_each(
+        [*jobs, (export.Boxes(detector), VIEW, folder / "yolo11l.onnx", [])]
+    )
+    triage = dict(zip(networks, written, strict=True))
     decision = {
         "networks": NETWORKS, "weights": (0.5, 0.3, 0.2), "temperature": 1.3,
         "thresholds": {"youden": 0.0, "shut": 1.0}, "fitted_on": 10,

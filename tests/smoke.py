@@ -22,7 +22,7 @@ def run_dernet(*arguments: str, **environment: str) -> subprocess.CompletedProce
         text=True,
         cwd=PROJECT,
         env=os.environ | offline | environment,
-        timeout=850,
+        timeout=1700,
     )
 
 
