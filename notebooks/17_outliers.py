@@ -436,7 +436,7 @@ glue("c17-worst", worst, display=False)
 glue("c17-worst-passes", f"{rows[worst]['passes at 95 %']:.1%}", display=False)
 
 # %% [markdown]
-# Each row is of {glue:text}`c17-each` pictures; the interval is the binomial one, and knows nothing of pictures that are not here: the photographs are crops of four, the slices of one body. *Passes at 95 %* is the share that would pass if
+# Each row is of up to {glue:text}`c17-each` pictures; the interval is the binomial one, and knows nothing of pictures that are not here: the photographs are crops of four, the slices of one body. *Passes at 95 %* is the share that would pass if
 # the limit let 95 % of the test split's radiographs pass, all layers together; the worst of the families that no one would call a radiograph is {glue:text}`c17-worst` with {glue:text}`c17-worst-passes`.
 # Of the {glue:text}`c17-test` {glue:text}`c17-kind` of the test split ({glue:text}`c17-test-studies` studies) {glue:text}`c17-refused-test` are refused (95 % by study).
 
@@ -474,9 +474,11 @@ by_stage = {}
 for stage in range(len(seen["test"])):
     one = outliers.fit_familiar(seen["learnt"][stage], seen["held"][stage], rejected)
     inner = one.distance(seen["test"][stage])
-    label = np.r_[np.zeros(len(inner)), np.ones(each)]
     by_stage[f"stage {stage}"] = {
-        family: evaluate.auroc(label, np.r_[inner, one.distance(own[stage])])
+        family: evaluate.auroc(
+            np.repeat([0, 1], [len(inner), len(own[stage])]),
+            np.r_[inner, one.distance(own[stage])],
+        )
         for family, own in shown.items()
     }
 pd.DataFrame(by_stage).round(3)
