@@ -36,6 +36,7 @@ DECODERS = ("pylibjpeg", "pyjpegls", "pydicom", "pillow", "gdcm")
 DECOMPRESS = (
     "convert it to an uncompressed transfer syntax, for example with `dcmdjpeg` or `gdcmconv --raw`"
 )
+UNDECODABLE = "the picture cannot be decoded; copy or export the file again."
 JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
 
 
@@ -112,12 +113,13 @@ def _decode_picture(data: bytes) -> np.ndarray:
     try:
         # Pillow reads no more than the header here, and refuses by itself what is far too large.
         width, height = Image.open(BytesIO(data)).size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        width, height = 1, MOST_PIXELS + 1
+    except Image.DecompressionBombError:
+        width, height = MOST_PIXELS, MOST_PIXELS
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DernetError(UNDECODABLE) from error
     if width * height > MOST_PIXELS:
         raise DernetError(
-            "the picture's header is damaged, or promises more pixels than any radiograph has; "
-            "export the picture again."
+            "the picture's header promises more pixels than any radiograph has; export it again."
         )
     try:
         grey = cv2.imdecode(
@@ -126,7 +128,7 @@ def _decode_picture(data: bytes) -> np.ndarray:
     except cv2.error:  # for example more pixels than OpenCV's limit
         grey = None
     if grey is None:
-        raise DernetError("the picture cannot be decoded; copy or export the file again.")
+        raise DernetError(UNDECODABLE)
     return grey if grey.dtype == np.uint8 else _to_grey(_stretch(grey.astype(float)))
 
 
