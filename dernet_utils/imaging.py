@@ -19,7 +19,8 @@ import joblib
 import numpy as np
 import pandas as pd
 import pydicom
-from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from dernet_utils.errors import DernetError
 from dernet_utils.profiles import Profile
@@ -110,11 +111,10 @@ def _decode_picture(data: bytes) -> np.ndarray:
         complete = data.find(JPEG_END, data.rfind(JPEG_SCAN)) > 0
     if not complete:
         raise DernetError("the picture is cut short; copy or download the file again.")
+    # Pillow reads no more than the header here.
+    reader = PngImageFile if data.startswith(PNG_SIGNATURE) else JpegImageFile
     try:
-        # Pillow reads no more than the header here, and refuses by itself what is far too large.
-        width, height = Image.open(BytesIO(data)).size
-    except Image.DecompressionBombError:
-        width, height = MOST_PIXELS, MOST_PIXELS
+        width, height = reader(BytesIO(data)).size
     except (OSError, SyntaxError, ValueError) as error:
         raise DernetError(UNDECODABLE) from error
     if width * height > MOST_PIXELS:
