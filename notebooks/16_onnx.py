@@ -447,7 +447,8 @@ show_figure("c16-fig-latency", fig)
 # ```{glue:figure} c16-fig-latency
 # :name: fig:latency
 # :alt: Bars of milliseconds a film for PyTorch and five engines, divided into stages, each with a mark for the arithmetic limit.
-# Median time of one film at {glue:text}`c16-timed-px` px and {glue:text}`c16-timed-view` px, by stage, over {glue:text}`c16-rounds` rounds; {glue:text}`c16-machine`. The mark: what the arithmetic alone would take.
+# Median time of one film at {glue:text}`c16-timed-px` px and {glue:text}`c16-timed-view` px, by stage, over {glue:text}`c16-rounds` rounds; {glue:text}`c16-machine`. The films: {glue:text}`c16-kind` of the test
+# split; profile {glue:text}`c16-profile`. The mark: what the arithmetic alone would take.
 # ```
 #
 # ONNX Runtime in float32 is {glue:text}`c16-ort-faster` times as fast as PyTorch (95 % over rounds). The fastest engine that keeps both AUROC and mAP within {glue:text}`c16-allowed` is
