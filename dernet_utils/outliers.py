@@ -80,7 +80,7 @@ class Limit(NamedTuple):
     text: str
 
 
-# Wide of all that the training films of a virtual cohort show; chapter 17 draws both.
+# Wide of all that the training films of a virtual cohort show; chapter 17 has both in a table.
 LIMITS = {
     "short_side": Limit(128, np.inf, "Its short side has {:.0f} px, and needs at least 128."),
     "elongation": Limit(1, 8, "It is {:.0f} times as long as wide."),
@@ -138,9 +138,8 @@ def _colour(data: bytes) -> float:
 
 def _smoothness(grey: np.ndarray) -> float:
     pairs = [(grey[:, 1:], grey[:, :-1]), (grey[1:], grey[:-1])]
-    if not grey.std():
-        return 1.0
-    return float(min(np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs))
+    varied = [(a.ravel(), b.ravel()) for a, b in pairs if a.std() and b.std()]
+    return float(min((np.corrcoef(a, b)[0, 1] for a, b in varied), default=1.0))
 
 
 def picture_reasons(facts: dict[str, float]) -> list[Reason]:

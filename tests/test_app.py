@@ -227,8 +227,6 @@ def test_every_test_file_of_pydicom_is_answered(client):
     assert len(names) > 50
     for name in names:
         data = Path(name).read_bytes()
-        if len(data) > 5_000_000 or not data:
-            continue
         said = client.post("/api/v1/analyse", content=data)
         assert said.status_code in (200, 422), (name, said.text)
         assert "error" in said.json() or "rejected" in said.json()

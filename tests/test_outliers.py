@@ -103,6 +103,12 @@ def test_facts_are_numbers_whatever_the_picture(height, width, grey):
     assert outliers.picture_reasons(facts)
 
 
+def test_a_picture_that_varies_at_its_edge_only_has_facts():
+    picture = np.zeros((40, 40), np.uint8)
+    picture[:, -1] = 200
+    assert np.isfinite(list(outliers.picture_facts(png(picture), picture).values())).all()
+
+
 def test_a_drawn_picture_is_flat():
     drawn = np.repeat(np.arange(0, 250, 3, dtype=np.uint8), 6)[None].repeat(300, 0).copy()
     for k in range(40):
