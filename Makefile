@@ -24,7 +24,7 @@ book: $(LOCKED) $(DONOR)
 	@$(BIN)/dernet run --profile "$(PROFILE)"
 
 test: $(LOCKED) $(DONOR)
-	@tools/system.sh chromium dciodvfy
+	@tools/system.sh chromium dciodvfy orthanc
 	@$(BIN)/python -m pytest -q
 
 lab: $(LOCKED) $(DONOR)

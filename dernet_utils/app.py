@@ -59,14 +59,13 @@ class Refused(Exception):
 
 
 class Desk:
-    """Lets one film be answered at a time, and few wait."""
+    """Lets one film be answered at a time, and few requests wait."""
 
     def __init__(self) -> None:
         self._waiting, self._lock = 0, asyncio.Lock()
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for one's turn.
+    def admit(self) -> None:
+        """Let a request in.
 
         Raises:
             Refused: Too many wait already.
@@ -76,6 +75,10 @@ class Desk:
                 503, "Busy: too many films are waiting. Send yours again in a moment.",
                 **{"Retry-After": str(RETRY_S)},
             )  # fmt: skip
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a film's turn."""
         self._waiting += 1
         try:
             async with self._lock:
@@ -168,13 +171,16 @@ def make_app(
         heat: Annotated[bool, Query(description="Return DERNet's heat map, too.")] = False,
     ) -> JSONResponse:
         """Answer one file: DICOM, PNG or JPEG, as the request's body."""
-        done = await examined(await _body(request), override)
+        data = await _body(request)
+        desk.admit()
+        done = await examined(data, override)
         return JSONResponse(_said(done, examiner, picture, heat))
 
     @app.post("/api/v1/analyse-batch", openapi_extra=_FORM)
     async def analyse_batch(request: Request, override: Override = False) -> StreamingResponse:
         """Answer many files of a form, a line of JSON each, as soon as it is known."""
         files = await _files(request)
+        desk.admit()  # once: what has begun to be answered is answered whole
 
         async def lines() -> AsyncIterator[str]:
             for number, data in enumerate(files):
@@ -182,8 +188,6 @@ def make_app(
                     said = _said(await examined(data, override), examiner)
                 except DernetError as error:
                     said = {"error": _sentence(error)}
-                except Refused as refused:
-                    said = {"error": str(refused)}
                 yield json.dumps({"number": number} | said) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
@@ -194,6 +198,7 @@ def make_app(
     ) -> Response:
         """Answer one file by a report: a page, JSON, or, of a DICOM image, SR or capture."""
         data = await _body(request)
+        desk.admit()
         done = await examined(data, override)
         if done.rejected:
             raise Refused(

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -415,10 +416,17 @@ def serve(
                 2,
             )
         served = open_app(open_workspace(profile), engine, token, host)
-        _say(f"Serving on http://{host}:{port}. Ctrl-C ends it.")
-        uvicorn.run(
-            served, host=host, port=port, access_log=False, log_level="warning", server_header=False
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listening = socket.create_server((host, port), family=family)
+        except OSError as error:
+            _end(f"The server cannot listen there: {error.strerror}. Try another --port.", 1)
+        _say(f"Serving on http://{host}:{listening.getsockname()[1]}. Ctrl-C ends it.")
+        settings = uvicorn.Config(
+            served, access_log=False, log_level="warning", server_header=False
         )
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run([listening])
 
 
 @app.command()

@@ -112,7 +112,13 @@ class Node:
 
     def __enter__(self) -> "Node":
         handlers = [(evt.EVT_C_STORE, self._take), (evt.EVT_C_ECHO, lambda event: SUCCESS)]
-        self._server = self._entity.start_server(self._address, block=False, evt_handlers=handlers)
+        try:
+            self._server = self._entity.start_server(
+                self._address, block=False, evt_handlers=handlers
+            )
+        except OSError as error:
+            told = f"The node cannot listen there: {error.strerror}. Try another --port."
+            raise DernetError(told) from error
         self._worker.start()
         return self
 

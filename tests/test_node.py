@@ -81,6 +81,12 @@ def test_a_peer_that_is_not_there_is_named(examiner, caplog):
     assert "NOBODY at 127.0.0.1:9 does not take reports" in caplog.text
 
 
+def test_a_port_in_use_is_named(examiner, archive):
+    peer = archive[0]
+    with pytest.raises(DernetError, match="cannot listen there: Address already in use"):
+        Node(examiner, "test", peer, port=peer.port).__enter__()
+
+
 @pytest.mark.parametrize("text", ["", "ORTHANC", "A@b", "@h:1", "T@h:x", "T" * 17 + "@h:1"])
 def test_a_peer_has_title_host_and_port(text):
     with pytest.raises(DernetError, match="TITLE@host:port"):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,10 +32,7 @@ def runs(exported, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(runs):
     """A server's process and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["serve", "--profile", "smoke", "--port", str(port)]
+    command = ["serve", "--profile", "smoke", "--port", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dernet_utils.cli", *command],
         cwd=PROJECT,
@@ -45,17 +41,12 @@ def server(runs):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    address, begun = f"http://127.0.0.1:{port}/api/v1/", time.monotonic()
-    while time.monotonic() - begun < 60:
-        try:
-            urllib.request.urlopen(f"{address}health")
-            break
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    yield process, address
+    told = process.stdout.readline()
+    assert told.startswith("Serving on http://127.0.0.1:"), told
+    yield process, f"{told.split()[2].rstrip('.')}/api/v1/"
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=30)[0]
-    assert "Serving on" in said and "Traceback" not in said and "SECRET" not in said
+    assert process.returncode == 0 and not said, said
 
 
 def post(url, data):
@@ -101,6 +92,45 @@ def test_many_clients_at_once(server):
     busy = [headers for status, _, headers in said if status == 503]
     assert all(int(headers["Retry-After"]) > 0 for headers in busy)
     assert megabytes(process) < before + 100
+
+
+def test_a_batch_that_has_begun_is_not_sent_away(server):
+    """While single films are told to come back, every file of a batch gets its answer."""
+    _, address = server
+    single, stop = f"{address}analyse?override=true", threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            post(single, film())
+
+    clients = [threading.Thread(target=ask) for _ in range(CLIENTS)]
+    boundary, parts = "together", b""
+    for number in range(4):
+        head = f'Content-Disposition: form-data; name="files"; filename="{number}"'
+        parts += f"--{boundary}\r\n{head}\r\n\r\n".encode() + film(seed=number) + b"\r\n"
+    request = urllib.request.Request(
+        f"{address}analyse-batch?override=true",
+        parts + f"--{boundary}--\r\n".encode(),
+        {"Content-Type": f"multipart/form-data; boundary={boundary}"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        first = answer.readline()
+        for client in clients:
+            client.start()
+        lines = [json.loads(line) for line in (first, *answer)]
+    stop.set()
+    for client in clients:
+        client.join()
+    assert [line["number"] for line in lines] == [0, 1, 2, 3]
+    assert all("score" in line for line in lines)
+
+
+def test_a_port_in_use_is_named(server, runs):
+    port = server[1].split(":")[2].split("/")[0]
+    again = run_dernet("serve", "--profile", "smoke", "--port", port, DERNET_RUNS=str(runs))
+    assert again.returncode == 1
+    assert again.stderr.startswith("The server cannot listen there: Address already in use")
+    assert port in again.stderr and again.stderr.endswith("Try another --port.\n")
 
 
 def test_what_is_needed_is_said(tmp_path):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes sure of the system libraries named: `tools/system.sh venv opencv chromium dciodvfy`.
+# Makes sure of the system libraries named: `tools/system.sh venv opencv chromium dciodvfy orthanc`.
 # A missing one is installed when this runs as root on Debian (or Ubuntu), else named with the
 # command that installs it. Prints nothing where all are there.
 set -eu
@@ -16,8 +16,9 @@ for need in "$@"; do
       ;;
     chromium) command -v chromium >/dev/null 2>&1 || missing="$missing chromium" ;;
     dciodvfy) command -v dciodvfy >/dev/null 2>&1 || missing="$missing dicom3tools" ;;
+    orthanc) [ -x /usr/sbin/Orthanc ] || missing="$missing orthanc" ;;
     *)
-      echo "tools/system.sh knows venv, opencv, chromium and dciodvfy, not $need." >&2
+      echo "tools/system.sh knows venv, opencv, chromium, dciodvfy and orthanc, not $need." >&2
       exit 2
       ;;
   esac

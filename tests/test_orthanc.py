@@ -1,0 +1,114 @@
+"""The node beside a real archive: Orthanc, from Debian's packages, on loopback."""
+
+import json
+import socket
+import subprocess
+import time
+import urllib.request
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+from sent import film
+
+from dernet_utils.dicom_report import read_report
+from dernet_utils.node import Node, Peer
+
+SR, CAPTURE = "1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.7"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Orthanc:
+    """An Orthanc of its own for one test, reached by its REST interface."""
+
+    def __init__(self, folder: Path, node: Node, dicom_port: int):
+        http_port = free_port()
+        self._url = f"http://127.0.0.1:{http_port}/"
+        settings = {
+            "Name": "ARCHIVE", "StorageDirectory": str(folder), "IndexDirectory": str(folder),
+            "HttpPort": http_port, "RemoteAccessAllowed": False, "AuthenticationEnabled": False,
+            "DicomPort": dicom_port, "DicomAet": "ARCHIVE", "Plugins": [],
+            "DicomModalities": {"dernet": ["DERNET", "127.0.0.1", node.port]},
+        }  # fmt: skip
+        path = folder / "orthanc.json"
+        path.write_text(json.dumps(settings))
+        self._said = (folder / "orthanc.log").open("w+")
+        self._process = subprocess.Popen(
+            ["/usr/sbin/Orthanc", path], stdout=self._said, stderr=subprocess.STDOUT
+        )
+
+    def __enter__(self) -> "Orthanc":
+        for _ in range(300):
+            try:
+                self.ask("system")
+                return self
+            except OSError:
+                time.sleep(0.1)
+        self.__exit__()
+        raise AssertionError(Path(self._said.name).read_text())
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+        self._said.close()
+
+    def ask(self, path: str, sent: bytes | None = None) -> bytes:
+        """The body of its answer; OSError where there is none, or it is not 200."""
+        with urllib.request.urlopen(self._url + path, sent, timeout=60) as answer:
+            return answer.read()
+
+    def instances(self, sop_class: str) -> list[str]:
+        """Its own names of the instances of a SOP class."""
+        return [
+            name
+            for name in json.loads(self.ask("instances"))
+            if self.ask(f"instances/{name}/metadata/SopClassUid").decode() == sop_class
+        ]
+
+
+@pytest.fixture
+def archive(examiner, tmp_path):
+    port = free_port()
+    with (
+        Node(examiner, "test", Peer("ARCHIVE", "127.0.0.1", port), port=0) as node,
+        Orthanc(tmp_path, node, port) as orthanc,
+    ):
+        yield orthanc
+
+
+def test_an_archive_sends_a_film_and_gets_its_reports(archive, examiner, tmp_path):
+    source = pydicom.dcmread(BytesIO(film()))
+    stored = json.loads(archive.ask("instances", film()))["ID"]
+    archive.ask("modalities/dernet/store", stored.encode())
+    for _ in range(600):
+        if len(json.loads(archive.ask("instances"))) == 3:
+            break
+        time.sleep(0.1)
+
+    (report,), (capture,) = archive.instances(SR), archive.instances(CAPTURE)
+    study = json.loads(archive.ask(f"instances/{stored}/study"))["ID"]
+    inside = json.loads(archive.ask(f"studies/{study}/instances"))
+    assert {one["ID"] for one in inside} == {stored, report, capture}
+    for name in (report, capture):
+        path = tmp_path / f"{name}.dcm"
+        path.write_bytes(archive.ask(f"instances/{name}/file"))
+        checked = subprocess.run(["dciodvfy", path], capture_output=True, text=True)
+        assert "Error" not in checked.stdout + checked.stderr
+
+    told = pydicom.dcmread(tmp_path / f"{report}.dcm")
+    read, answer = read_report(told), examiner.examine(film()).answer
+    assert read["score"] == pytest.approx(answer.score, abs=1e-6)
+    assert len(read["boxes"]) == len(answer.boxes) > 0
+    assert told.PatientID == source.PatientID and told.StudyInstanceUID == source.StudyInstanceUID
+
+    shown = np.frombuffer(archive.ask(f"instances/{capture}/preview"), np.uint8)
+    picture = cv2.imdecode(shown, cv2.IMREAD_COLOR)  # drawn by Orthanc, not by us
+    assert picture.shape[0] >= source.Rows and np.ptp(picture) > 100
