@@ -37,7 +37,7 @@ HANDED_ON = {
     "open_pipeline": "export_run",
 }
 TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
-TIMED = "runtime"  # and one that imports this measures times, and wants the machine for itself
+TIMED = "timings"  # and one that reads this number measures times: it wants the machine for itself
 MAX_THREADS = 8  # more help none of our networks
 QUICKEST_FIRST = ("densenet121", "resnet50", "tf_efficientnetv2_s")  # by a training's time
 # Read by glibc, torch and OpenMP when a process starts; numbers do not depend on them. A step of
@@ -98,10 +98,11 @@ def _imports_of(path: Path, package: Path) -> set[str]:
 
 def cores_for(name: str, every: int, project: Path = PROJECT) -> int:
     """Return how many of all cores a chapter gets: half for a training, all for one that times."""
-    modules = modules_of(project / "notebooks" / f"{name}.py", project / "dernet_utils")
-    if TIMED in modules:
+    path = project / "notebooks" / f"{name}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if any(isinstance(node, ast.Attribute) and node.attr == TIMED for node in ast.walk(tree)):
         return every
-    return max(1, every // 2) if modules & TRAINING else 1
+    return max(1, every // 2) if modules_of(path, project / "dernet_utils") & TRAINING else 1
 
 
 def trainings_of(name: str, folds: int, project: Path = PROJECT) -> list[tuple[str, int]]:

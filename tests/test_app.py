@@ -6,6 +6,7 @@ import logging
 import struct
 import subprocess
 import threading
+import zipfile
 import zlib
 from contextlib import contextmanager
 from io import BytesIO
@@ -167,10 +168,17 @@ def without_pixels():
     return stream.getvalue()
 
 
+def zipped():
+    stream = BytesIO()
+    with zipfile.ZipFile(stream, "w") as made:
+        made.writestr("film.dcm", film())
+    return stream.getvalue()
+
+
 BAD = {
     "text": b"hello", "nothing": b"", "a renamed file": b"%PDF-1.7 " + bytes(500),
     "truncated DICOM": film()[:2000], "cut in the header": film()[:140], "huge": bomb(),
-    "a zip": b"PK\x03\x04" + bytes(200), "several frames": film(NumberOfFrames=2),
+    "a zip": zipped(), "several frames": film(NumberOfFrames=2),
     "no pixels": without_pixels(), "invalid UTF-8": b"\xff\xfe\xfa" * 50,
     "hostile SVG": b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
     "cut PNG": encoded()[:-40], "cut JPEG": encoded(".jpg")[:500],
