@@ -243,11 +243,15 @@ def training_embeddings(workspace: Workspace, path: Path) -> tuple[np.ndarray, n
     Returns:
         Shape (n, D) of the films of all folds but the first; (m, D) of the first fold's.
     """
-    images, run = run_images(workspace), open_network(path)
+    images = run_images(workspace)
     training = images[images["split"] == "train"]
     pixels = load_pixels(training["path"], workspace.profile.triage_px).numpy()
     parts = np.array_split(pixels, max(1, len(pixels) // 16))
-    embeddings = np.concatenate([run(part)[2] for part in parts])
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        early = Path(folder) / path.name  # the part of the network that they come from
+        onnx.utils.extract_model(path, early, ["film"], ["embedding"])
+        run = open_network(early)
+        embeddings = np.concatenate([run(part)[0] for part in parts])
     held_out = (training["fold"] == 0).to_numpy()
     return embeddings[~held_out], embeddings[held_out]
 
