@@ -202,7 +202,8 @@ pd.Series({
 
 # %% [markdown]
 # Weights are known; the maps between the layers are not, and need scales too. They come from the ranges on {glue:text}`c16-calibration` films of the *training* split. A map is kept as 0 to 255 from a zero
-# of its own; in EfficientNetV2-S as −127 to 127, since OpenVINO spent half of that network's time on subtracting the zeros.
+# of its own; in EfficientNetV2-S as −127 to 127, since OpenVINO spent half of that network's time on subtracting the zeros. (ONNX Runtime is quicker with them; no form
+# is best for both.)
 #
 # ## Are the answers the same?
 #
@@ -363,7 +364,7 @@ for turn in range(-1, rounds):
         one = stages(pipeline, greys[turn % len(greys)])
         if turn >= 0:  # the first round warms up
             taken[name].append(one)
-labels = ["CLAHE", *(SPOKEN[name] for name in NETWORKS), "YOLO11-L, NMS"]
+labels = ["CLAHE", *(SPOKEN[name] for name in NETWORKS), "YOLO11-L"]
 medians = pd.DataFrame({n: np.median(own, axis=0) for n, own in taken.items()}, labels).T
 whole = {name: np.sum(own, axis=1) for name, own in taken.items()}
 medians["one film"] = [np.median(own) for own in whole.values()]
@@ -421,7 +422,7 @@ def times_faster(name):
 
 
 faster = {name: times_faster(name) for name in engines}
-medians[labels].round(0).astype(int).rename_axis(columns="milliseconds")
+medians[labels].round(0).astype(int).rename_axis(columns="ms")
 
 # %%
 table = medians[["one film", "limit"]].round(0).astype(int)
@@ -500,7 +501,7 @@ pd.DataFrame(batches).T.round(1).rename_axis(columns="films at once")
 
 # %%
 gate_open = (by_torch > decision.thresholds["youden"]).mean()
-search = medians["YOLO11-L, NMS"]
+search = medians["YOLO11-L"]
 gated = medians["one film"] - (1 - gate_open) * search
 pd.DataFrame(
     {
@@ -508,7 +509,7 @@ pd.DataFrame(
         "gate shut": medians["one film"] - search,
         "this test split": gated,
     }
-).round(0)
+).round().astype(int)
 
 # %% [markdown]
 # ## Paper beside ours

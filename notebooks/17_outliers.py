@@ -318,20 +318,7 @@ def screen(film):
     return np.asarray(canvas.buffer_rgba())[..., 2::-1]
 
 
-WORDS = [
-    "the",
-    "film",
-    "shows",
-    "a",
-    "spine",
-    "of",
-    "five",
-    "bodies",
-    "with",
-    "narrow",
-    "space",
-    "below",
-]
+WORDS = "the film shows a spine of five bodies with narrow space below".split()
 films = [decode_grey(file_of(film)) for film in test.itertuples()]
 made["screens"] = [screen(None if k % 2 else films[k % len(films)]) for k in range(each)]
 made["screens, grey"] = [
@@ -424,7 +411,7 @@ for family, own in wrong.groupby("family", sort=False):
         "AUROC": evaluate.auroc(label, np.minimum(both, 1e6)), "passes at 95 %": (distance <= at_95).mean(),
     }  # fmt: skip
 refusals = pd.DataFrame(rows).T
-refusals
+refusals.astype(dict.fromkeys(refusals.columns.drop("by either"), float)).round(2)
 
 # %% tags=["remove-cell"]
 must = [f for f in families[:9] if "body" not in f]
