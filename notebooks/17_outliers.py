@@ -318,7 +318,9 @@ def screen(film):
     return np.asarray(canvas.buffer_rgba())[..., 2::-1]
 
 
-WORDS = "the film shows a spine of five bodies with narrow space below".split()
+WORDS = [
+    "the", "film", "shows", "a", "spine", "of", "five", "bodies", "with", "narrow", "space", "below",
+]  # fmt: skip
 films = [decode_grey(file_of(film)) for film in test.itertuples()]
 made["screens"] = [screen(None if k % 2 else films[k % len(films)]) for k in range(each)]
 made["screens, grey"] = [
