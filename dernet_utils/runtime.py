@@ -13,6 +13,10 @@ from dernet_utils.outliers import Familiar
 from dernet_utils.pipeline import Look, Pipeline
 
 MANIFEST = "manifest.json"
+NAMED = {
+    "made_by", "triage", "detector", "familiar", "decision", "lesion_types", "least_score",
+    "triage_px", "view", "cache_px", "clip_limit", "tiles",
+}  # fmt: skip
 SAMPLES = "samples"  # films to try, beside it
 # What runs a network, the precision of its file, and that of its arithmetic.
 ENGINES = {
@@ -27,28 +31,36 @@ Run = Callable[[np.ndarray], list[np.ndarray]]  # takes uint8 (n, 1, height, wid
 
 
 def read_exported(folder: Path) -> dict:
-    """Return the manifest of exported networks, its files checked against their digests.
+    """Return the manifest of exported networks.
 
     Raises:
-        DernetError: There is no manifest, it is no JSON, or a file is not the one that it names.
+        DernetError: There is no manifest, or it is none.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise DernetError(f"There is no {path}: write one with `dernet export --out {folder}`.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        networks = [*manifest["triage"].values(), manifest["detector"]]
-        files = [facts for network in networks for facts in network.values()]
-        files.append(manifest["familiar"])
-        named = {Path(folder) / facts["file"]: facts["sha256"] for facts in files}
-    except (ValueError, KeyError, TypeError) as error:
+        missing = NAMED - manifest.keys()
+    except (ValueError, AttributeError) as error:
         raise DernetError(f"{path} is damaged ({error}): export the networks again.") from error
-    for file, digest in named.items():
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise DernetError(
-                f"{file} is missing or not the file that {path} names: export the networks again."
-            )
+    if missing:
+        told = ", ".join(sorted(missing))
+        raise DernetError(f"{path} is damaged (it lacks {told}): export the networks again.")
     return manifest
+
+
+def _checked(folder: Path, facts: dict) -> Path:
+    """Return a file that a manifest names, if it is the one it names."""
+    path = Path(folder) / facts["file"]
+    if path.is_file():
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]:
+                return path
+    raise DernetError(
+        f"{path} is missing or not the file that {Path(folder) / MANIFEST} names: export the "
+        "networks again."
+    )
 
 
 def open_pipeline(
@@ -66,8 +78,8 @@ def open_pipeline(
         threshold: Name of the decision's threshold.
 
     Raises:
-        DernetError: Another engine, a precision that was not exported, or as `read_exported`
-            raises.
+        DernetError: Another engine, a precision that was not exported, a file that is not the
+            manifest's, or as `read_exported` raises.
     """
     if engine not in ENGINES:
         raise DernetError(f"The engine is one of {', '.join(ENGINES)}, not {engine!r}.")
@@ -80,7 +92,7 @@ def open_pipeline(
                 f"{folder} holds no networks in {precision}: write them with `dernet export "
                 f"--int8 --out {folder}`."
             )
-        return open_network(folder / network[precision]["file"], engine, threads)
+        return open_network(_checked(folder, network[precision]), engine, threads)
 
     triage = {name: _looks(opened(network)) for name, network in manifest["triage"].items()}
     detector = opened(manifest["detector"])
@@ -106,7 +118,7 @@ def open_familiar(folder: Path) -> tuple[str, Familiar]:
         DernetError: As `read_exported` and `Familiar.load` raise.
     """
     facts = read_exported(folder)["familiar"]
-    return facts["network"], Familiar.load(Path(folder) / facts["file"])
+    return facts["network"], Familiar.load(_checked(folder, facts))
 
 
 def _looks(run: Run) -> Callable[[np.ndarray], Look]:

@@ -34,7 +34,6 @@ HANDED_ON = {
     "open_test_labels": "write_decision",
     "run_pipeline": "write_models",
     "export_run": "write_models",
-    "open_pipeline": "export_run",
 }
 TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
 TIMED = "timings"  # and one that reads this number measures times: it wants the machine for itself

@@ -74,8 +74,9 @@ def exported(networks, detector, tmp_path_factory) -> Path:
     seen = fit_familiar(embeddings, embeddings).save(folder / "familiar.npz")
     familiar = {"network": "resnet50", "file": seen.name, "sha256": digest(seen)}
     manifest = {
-        "profile": "test", "virtual": True, "triage": triage,
-        "detector": found, "familiar": familiar, "decision": decision, "lesion_types": LESION_TYPES,
+        "made_by": "dernet-utils test", "profile": "test", "virtual": True,
+        "triage": triage, "detector": found, "familiar": familiar, "decision": decision,
+        "lesion_types": LESION_TYPES,
         "least_score": 0.001, "triage_px": PX, "view": VIEW, "cache_px": 128,
         "clip_limit": 2.0, "tiles": 8,
     }  # fmt: skip

@@ -30,7 +30,7 @@ from dernet_utils.examine import Examiner
 def client(examiner, exported, tmp_path_factory):
     samples = tmp_path_factory.mktemp("samples")
     (samples / "virtual-1.dcm").write_bytes(film())
-    about = runtime.read_exported(exported) | {"made_by": "dernet-utils test"}
+    about = runtime.read_exported(exported)
     application = web.make_app(examiner, about, samples=samples)
     return TestClient(application, base_url="http://127.0.0.1", raise_server_exceptions=False)
 

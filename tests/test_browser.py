@@ -27,7 +27,7 @@ def address(examiner, exported, tmp_path_factory) -> Iterator[str]:
     """A running server."""
     samples = tmp_path_factory.mktemp("samples")
     (samples / "virtual-1.dcm").write_bytes(film(seed=3))
-    about = runtime.read_exported(exported) | {"made_by": "dernet-utils test"}
+    about = runtime.read_exported(exported)
     application = web.make_app(examiner, about, samples=samples)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

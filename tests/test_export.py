@@ -95,9 +95,10 @@ def test_errors_say_what_to_do(exported, tmp_path):
         runtime.open_pipeline(tmp_path)
     with pytest.raises(DernetError, match="engine is one of"):
         runtime.open_pipeline(exported, "tensorrt")
-    (tmp_path / runtime.MANIFEST).write_text("{")
-    with pytest.raises(DernetError, match="damaged"):
-        runtime.open_pipeline(tmp_path)
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / runtime.MANIFEST).write_text(damaged)
+        with pytest.raises(DernetError, match="damaged"):
+            runtime.open_pipeline(tmp_path)
     manifest = json.loads((exported / runtime.MANIFEST).read_text())
     del manifest["triage"]["resnet50"]["int8"]
     (tmp_path / runtime.MANIFEST).write_text(json.dumps(manifest))
