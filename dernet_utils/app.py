@@ -22,8 +22,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from dernet_utils import __version__
 from dernet_utils.errors import DernetError
@@ -62,29 +64,40 @@ class Desk:
     """Lets one film be answered at a time, and few requests wait."""
 
     def __init__(self) -> None:
-        self._waiting, self._lock = 0, asyncio.Lock()
+        self._inside, self._turn = 0, asyncio.Lock()
 
-    def admit(self) -> None:
+    async def admit(self, request: Request) -> None:
         """Let a request in.
 
         Raises:
-            Refused: Too many wait already.
+            Refused: Too many are inside; what the client still sends is read and dropped, or it
+                would not hear the answer.
         """
-        if self._waiting > WAITING:
-            raise Refused(
-                503, "Busy: too many films are waiting. Send yours again in a moment.",
-                **{"Retry-After": str(RETRY_S)},
-            )  # fmt: skip
+        if self._inside <= WAITING:
+            return
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > MOST_BYTES:
+                break
+        raise Refused(
+            503, "Busy: too many films are waiting. Send yours again in a moment.",
+            **{"Retry-After": str(RETRY_S)},
+        )  # fmt: skip
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for a film's turn."""
-        self._waiting += 1
+    async def place(self) -> AsyncIterator[None]:
+        """Count as inside."""
+        self._inside += 1
         try:
-            async with self._lock:
-                yield
+            yield
         finally:
-            self._waiting -= 1
+            self._inside -= 1
+
+    async def run(self, work: Callable, *given: object) -> object:
+        """Return what a function returns, run when its turn comes, beside the event loop."""
+        async with self._turn:
+            return await run_in_threadpool(work, *given)
 
 
 def open_app(
@@ -159,9 +172,16 @@ def make_app(
         sentence = "The server failed at this file, which is its fault and not the file's."
         return JSONResponse({"error": sentence}, 500)
 
-    async def examined(data: bytes, override: bool) -> Examined:
-        async with desk.turn():
-            return await run_in_threadpool(examiner.examine, data, override)
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # nobody hears it
+
+    @app.exception_handler(HTTPException)
+    async def nothing_there(request: Request, error: HTTPException) -> Response:
+        return JSONResponse({"error": f"{error.detail}."}, error.status_code, error.headers)
+
+    def answered(data: bytes, override: bool, picture: bool = False, heat: bool = False) -> dict:
+        return _said(examiner.examine(data, override), examiner, picture, heat)
 
     @app.post("/api/v1/analyse", openapi_extra=_BODY)
     async def analyse(
@@ -171,24 +191,26 @@ def make_app(
         heat: Annotated[bool, Query(description="Return DERNet's heat map, too.")] = False,
     ) -> JSONResponse:
         """Answer one file: DICOM, PNG or JPEG, as the request's body."""
-        data = await _body(request)
-        desk.admit()
-        done = await examined(data, override)
-        return JSONResponse(_said(done, examiner, picture, heat))
+        await desk.admit(request)
+        async with desk.place():
+            data = await _body(request)
+            return JSONResponse(await desk.run(answered, data, override, picture, heat))
 
     @app.post("/api/v1/analyse-batch", openapi_extra=_FORM)
     async def analyse_batch(request: Request, override: Override = False) -> StreamingResponse:
         """Answer many files of a form, a line of JSON each, as soon as it is known."""
-        files = await _files(request)
-        desk.admit()  # once: what has begun to be answered is answered whole
+        await desk.admit(request)  # once: what has begun to be answered is answered whole
+        async with desk.place():
+            files = await _files(request)
 
         async def lines() -> AsyncIterator[str]:
-            for number, data in enumerate(files):
-                try:
-                    said = _said(await examined(data, override), examiner)
-                except DernetError as error:
-                    said = {"error": _sentence(error)}
-                yield json.dumps({"number": number} | said) + "\n"
+            async with desk.place():
+                for number, data in enumerate(files):
+                    try:
+                        said = await desk.run(answered, data, override)
+                    except DernetError as error:
+                        said = {"error": _sentence(error)}
+                    yield json.dumps({"number": number} | said) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
@@ -197,16 +219,18 @@ def make_app(
         form: Literal["html", "json", "sr", "sc"], request: Request, override: Override = False
     ) -> Response:
         """Answer one file by a report: a page, JSON, or, of a DICOM image, SR or capture."""
-        data = await _body(request)
-        desk.admit()
-        done = await examined(data, override)
-        if done.rejected:
-            raise Refused(
-                409,
-                "The file was rejected, and there is nothing to report: "
-                + " ".join(reason.text for reason in done.reasons),
-            )
-        return await run_in_threadpool(_report, form, data, done, about)
+
+        def reported(data: bytes) -> Response:
+            done = examiner.examine(data, override)
+            if done.rejected:
+                told = " ".join(reason.text for reason in done.reasons)
+                sentence = f"The file was rejected, and there is nothing to report: {told}"
+                raise Refused(409, sentence)
+            return _report(form, data, done, about)
+
+        await desk.admit(request)
+        async with desk.place():
+            return await desk.run(reported, await _body(request))
 
     @app.get("/api/v1/health")
     async def health() -> dict:
@@ -347,16 +371,14 @@ def _report(form: str, data: bytes, done: Examined, about: dict) -> Response:
         raise Refused(
             422, "A DICOM report refers to a DICOM image; take the page or JSON for this file."
         )
-    from dernet_utils.dicom_report import secondary_capture, structured_report
+    from dernet_utils.dicom_report import encode, secondary_capture, structured_report
 
     film = pydicom.dcmread(BytesIO(data))
     if form == "sr":
         made = structured_report(film, done.answer, about["made_by"][:64], done.overridden)
     else:
         made = secondary_capture(film, done.grey, done.answer, done.overridden)
-    stream = BytesIO()
-    pydicom.dcmwrite(stream, made, enforce_file_format=True)
-    return _attached(stream.getvalue(), "application/dicom", f"{form}.dcm")
+    return _attached(encode(made), "application/dicom", f"{form}.dcm")
 
 
 def _attached(content: bytes, media_type: str, name: str) -> Response:

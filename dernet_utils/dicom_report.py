@@ -6,12 +6,18 @@ private coding scheme 99DERNET names the lesion types, which no public scheme ha
 means them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+
 import cv2
 import highdicom as hd
 import numpy as np
 import pydicom
 from highdicom.sr import CodedConcept
+from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
+from pydicom.valuerep import DA, TM
 
 from dernet_utils.errors import DernetError
 from dernet_utils.pipeline import Answer
@@ -40,6 +46,21 @@ def lesion_concept(lesion_type: str) -> CodedConcept:
     return CodedConcept(lesion_type.upper().replace(" ", "_")[:16], SCHEME, lesion_type)
 
 
+@contextmanager
+def _carrying() -> Iterator[None]:
+    """Say in a sentence, without its values, that a header cannot be carried over."""
+    try:
+        yield
+    except DernetError:
+        raise
+    except Exception as error:  # highdicom and pydicom raise what they like, and quote names
+        raise DernetError(
+            "The DICOM header cannot be carried into a report "
+            f"({type(error).__name__}): export the image again, in the standard's form."
+        ) from None
+
+
+@_carrying()
 def structured_report(
     film: pydicom.Dataset, answer: Answer, version: str, overridden: tuple[str, ...] = ()
 ) -> pydicom.Dataset:
@@ -52,7 +73,8 @@ def structured_report(
         overridden: Reasons against the image that a person set aside.
 
     Raises:
-        DernetError: The image lacks what a report must refer to.
+        DernetError: The image lacks what a report must refer to, or has it in a form that none
+            can carry.
     """
     film = _source(film)
     algorithm = hd.sr.AlgorithmIdentification(
@@ -115,6 +137,7 @@ def structured_report(
     return report
 
 
+@_carrying()
 def secondary_capture(
     film: pydicom.Dataset, grey: np.ndarray, answer: Answer, overridden: tuple[str, ...] = ()
 ) -> pydicom.Dataset:
@@ -185,10 +208,38 @@ def _source(film: pydicom.Dataset) -> pydicom.Dataset:
     source = pydicom.Dataset()
     source.update({e.tag: e for e in film if e.keyword != "PixelData"})
     source.file_meta = film.file_meta
+    source.decode()
+    source.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, which carries what any other does
     for name in MUST_SAY:
-        if name not in source:
-            setattr(source, name, None)
+        setattr(source, name, _carried(source, name))
     return source
+
+
+def _carried(source: pydicom.Dataset, name: str) -> object:
+    """A value that a report must have; None where there is none, or none in the standard's form."""
+    value = source.get(name)
+    if isinstance(value, MultiValue):
+        value = value[0] if value else None
+    try:
+        if name.endswith("Date"):
+            DA(value or "")
+        elif name.endswith("Time"):
+            TM(value or "")
+    except ValueError:
+        return None
+    return value if name != "PatientSex" or value in ("M", "F", "O") else None
+
+
+def encode(report: pydicom.Dataset) -> bytes:
+    """Return a report as a DICOM file's bytes.
+
+    Raises:
+        DernetError: It holds a value that cannot be written.
+    """
+    stream = BytesIO()
+    with _carrying():
+        pydicom.dcmwrite(stream, report, enforce_file_format=True)
+    return stream.getvalue()
 
 
 def _declare_scheme(report: pydicom.Dataset) -> None:

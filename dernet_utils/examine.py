@@ -12,9 +12,10 @@ from dernet_utils.outliers import Familiar, Reason, header_reasons, picture_fact
 from dernet_utils.pipeline import Answer, Look, Pipeline
 from dernet_utils.runtime import open_familiar, open_pipeline
 
-# pydicom quotes header values in what it warns of, names among them: none may reach a server's log.
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-warnings.filterwarnings("ignore", module="pydicom")
+# These quote header values in what they warn of, names among them: none may reach a server's log.
+for library in ("pydicom", "highdicom"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=library)
 
 
 @dataclass(frozen=True)

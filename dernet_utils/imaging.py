@@ -178,6 +178,7 @@ def _read_pixels(data: bytes) -> tuple[pydicom.Dataset, np.ndarray]:
     # The decoders are many and raise what they like (ValueError, RuntimeError, struct.error …):
     # whatever it is, a file from outside must end in a sentence.
     try:
+        _refuse_bomb(data)
         dataset = pydicom.dcmread(BytesIO(data))
         reason = _refusal(dataset)
     except Exception as error:
@@ -195,6 +196,20 @@ def _read_pixels(data: bytes) -> tuple[pydicom.Dataset, np.ndarray]:
             f"decoded ({_brief(error)}); copy the file again, and if it is neither damaged nor "
             f"cut short, {DECOMPRESS}."
         ) from error
+
+
+def _refuse_bomb(data: bytes) -> None:
+    """Refuse a deflated file that would fill the memory: pydicom inflates without a limit."""
+    header = data[144 : 144 + 4096]
+    if pydicom.uid.DeflatedExplicitVRLittleEndian.encode() not in header:
+        return
+    start = 144 + int.from_bytes(data[140:144], "little")  # PS3.10 7.1: the meta group's length
+    inflating, waiting, size = zlib.decompressobj(-zlib.MAX_WBITS), data[start:], 0
+    while waiting and not inflating.eof:
+        size += len(inflating.decompress(waiting, 2**20))
+        waiting = inflating.unconsumed_tail
+        if size > 3 * MOST_PIXELS:
+            raise ValueError("it inflates to more than any radiograph holds")
 
 
 def _refusal(dataset: pydicom.Dataset) -> str:
@@ -215,7 +230,7 @@ def _refusal(dataset: pydicom.Dataset) -> str:
             "the DICOM file holds no pixel data (a report, a plan or a directory, or it is cut "
             "short); choose an image, or copy the file again."
         )
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+    if photometric not in ("MONOCHROME1", "MONOCHROME2") or dataset.get("SamplesPerPixel", 1) != 1:
         return (
             f"the DICOM image is in colour ({photometric}), where a radiograph is MONOCHROME1 or "
             "MONOCHROME2; export it in grey."

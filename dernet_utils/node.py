@@ -7,7 +7,9 @@ in the log by its SOP instance UID, and by nothing that says whose it is.
 import logging
 import queue
 import threading
+import traceback
 from io import BytesIO
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -42,6 +44,7 @@ SYNTAXES = [
     pydicom.uid.RLELossless,
 ]
 WAITING = 32  # films that may wait to be answered
+PATIENCE_S = 30  # with a peer that does not pick up
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000  # PS3.4 B.2.3
 
 log = logging.getLogger(__name__)
@@ -102,7 +105,9 @@ class Node:
         for report in REPORTS:
             self._entity.add_requested_context(report)
         self._address = (host, port)
-        self._films: queue.Queue[bytes | None] = queue.Queue(WAITING)
+        self._entity.connection_timeout = PATIENCE_S
+        self._films: queue.Queue[tuple[str, bytes] | None] = queue.Queue(WAITING)
+        self._closing = False
         self._worker = threading.Thread(target=self._work, name="dernet-node")
 
     @property
@@ -128,33 +133,39 @@ class Node:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._closing = True  # from here on no film is taken in
         self._server.shutdown()
+        for association in self._server.active_associations:
+            association.abort()  # a sender that stays would keep the process alive
         self._films.put(None)  # after the films that wait
         self._worker.join()
 
     def _take(self, event: Event) -> int:
         """Queue a film that was sent; say so, or that there is no room."""
+        if self._closing:
+            return OUT_OF_RESOURCES
+        uid = str(event.request.AffectedSOPInstanceUID)
         try:
-            self._films.put_nowait(event.encoded_dataset())
+            self._films.put_nowait((uid, event.encoded_dataset()))
         except queue.Full:
             return OUT_OF_RESOURCES
-        except Exception:
-            log.exception("A film could not be taken in.")
+        except Exception as error:
+            log.error("%s could not be taken in (%s).", uid, _where(error))
             return CANNOT_UNDERSTAND
         return SUCCESS
 
     def _work(self) -> None:
-        while (data := self._films.get()) is not None:
+        while (waiting := self._films.get()) is not None:
+            uid, data = waiting
             try:
-                self._answer(data)
+                self._answer(uid, data)
             except DernetError as error:
-                log.warning("A film was not answered: %s", error)
-            except Exception:  # one film must not end the node
-                log.exception("A film was not answered.")
+                log.warning("%s got no report. %s", uid, error)
+            except Exception as error:  # one film must not end the node
+                log.error("%s got no report (%s).", uid, _where(error))
 
-    def _answer(self, data: bytes) -> None:
-        film = pydicom.dcmread(BytesIO(data))
-        uid, done = film.get("SOPInstanceUID"), self._examiner.examine(data)
+    def _answer(self, uid: str, data: bytes) -> None:
+        film, done = pydicom.dcmread(BytesIO(data)), self._examiner.examine(data)
         if done.rejected:
             reasons = " ".join(reason.text for reason in done.reasons)
             log.warning("%s was rejected, and no report sent. %s", uid, reasons)
@@ -179,3 +190,9 @@ class Node:
                     raise DernetError(f"{peer.title} refused a report ({told}).")
         finally:
             association.release()
+
+
+def _where(error: Exception) -> str:
+    """Kind and place of an error; its words may quote a header."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import pydicom
+from pydicom.multival import MultiValue
 
 from dernet_utils.errors import DernetError
 from dernet_utils.pipeline import Look
@@ -49,19 +50,24 @@ def header_reasons(data: bytes) -> list[Reason]:
     if data[128:132] != b"DICM":
         return []
     header = pydicom.dcmread(BytesIO(data), stop_before_pixels=True)
-    modality = str(header.get("Modality") or "").strip().upper()
-    part = str(header.get("BodyPartExamined") or "").strip().upper()
     reasons = []
-    if modality and modality not in MODALITIES:
-        reasons.append(
-            Reason(
-                "header",
-                f"Its modality is {modality}; a radiograph's is one of {', '.join(MODALITIES)}.",
-            )
-        )
-    if part and not _of_the_spine(part):
-        reasons.append(Reason("header", f"The body part examined is {part}, not the spine."))
+    told = _terms(header, "Modality")
+    if told and not any(modality in MODALITIES for modality in told):
+        known = ", ".join(MODALITIES)
+        text = f"Its modality is {' and '.join(told)}; a radiograph's is one of {known}."
+        reasons.append(Reason("header", text))
+    told = _terms(header, "BodyPartExamined")
+    if told and not any(map(_of_the_spine, told)):
+        text = f"The body part examined is {' and '.join(told)}, not the spine."
+        reasons.append(Reason("header", text))
     return reasons
+
+
+def _terms(header: pydicom.Dataset, keyword: str) -> list[str]:
+    """The values of an element, in capitals; none where it is empty."""
+    value = header.get(keyword) or ""
+    values = value if isinstance(value, MultiValue) else [value]
+    return [term for term in (str(own).strip().upper() for own in values) if term]
 
 
 def _of_the_spine(part: str) -> bool:

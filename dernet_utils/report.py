@@ -77,16 +77,34 @@ def draw_answer(grey: np.ndarray, answer: Answer, overridden: Sequence[str] = ()
         f"DERNet: {word}, score {answer.score:.2f}, threshold {answer.threshold:.2f}",
         NOTICE,
     ]
+    width = picture.shape[1] - 8 * stroke
+    fit = min(small, width / max(_text_width(line, 1.0) for line in lines))
     if overridden:
-        lines.insert(1, "A person overrode: " + " ".join(overridden))
+        told = "Rejection overridden by a person: " + " ".join(overridden)
+        lines[1:1] = _wrapped(told, width, fit)
+    write["thickness"] = max(1, round(fit / 0.4))
     below = np.zeros((16 * stroke * len(lines) + 8 * stroke, picture.shape[1], 3), np.uint8)
     for number, line in enumerate(lines):
-        room = picture.shape[1] / cv2.getTextSize(line, write["fontFace"], 1.0, stroke)[0][0]
         at = (4 * stroke, 16 * stroke * (number + 1))
-        cv2.putText(
-            below, line, at, fontScale=min(small, 0.95 * room), color=(255, 255, 255), **write
-        )
+        cv2.putText(below, line, at, fontScale=fit, color=(255, 255, 255), **write)
     return np.vstack([picture, below])
+
+
+def _text_width(text: str, scale: float) -> int:
+    """Width in pixels of a line in the overlay's letters."""
+    return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0]
+
+
+def _wrapped(text: str, width: int, scale: float) -> list[str]:
+    """A text in lines of at most this width, px, as far as its words allow."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _text_width(longer, scale) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def as_page(

@@ -21,7 +21,7 @@ from pydicom.data import get_testdata_files
 from sent import encoded, film
 
 from dernet_utils import app as web
-from dernet_utils import runtime
+from dernet_utils import imaging, runtime
 from dernet_utils.dicom_report import read_report
 from dernet_utils.examine import Examiner
 
@@ -183,6 +183,7 @@ BAD = {
     "hostile SVG": b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
     "cut PNG": encoded()[:-40], "cut JPEG": encoded(".jpg")[:500],
     "rows without end": film(Rows=65_535, Columns=65_535),
+    "three samples": film(SamplesPerPixel=3, PlanarConfiguration=0, PixelData=bytes(180_000)),
     "colour DICOM": film(PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0),
 }  # fmt: skip
 
@@ -194,6 +195,56 @@ def test_what_is_no_film_gets_a_sentence(client, data, path):
     assert 400 <= refused.status_code < 500
     said = refused.json()["error"]
     assert said.endswith(".") and "Traceback" not in said and "/" not in said.replace("and/or", "")
+
+
+def test_what_inflates_without_end_is_refused(client, monkeypatch):
+    made = pydicom.dcmread(BytesIO(film()))
+    made.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    stream = BytesIO()
+    pydicom.dcmwrite(stream, made, enforce_file_format=True)
+    data = stream.getvalue()
+    assert client.post("/api/v1/analyse?override=true", content=data).status_code == 200
+    monkeypatch.setattr(imaging, "MOST_PIXELS", 100_000)
+    start = 144 + int.from_bytes(data[140:144], "little")
+    endless = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS).compress(bytes(10**8))
+    refused = client.post("/api/v1/analyse", content=data[:start] + endless)
+    assert refused.status_code == 422 and "inflates to more" in refused.json()["error"]
+
+
+ODD = {
+    "sex": {"PatientSex": "U"}, "birth": {"PatientBirthDate": "1950"},
+    "date": {"StudyDate": "2024-01-01"}, "time": {"StudyTime": "10:15:30"},
+    "two names": {"PatientName": ["Roe^Jane", "Roe^J"]}, "short name": {"PatientName": "Roe"},
+    "set of old": {"SpecificCharacterSet": "ISO_IR 6"}, "no set": {"SpecificCharacterSet": ""},
+    "Japanese": {"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientName": "Roe^Jane=山田^花"},
+    "Korean": {"SpecificCharacterSet": ["", "ISO 2022 IR 149"], "PatientName": "Roe^Jane=洪^吉洞"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("header", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("form", ["sr", "sc"])
+def test_an_odd_header_still_gets_its_report(client, form, header):
+    """What a report cannot carry is left empty in it; names come over in any character set."""
+    data = film(**header)
+    sent = client.post(f"/api/v1/report/{form}", content=data)
+    assert sent.status_code == 200, sent.text
+    report = pydicom.dcmread(BytesIO(sent.content))
+    name = header.get("PatientName", "Roe^Jane")
+    assert report.PatientName == (name if isinstance(name, str) else name[0])
+    assert report.PatientID == "SECRET-7"
+
+
+@pytest.mark.parametrize("form", ["sr", "sc"])
+def test_a_header_that_no_report_can_carry_is_told(client, form):
+    data = film(StudyInstanceUID="Roe, not a UID at all, and far too long to be taken for any one")
+    refused = client.post(f"/api/v1/report/{form}", content=data)
+    assert refused.status_code == 422 and "cannot be carried" in refused.json()["error"]
+    assert "Roe" not in refused.text
+
+
+def test_an_address_or_method_that_is_none(client):
+    for refused in (client.get("/api/v1/nothing"), client.get("/api/v1/analyse")):
+        assert 404 <= refused.status_code <= 405 and refused.json()["error"].endswith(".")
 
 
 def test_too_much_is_refused(client, monkeypatch):
@@ -267,7 +318,7 @@ def test_nothing_is_kept_or_logged(client, caplog, tmp_path, monkeypatch):
     caplog.clear()
     with caplog.at_level(logging.DEBUG):
         client.post("/api/v1/analyse", content=film())
-        client.post("/api/v1/report/sr?override=true", content=odd)
+        assert client.post("/api/v1/report/sr?override=true", content=odd).status_code == 200
         client.post("/api/v1/analyse-batch", files=[("files", ("Roe^Jane.dcm", film() * 3))])
     for secret in ("Roe", "SECRET-7", "19500101"):
         assert secret not in caplog.text

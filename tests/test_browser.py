@@ -178,6 +178,42 @@ def test_a_rejection_is_shown_and_overridden(page):
     assert "overrode" in page.locator("#overridden").text_content()
 
 
+def test_a_film_chosen_while_it_waits_is_shown_when_it_is_answered(page):
+    held = []
+    page.route("**/api/v1/analyse*", held.append)
+    files = [(f"{name}.png", encoded()) for name in "abc"]
+    page.set_input_files(
+        "#files", [{"name": n, "mimeType": "image/png", "buffer": d} for n, d in files]
+    )
+    last = page.locator("#films button").nth(2)
+    last.focus()
+    page.keyboard.press("Enter")
+    for number in range(3):
+        assert page.locator("#viewer").is_hidden() and page.locator("#answer").is_hidden()
+        while len(held) == number:
+            page.wait_for_timeout(20)
+        held[number].continue_()
+    page.wait_for_selector("#progress", state="hidden", timeout=60_000)
+    assert page.locator("#decision").is_visible()
+    assert last.get_attribute("aria-current") == "true"
+    assert last.evaluate("button => button === document.activeElement")  # the focus has stayed
+    upload(page, ("d.png", encoded()))
+    assert page.locator("#films button").nth(3).get_attribute("aria-current") == "true"
+
+
+def test_an_override_that_fails_leaves_the_rejection(page):
+    upload(page, ("chest.dcm", film(BodyPartExamined="CHEST")))
+    gone = {"status": 422, "json": {"error": "Gone."}}
+    page.route("**/api/v1/analyse*override=true", lambda route: route.fulfill(**gone))
+    page.locator("#override").click()
+    page.locator("#status", has_text="Gone.").wait_for()
+    assert page.locator("#rejection").is_visible() and page.locator("#verdict").is_hidden()
+    page.unroute("**/api/v1/analyse*override=true")
+    page.locator("#override").click()
+    page.locator("#verdict").wait_for()
+    assert page.locator("#decision").evaluate("title => title === document.activeElement")
+
+
 def test_a_film_to_try(page):
     page.locator("#samples summary").click()
     page.locator("#sample-list button").first.click()

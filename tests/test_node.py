@@ -78,7 +78,18 @@ def test_a_film_that_is_none_gets_no_report(examiner, archive, caplog):
 def test_a_peer_that_is_not_there_is_named(examiner, caplog):
     with Node(examiner, "test", Peer("NOBODY", "127.0.0.1", 9), port=0) as node:
         assert send(node, film()) == 0x0000
-    assert "NOBODY at 127.0.0.1:9 does not take reports" in caplog.text
+    told = "2.25.1000 got no report. NOBODY at 127.0.0.1:9 does not take reports."
+    assert told in caplog.text
+
+
+def test_a_sender_that_stays_does_not_hold_the_node(examiner, archive):
+    entity = AE(ae_title="MODALITY")
+    entity.add_requested_context(DigitalXRayImageStorageForPresentation)
+    with Node(examiner, "test", archive[0], port=0) as node:
+        staying = entity.associate("127.0.0.1", node.port, ae_title="DERNET")
+        assert staying.is_established
+    staying.join(10)
+    assert staying.is_aborted
 
 
 def test_a_port_in_use_is_named(examiner, archive):

@@ -41,6 +41,8 @@ def words(reasons):
         ({"Modality": "DX", "BodyPartExamined": "LSPINE"}, ""),
         ({"Modality": "cr", "BodyPartExamined": "T-SPINE"}, ""),
         ({"Modality": "CR"}, ""),
+        ({"Modality": ["DX", "CR"], "BodyPartExamined": ["PELVIS", "LUMBAR"]}, ""),
+        ({"BodyPartExamined": ["HEAD", "NECK"]}, "HEAD and NECK, not the spine"),
         ({"Modality": "", "BodyPartExamined": ""}, ""),
     ],
 )

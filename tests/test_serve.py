@@ -125,6 +125,14 @@ def test_a_batch_that_has_begun_is_not_sent_away(server):
     assert all("score" in line for line in lines)
 
 
+def test_no_name_is_printed(server):
+    """Libraries warn of a name without its parts; that the server prints nothing is seen above."""
+    _, address = server
+    for form in ("sr", "sc"):
+        data = film(PatientName="Roe", PatientSex="Roe, too long for a code")
+        assert post(f"{address}report/{form}?override=true", data)[0] == 200
+
+
 def test_a_port_in_use_is_named(server, runs):
     port = server[1].split(":")[2].split("/")[0]
     again = run_dernet("serve", "--profile", "smoke", "--port", port, DERNET_RUNS=str(runs))

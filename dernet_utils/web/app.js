@@ -1,8 +1,9 @@
 // The page: it sends films, shows what comes back, and keeps nothing.
 const $ = (id) => document.getElementById(id);
 const DASHES = { "-": [], "--": [8, 5], "-.": [9, 4, 2, 4], ":": [2, 4] };
-const films = []; // { name, file, said, grey, heat, view, override }
+const films = []; // { name, file, waiting, override, said, grey, view, heat, error }
 let current = -1;
+let answering = false;
 let token = "";
 let model = { lesion_types: {}, networks: {} };
 const hidden = new Set(); // lesion types that are switched off
@@ -39,8 +40,10 @@ async function start() {
   $("sample-list").replaceChildren(...names.map((name) => {
     const button = element("button", name, { type: "button" });
     button.addEventListener("click", async () => {
-      const blob = await (await call(`samples/${encodeURIComponent(name)}`)).blob();
-      await take([new File([blob], name)]);
+      try {
+        const blob = await (await call(`samples/${encodeURIComponent(name)}`)).blob();
+        await take([new File([blob], name)]);
+      } catch (error) { tell(error); }
     });
     return button;
   }));
@@ -49,34 +52,42 @@ async function start() {
 // --- Films --------------------------------------------------------------------------------
 
 async function take(list) {
-  const fresh = [...list].map((file) => ({ name: file.name, file, view: null, override: false }));
+  const fresh = [...list].map((file) => ({ name: file.name, file, waiting: true, override: false }));
+  if (!fresh.length) return;
   films.push(...fresh);
-  $("progress").hidden = false;
-  $("progress").max = fresh.length;
+  if (!answering) choose(films.indexOf(fresh[0]));
+  else showList();
+  await answerAll();
+}
+
+async function answerAll() {
+  if (answering) return; // the loop that runs comes to these, too
+  answering = true;
   let done = 0;
-  for (const film of fresh) {
-    $("status").textContent = `Answering ${done + 1} of ${fresh.length} …`;
-    showList();
+  $("progress").hidden = false;
+  for (let film; (film = films.find((one) => one.waiting)); done += 1) {
+    const total = done + films.filter((one) => one.waiting).length;
+    $("status").textContent = `Answering ${done + 1} of ${total} …`;
+    $("progress").value = done / total;
     await ask(film);
-    done += 1;
-    $("progress").value = done;
-    if (done === 1 || current < 0) choose(films.indexOf(film));
+    if (film === films[current]) choose(current);
+    else showList();
   }
   $("status").textContent = `${done} ${done === 1 ? "film" : "films"} answered.`;
   $("progress").hidden = true;
-  showList();
+  answering = false;
 }
 
 async function ask(film) {
-  film.error = "";
   try {
     const query = `analyse?picture=true&override=${film.override}`;
-    film.said = await (await send(query, film.file)).json();
-    film.grey = await pixels(film.said.picture);
-    film.view ??= freshView();
+    const { picture, ...said } = await (await send(query, film.file)).json();
+    const grey = await pixels(picture);
+    Object.assign(film, { said, grey, view: film.view ?? freshView(), error: "" });
   } catch (error) {
     film.error = error.message;
   }
+  film.waiting = false;
 }
 
 async function pixels(base64) {
@@ -101,13 +112,14 @@ function element(tag, text = "", attributes = {}) {
 }
 
 function verdict(film) {
+  if (film.waiting) return "waiting";
   if (film.error) return film.error;
-  if (!film.said) return "waiting";
   if (film.said.rejected) return "rejected";
   return `${film.said.decision}, score ${film.said.score.toFixed(2)}`;
 }
 
 function showList() {
+  const focused = [...$("films").children].findIndex((item) => item.contains(document.activeElement));
   $("films").replaceChildren(...films.map((film, number) => {
     const item = element("li");
     const button = element("button", film.name, { type: "button" });
@@ -117,19 +129,20 @@ function showList() {
     item.append(button);
     return item;
   }));
+  if (focused >= 0) $("films").children[focused].firstChild.focus();
 }
 
 function choose(number) {
   current = number;
-  showList();
   const film = films[number];
+  for (const other of films) if (other !== film) other.sheet = other.sheetKey = null;
+  showList();
   $("viewer").hidden = !film.grey;
-  $("answer").hidden = !film.said || Boolean(film.error);
-  if (film.grey && !film.error) {
-    showTools(film);
-    showAnswer(film);
-    render();
-  }
+  $("answer").hidden = !film.grey;
+  if (!film.grey) return;
+  showTools(film);
+  showAnswer(film);
+  render();
 }
 
 // --- The answer ---------------------------------------------------------------------------
@@ -151,12 +164,16 @@ function showAnswer(film) {
   $("boxes-part").hidden = !said.boxes.length;
   const types = [...new Set(said.boxes.map((box) => box.lesion_type))];
   $("types").replaceChildren(...types.map(typeSwitch));
-  for (const button of document.querySelectorAll("#reports .dicom")) button.disabled = !film.dicom;
+  allowDicom(film.dicom);
   isDicom(film).then((yes) => {
     film.dicom = yes;
-    for (const button of document.querySelectorAll("#reports .dicom")) button.disabled = !yes;
+    if (film === films[current]) allowDicom(yes);
   });
   showBoxes(film);
+}
+
+function allowDicom(yes) {
+  for (const button of document.querySelectorAll("#reports .dicom")) button.disabled = !yes;
 }
 
 async function isDicom(film) {
@@ -258,10 +275,10 @@ function render() {
     canvas.height / 2 + film.view.y * ratio - (fit * height) / 2,
   );
   const key = `${film.view.level} ${film.view.window} ${film.view.invert}`;
-  if (film.shownKey !== key) {
+  if (film.sheetKey !== key) {
     film.sheet = new OffscreenCanvas(width, height);
     film.sheet.getContext("2d").putImageData(windowed(film), 0, 0);
-    film.shownKey = key;
+    film.sheetKey = key;
   }
   pen.drawImage(film.sheet, 0, 0);
   if (film.view.heat && film.heat) {
@@ -293,22 +310,39 @@ function change(values) {
 async function toggleHeat() {
   const film = films[current];
   if (!film.heat) {
-    const said = await (await send(`analyse?heat=true&override=${film.override}`, film.file)).json();
-    const map = await pixels(said.heat);
-    const image = new ImageData(map.width, map.height);
-    for (let k = 0; k < map.grey.length; k += 1) {
-      const hot = map.grey[k] / 255; // black, red, yellow
-      image.data.set([255 * Math.min(1, 2 * hot), 255 * Math.max(0, 2 * hot - 1), 0, 255 * hot], 4 * k);
+    $("heat").disabled = true;
+    try {
+      film.heat = await heatOf(film);
+    } finally {
+      $("heat").disabled = Boolean(films[current].said?.rejected);
     }
-    film.heat = new OffscreenCanvas(map.width, map.height);
-    film.heat.getContext("2d").putImageData(image, 0, 0);
   }
-  change({ heat: !film.view.heat });
+  film.view.heat = !film.view.heat;
+  if (film !== films[current]) return;
+  showTools(film);
+  render();
+}
+
+async function heatOf(film) {
+  const said = await (await send(`analyse?heat=true&override=${film.override}`, film.file)).json();
+  const map = await pixels(said.heat);
+  const image = new ImageData(map.width, map.height);
+  for (let k = 0; k < map.grey.length; k += 1) {
+    const hot = map.grey[k] / 255; // black, red, yellow
+    image.data.set([255 * Math.min(1, 2 * hot), 255 * Math.max(0, 2 * hot - 1), 0, 255 * hot], 4 * k);
+  }
+  const sheet = new OffscreenCanvas(map.width, map.height);
+  sheet.getContext("2d").putImageData(image, 0, 0);
+  return sheet;
 }
 
 // --- What a person does -------------------------------------------------------------------
 
-$("files").addEventListener("change", (event) => take(event.target.files));
+$("files").addEventListener("change", (event) => {
+  const chosen = [...event.target.files];
+  event.target.value = ""; // the same file may be chosen again
+  take(chosen);
+});
 for (const name of ["dragover", "dragleave", "drop"]) {
   addEventListener(name, (event) => {
     event.preventDefault();
@@ -319,8 +353,16 @@ for (const name of ["dragover", "dragleave", "drop"]) {
 $("override").addEventListener("click", async () => {
   const film = films[current];
   film.override = true;
+  $("override").disabled = true;
   await ask(film);
+  $("override").disabled = false;
+  if (film.error) {
+    tell(new Error(film.error));
+    Object.assign(film, { override: false, error: "" }); // it stays rejected
+  }
+  if (film !== films[current]) return;
   choose(current);
+  (film.said.rejected ? $("override") : $("decision")).focus();
 });
 $("level").addEventListener("input", (event) => change({ level: Number(event.target.value) }));
 $("window").addEventListener("input", (event) => change({ window: Number(event.target.value) }));
@@ -364,7 +406,7 @@ for (const button of document.querySelectorAll("#reports button")) {
       const ending = { html: "html", json: "json", sr: "sr.dcm", sc: "sc.dcm" }[form];
       link.download = `${film.name}.dernet.${ending}`;
       link.click();
-      URL.revokeObjectURL(link.href);
+      setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // when it has surely been saved
     } catch (error) { tell(error); }
   });
 }
@@ -372,9 +414,12 @@ $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   token = $("token").value;
   $("token-form").hidden = true;
-  start().catch(tell);
+  start().then(() => {
+    for (const film of films) film.waiting = !film.said; // those that were refused for want of it
+    return answerAll();
+  }).catch(tell);
 });
-addEventListener("resize", () => { if (current >= 0 && films[current].grey) render(); });
+addEventListener("resize", () => { if (films[current]?.grey) render(); });
 
 function tell(error) { $("status").textContent = error.message; }
 
