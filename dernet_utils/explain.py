@@ -88,7 +88,7 @@ def lime(
     is fitted, by ridge regression, to which patches were there.
 
     Args:
-        network: In evaluation mode afterwards.
+        network: In evaluation mode afterwards, its memory laid out channels last, which is quicker.
         pixels: One image, uint8, shape (1, 1, px, px).
         segments: As `superpixels` returns them, shape (px, px).
         samples: Images asked about.
@@ -97,7 +97,7 @@ def lime(
     Returns:
         A weight for each superpixel, of either sign.
     """
-    network.eval()
+    network.eval().to(memory_format=torch.channels_last)
     device = _device(network)
     image, blurred = (as_input(shown.to(device)) for shown in (pixels, without_detail(pixels)))
     patches = torch.from_numpy(segments).to(device)[None, None].expand(-1, 3, -1, -1)

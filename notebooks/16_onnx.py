@@ -35,6 +35,7 @@ allowed = 0.005  # of AUROC and of mAP, that an engine may give up
 
 # %%
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -224,7 +225,8 @@ stored = list(zip(test["height"], test["width"], strict=True))
 # %%
 def ask_all(engine):
     """Scores and boxes of every test film by one engine, boxes down to the smallest score."""
-    pipeline = replace(runtime.open_pipeline(folder, engine), least_score=detect.MIN_SCORE)
+    pipeline = runtime.open_pipeline(folder, engine, threads=1)
+    pipeline = replace(pipeline, least_score=detect.MIN_SCORE)
     looks = [pipeline.look(film) for film in enhanced]
     columns = np.array([[look.prob for look in own.values()] for own in looks])
     found_boxes = [
@@ -234,7 +236,8 @@ def ask_all(engine):
     return decision.prob(columns), pd.concat(found_boxes, ignore_index=True)
 
 
-answers = {engine: ask_all(engine) for engine in runtime.ENGINES}
+with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # so many engines abreast
+    answers = dict(zip(runtime.ENGINES, pool.map(ask_all, runtime.ENGINES), strict=True))
 
 
 # %%
