@@ -60,24 +60,28 @@ for priority_of_network, network in enumerate(steps.QUICKEST_FIRST, start=1):
             " --profile {profile} --threads {threads} 2>&1"
 
 
-rule chapter:
-    input:
-        lambda wildcards: [
-            f"trained/{network}-{fold}"
-            for network, fold in steps.trainings_of(wildcards.chapter, workspace.profile.folds)
-        ]
-        + [f"chapters/{before}.ipynb" for before in steps.chapters_before(wildcards.chapter)],
-    output:
-        "chapters/{chapter}.ipynb",
-    wildcard_constraints:
-        chapter="|".join(chapters),
-    params:
-        digest=lambda wildcards: steps.chapter_digest(wildcards.chapter, workspace),
-    # The chapters that wait for no other job begin before the trainings do: one of them trains too.
-    priority: len(steps.QUICKEST_FIRST) + 1
-    threads: lambda wildcards: steps.cores_for(wildcards.chapter, every_core)
-    shell:
-        "{dernet} chapter {wildcards.chapter} --profile {profile} --threads {threads} 2>&1"
+# The chapters that wait for no other job begin before the trainings do: one of them trains too. Where
+# several may begin, one that trains does, since it takes longest.
+for chapter in chapters:
+
+    rule:
+        name:
+            f"chapter_{chapter}"
+        input:
+            [
+                f"trained/{network}-{fold}"
+                for network, fold in steps.trainings_of(chapter, workspace.profile.folds)
+            ],
+            [f"chapters/{before}.ipynb" for before in steps.chapters_before(chapter)],
+        output:
+            f"chapters/{chapter}.ipynb",
+        params:
+            digest=steps.chapter_digest(chapter, workspace),
+            chapter=chapter,
+        priority: len(steps.QUICKEST_FIRST) + (2 if steps.trains(chapter) else 1)
+        threads: steps.cores_for(chapter, every_core)
+        shell:
+            "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} 2>&1"
 
 
 # No rule's input: as one, whatever it depends on would run every chapter again. What a chapter takes

@@ -104,6 +104,15 @@ def cores_for(name: str, every: int, project: Path = PROJECT) -> int:
     return max(1, every // 2) if modules_of(path, project / "dernet_utils") & TRAINING else 1
 
 
+def trains(name: str, project: Path = PROJECT) -> bool:
+    """Return whether a chapter asks for a training that is no job of its own: it may take long."""
+    tree = ast.parse((project / "notebooks" / f"{name}.py").read_text(encoding="utf-8"))
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(
+        getattr(call, "attr", getattr(call, "id", "")).startswith("train_") for call in calls
+    )
+
+
 def trainings_of(name: str, folds: int, project: Path = PROJECT) -> list[tuple[str, int]]:
     """Return the trainings that a chapter reads: a network and a fold each.
 

@@ -27,6 +27,7 @@ COSTLY = ("smoke_book", "exported", "large_cohort")
 SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, ImplicitVRLittleEndian)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests that share what is costly to make."""
     for item in items:

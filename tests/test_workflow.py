@@ -96,6 +96,11 @@ def test_chapters_are_in_reading_order():
     assert [name for name in names if cores[name] == 8] == ["16_onnx"]
 
 
+def test_the_chapters_that_train_are_known():
+    own = [name for name in workflow.chapter_names() if workflow.trains(name)]
+    assert own == ["10_yolo11_training", "13_explainability", "14_pipeline"]
+
+
 def test_a_chapter_waits_for_the_trainings_that_it_reads():
     assert workflow.trainings_of("06_resnet50", 2) == [("resnet50", 0), ("resnet50", 1)]
     every = {(network, fold) for network in NETWORKS for fold in range(3)}
