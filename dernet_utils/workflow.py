@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -80,34 +81,48 @@ def modules_of(path: Path, package: Path = PROJECT / "dernet_utils") -> frozense
 
 def _imports_of(path: Path, package: Path) -> set[str]:
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = _names_imported(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise DernetError(
             f"{path.name} is not valid Python: {error.msg} in line {error.lineno}; correct it."
         ) from error
+    ours = {name.split(".")[1] for name in names if name.startswith(f"{package.name}.")}
+    return {name for name in ours if (package / f"{name}.py").is_file()}
+
+
+@cache
+def _names_imported(source: str) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    ours = {name.split(".")[1] for name in names if name.startswith(f"{package.name}.")}
-    return {name for name in ours if (package / f"{name}.py").is_file()}
+    return frozenset(names)
+
+
+@cache
+def _nodes(source: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(source)))
+
+
+def _nodes_of(name: str, project: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a chapter's syntax tree; a chapter is parsed once, whoever asks."""
+    return _nodes((project / "notebooks" / f"{name}.py").read_text(encoding="utf-8"))
 
 
 def cores_for(name: str, every: int, project: Path = PROJECT) -> int:
     """Return how many of all cores a chapter gets: half for a training, all for one that times."""
     path = project / "notebooks" / f"{name}.py"
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    if any(isinstance(node, ast.Attribute) and node.attr == TIMED for node in ast.walk(tree)):
+    nodes = _nodes_of(name, project)
+    if any(isinstance(node, ast.Attribute) and node.attr == TIMED for node in nodes):
         return every
     return max(1, every // 2) if modules_of(path, project / "dernet_utils") & TRAINING else 1
 
 
 def trains(name: str, project: Path = PROJECT) -> bool:
     """Return whether a chapter asks for a training that is no job of its own: it may take long."""
-    tree = ast.parse((project / "notebooks" / f"{name}.py").read_text(encoding="utf-8"))
-    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    calls = (node.func for node in _nodes_of(name, project) if isinstance(node, ast.Call))
     return any(
         getattr(call, "attr", getattr(call, "id", "")).startswith("train_") for call in calls
     )
@@ -119,9 +134,8 @@ def trainings_of(name: str, folds: int, project: Path = PROJECT) -> list[tuple[s
     They are those whose name stands as second argument of a call of `cross_validate`; a call with
     anything else there reads all networks.
     """
-    tree = ast.parse((project / "notebooks" / f"{name}.py").read_text(encoding="utf-8"))
     named: set[str] = set()
-    for call in ast.walk(tree):
+    for call in _nodes_of(name, project):
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "cross_validate":
             network = getattr(call.args[1], "value", None)
             named |= {network} if network in NETWORKS else set(NETWORKS)
@@ -142,9 +156,8 @@ def chapters_before(name: str, project: Path = PROJECT) -> list[str]:
 
 def _results(name: str, by: dict[str, str], project: Path) -> set[str]:
     """What a chapter calls these functions for: tables by name, other things by who writes them."""
-    tree = ast.parse((project / "notebooks" / f"{name}.py").read_text(encoding="utf-8"))
     found: set[str] = set()
-    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+    for call in (node for node in _nodes_of(name, project) if isinstance(node, ast.Call)):
         called = getattr(call.func, "attr", getattr(call.func, "id", ""))
         if by.get(called):
             found.add(by[called])

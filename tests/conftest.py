@@ -22,19 +22,12 @@ from smoke import smoke_book  # noqa: F401  (a fixture of test_notebooks and tes
 
 from dernet_utils.data import COLUMNS, CORNERS, LESION_TYPES, NO_FINDING
 
-# Made once a worker, at some cost: the tests that use one of them go to the same worker.
-COSTLY = ("smoke_book", "exported", "large_cohort")
 SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, ImplicitVRLittleEndian)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests that share what is costly to make."""
-    for item in items:
-        for name in COSTLY:
-            if name in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(name))
-                break
+    """Put the tests of the whole book last: its run keeps all cores busy."""
+    items.sort(key=lambda item: "smoke_book" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture

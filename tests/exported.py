@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from smoke import shared
 
 from dernet_utils import export, runtime
 from dernet_utils.data import LESION_TYPES
@@ -56,32 +57,34 @@ def detector():
 @pytest.fixture(scope="session")
 def exported(networks, detector, tmp_path_factory) -> Path:
     """A folder as `export_run` leaves it, of untrained networks."""
-    folder = tmp_path_factory.mktemp("models")
-    shown = {"resnet50": list(squares(8, (PX, PX))[:, 0])}  # the one that is quantised
-    jobs = [
-        (export.Triage(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, []))
-        for name, own in networks.items()
-    ]
-    *written, found = export.write_each(
-        [*jobs, (export.Boxes(detector), VIEW, folder / "yolo11l.onnx", [])]
-    )
-    triage = dict(zip(networks, written, strict=True))
-    decision = {
-        "networks": NETWORKS, "weights": (0.5, 0.3, 0.2), "temperature": 1.3,
-        "thresholds": {"youden": 0.0, "shut": 1.0}, "fitted_on": 10,
-    }  # fmt: skip
-    embeddings = runtime.open_network(folder / "resnet50.onnx")(squares(8, (PX, PX)))[2]
-    seen = fit_familiar(embeddings, embeddings).save(folder / "familiar.npz")
-    familiar = {"network": "resnet50", "file": seen.name, "sha256": digest(seen)}
-    manifest = {
-        "made_by": "dernet-utils test", "profile": "test", "virtual": True,
-        "triage": triage, "detector": found, "familiar": familiar, "decision": decision,
-        "lesion_types": LESION_TYPES,
-        "least_score": 0.001, "triage_px": PX, "view": VIEW, "cache_px": 128,
-        "clip_limit": 2.0, "tiles": 8,
-    }  # fmt: skip
-    (folder / runtime.MANIFEST).write_text(json.dumps(manifest))
-    return folder
+
+    def make(folder: Path) -> None:
+        shown = {"resnet50": list(squares(8, (PX, PX))[:, 0])}  # the one that is quantised
+        jobs = [
+            (export.Triage(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, []))
+            for name, own in networks.items()
+        ]
+        *written, found = export.write_each(
+            [*jobs, (export.Boxes(detector), VIEW, folder / "yolo11l.onnx", [])]
+        )
+        triage = dict(zip(networks, written, strict=True))
+        decision = {
+            "networks": NETWORKS, "weights": (0.5, 0.3, 0.2), "temperature": 1.3,
+            "thresholds": {"youden": 0.0, "shut": 1.0}, "fitted_on": 10,
+        }  # fmt: skip
+        embeddings = runtime.open_network(folder / "resnet50.onnx")(squares(8, (PX, PX)))[2]
+        seen = fit_familiar(embeddings, embeddings).save(folder / "familiar.npz")
+        familiar = {"network": "resnet50", "file": seen.name, "sha256": digest(seen)}
+        manifest = {
+            "made_by": "dernet-utils test", "profile": "test", "virtual": True,
+            "triage": triage, "detector": found, "familiar": familiar, "decision": decision,
+            "lesion_types": LESION_TYPES,
+            "least_score": 0.001, "triage_px": PX, "view": VIEW, "cache_px": 128,
+            "clip_limit": 2.0, "tiles": 8,
+        }  # fmt: skip
+        (folder / runtime.MANIFEST).write_text(json.dumps(manifest))
+
+    return shared(tmp_path_factory, "models", make)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import torch
 from scipy import stats as scipy_stats
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import StratifiedGroupKFold
+from smoke import shared
 from torch import nn
 
 from dernet_utils import cohort
@@ -33,25 +34,26 @@ SIZE = (96, 64)  # of a masked film for the small network, px
 
 
 @pytest.fixture(scope="module")
-def large_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("many") / "cohort"
-    cohort.write_cohort(folder, PATIENTS, SEED, os.cpu_count() or 1)
-    return folder
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        cohort.write_cohort(folder / "cohort", PATIENTS, SEED, os.cpu_count() or 1)
+
+    return shared(tmp_path_factory, "many", make) / "cohort"
 
 
 @pytest.fixture(scope="module")
-def dataset(large_cohort: Path) -> Dataset:
-    return read_dataset(large_cohort)
+def dataset(root: Path) -> Dataset:
+    return read_dataset(root)
 
 
 @pytest.fixture(scope="module")
-def films(large_cohort: Path, dataset: Dataset) -> pd.DataFrame:
+def films(root: Path, dataset: Dataset) -> pd.DataFrame:
     """One row a film: the dataset's columns, and what the manifest says of it."""
     rows = [
         {"image_id": film["image_id"], "age": study["age"], "sex": study["sex"],
          "metal": any(f["type"] == "Surgical implant" for f in study["findings"]),
          "bone": study["shape"]["bone"], "views": len(study["views"]), **view}
-        for study in read_manifest(large_cohort)["studies"]
+        for study in read_manifest(root)["studies"]
         for view, film in zip(study["views"], study["films"], strict=True)
     ]  # fmt: skip
     return dataset.images.merge(pd.DataFrame(rows), on="image_id", validate="one_to_one")
@@ -117,8 +119,8 @@ def test_the_body_does_not_depend_on_the_lesions(films):
 # ---------------------------------------------------------------- files
 
 
-def test_the_check_finds_no_problem(large_cohort):
-    assert check_dataset(large_cohort).problems == []
+def test_the_check_finds_no_problem(root):
+    assert check_dataset(root).problems == []
 
 
 def test_dciodvfy_finds_no_error_in_a_film_of_each_encoding(films):
