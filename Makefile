@@ -25,7 +25,7 @@ book: $(LOCKED) $(DONOR)
 
 test: $(LOCKED) $(DONOR)
 	@tools/system.sh chromium dciodvfy orthanc
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 lab: $(LOCKED) $(DONOR)
 	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks

@@ -197,6 +197,7 @@ def test_a_film_chosen_while_it_waits_is_shown_when_it_is_answered(page):
     assert page.locator("#decision").is_visible()
     assert last.get_attribute("aria-current") == "true"
     assert last.evaluate("button => button === document.activeElement")  # the focus has stayed
+    page.unroute("**/api/v1/analyse*")
     upload(page, ("d.png", encoded()))
     assert page.locator("#films button").nth(3).get_attribute("aria-current") == "true"
 
