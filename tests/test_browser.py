@@ -180,7 +180,7 @@ def test_a_rejection_is_shown_and_overridden(page):
 
 def test_a_film_chosen_while_it_waits_is_shown_when_it_is_answered(page):
     held = []
-    page.route("**/api/v1/analyse*", held.append)
+    page.route("**/api/v1/analyse*", lambda route: held.append(route))
     files = [(f"{name}.png", encoded()) for name in "abc"]
     page.set_input_files(
         "#files", [{"name": n, "mimeType": "image/png", "buffer": d} for n, d in files]
