@@ -21,6 +21,7 @@ import pandas as pd
 import pydicom
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from pydicom import filereader
 
 from dernet_utils.errors import DernetError
 from dernet_utils.profiles import Profile
@@ -200,11 +201,13 @@ def _read_pixels(data: bytes) -> tuple[pydicom.Dataset, np.ndarray]:
 
 def _refuse_bomb(data: bytes) -> None:
     """Refuse a deflated file that would fill the memory: pydicom inflates without a limit."""
-    header = data[144 : 144 + 4096]
-    if pydicom.uid.DeflatedExplicitVRLittleEndian.encode() not in header:
+    file = BytesIO(data)
+    filereader.read_preamble(file, False)
+    # Not public, but the one reading that ends where pydicom's own inflating begins.
+    header = filereader._read_file_meta_info(file)
+    if header.get("TransferSyntaxUID") != pydicom.uid.DeflatedExplicitVRLittleEndian:
         return
-    start = 144 + int.from_bytes(data[140:144], "little")  # PS3.10 7.1: the meta group's length
-    inflating, waiting, size = zlib.decompressobj(-zlib.MAX_WBITS), data[start:], 0
+    inflating, waiting, size = zlib.decompressobj(-zlib.MAX_WBITS), file.read(), 0
     while waiting and not inflating.eof:
         size += len(inflating.decompress(waiting, 2**20))
         waiting = inflating.unconsumed_tail
