@@ -39,6 +39,7 @@ WEB = Path(__file__).with_name("web")
 MOST_BYTES = 100 * 2**20  # of a request; a large radiograph has 20
 MOST_FILES = 64  # of a batch
 WAITING = 8  # requests that may wait for the one that is answered
+MOST_HELD = 2 * MOST_BYTES  # of all requests that are inside
 RETRY_S = 2
 HEADERS = {
     "Content-Security-Policy": (
@@ -61,19 +62,19 @@ class Refused(Exception):
 
 
 class Desk:
-    """Lets one film be answered at a time, and few requests wait."""
+    """Lets one film be answered at a time, and few requests, and few bytes, wait."""
 
     def __init__(self) -> None:
-        self._inside, self._turn = 0, asyncio.Lock()
+        self._inside, self._held, self._turn = 0, 0, asyncio.Lock()
 
     async def admit(self, request: Request) -> None:
         """Let a request in.
 
         Raises:
-            Refused: Too many are inside; what the client still sends is read and dropped, or it
-                would not hear the answer.
+            Refused: Too many are inside, or too much; what the client still sends is read and
+                dropped, or it would not hear the answer.
         """
-        if self._inside <= WAITING:
+        if self._inside <= WAITING and self._held + _length(request) <= MOST_HELD:
             return
         size = 0
         async for part in request.stream():
@@ -86,13 +87,14 @@ class Desk:
         )  # fmt: skip
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Count as inside."""
-        self._inside += 1
+    async def place(self, request: Request) -> AsyncIterator[None]:
+        """Count a request as inside."""
+        length = _length(request)
+        self._inside, self._held = self._inside + 1, self._held + length
         try:
             yield
         finally:
-            self._inside -= 1
+            self._inside, self._held = self._inside - 1, self._held - length
 
     async def run(self, work: Callable, *given: object) -> object:
         """Return what a function returns, run when its turn comes, beside the event loop."""
@@ -192,7 +194,7 @@ def make_app(
     ) -> JSONResponse:
         """Answer one file: DICOM, PNG or JPEG, as the request's body."""
         await desk.admit(request)
-        async with desk.place():
+        async with desk.place(request):
             data = await _body(request)
             return JSONResponse(await desk.run(answered, data, override, picture, heat))
 
@@ -200,11 +202,11 @@ def make_app(
     async def analyse_batch(request: Request, override: Override = False) -> StreamingResponse:
         """Answer many files of a form, a line of JSON each, as soon as it is known."""
         await desk.admit(request)  # once: what has begun to be answered is answered whole
-        async with desk.place():
+        async with desk.place(request):
             files = await _files(request)
 
         async def lines() -> AsyncIterator[str]:
-            async with desk.place():
+            async with desk.place(request):
                 for number, data in enumerate(files):
                     try:
                         said = await desk.run(answered, data, override)
@@ -229,7 +231,7 @@ def make_app(
             return _report(form, data, done, about)
 
         await desk.admit(request)
-        async with desk.place():
+        async with desk.place(request):
             return await desk.run(reported, await _body(request))
 
     @app.get("/api/v1/health")
@@ -287,10 +289,16 @@ def _sentence(error: DernetError) -> str:
     return text[:1].upper() + text[1:]
 
 
+def _length(request: Request) -> int:
+    """Bytes that a request says it has, or may have at most."""
+    length = int(request.headers.get("content-length", MOST_BYTES))
+    if length > MOST_BYTES:
+        raise Refused(413, _TOO_LARGE)
+    return length
+
+
 async def _body(request: Request) -> bytes:
     """The body, in memory, unless there is too much of it."""
-    if int(request.headers.get("content-length") or 0) > MOST_BYTES:
-        raise Refused(413, _TOO_LARGE)
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -307,8 +315,6 @@ _TOO_LARGE = f"The file is larger than {MOST_BYTES // 2**20} MB, and no radiogra
 
 async def _files(request: Request) -> list[bytes]:
     """The files of a form, in memory."""
-    if int(request.headers.get("content-length") or 0) > MOST_BYTES:
-        raise Refused(413, _TOO_LARGE)
 
     async def bounded() -> AsyncIterator[bytes]:
         size = 0

@@ -336,7 +336,11 @@ def held_up(examiner, monkeypatch):
     free.set()
 
 
-def test_who_comes_too_late_is_told_to_come_back(examiner, exported, monkeypatch):
+@pytest.mark.parametrize(
+    "held, admitted", [(web.MOST_HELD, web.WAITING + 1), (2 * len(film()), 2)], ids=["many", "much"]
+)
+def test_who_comes_too_late_is_told_to_come_back(examiner, exported, monkeypatch, held, admitted):
+    monkeypatch.setattr(web, "MOST_HELD", held)
     application = web.make_app(examiner, runtime.read_exported(exported))
     said = []
     with (
@@ -347,7 +351,7 @@ def test_who_comes_too_late_is_told_to_come_back(examiner, exported, monkeypatch
         def ask():
             said.append(client.post("/api/v1/analyse", content=film()))
 
-        clients = [threading.Thread(target=ask) for _ in range(web.WAITING + 4)]
+        clients = [threading.Thread(target=ask) for _ in range(admitted + 3)]
         for one in clients:
             one.start()
         for _ in range(100):
@@ -360,4 +364,4 @@ def test_who_comes_too_late_is_told_to_come_back(examiner, exported, monkeypatch
     late = [answer for answer in said if answer.status_code == 503]
     assert len(late) == 3 and all(int(answer.headers["retry-after"]) > 0 for answer in late)
     assert "Busy" in late[0].json()["error"]
-    assert sum(answer.status_code == 200 for answer in said) == web.WAITING + 1
+    assert sum(answer.status_code == 200 for answer in said) == admitted

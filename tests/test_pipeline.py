@@ -128,6 +128,16 @@ def test_an_overlay_shows_the_film_the_boxes_and_the_decision():
     assert drawn[1280:].max() > 200  # the line of text
 
 
+@pytest.mark.parametrize("shape", [(300, 200), (600, 2000), (2000, 900)])
+def test_an_overlay_tells_of_an_override_in_full(shape):
+    grey, reasons = film(*shape), ["The header says that the modality is CT.", "It is in colour."]
+    answer = toy()[0].answer(grey)
+    plain, told = (report.draw_answer(grey, answer, given) for given in ((), reasons))
+    assert told.shape[1] == plain.shape[1] and told.shape[0] > plain.shape[0]
+    written = (told[-(told.shape[0] - plain.shape[0]) :] > 100).any(axis=2)
+    assert written.any() and not written[:, -2:].any()  # no line runs off the edge
+
+
 # A run's own networks
 
 

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -123,6 +125,21 @@ def test_a_batch_that_has_begun_is_not_sent_away(server):
         client.join()
     assert [line["number"] for line in lines] == [0, 1, 2, 3]
     assert all("score" in line for line in lines)
+
+
+def test_a_client_that_hangs_up_leaves_its_place(server):
+    _, address = server
+    place = urllib.parse.urlsplit(address)
+    head = (
+        f"POST {place.path}analyse HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 9999\r\n\r\n"
+    )
+    for _ in range(CLIENTS):
+        with socket.create_connection((place.hostname, place.port)) as gone:
+            gone.sendall(head.encode() + film()[:2000])
+    patience = time.monotonic() + 10
+    while (status := post(f"{address}analyse", film())[0]) == 503:
+        assert time.monotonic() < patience
+    assert status == 200
 
 
 def test_no_name_is_printed(server):
