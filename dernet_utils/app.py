@@ -40,6 +40,7 @@ MOST_BYTES = 100 * 2**20  # of a request; a large radiograph has 20
 MOST_FILES = 64  # of a batch
 WAITING = 8  # requests that may wait for the one that is answered
 MOST_HELD = 2 * MOST_BYTES  # of all requests that are inside
+MOST_DROPPED = 10 * MOST_BYTES  # read of a request that is refused
 RETRY_S = 2
 HEADERS = {
     "Content-Security-Policy": (
@@ -71,16 +72,14 @@ class Desk:
         """Let a request in.
 
         Raises:
-            Refused: Too many are inside, or too much; what the client still sends is read and
-                dropped, or it would not hear the answer.
+            Refused: It is too large, or too many are inside, or too much.
         """
-        if self._inside <= WAITING and self._held + _length(request) <= MOST_HELD:
+        length = _length(request)
+        room = self._inside <= WAITING and self._held + length <= MOST_HELD
+        if room and length <= MOST_BYTES:
             return
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > MOST_BYTES:
-                break
+        async for _ in _parts(request):
+            pass
         raise Refused(
             503, "Busy: too many films are waiting. Send yours again in a moment.",
             **{"Retry-After": str(RETRY_S)},
@@ -291,23 +290,31 @@ def _sentence(error: DernetError) -> str:
 
 def _length(request: Request) -> int:
     """Bytes that a request says it has, or may have at most."""
-    length = int(request.headers.get("content-length", MOST_BYTES))
-    if length > MOST_BYTES:
+    return int(request.headers.get("content-length", MOST_BYTES))
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    """The body, unless there is too much of it.
+
+    That is told when all has come: many clients hear no answer while they send.
+    """
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= MOST_BYTES:
+            yield part
+        elif size > MOST_DROPPED:
+            break
+    if size > MOST_BYTES:
         raise Refused(413, _TOO_LARGE)
-    return length
 
 
 async def _body(request: Request) -> bytes:
-    """The body, in memory, unless there is too much of it."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MOST_BYTES:
-            raise Refused(413, _TOO_LARGE)
-        parts.append(part)
-    if not size:
+    """The body, in memory."""
+    body = b"".join([part async for part in _parts(request)])
+    if not body:
         raise Refused(422, "The file is empty; choose a DICOM, PNG or JPEG file.")
-    return b"".join(parts)
+    return body
 
 
 _TOO_LARGE = f"The file is larger than {MOST_BYTES // 2**20} MB, and no radiograph is."
@@ -315,16 +322,7 @@ _TOO_LARGE = f"The file is larger than {MOST_BYTES // 2**20} MB, and no radiogra
 
 async def _files(request: Request) -> list[bytes]:
     """The files of a form, in memory."""
-
-    async def bounded() -> AsyncIterator[bytes]:
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > MOST_BYTES:
-                raise Refused(413, _TOO_LARGE)
-            yield part
-
-    parser = MultiPartParser(request.headers, bounded(), max_files=MOST_FILES)
+    parser = MultiPartParser(request.headers, _parts(request), max_files=MOST_FILES)
     parser.spool_max_size = MOST_BYTES  # beyond it a file would go to the disk
     try:
         form = await parser.parse()

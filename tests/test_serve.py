@@ -96,6 +96,12 @@ def test_many_clients_at_once(server):
     assert megabytes(process) < before + 100
 
 
+@pytest.mark.parametrize("path", ["analyse", "analyse-batch"])
+def test_who_sends_far_too_much_hears_so(server, path):
+    status, body, _ = post(f"{server[1]}{path}", bytes(200 * 10**6))
+    assert status == 413 and "larger than 100 MB" in json.loads(body)["error"]
+
+
 def test_a_batch_that_has_begun_is_not_sent_away(server):
     """While single films are told to come back, every file of a batch gets its answer."""
     _, address = server
