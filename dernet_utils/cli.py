@@ -21,7 +21,7 @@ from rich.console import Console
 
 from dernet_utils import workflow
 from dernet_utils.errors import DernetError
-from dernet_utils.workspace import PROJECT, open_workspace
+from dernet_utils.workspace import PROJECT, Workspace, open_workspace
 
 app = typer.Typer(
     help="DERNet as a research book: virtual radiographs, chapters, pages.",
@@ -392,6 +392,20 @@ def export(
         _say(f"The networks are beside {path}.")
 
 
+def _with_networks(profile: str) -> Workspace:
+    """The run of a profile, if its networks are exported."""
+    from dernet_utils.runtime import MANIFEST
+
+    workspace = open_workspace(profile)
+    if not (workspace.models / MANIFEST).is_file():
+        name = workspace.profile.name
+        raise DernetError(
+            f"The profile {name!r} has no exported networks yet: `make book PROFILE={name}` trains "
+            "and exports them."
+        )
+    return workspace
+
+
 @app.command()
 def serve(
     profile: ProfileName = "",
@@ -415,7 +429,7 @@ def serve(
                 "must know, or leave --host out.",
                 2,
             )
-        served = open_app(open_workspace(profile), engine, token, host)
+        served = open_app(_with_networks(profile), engine, token, host)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             listening = socket.create_server((host, port), family=family)
@@ -447,7 +461,7 @@ def node(
         from dernet_utils.runtime import read_exported
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        receiver, folder = Peer.parse(peer), open_workspace(profile).models
+        receiver, folder = Peer.parse(peer), _with_networks(profile).models
         version = read_exported(folder)["made_by"]
         with Node(Examiner.open(folder, engine), version, receiver, title, port, host):
             _say(f"{title} listens on {host}:{port} and reports to {receiver.title}.")

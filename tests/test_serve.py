@@ -166,6 +166,6 @@ def test_a_port_in_use_is_named(server, runs):
 
 def test_what_is_needed_is_said(tmp_path):
     none = run_dernet("serve", "--profile", "smoke", DERNET_RUNS=str(tmp_path))
-    assert none.returncode == 1 and "dernet export" in none.stderr
+    assert none.returncode == 1 and "`make book PROFILE=smoke` trains and" in none.stderr
     open_to_all = run_dernet("serve", "--host", "0.0.0.0", DERNET_RUNS=str(tmp_path))
     assert open_to_all.returncode == 2 and "DERNET_TOKEN" in open_to_all.stderr
