@@ -225,7 +225,7 @@ function showBoxes(film) {
     const [x0, y0, x1, y1] = place;
     row.append(
       element("th", box.lesion_type, { scope: "row" }), element("td", box.score.toFixed(2)),
-      element("td", `${x0}–${x1}, ${y0}–${y1}`),
+      element("td", `${x0}–${x1}\n${y0}–${y1}`),
     );
     return row;
   }));
