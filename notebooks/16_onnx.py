@@ -336,12 +336,13 @@ def eager(module):
     return run
 
 
-engines = {"PyTorch eager": made({name: eager(module) for name, module in modules.items()})}
+asked = {"PyTorch eager": {name: eager(module) for name, module in modules.items()}}
 for engine, (_, precision, _) in runtime.ENGINES.items():
     suffix = ".int8.onnx" if precision == "int8" else ".onnx"
-    engines[engine] = made(
-        {name: runtime.open_network(p.with_suffix(suffix), engine) for name, p in sized.items()}
-    )
+    asked[engine] = {
+        name: runtime.open_network(path.with_suffix(suffix), engine) for name, path in sized.items()
+    }
+engines = {name: made(own) for name, own in asked.items()}
 
 
 # %%
@@ -479,28 +480,41 @@ show_figure("c16-fig-latency", fig)
 #
 # ## Many films, and the gate
 #
-# A server that has a queue may give several films to a network at once. And a film whose gate stays shut needs no detector, which is the cheapest of all speedups.
+# A server that has a queue may give several films to a network at once. Films a second of every stage and engine, {glue:text}`c16-at-once` at once (CLAHE takes one at a time):
 
 
 # %%
-def throughput(run, shape, batch):
-    """Films a second of one network in batches."""
-    films_shown = np.zeros((batch, 1, *shape), np.uint8)
-    seconds = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        run(films_shown)
-        seconds.append(time.perf_counter() - begun)
-    return batch / np.median(seconds[1:])
+def films_a_second(run, films_shown):
+    """Films a second of one network, in one run after another that warms up."""
+    run(films_shown)
+    begun = time.perf_counter()
+    run(films_shown)
+    return len(films_shown) / (time.perf_counter() - begun)
 
 
-batches = {}
-for engine in ("onnxruntime", "openvino-bfloat16"):
-    run = runtime.open_network(sized["resnet50"], engine)
-    batches[f"ResNet50, {engine}"] = {
-        n: throughput(run, (numbers.timed_px,) * 2, n) for n in (1, 4, 8)
-    }
-pd.DataFrame(batches).T.round(1).rename_axis(columns="films at once")
+at_once = {name: np.stack(seen[name][:4])[:, None] for name in modules}
+rates = pd.DataFrame({
+    engine: {name: films_a_second(run, at_once[name]) for name, run in own.items()}
+    for engine, own in asked.items()
+}).T.set_axis(labels[1:], axis=1)  # fmt: skip
+rates.insert(0, labels[0], 1000 / medians[labels[0]])
+rates.round(1).rename_axis(columns="films a second")
+
+# %%
+all_stages = pd.DataFrame({
+    "one by one": 1000 / medians["one film"], f"{len(at_once['yolo11l'])} at once": 1 / (1 / rates).sum(axis=1)
+})  # fmt: skip
+gain = all_stages.iloc[:, 1] / all_stages.iloc[:, 0]
+all_stages.round(2).rename_axis(columns="films a second")
+
+# %% tags=["remove-cell"]
+glue("c16-at-once", len(at_once["yolo11l"]), display=False)
+glue("c16-gain-least", f"{gain.min():.2f}", display=False)
+glue("c16-gain-most", f"{gain.max():.2f}", display=False)
+
+# %% [markdown]
+# All stages together do {glue:text}`c16-gain-least` to {glue:text}`c16-gain-most` times as many films a second so, by engine. Where that is near 1, one film keeps all cores busy, and a queue gains nothing by
+# waiting for its next film. A film whose gate stays shut needs no detector, which is the cheapest of all speedups:
 
 # %%
 gate_open = (by_torch > decision.thresholds["youden"]).mean()
