@@ -79,7 +79,7 @@ class Desk:
         if room and length <= MOST_BYTES:
             return
         async for _ in _parts(request):
-            pass
+            pass  # dropped
         raise Refused(
             503, "Busy: too many films are waiting. Send yours again in a moment.",
             **{"Retry-After": str(RETRY_S)},
