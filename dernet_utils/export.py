@@ -49,10 +49,11 @@ SMALLEST = 1e-12  # a map whose sum is below it is one of zeros
 CALIBRATION_FILMS = 64  # training films from which int8's scales are taken; ours
 FAMILIAR = "resnet50"  # whose early maps say whether a film is like those learnt from; ours
 OFFERED = 6  # films to try
-# Eight bits from -127 to 127, not 0 to 255 from a zero of its own: OpenVINO computed half of this
-# network's time on differences from those zeros.
-SYMMETRIC = ("tf_efficientnetv2_s",)
 QUANTIZED = ["Conv"]  # nearly all of the arithmetic; what follows the last maps stays in float32
+# Operations whose outputs an engine leaves as they are. ONNX Runtime knows a convolution of
+# integers by rounding on both sides. OpenVINO joins a convolution, its activation and the next
+# one's rounding into one; a rounding before the activation parts them, for time and digits.
+INT8 = {"onnxruntime-int8": [], "openvino-int8": QUANTIZED}
 
 
 class Triage(nn.Module):
@@ -139,32 +140,33 @@ def _quiet_exporter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def quantize(path: Path, films: Iterable[np.ndarray], out: Path, symmetric: bool = False) -> Path:
+def quantize(path: Path, films: Iterable[np.ndarray]) -> dict[str, Path]:
     """Write an ONNX file's convolutions in 8-bit integers, weights with a scale a channel.
 
     Args:
         path: As `write_onnx` wrote it.
         films: Training films as the network sees them, uint8 (height, width); the ranges of all
             maps on them become the scales.
-        out: The file to write.
-        symmetric: Whether maps are integers from -127 to 127, in place of 0 to 255 and a zero.
 
     Returns:
-        `out`.
+        A file beside `path` for each engine of `INT8`.
     """
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        folded, part = Path(folder) / "folded.onnx", Path(folder) / out.name
+    written = {engine: path.with_suffix(f".{engine}.onnx") for engine in INT8}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        folded, ranges = Path(folder) / "folded.onnx", Path(folder) / "ranges.json"
         # Batch normalisation must be in the convolutions before they are rounded.
         quant_pre_process(path, folded, skip_symbolic_shape=True)
-        quantize_static(
-            folded, part, _Films(films), quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTIZED, per_channel=True, weight_type=QuantType.QInt8,
-            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"ActivationSymmetric": symmetric},
-        )  # fmt: skip
-        part.replace(out)
-    return out
+        for engine, out in written.items():
+            part = Path(folder) / out.name
+            quantize_static(
+                folded, part, _Films(films), quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=QUANTIZED, per_channel=True, weight_type=QuantType.QInt8,
+                activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.MinMax,
+                extra_options={"OpTypesToExcludeOutputQuantization": INT8[engine]},
+                calibration_cache_path=ranges,  # written by the first, read by the others
+            )  # fmt: skip
+            part.replace(out)
+    return written
 
 
 class _Films(CalibrationDataReader):
@@ -284,18 +286,20 @@ def write_each(jobs: Sequence[tuple]) -> list[dict[str, dict[str, str]]]:
         What it returns, in the same order.
     """
     beside = min(len(jobs), torch.get_num_threads())
-    return Parallel(n_jobs=beside)(delayed(write_all)(*job) for job in jobs)
+    with warnings.catch_warnings():
+        # joblib replaces a process that has grown, as these do, and warns of it.
+        warnings.filterwarnings("ignore", message="A worker stopped")
+        return Parallel(n_jobs=beside)(delayed(write_all)(*job) for job in jobs)
 
 
 def write_all(
     network: Triage | Boxes, shape: tuple[int, int], path: Path, shown: list[np.ndarray]
 ) -> dict[str, dict[str, str]]:
-    """Write a network in each precision; return file and digest of each."""
+    """Write a network in each form; return file and digest of each."""
     files = {"float32": write_onnx(network, shape, path)}
     if len(shown):
-        out = path.with_suffix(".int8.onnx")
-        files["int8"] = quantize(path, shown, out, path.stem in SYMMETRIC)
-    return {precision: _facts(file) for precision, file in files.items()}
+        files |= quantize(path, shown)
+    return {form: _facts(file) for form, file in files.items()}
 
 
 def _facts(path: Path) -> dict[str, str]:

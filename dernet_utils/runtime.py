@@ -18,13 +18,13 @@ NAMED = {
     "triage_px", "view", "cache_px", "clip_limit", "tiles",
 }  # fmt: skip
 SAMPLES = "samples"  # films to try, beside it
-# What runs a network, the precision of its file, and that of its arithmetic.
+# What runs a network, which of its files, and the arithmetic where the file leaves a choice.
 ENGINES = {
-    "onnxruntime": ("onnxruntime", "float32", "float32"),
-    "onnxruntime-int8": ("onnxruntime", "int8", "int8"),
+    "onnxruntime": ("onnxruntime", "float32", "f32"),
+    "onnxruntime-int8": ("onnxruntime", "onnxruntime-int8", "f32"),
     "openvino": ("openvino", "float32", "f32"),
     "openvino-bfloat16": ("openvino", "float32", "bf16"),
-    "openvino-int8": ("openvino", "int8", "f32"),
+    "openvino-int8": ("openvino", "openvino-int8", "f32"),
 }
 
 Run = Callable[[np.ndarray], list[np.ndarray]]  # takes uint8 (n, 1, height, width)
@@ -78,21 +78,21 @@ def open_pipeline(
         threshold: Name of the decision's threshold.
 
     Raises:
-        DernetError: Another engine, a precision that was not exported, a file that is not the
+        DernetError: Another engine, a form that was not exported, a file that is not the
             manifest's, or as `read_exported` raises.
     """
     if engine not in ENGINES:
         raise DernetError(f"The engine is one of {', '.join(ENGINES)}, not {engine!r}.")
     folder, manifest = Path(folder), read_exported(folder)
-    precision = ENGINES[engine][1]
+    form = ENGINES[engine][1]
 
     def opened(network: dict) -> Run:
-        if precision not in network:
+        if form not in network:
             raise DernetError(
-                f"{folder} holds no networks in {precision}: write them with `dernet export "
+                f"{folder} holds no networks for {engine}: write them with `dernet export "
                 f"--int8 --out {folder}`."
             )
-        return open_network(_checked(folder, network[precision]), engine, threads)
+        return open_network(_checked(folder, network[form]), engine, threads)
 
     triage = {name: _looks(opened(network)) for name, network in manifest["triage"].items()}
     detector = opened(manifest["detector"])
@@ -147,6 +147,9 @@ def _onnxruntime(path: Path, threads: int | None) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
+    # Each network has threads of its own. As it comes, those of the network before go on asking for
+    # work after it has ended, on a core that the next one needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda films: session.run(None, {"film": films})
 

@@ -37,7 +37,8 @@ HANDED_ON = {
     "export_run": "write_models",
 }
 TRAINING = frozenset({"triage", "detect"})  # a chapter that imports one of these wants cores
-TIMED = "timings"  # and one that reads this number measures times: it wants the machine for itself
+# One that reads this number measures times: the machine is its own, libraries as they come.
+TIMED = "timings"
 MAX_THREADS = 8  # more help none of our networks
 QUICKEST_FIRST = ("densenet121", "resnet50", "tf_efficientnetv2_s")  # by a training's time
 # Read by glibc, torch and OpenMP when a process starts; numbers do not depend on them. A step of
@@ -114,10 +115,15 @@ def _nodes_of(name: str, project: Path) -> tuple[ast.AST, ...]:
 def cores_for(name: str, every: int, project: Path = PROJECT) -> int:
     """Return how many of all cores a chapter gets: half for a training, all for one that times."""
     path = project / "notebooks" / f"{name}.py"
-    nodes = _nodes_of(name, project)
-    if any(isinstance(node, ast.Attribute) and node.attr == TIMED for node in nodes):
+    if times(name, project):
         return every
     return max(1, every // 2) if modules_of(path, project / "dernet_utils") & TRAINING else 1
+
+
+def times(name: str, project: Path = PROJECT) -> bool:
+    """Return whether a chapter measures times."""
+    nodes = _nodes_of(name, project)
+    return any(isinstance(node, ast.Attribute) and node.attr == TIMED for node in nodes)
 
 
 def trains(name: str, project: Path = PROJECT) -> bool:
@@ -341,7 +347,10 @@ def execute_chapter(
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
     report(f"{name}: started, {cells} code cells")
     started = time.monotonic()
-    job = _ChapterJob(notebook, partial, values, _kernel_environment(workspace, threads), source)
+    environment = _kernel_environment(workspace, threads)
+    if not times(name, project):  # what is timed runs as it comes
+        environment |= COMPUTE
+    job = _ChapterJob(notebook, partial, values, environment, source)
     try:
         job.start()
         while not job.finished.wait(HEARTBEAT_S):
@@ -373,7 +382,6 @@ def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
         "DERNET_PROFILE": workspace.profile.name,
         "DERNET_RUNS": str(workspace.folder.parent),
         "OMP_NUM_THREADS": str(threads),
-        **COMPUTE,
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         # The run is offline: nothing looks for newer versions, weights or fonts.
         "YOLO_OFFLINE": "1",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -55,15 +56,35 @@ def test_the_detector_says_what_torch_says(exported, detector, engine):
 
 def test_fewer_bits_say_nearly_the_same(exported):
     shown = squares(4, (PX, PX))
-    path = {"int8": exported / "resnet50.int8.onnx", "float32": exported / "resnet50.onnx"}
-    wanted = runtime.open_network(path["float32"])(shown)[2]
+    wanted = runtime.open_network(exported / "resnet50.onnx")(shown)[2]
     for engine in ("onnxruntime-int8", "openvino-bfloat16", "openvino-int8"):
-        embedding = runtime.open_network(path[runtime.ENGINES[engine][1]], engine)(shown)[2]
+        form = runtime.ENGINES[engine][1]
+        path = exported / ("resnet50.onnx" if form == "float32" else f"resnet50.{form}.onnx")
+        embedding = runtime.open_network(path, engine)(shown)[2]
         apart = np.abs(embedding - wanted).mean() / wanted.mean()
         assert 0 < apart < 0.05
-    kinds = {node.op_type for node in onnx.load(path["int8"]).graph.node}
-    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
-    assert path["int8"].stat().st_size < path["float32"].stat().st_size / 3
+
+
+@pytest.mark.parametrize(("engine", "sides"), [("onnxruntime-int8", 2), ("openvino-int8", 1)])
+def test_an_engine_has_its_own_form_of_integers(exported, engine, sides):
+    path = exported / f"resnet50.{engine}.onnx"
+    assert path.stat().st_size < (exported / "resnet50.onnx").stat().st_size / 3
+    graph = onnx.load(path).graph
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    by = {name: node.op_type for node in graph.node for name in node.output}
+    fed = {(name, node.op_type) for node in graph.node for name in node.input}
+    for node in convolutions:
+        assert [by[name] for name in node.input[:2]] == ["DequantizeLinear"] * 2
+        assert ((node.output[0], "QuantizeLinear") in fed) == (sides == 2)
+
+
+def test_no_thread_waits_awake_for_the_next_film(exported):
+    """The threads of one network would take the cores of the next."""
+    run = runtime.open_network(exported / "yolo11l.onnx", threads=2)
+    run(squares(1, VIEW))
+    before = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - before < 0.02
 
 
 def test_the_pipeline_runs_and_the_gate_shuts(exported):
@@ -100,7 +121,7 @@ def test_errors_say_what_to_do(exported, tmp_path):
         with pytest.raises(DernetError, match="damaged"):
             runtime.open_pipeline(tmp_path)
     manifest = json.loads((exported / runtime.MANIFEST).read_text())
-    del manifest["triage"]["resnet50"]["int8"]
+    del manifest["triage"]["resnet50"]["openvino-int8"]
     (tmp_path / runtime.MANIFEST).write_text(json.dumps(manifest))
     networks = (*manifest["triage"].values(), manifest["detector"])
     for name in ("familiar.npz", *(own["float32"]["file"] for own in networks)):

@@ -199,6 +199,22 @@ def test_chapter_is_executed_with_its_profile_and_offline(tmp_path: Path, worksp
     assert "papermill" not in path.read_text().replace("# Parameters", "")
 
 
+def test_what_measures_times_runs_as_it_comes(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    for name in workflow.COMPUTE:
+        monkeypatch.delenv(name, raising=False)
+    told = f"import os\nprint(sorted(set(os.environ) & {set(workflow.COMPUTE)}))"
+    for cells, wanted in (
+        ([told], sorted(workflow.COMPUTE)),
+        ([told, "if factor > 9:\n    numbers.timings"], []),
+    ):
+        write_chapter(tmp_path, "01_x", *cells)
+        path, _ = execute(tmp_path, workspace)
+        outputs = [cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells]
+        assert [own[0].text for own in outputs if own] == [f"{wanted}\n"]
+
+
 def test_trial_leaves_the_books_copy_alone(tmp_path: Path, workspace: Workspace):
     write_chapter(tmp_path, "01_x", "print(factor)")
     book, _ = execute(tmp_path, workspace)
