@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -24,7 +25,6 @@ from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from dernet_utils import __version__
@@ -134,20 +134,22 @@ def make_app(
         examiner: Answers each film.
         about: The manifest of its networks.
         token: Asked of every request to the API where it is not empty.
-        hosts: Names under which the server may be called.
+        hosts: Names under which the server may be called; among them an asterisk: any.
         samples: A folder of films to try.
     """
     app = FastAPI(
         title="DERNet", version=__version__, description=NOTICE, docs_url=None, redoc_url=None,
         openapi_url="/api/v1/openapi.json",
     )  # fmt: skip
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     desk = Desk()
     offered = {path.name: path for path in sorted(samples.iterdir())} if samples else {}
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable) -> Response:
-        if token and request.url.path.startswith("/api/") and not _has(token, request):
+        if not {"*", _called(request)} & {host.lower() for host in hosts}:
+            # A page elsewhere whose name was made to point here must not reach the films.
+            response = JSONResponse({"error": "This server has another name."}, 400)
+        elif token and request.url.path.startswith("/api/") and not _has(token, request):
             refused = {"error": "The token is missing or wrong."}
             response = JSONResponse(refused, 401, {"WWW-Authenticate": "Bearer"})
         else:
@@ -276,6 +278,14 @@ _MANY = {
     }
 }
 _FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": _MANY}}}
+
+
+def _called(request: Request) -> str:
+    """Return the name by which a request calls the server, without its port."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _has(token: str, request: Request) -> bool:

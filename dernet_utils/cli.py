@@ -435,7 +435,8 @@ def serve(
             listening = socket.create_server((host, port), family=family)
         except OSError as error:
             _end(f"The server cannot listen there: {error.strerror}. Try another --port.", 1)
-        _say(f"Serving on http://{host}:{listening.getsockname()[1]}. Ctrl-C ends it.")
+        shown = f"[{host}]" if ":" in host else host
+        _say(f"Serving on http://{shown}:{listening.getsockname()[1]}. Ctrl-C ends it.")
         settings = uvicorn.Config(
             served, access_log=False, log_level="warning", server_header=False
         )

@@ -302,8 +302,19 @@ def test_the_token_is_asked_for(examiner, exported):
     assert guarded.get("/api/v1/model", headers=right).status_code == 200
 
 
-def test_another_host_is_refused(client):
-    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+@pytest.mark.parametrize("name", ["evil.example", "", "[::1", "127.0.0.1.evil.example:8000"])
+def test_another_name_is_refused(client, name):
+    for path in ("/", "/api/v1/health"):
+        refused = client.get(path, headers={"Host": name})
+        assert refused.status_code == 400 and "another name" in refused.json()["error"]
+        assert refused.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("host", ["::1", "Spine.Example", "*"])
+def test_the_server_hears_its_own_name(examiner, exported, host):
+    own = web.make_app(examiner, runtime.read_exported(exported), hosts=(host,))
+    called = {"::1": "[::1]:8000", "*": "any.example"}.get(host, host)
+    assert TestClient(own).get("/", headers={"Host": called}).status_code == 200
 
 
 # Nothing is kept, and nobody waits for ever
