@@ -7,9 +7,7 @@ that the networks did not learn from, of the training split; the test split has 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
-from scipy.stats import rankdata
 
 from dernet_utils.errors import DernetError
 
@@ -138,6 +136,8 @@ def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
     Returns:
         A number between 0.05 and 20, with the least log loss.
     """
+    from scipy.optimize import minimize_scalar  # here, not above: a server that starts fits nothing
+
     y = _labels(y, len(prob))
     found = minimize_scalar(
         lambda t: log_loss(y, with_temperature(prob, np.exp(t))),
@@ -170,6 +170,8 @@ def reliability(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> np.ndarray:
     Returns:
         Shape (bins, 3), by rising probability.
     """
+    from scipy.stats import rankdata  # likewise
+
     y, prob = np.asarray(y, float), np.asarray(prob, float)
     place = np.minimum((rankdata(prob) - 0.5) / len(prob) * bins, bins - 1).astype(int)
     parts = [np.flatnonzero(place == number) for number in np.unique(place)]

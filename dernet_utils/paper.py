@@ -3,7 +3,6 @@
 import pandas as pd
 
 from dernet_utils.profiles import Profile
-from dernet_utils.stats import Interval
 
 TRAIN_IMAGES = 8389  # VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021)
 # AUROC, F1, sensitivity, specificity in per cent; None: not printed.
@@ -65,5 +64,7 @@ def beside_table_2(
 
 
 def _percent(row: pd.Series) -> str:
+    from dernet_utils.stats import Interval  # here: a server that starts needs names only
+
     interval = Interval(**row)
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
