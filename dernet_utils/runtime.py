@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -85,17 +86,16 @@ def open_pipeline(
         raise DernetError(f"The engine is one of {', '.join(ENGINES)}, not {engine!r}.")
     folder, manifest = Path(folder), read_exported(folder)
     form = ENGINES[engine][1]
-
-    def opened(network: dict) -> Run:
-        if form not in network:
-            raise DernetError(
-                f"{folder} holds no networks for {engine}: write them with `dernet export "
-                f"--int8 --out {folder}`."
-            )
-        return open_network(_checked(folder, network[form]), engine, threads)
-
-    triage = {name: _looks(opened(network)) for name, network in manifest["triage"].items()}
-    detector = opened(manifest["detector"])
+    networks = [*manifest["triage"].values(), manifest["detector"]]
+    if any(form not in network for network in networks):
+        raise DernetError(
+            f"{folder} holds no networks for {engine}: write them with `dernet export --int8 "
+            f"--out {folder}`."
+        )
+    with ThreadPoolExecutor(1) as pool:  # a file is checked while the one before it is opened
+        paths = pool.map(lambda network: _checked(folder, network[form]), networks)
+        *runs, detector = (open_network(path, engine, threads) for path in paths)
+    triage = {name: _looks(run) for name, run in zip(manifest["triage"], runs, strict=True)}
     return Pipeline(
         triage,
         lambda filled: detector(filled[None, None])[0][0],
