@@ -218,7 +218,7 @@ pd.Series({
 # %% [markdown]
 # ## Are the answers the same?
 #
-# Every film of the test split, through five engines: ONNX Runtime in float32 and int8, OpenVINO, which reads the same files, in float32, bfloat16 and int8. Beside them what torch said in
+# Every film of the test split, through five engines: ONNX Runtime in float32 and int8; OpenVINO, which reads the same files in float32 and rounds them to bfloat16 itself, and its own in int8. Beside them what torch said in
 # {ref}`chap:ensemble` and {ref}`chap:yolo11-training`.
 
 # %%
@@ -492,8 +492,8 @@ show_figure("c16-fig-latency", fig)
 #
 # ## A thread that waits
 #
-# ONNX Runtime gives each network threads of its own. A thread that has done its share does not sleep at once; it asks for more, over and over, because whoever is awake starts sooner. Where one network answers
-# film after film, that is time won. Where four take turns, the threads of the last one hold a core that the next one needs. So this book opens every network with `session.force_spinning_stop`: when an
+# ONNX Runtime gives each network threads of its own. A thread that has done its share does not sleep at once; it asks for more, over and over, because whoever is awake starts sooner. That is meant for one network that answers
+# film after film. Where four take turns, the threads of the last one hold a core that the next one needs. So this book opens every network with `session.force_spinning_stop`: when an
 # answer is given, its threads sleep. The four networks in turn, opened as the library does it by itself and as `runtime` does it:
 
 
@@ -526,7 +526,7 @@ pd.DataFrame({"ms": pd.Series(waited).map(np.median).round().astype(int)}).renam
 glue("c16-asleep", f"{times_faster(waited['stay awake'], waited['sleep']):.2f}", display=False)
 
 # %% [markdown]
-# Threads that sleep make it {glue:text}`c16-asleep` times as fast (95 % over rounds), without a bit of any answer changed. Such a switch is in no paper, and a benchmark of one network alone would not have shown it.
+# Threads that sleep make it {glue:text}`c16-asleep` times as fast (95 % over rounds), without a bit of any answer changed. Such a switch is in no paper, and to see it one must let the networks take turns.
 #
 # ## Many films, and the gate
 #
@@ -565,7 +565,7 @@ glue("c16-gain-most", f"{gain.max():.2f}", display=False)
 
 # %% [markdown]
 # All stages together do {glue:text}`c16-gain-least` to {glue:text}`c16-gain-most` times as many films a second so, by engine. Where that is near 1, one film keeps all cores busy, and a queue gains nothing by
-# waiting for its next film; PyTorch as it comes asks for the memory of four films anew each time, and loses. A film whose gate stays shut needs no detector, which is the cheapest of all speedups:
+# waiting for its next film; PyTorch as it comes asks for the memory of four films anew each time. A film whose gate stays shut needs no detector, which is the cheapest of all speedups:
 
 # %%
 gate_open = (by_torch > decision.thresholds["youden"]).mean()
@@ -584,7 +584,7 @@ pd.DataFrame(
 #
 # | | paper | this run |
 # |---|---|---|
-# | runtime | ONNX Runtime | ONNX Runtime, and OpenVINO on the same files |
+# | runtime | ONNX Runtime | ONNX Runtime, and OpenVINO on the same networks |
 # | "low-latency inference on standard clinical hardware" | no time given | {glue:text}`c16-best-ms` ms a film, {glue:text}`c16-best`, {glue:text}`c16-machine` |
 # | do the answers change? | not said | the table of parity above |
 #
