@@ -18,7 +18,8 @@ from dernet_utils.workspace import open_workspace
 workspace = open_workspace(config.get("profile", ""))
 profile = workspace.profile.name
 dernet = f"'{sys.executable}' -m dernet_utils.cli"
-chapters = steps.chapter_names()
+urgent = steps.urgencies()
+chapters = list(urgent)
 compute = " ".join(f"{name}={value}" for name, value in steps.COMPUTE.items())
 # Snakemake frees more cores than it has, and starts two trainings at once, where a rule asks for more.
 every_core = min(workflow.cores or steps.MAX_THREADS, steps.MAX_THREADS)
@@ -41,7 +42,7 @@ rule book:
 # A network and a fold are one job. Its mark is all that the rules know of it; checkpoint and
 # probabilities lie in weights/, under the digest of all that shapes them. The network that takes
 # longest comes first, so that no core waits at the end while another trains alone.
-for priority_of_network, network in enumerate(steps.QUICKEST_FIRST, start=1):
+for urgency, network in enumerate(steps.QUICKEST_FIRST, start=len(chapters)):
 
     rule:
         name:
@@ -54,14 +55,14 @@ for priority_of_network, network in enumerate(steps.QUICKEST_FIRST, start=1):
         # Two trainings abreast, each on half of the cores, take less time than one after the other
         # on all of them.
         threads: max(1, every_core // 2)
-        priority: priority_of_network
+        priority: urgency
         shell:
             "env {compute} {dernet} train {params.network} --fold {wildcards.fold}"
             " --profile {profile} --threads {threads} 2>&1"
 
 
-# The chapters that wait for no other job begin before the trainings do: one of them trains too. Where
-# several may begin, one that trains does, since it takes longest.
+# The chapters that wait for no other job begin before the trainings do: one of them trains too. The
+# others come after them; what is left then takes all cores to the end.
 for chapter in chapters:
 
     rule:
@@ -78,7 +79,7 @@ for chapter in chapters:
         params:
             digest=steps.chapter_digest(chapter, workspace),
             chapter=chapter,
-        priority: len(steps.QUICKEST_FIRST) + (2 if steps.trains(chapter) else 1)
+        priority: urgent[chapter]
         threads: steps.cores_for(chapter, every_core)
         shell:
             "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} 2>&1"

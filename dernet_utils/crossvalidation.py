@@ -125,7 +125,7 @@ def run_images(workspace: Workspace) -> pd.DataFrame:
     images = dataset.images
     cached = cache_images(images, workspace.cache, workspace.profile)
     lesions = _places(dataset.boxes[dataset.boxes["split"] == "train"], cached)
-    folds = load_folds(workspace)[["image_id", "fold"]].astype({"fold": "Int64"})
+    folds = load_folds(workspace, images)[["image_id", "fold"]].astype({"fold": "Int64"})
     label = images.loc[images["split"] == "train", "abnormal"].astype("boolean")
     table = images[["image_id", "study_id", "split"]].assign(label=label)
     table = table.merge(folds, how="left", validate="one_to_one")

@@ -436,18 +436,18 @@ def make_folds(images_train: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFr
     return folds
 
 
-def load_folds(workspace: Workspace) -> pd.DataFrame:
+def load_folds(workspace: Workspace, images: pd.DataFrame) -> pd.DataFrame:
     """Return the run's folds, as `make_folds`; made and written on the first call only.
 
     Every chapter that trains reads this one file, so none can deal differently.
 
     Args:
         workspace: The run; the folds are kept in ``tables/folds.parquet``.
+        images: Those of its `Dataset`.
 
     Raises:
-        DernetError: The dataset is not clean, or the file is not about its training images.
+        DernetError: The file is not about the training images.
     """
-    images = read_dataset(workspace.data_root).images
     train, profile = images[images["split"] == "train"], workspace.profile
     path = workspace.tables / "folds.parquet"
     if not path.exists():

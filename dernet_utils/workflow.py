@@ -160,6 +160,22 @@ def chapters_before(name: str, project: Path = PROJECT) -> list[str]:
     return [other for other in others if _results(other, written, project) & read]
 
 
+def urgencies(project: Path = PROJECT) -> dict[str, int]:
+    """Return each chapter's priority among all jobs; trainings' begin at the chapters' number.
+
+    A chapter that waits for no job is above the trainings, any other one below them. Among them
+    one goes first that many chapters wait for, or that trains, which takes long.
+    """
+    before = {name: chapters_before(name, project) for name in chapter_names(project)}
+    urgent = {}
+    for name, own in before.items():
+        behind = sum(name in others for others in before.values())
+        waits = own or trainings_of(name, 1, project)
+        above = 0 if waits else len(before) + len(QUICKEST_FIRST)
+        urgent[name] = above + behind + trains(name, project)
+    return urgent
+
+
 def _results(name: str, by: dict[str, str], project: Path) -> set[str]:
     """What a chapter calls these functions for: tables by name, other things by who writes them."""
     found: set[str] = set()
@@ -284,7 +300,7 @@ def prepare(workspace: Workspace, workers: int, report: Report) -> None:
     with _heartbeat("virtual patients", started, report) as progress:
         ensure_cohort(workspace, progress)
     dataset = read_dataset(workspace.data_root)
-    load_folds(workspace)
+    load_folds(workspace, dataset.images)
     with _heartbeat("cached images", started, report) as progress:
         cache_images(dataset.images, workspace.cache, workspace.profile, workers, progress)
     report(f"data: {len(dataset.images)} images ready after {_clock(started)}")

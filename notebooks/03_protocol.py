@@ -224,7 +224,7 @@ fold_by_hand = deal(n, F, order)[s_of_image]
 # understood it, our deal is not merely similar but the same, image by image.
 
 # %%
-folds = load_folds(workspace)
+folds = load_folds(workspace, images)
 fold = folds["fold"].to_numpy()
 assert (folds["image_id"] == train["image_id"]).all()
 assert (fold_by_hand == fold).all()

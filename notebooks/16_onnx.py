@@ -34,10 +34,12 @@ profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else lapto
 allowed = 0.005  # of AUROC and of mAP, that an engine may give up
 
 # %%
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import cv2
 import matplotlib.pyplot as plt
@@ -415,10 +417,12 @@ for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
     peaks[kind] = peak(partial(convolve, maps.to(dtype), kernel.to(dtype)), needed)
 whole_numbers = torch.randint(-100, 100, (2048, 2048), dtype=torch.int8)
 peaks["int8"] = peak(lambda: torch._int_mm(whole_numbers, whole_numbers), 2 * 2048**3)
-with torch.no_grad(), FlopCounterMode(display=False) as counter:
-    for name, module in modules.items():
-        module(torch.from_numpy((filled if name == "yolo11l" else squares)[0])[None, None])
-operations = counter.get_total_flops()
+counts = {}
+for name, module in modules.items():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.from_numpy(seen[name][0])[None, None])
+    counts[name] = counter.get_total_flops()
+operations = sum(counts.values())
 bits = {"openvino-bfloat16": "bfloat16"} | {n: "int8" for n in engines if n.endswith("int8")}
 limit = {name: 1000 * operations / peaks[bits.get(name, "float32")] for name in engines}
 medians["limit"] = pd.Series(limit)
@@ -485,10 +489,54 @@ show_figure("c16-fig-latency", fig)
 #
 # ONNX Runtime in float32 is {glue:text}`c16-ort-faster` times as fast as PyTorch (95 % over rounds). The fastest engine that keeps both AUROC and mAP within {glue:text}`c16-allowed` is
 # {glue:text}`c16-best`: {glue:text}`c16-best-ms` ms against {glue:text}`c16-eager-ms`, {glue:text}`c16-best-faster` times as fast, at {glue:text}`c16-best-limit` of the machine's
-# limit. One film takes {glue:text}`c16-gflop` billion operations; the machine does {glue:text}`c16-peak-float32` billion a second in float32,
-# {glue:text}`c16-peak-bfloat16` in bfloat16 and {glue:text}`c16-peak-int8` in int8. What is lost to {numref}`fig:latency`'s mark is memory: small layers are read
-# and written more than they are computed with. PyTorch itself is at {glue:text}`c16-eager-limit` of the limit, so that no runtime can be more than {glue:text}`c16-most` times as fast in float32;
-# ONNX Runtime is {glue:text}`c16-ort-faster` times.
+# limit, the mark in {numref}`fig:latency`. One film takes {glue:text}`c16-gflop` billion operations; the machine does {glue:text}`c16-peak-float32` billion a second in float32,
+# {glue:text}`c16-peak-bfloat16` in bfloat16 and {glue:text}`c16-peak-int8` in int8. PyTorch itself is at {glue:text}`c16-eager-limit` of the limit, so that no runtime can be more than {glue:text}`c16-most` times as
+# fast in float32; ONNX Runtime is {glue:text}`c16-ort-faster` times.
+#
+# ## What is left to gain
+#
+# What does ONNX Runtime do in the rest of the time? It writes down how long each operation takes, by its own clock:
+
+
+# %%
+def by_operation(path, film):
+    """Milliseconds of each kind of operation of one film in ONNX Runtime, each the median of its repetitions."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.enable_profiling, options.profile_file_prefix = True, str(speed / "times")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    for _ in range(rounds):
+        session.run(None, {"film": film})
+    log = Path(session.end_profiling())
+    events = [own for own in json.loads(log.read_text()) if own["name"].endswith("_kernel_time")]
+    log.unlink()
+    took = pd.DataFrame(
+        [own["args"] | {"name": own["name"], "ms": own["dur"] / 1000} for own in events]
+    )
+    return took.groupby(["op_name", "name"])["ms"].median().groupby("op_name").sum()
+
+
+inner = {name: by_operation(path, seen[name][0][None, None]) for name, path in sized.items()}
+parts = pd.DataFrame({
+    "billion operations": pd.Series(counts) / 1e9,
+    "convolutions, ms": {name: own["Conv"] for name, own in inner.items()},
+    "all else, ms": {name: own.drop("Conv").sum() for name, own in inner.items()},
+}).rename(index=SPOKEN | {"yolo11l": "YOLO11-L"})  # fmt: skip
+parts.loc["all four"] = parts.sum()
+at_best = 1000 * parts["billion operations"] / parts["convolutions, ms"] / (peaks["float32"] / 1e9)
+parts.round(0).astype(int).assign(**{"convolutions, of the limit": at_best.map("{:.0%}".format)})
+
+# %% tags=["remove-cell"]
+_, convolving, otherwise = parts.loc["all four"]
+alone = medians.loc["onnxruntime", "CLAHE"] + convolving
+glue("c16-conv-limit", f"{at_best['all four']:.0%}", display=False)
+glue("c16-conv-share", f"{convolving / (convolving + otherwise):.0%}", display=False)
+glue("c16-conv-most", f"{medians.loc['PyTorch eager', 'one film'] / alone:.1f}", display=False)
+
+# %% [markdown]
+# Convolutions take {glue:text}`c16-conv-share` of the time, and in them the machine does {glue:text}`c16-conv-limit` of its best. Were all else free, ONNX Runtime would be {glue:text}`c16-conv-most` times as fast as PyTorch:
+# joining operations cannot give more than that. What is left is fewer bits, or fewer multiplications. The limit counts those of a convolution written out as its sum; algorithms that need fewer exist
+# {cite}`lavin2016`, and {ref}`one of them <ex:onnx-winograd>` is an exercise below.
 #
 # ## A thread that waits
 #
@@ -633,6 +681,35 @@ print(f"mean error, one scale over a scale a channel: {once / each:.1f}")
 
 # %% [markdown]
 # Folding makes it so: it multiplies each channel by a number of its own, and the largest sets the scale of all.
+#
+# ````{solution-end}
+# ````
+
+# %% [markdown]
+# ```{exercise}
+# :label: ex:onnx-winograd
+# In code: two neighbouring outputs of a filter of three weights, $y_0 = d_0 g_0 + d_1 g_1 + d_2 g_2$ and $y_1 = d_1 g_0 + d_2 g_1 + d_3 g_2$, take six multiplications. Winograd does it in four {cite}`lavin2016`:
+# $m_1 = (d_0 - d_2)\,g_0$, $m_2 = (d_1 + d_2)\,(g_0 + g_1 + g_2)/2$, $m_3 = (d_2 - d_1)\,(g_0 - g_1 + g_2)/2$, $m_4 = (d_1 - d_3)\,g_2$. Find $y_0$ and $y_1$ from these, and try it on a row of a film. How many multiplications does an
+# output of a 3 × 3 convolution take, if both axes are done so?
+# ```
+
+# %% [markdown]
+# ````{solution-start} ex:onnx-winograd
+# :class: dropdown
+# ````
+
+# %%
+d = enhanced[0][len(enhanced[0]) // 2, :4].astype(float)
+g = W[0, 0, 3, :3].astype(float)
+m = (
+    (d[0] - d[2]) * g[0], (d[1] + d[2]) * (g[0] + g[1] + g[2]) / 2,
+    (d[2] - d[1]) * (g[0] - g[1] + g[2]) / 2, (d[1] - d[3]) * g[2],
+)  # fmt: skip
+assert np.allclose([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], np.correlate(d, g))
+
+# %% [markdown]
+# Along both axes 4 × 4 products give 2 × 2 outputs: 4 an output, in place of 9. The sums of weights are known beforehand. The sums of $d$ are not: they are paid for in additions, in maps
+# written and read once more, and in digits, so that it pays for large maps with many channels, if at all.
 #
 # ````{solution-end}
 # ````

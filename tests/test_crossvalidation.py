@@ -53,7 +53,9 @@ class Sealed:
 
 def test_test_labels_are_unreadable_until_the_decision_is_written(workspace, monkeypatch):
     whole = data.read_dataset(workspace.data_root)
-    data.load_folds(workspace)  # dealt before; `make_folds` refuses any image of the test split
+    data.load_folds(
+        workspace, whole.images
+    )  # dealt before; `make_folds` refuses any image of the test split
     is_test = whole.images["split"] == "test"
     labels = np.empty(len(is_test), dtype=object)
     for row, hidden in enumerate(is_test):
@@ -286,7 +288,7 @@ def test_a_fold_without_normal_images_is_told(workspace, monkeypatch):
 
 
 def test_folds_of_another_cohort_are_refused(workspace):
-    data.load_folds(workspace)
+    data.load_folds(workspace, data.read_dataset(workspace.data_root).images)
     path = workspace.tables / "folds.parquet"
     folds = pd.read_parquet(path)
     folds.iloc[1:].to_parquet(path)

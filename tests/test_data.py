@@ -441,28 +441,30 @@ def workspace(tiny_dataset, tmp_path, monkeypatch) -> Workspace:
 
 
 def test_folds_are_written_once_and_read_afterwards(workspace):
-    folds = load_folds(workspace)
+    images = read_dataset(workspace.data_root).images
+    folds = load_folds(workspace, images)
     path = workspace.tables / "folds.parquet"
     written = path.stat().st_mtime_ns
-    train = read_dataset(workspace.data_root).images.query("split == 'train'")
+    train = images.query("split == 'train'")
     pd.testing.assert_frame_equal(folds, make_folds(train, 5, 42), check_dtype=False)
-    pd.testing.assert_frame_equal(load_folds(workspace), folds)
+    pd.testing.assert_frame_equal(load_folds(workspace, images), folds)
     assert path.stat().st_mtime_ns == written
     assert [file.name for file in workspace.tables.iterdir()] == ["folds.parquet"]
 
 
 def test_folds_that_do_not_fit_are_refused_not_replaced(workspace):
     path = workspace.tables / "folds.parquet"
-    folds = load_folds(workspace)
+    images = read_dataset(workspace.data_root).images
+    folds = load_folds(workspace, images)
     for wrong in (folds.iloc[1:], folds.assign(fold=0), folds.assign(fold=np.arange(35) % 5)):
         wrong.to_parquet(path, index=False)
         before = path.read_bytes()
         with pytest.raises(DernetError, match="delete it"):
-            load_folds(workspace)
+            load_folds(workspace, images)
         assert path.read_bytes() == before
     path.write_bytes(b"half a file")
     with pytest.raises(DernetError, match="no table of folds"):
-        load_folds(workspace)
+        load_folds(workspace, images)
 
 
 def test_manifest(tmp_path):

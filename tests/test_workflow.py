@@ -101,6 +101,19 @@ def test_the_chapters_that_train_are_known():
     assert own == ["10_yolo11_training", "13_explainability", "14_pipeline"]
 
 
+def test_what_others_wait_for_goes_first():
+    urgent = workflow.urgencies()
+    trainings = range(len(urgent), len(urgent) + len(workflow.QUICKEST_FIRST))
+    soon = [name for name, own in urgent.items() if own > max(trainings)]
+    free = ["01_data", "02_imaging", "03_protocol", "08_yolo11", "09_losses"]
+    assert soon == [*free, "10_yolo11_training", "A1_virtual_radiographs"]
+    late = {name: own for name, own in urgent.items() if name not in soon}
+    assert all(own < min(trainings) for own in late.values())
+    assert max(soon, key=urgent.get) == "10_yolo11_training"
+    assert max(late, key=late.get) == "07_ensemble"
+    assert urgent["13_explainability"] > urgent["12_statistics"]
+
+
 def test_a_chapter_waits_for_the_trainings_that_it_reads():
     assert workflow.trainings_of("06_resnet50", 2) == [("resnet50", 0), ("resnet50", 1)]
     every = {(network, fold) for network in NETWORKS for fold in range(3)}
@@ -291,7 +304,7 @@ class SmallBook:
         (package / "data.py").write_text(
             "from types import SimpleNamespace\n"
             "def read_dataset(root): return SimpleNamespace(images=[1, 2])\n"
-            "def load_folds(workspace): pass\n"
+            "def load_folds(workspace, images): pass\n"
         )
         (package / "imaging.py").write_text("def cache_images(*a): pass\n")
         (package / "cohort.py").write_text(
