@@ -127,6 +127,7 @@ def as_page(
         for box in answer.boxes.itertuples()
     ]
     height, width = grey.shape
+    no_boxes = "none found" if answer.abnormal else "not looked for"
     warning = ""
     if overridden:
         told = escape(" ".join(overridden))
@@ -136,7 +137,7 @@ def as_page(
         notice=NOTICE, shown=shown, word=word, warning=warning, width=width, height=height,
         threshold=f"{answer.threshold:.3f}",
         scores=_rows([(name, f"{value:.3f}") for name, value in scores]),
-        boxes=_rows(boxes) or "<tr><td colspan=6>none</td></tr>",
+        boxes=_rows(boxes) or f"<tr><td colspan=6>{no_boxes}</td></tr>",
         made_by=escape(str(about.get("made_by", ""))) + "." + learnt,
     )  # fmt: skip
 

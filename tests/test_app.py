@@ -9,6 +9,7 @@ import threading
 import zipfile
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dernet_utils import app as web
 from dernet_utils import imaging, runtime
 from dernet_utils.dicom_report import read_report
 from dernet_utils.examine import Examiner
+from dernet_utils.report import as_page
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,9 @@ def test_the_page_of_a_report(client, examiner):
     assert f"{answer.score:.3f}" in page and "not for diagnosis" in page
     assert page.count("<tr><td>") >= len(answer.boxes) + 4
     assert "http" not in page.replace("http-equiv", "")  # nothing from elsewhere
+    for threshold, words in ((0.0, "none found"), (1.0, "not looked for")):
+        empty = replace(answer, threshold=threshold, boxes=answer.boxes.head(0))
+        assert words in as_page(imaging.decode_grey(encoded()), empty, {})
     told = client.post("/api/v1/report/json", content=film()).json()
     assert told["score"] == answer.score and told["overridden"] == []
 

@@ -148,6 +148,23 @@ def test_boxes_are_switched_by_type_and_confidence(page):
     assert page.locator("#boxes tr").count() == 0
 
 
+def test_no_lesion_is_not_the_same_as_not_looked_for(page):
+    upload(page, ("chest.dcm", film(BodyPartExamined="CHEST")))
+    answers = iter(("abnormal", "normal"))
+
+    def answer(route):
+        route.fulfill(json=route.fetch().json() | {"decision": next(answers), "boxes": []})
+
+    page.route("**/api/v1/analyse*override=true", answer)
+    page.locator("#override").click()
+    page.locator("#none", has_text="found none").wait_for()
+    assert page.locator("#boxes-part").is_hidden()
+    upload(page, ("chest.dcm", film(BodyPartExamined="CHEST")))
+    page.locator("#films button").nth(1).click()
+    page.locator("#override").click()
+    page.locator("#none", has_text="Not looked for").wait_for()
+
+
 def test_every_report_is_downloaded(page, tmp_path):
     upload(page, ("a.dcm", film()))
     page.locator("#reports .dicom:not([disabled])").first.wait_for()

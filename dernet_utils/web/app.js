@@ -161,6 +161,9 @@ function showAnswer(film) {
   const scores = [["DERNet", said.score, said.threshold], ...networks];
   $("scores").replaceChildren(...scores.map(([name, value, mark]) => bar(name, value, mark)));
   $("none").hidden = said.boxes.length > 0;
+  $("none").textContent = said.decision === "abnormal"
+    ? "The detector found none."
+    : "Not looked for: the detector is asked about abnormal films only.";
   $("boxes-part").hidden = !said.boxes.length;
   const types = [...new Set(said.boxes.map((box) => box.lesion_type))];
   $("types").replaceChildren(...types.map(typeSwitch));
