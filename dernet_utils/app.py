@@ -8,6 +8,7 @@ import asyncio
 import base64
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from io import BytesIO
@@ -28,7 +29,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from dernet_utils import __version__
-from dernet_utils.errors import DernetError
+from dernet_utils.errors import DernetError, place
 from dernet_utils.examine import Examined, Examiner
 from dernet_utils.paper import SPOKEN
 from dernet_utils.report import LESION_STYLE, NOTICE, as_page, as_record
@@ -42,6 +43,7 @@ WAITING = 8  # requests that may wait for the one that is answered
 MOST_HELD = 2 * MOST_BYTES  # of all requests that are inside
 MOST_DROPPED = 10 * MOST_BYTES  # read of a request that is refused
 RETRY_S = 2
+STALLED_S = 30  # without a part of a file that is being sent
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -52,6 +54,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+
+log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
@@ -153,7 +157,10 @@ def make_app(
             refused = {"error": "The token is missing or wrong."}
             response = JSONResponse(refused, 401, {"WWW-Authenticate": "Bearer"})
         else:
-            response = await call_next(request)
+            try:
+                response = await call_next(request)
+            except Exception as error:  # here, or the server would log it whole
+                response = JSONResponse({"error": _fault(error)}, 500)
         response.headers.update(HEADERS)
         return response
 
@@ -169,11 +176,6 @@ def make_app(
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         told = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
         return JSONResponse({"error": f"The request is malformed ({told})."}, 422)
-
-    @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> Response:
-        sentence = "The server failed at this file, which is its fault and not the file's."
-        return JSONResponse({"error": sentence}, 500)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -213,6 +215,8 @@ def make_app(
                         said = await desk.run(answered, data, override)
                     except DernetError as error:
                         said = {"error": _sentence(error)}
+                    except Exception as error:  # the files after it are answered
+                        said = {"error": _fault(error)}
                     yield json.dumps({"number": number} | said) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
@@ -298,6 +302,12 @@ def _sentence(error: DernetError) -> str:
     return text[:1].upper() + text[1:]
 
 
+def _fault(error: Exception) -> str:
+    """Log where an error was made, and return what its sender is told."""
+    log.error("A request failed (%s).", place(error))
+    return "The server failed at this file, which is its fault and not the file's."
+
+
 def _length(request: Request) -> int:
     """Bytes that a request says it has, or may have at most."""
     return int(request.headers.get("content-length", MOST_BYTES))
@@ -308,8 +318,14 @@ async def _parts(request: Request) -> AsyncIterator[bytes]:
 
     That is told when all has come: many clients hear no answer while they send.
     """
-    size = 0
-    async for part in request.stream():
+    size, stream = 0, aiter(request.stream())
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(stream), STALLED_S)
+        except StopAsyncIteration:
+            break
+        except TimeoutError as error:  # its place is for others
+            raise Refused(408, "The file stopped coming; send it again.") from error
         size += len(part)
         if size <= MOST_BYTES:
             yield part

@@ -6,6 +6,8 @@ Chapter 02 builds by hand what stands here, and asserts that the two agree.
 import errno
 import hashlib
 import json
+import math
+import struct
 import uuid
 import warnings
 import zlib
@@ -29,7 +31,7 @@ from dernet_utils.profiles import Profile
 # Part of every cache key: raise it whenever `preprocess` or the decoding changes its pixels.
 PREPROCESSING_VERSION = 1
 
-MOST_PIXELS = 100_000_000  # of an image; a large radiograph has 20 million
+MOST_PIXELS = 40_000_000  # of an image; a large radiograph has 20 million
 LEVELS = 256  # grey levels of an 8-bit image
 GREY = 114  # ultralytics' padding, so that the network meets the same margin as in training
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -40,6 +42,8 @@ DECOMPRESS = (
 )
 UNDECODABLE = "the picture cannot be decoded; copy or export the file again."
 JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
+JPEG_SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of a frame's header
+JPEG_2000_START = b"\xff\x4f\xff\x51"
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -189,6 +193,7 @@ def _read_pixels(data: bytes) -> tuple[pydicom.Dataset, np.ndarray]:
     if reason:
         raise DernetError(reason)
     try:
+        _refuse_other_size(dataset)
         plugin = _choose_decoder(dataset.file_meta.TransferSyntaxUID)
         return dataset, pydicom.pixels.pixel_array(dataset, decoding_plugin=plugin)
     except Exception as error:
@@ -213,6 +218,39 @@ def _refuse_bomb(data: bytes) -> None:
         waiting = inflating.unconsumed_tail
         if size > 3 * MOST_PIXELS:
             raise ValueError("it inflates to more than any radiograph holds")
+
+
+def _refuse_other_size(dataset: pydicom.Dataset) -> None:
+    """Refuse a compressed picture of another size than its header's: decoders make room for it."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        return
+    coded = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+    said = int(dataset.Rows), int(dataset.Columns)
+    if syntax == pydicom.uid.RLELossless:
+        if len(coded) > 64 + 2 * math.prod(said) * dataset.BitsAllocated // 8:
+            raise ValueError("it holds more than the header's rows and columns")
+        return
+    found = _coded_size(coded)
+    if found and found != said:
+        raise ValueError(f"it has {found[0]} rows and {found[1]} columns, its header {said}")
+
+
+def _coded_size(coded: bytes) -> tuple[int, int] | None:
+    """Return rows and columns that a compressed picture says it has; None where it says none.
+
+    Source: ITU-T T.800 A.5.1 (JPEG 2000), T.81 B.2.2 (JPEG), T.87 C.2.2 (JPEG-LS).
+    """
+    start = coded.find(JPEG_2000_START, 0, 4096)  # it may lie in boxes
+    if start >= 0 and len(coded) >= start + 24:
+        right, bottom, left, top = struct.unpack_from(">4I", coded, start + 8)
+        return bottom - top, right - left
+    place = 2
+    while coded.startswith(JPEG_START[:2]) and place + 9 <= len(coded) and coded[place] == 0xFF:
+        if coded[place + 1] in JPEG_SIZES:
+            return struct.unpack_from(">2H", coded, place + 5)
+        place += 2 + int.from_bytes(coded[place + 2 : place + 4], "big")
+    return None
 
 
 def _refusal(dataset: pydicom.Dataset) -> str:
@@ -253,6 +291,11 @@ def _refusal(dataset: pydicom.Dataset) -> str:
         return (
             f"the DICOM image stores {bits[1]} bits in {bits[0]}, where a radiograph stores 8 to "
             "16 (dose grids and masks do otherwise); choose the image itself."
+        )
+    if dataset.get("HighBit", bits[1] - 1) != bits[1] - 1:
+        return (
+            f"the DICOM image's {bits[1]} bits end at bit {dataset.HighBit}, where they must at "
+            f"{bits[1] - 1}; export the image again."
         )
     if _choose_decoder(syntax) is None:
         return f"no installed decoder reads the DICOM transfer syntax {syntax.name}; {DECOMPRESS}."

@@ -7,9 +7,7 @@ in the log by its SOP instance UID, and by nothing that says whose it is.
 import logging
 import queue
 import threading
-import traceback
 from io import BytesIO
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -26,7 +24,7 @@ from pynetdicom.sop_class import (
 )
 
 from dernet_utils.dicom_report import secondary_capture, structured_report
-from dernet_utils.errors import DernetError
+from dernet_utils.errors import DernetError, place
 from dernet_utils.examine import Examiner
 
 FILMS = (
@@ -69,7 +67,7 @@ class Peer(NamedTuple):
         """
         title, _, place = text.partition("@")
         host, _, port = place.rpartition(":")
-        if not (title and len(title) <= 16 and host and port.isdigit()):
+        if not (title and len(title) <= 16 and host and port.isdigit() and 0 < int(port) < 2**16):
             raise DernetError(
                 f"A peer is TITLE@host:port, such as ORTHANC@127.0.0.1:4242, not {text}."
             )
@@ -98,7 +96,12 @@ class Node:
         host: str = "127.0.0.1",
     ):
         self._examiner, self._version, self._peer = examiner, version, peer
-        self._entity = AE(ae_title=title)
+        try:
+            self._entity = AE(ae_title=title)
+        except ValueError as error:
+            raise DernetError(
+                f"A node's title has 1 to 16 characters of ASCII, and {title!r} has not."
+            ) from error
         self._entity.add_supported_context(Verification)
         for film in FILMS:
             self._entity.add_supported_context(film, SYNTAXES)
@@ -150,7 +153,7 @@ class Node:
         except queue.Full:
             return OUT_OF_RESOURCES
         except Exception as error:
-            log.error("%s could not be taken in (%s).", uid, _where(error))
+            log.error("%s could not be taken in (%s).", uid, place(error))
             return CANNOT_UNDERSTAND
         return SUCCESS
 
@@ -162,14 +165,19 @@ class Node:
             except DernetError as error:
                 log.warning("%s got no report. %s", uid, error)
             except Exception as error:  # one film must not end the node
-                log.error("%s got no report (%s).", uid, _where(error))
+                log.error("%s got no report (%s).", uid, place(error))
 
     def _answer(self, uid: str, data: bytes) -> None:
-        film, done = pydicom.dcmread(BytesIO(data)), self._examiner.examine(data)
-        if done.rejected:
-            reasons = " ".join(reason.text for reason in done.reasons)
-            log.warning("%s was rejected, and no report sent. %s", uid, reasons)
+        try:
+            done = self._examiner.examine(data)
+        except DernetError as error:  # its words may quote the header
+            log.warning("%s cannot be read, and no report was sent (%s).", uid, place(error))
             return
+        if done.rejected:  # the reasons may, too
+            layers = " and the ".join(dict.fromkeys(reason.layer for reason in done.reasons))
+            log.warning("%s was rejected by the %s, and no report was sent.", uid, layers)
+            return
+        film = pydicom.dcmread(BytesIO(data))
         reports = [
             structured_report(film, done.answer, self._version[:64]),
             secondary_capture(film, done.grey, done.answer),
@@ -190,9 +198,3 @@ class Node:
                     raise DernetError(f"{peer.title} refused a report ({told}).")
         finally:
             association.release()
-
-
-def _where(error: Exception) -> str:
-    """Kind and place of an error; its words may quote a header."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}"

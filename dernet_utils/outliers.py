@@ -17,7 +17,7 @@ from pydicom.multival import MultiValue
 from dernet_utils.errors import DernetError
 from dernet_utils.pipeline import Look
 
-MODALITIES = ("CR", "DX", "RG")  # PS3.3 C.7.3.1.1.1: those of projection radiographs
+MODALITIES = ("CR", "DX", "RG")  # PS3.3 C.7.3.1.1.1: those in which films of a spine come
 WORK_PX = 512  # long side at which a picture is judged
 COLOUR = 24  # levels between the channels of a pixel that is coloured
 DIMENSIONS = 64  # of the embedding, the training films' most telling ones; ours
@@ -46,19 +46,26 @@ def header_reasons(data: bytes) -> list[Reason]:
 
     Args:
         data: The file's bytes, decoded before without an error.
+
+    Raises:
+        DernetError: An element is malformed.
     """
     if data[128:132] != b"DICM":
         return []
-    header = pydicom.dcmread(BytesIO(data), stop_before_pixels=True)
+    try:
+        header = pydicom.dcmread(BytesIO(data), stop_before_pixels=True)
+        told, part = (_terms(header, keyword) for keyword in ("Modality", "BodyPartExamined"))
+    except Exception as error:  # pydicom converts values when asked, and raises what it likes
+        raise DernetError(
+            "the DICOM header's modality or body part is malformed; export the image again."
+        ) from error
     reasons = []
-    told = _terms(header, "Modality")
     if told and not any(modality in MODALITIES for modality in told):
         known = ", ".join(MODALITIES)
         text = f"Its modality is {' and '.join(told)}; a radiograph's is one of {known}."
         reasons.append(Reason("header", text))
-    told = _terms(header, "BodyPartExamined")
-    if told and not any(map(_of_the_spine, told)):
-        text = f"The body part examined is {' and '.join(told)}, not the spine."
+    if part and not any(map(_of_the_spine, part)):
+        text = f"The body part examined is {' and '.join(part)}, not the spine."
         reasons.append(Reason("header", text))
     return reasons
 

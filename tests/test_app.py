@@ -1,5 +1,6 @@
 """The web application, asked as a client would ask it."""
 
+import asyncio
 import base64
 import json
 import logging
@@ -19,7 +20,7 @@ import pydicom
 import pytest
 from fastapi.testclient import TestClient
 from pydicom.data import get_testdata_files
-from sent import encoded, film
+from sent import encoded, film, grey
 
 from dernet_utils import app as web
 from dernet_utils import imaging, runtime
@@ -180,6 +181,7 @@ def zipped():
     return stream.getvalue()
 
 
+TEXT, NUMBERS = (b"\x18\x00\x15\x00" + form for form in (b"CS", b"FD"))  # a body part as one
 BAD = {
     "text": b"hello", "nothing": b"", "a renamed file": b"%PDF-1.7 " + bytes(500),
     "truncated DICOM": film()[:2000], "cut in the header": film()[:140], "huge": bomb(),
@@ -190,6 +192,8 @@ BAD = {
     "rows without end": film(Rows=65_535, Columns=65_535),
     "three samples": film(SamplesPerPixel=3, PlanarConfiguration=0, PixelData=bytes(180_000)),
     "colour DICOM": film(PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0),
+    "bits elsewhere": film(HighBit=6),
+    "a body part of numbers": film(BodyPartExamined="Roe^Jane^2").replace(TEXT, NUMBERS),
 }  # fmt: skip
 
 
@@ -214,6 +218,36 @@ def test_what_inflates_without_end_is_refused(client, monkeypatch):
     endless = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS).compress(bytes(10**8))
     refused = client.post("/api/v1/analyse", content=data[:start] + endless)
     assert refused.status_code == 422 and "inflates to more" in refused.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "syntax"),
+    [(".jpg", pydicom.uid.JPEGBaseline8Bit), (".jp2", pydicom.uid.JPEG2000)],
+)
+def test_a_compressed_picture_has_the_size_of_its_header(client, ending, syntax):
+    made = pydicom.dcmread(BytesIO(film()))
+    made.file_meta.TransferSyntaxUID = syntax
+    for shape, status in (((300, 200), 200), ((310, 200), 422)):
+        coded = encoded(ending, grey(*shape))
+        made.PixelData = pydicom.encaps.encapsulate([coded])
+        stream = BytesIO()
+        pydicom.dcmwrite(stream, made, enforce_file_format=True)
+        said = client.post("/api/v1/analyse?override=true", content=stream.getvalue())
+        assert said.status_code == status
+    assert "310 rows and 200 columns" in said.json()["error"]
+
+
+def test_run_lengths_are_no_more_than_a_picture_needs(client):
+    made = pydicom.dcmread(BytesIO(film()))
+    made.compress(pydicom.uid.RLELossless)
+    frame = pydicom.encaps.get_frame(made.PixelData, 0, number_of_frames=1)
+    for coded, status in ((frame, 200), (frame + bytes(2 * 300 * 200), 422)):
+        made.PixelData = pydicom.encaps.encapsulate([coded])
+        stream = BytesIO()
+        pydicom.dcmwrite(stream, made, enforce_file_format=True)
+        said = client.post("/api/v1/analyse?override=true", content=stream.getvalue())
+        assert said.status_code == status
+    assert "holds more than" in said.json()["error"]
 
 
 ODD = {
@@ -323,6 +357,34 @@ def test_the_server_hears_its_own_name(examiner, exported, host):
 
 
 # Nothing is kept, and nobody waits for ever
+
+
+def test_a_fault_is_told_and_its_words_are_not_logged(client, caplog, monkeypatch):
+    def fail(*_):
+        raise ValueError("Roe^Jane")
+
+    monkeypatch.setattr(Examiner, "examine", fail)
+    strict = TestClient(client.app, base_url="http://127.0.0.1")  # it raises what gets through
+    with caplog.at_level(logging.DEBUG):
+        told = strict.post("/api/v1/analyse", content=film())
+        files = [("files", ("a.dcm", film()))] * 2
+        lines = strict.post("/api/v1/analyse-batch", files=files).text.splitlines()
+    assert told.status_code == 500 and len(lines) == 2
+    for said in (told.json(), *map(json.loads, lines)):
+        assert "is its fault and not the file's" in said["error"]
+    assert "ValueError in test_app.py" in caplog.text and "Roe" not in caplog.text
+
+
+def test_a_file_that_stops_coming_is_given_up(monkeypatch):
+    class Stalled:
+        async def stream(self):
+            yield b"half of"
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(web, "STALLED_S", 0.05)
+    with pytest.raises(web.Refused, match="stopped coming") as refused:
+        asyncio.run(web._body(Stalled()))
+    assert refused.value.status == 408
 
 
 def test_nothing_is_kept_or_logged(client, caplog, tmp_path, monkeypatch):

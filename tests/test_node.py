@@ -72,7 +72,14 @@ def test_a_film_that_is_none_gets_no_report(examiner, archive, caplog):
         assert send(node, film(seed=2)) == 0x0000  # and the node goes on
         assert came.wait(60)
     assert len(taken) == 2
-    assert "CHEST, not the spine" in caplog.text and "in colour" in caplog.text
+    assert "was rejected by the header" in caplog.text and "cannot be read" in caplog.text
+    assert "CHEST" not in caplog.text
+
+
+@pytest.mark.parametrize("title", ["", "TOO-LONG-FOR-A-TITLE"])
+def test_a_title_that_is_none_is_told(examiner, title):
+    with pytest.raises(DernetError, match="1 to 16 characters"):
+        Node(examiner, "test", Peer("A", "127.0.0.1", 9), title)
 
 
 def test_a_peer_that_is_not_there_is_named(examiner, caplog):

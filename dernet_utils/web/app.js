@@ -13,7 +13,9 @@ const hidden = new Set(); // lesion types that are switched off
 async function call(path, options = {}) {
   const headers = { ...(token && { Authorization: `Bearer ${token}` }), ...options.headers };
   for (let tries = 0; ; tries += 1) {
-    const response = await fetch(`/api/v1/${path}`, { ...options, headers });
+    const response = await fetch(`/api/v1/${path}`, { ...options, headers }).catch(() => {
+      throw new Error("The request could not be sent: see that the server runs, and check the token if it wants one.");
+    });
     if (response.status === 503 && tries < 30) {
       const seconds = Number(response.headers.get("Retry-After") || 2);
       await new Promise((done) => setTimeout(done, 1000 * seconds));
@@ -63,19 +65,26 @@ async function take(list) {
 async function answerAll() {
   if (answering) return; // the loop that runs comes to these, too
   answering = true;
-  let done = 0;
+  const done = [];
   $("progress").hidden = false;
-  for (let film; (film = films.find((one) => one.waiting)); done += 1) {
-    const total = done + films.filter((one) => one.waiting).length;
-    $("status").textContent = `Answering ${done + 1} of ${total} …`;
-    $("progress").value = done / total;
+  for (let film; (film = films.find((one) => one.waiting)); done.push(film)) {
+    const total = done.length + films.filter((one) => one.waiting).length;
+    $("status").textContent = `Answering ${done.length + 1} of ${total} …`;
+    $("progress").value = done.length / total;
     await ask(film);
     if (film === films[current]) choose(current);
     else showList();
   }
-  $("status").textContent = `${done} ${done === 1 ? "film" : "films"} answered.`;
+  $("status").textContent = summary(done);
   $("progress").hidden = true;
   answering = false;
+}
+
+function summary(asked) {
+  const failed = asked.filter((film) => film.error).map((film) => ` ${film.name}: ${film.error}`);
+  const films = asked.length === 1 ? "film" : "films";
+  const answered = asked.length - failed.length;
+  return `${answered}${failed.length ? ` of ${asked.length}` : ""} ${films} answered.${failed.join("")}`;
 }
 
 async function ask(film) {
@@ -315,12 +324,14 @@ async function toggleHeat() {
   if (!film.heat) {
     $("heat").disabled = true;
     try {
-      film.heat = await heatOf(film);
+      film.heating ??= heatOf(film); // asked for once, whoever clicks again
+      film.heat = await film.heating;
     } finally {
+      film.heating = null;
       $("heat").disabled = Boolean(films[current].said?.rejected);
     }
-  }
-  film.view.heat = !film.view.heat;
+    film.view.heat = true;
+  } else film.view.heat = !film.view.heat;
   if (film !== films[current]) return;
   showTools(film);
   render();
@@ -363,7 +374,10 @@ $("override").addEventListener("click", async () => {
     tell(new Error(film.error));
     Object.assign(film, { override: false, error: "" }); // it stays rejected
   }
-  if (film !== films[current]) return;
+  if (film !== films[current]) {
+    showList();
+    return;
+  }
   choose(current);
   (film.said.rejected ? $("override") : $("decision")).focus();
 });
@@ -395,7 +409,7 @@ $("canvas").addEventListener("keydown", (event) => {
     "+": { zoom: view.zoom * 1.25 }, "-": { zoom: view.zoom / 1.25 },
     i: { invert: !view.invert }, 0: freshView(),
   };
-  if (!steps[event.key]) return;
+  if (!steps[event.key] || event.ctrlKey || event.metaKey || event.altKey) return; // the browser's
   event.preventDefault();
   change(steps[event.key]);
 });
@@ -420,7 +434,10 @@ $("token-form").addEventListener("submit", (event) => {
   start().then(() => {
     for (const film of films) film.waiting = !film.said; // those that were refused for want of it
     return answerAll();
-  }).catch(tell);
+  }).catch((error) => {
+    $("token-form").hidden = false;
+    tell(error);
+  });
 });
 addEventListener("resize", () => { if (films[current]?.grey) render(); });
 
