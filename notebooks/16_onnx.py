@@ -303,7 +303,7 @@ glue("c16-torch-map", f"{map_torch:.4f}", display=False)
 # %% [markdown]
 # {glue:text}`c16-n` {glue:text}`c16-kind` of {glue:text}`c16-n-studies` studies with {glue:text}`c16-boxes` boxes; torch has an AUROC of
 # {glue:text}`c16-torch-auroc` and a mAP of {glue:text}`c16-torch-map`; intervals by study. In float32 scores agree to four decimals, those of each network before the vote too, and boxes to half a pixel, which the cell
-# asserts. Engines whose AUROC and mAP are not lower than torch's by {glue:text}`c16-allowed` or more: {glue:text}`c16-good`. That is a sieve by point values, and an interval in the table may be wider than {glue:text}`c16-allowed`. It is also one by the test
+# asserts. In eight bits look at that second column: a vote hides what becomes of a network with a small weight, and neither score nor AUROC tells. Engines whose AUROC and mAP are not lower than torch's by {glue:text}`c16-allowed` or more: {glue:text}`c16-good`. That is a sieve by point values, and an interval in the table may be wider than {glue:text}`c16-allowed`. It is also one by the test
 # split: it tells what each engine costs, and whoever takes one into use should choose it on films held out of training.
 #
 # ## How fast
