@@ -425,12 +425,12 @@ worst = " and ".join(family for family in must if rows[family]["passes at 95 %"]
 gone = refused_test.to_numpy(float)
 by_study = stats.bootstrap(lambda w: w @ gone / w.sum(axis=1), study, **draws)
 glue("c17-refused-test", f"{by_study:.3f}", display=False)
-told = f"most, {most:.1%}, of {worst}" if most else "none of any"
+told = f"{most:.1%} of {worst} would pass, the most" if most else "none would pass"
 glue("c17-worst", told, display=False)
 
 # %% [markdown]
 # Each row is of up to {glue:text}`c17-each` pictures; the interval is the binomial one, and knows nothing of pictures that are not here: the photographs are crops of four, the slices of one body. *Passes at 95 %* is the share that would pass if
-# the limit let 95 % of the test split's radiographs pass, all layers together. Of the families that no one would call a radiograph it is {glue:text}`c17-worst`.
+# the limit let 95 % of the test split's radiographs pass, all layers together. Of the families that no one would call a radiograph {glue:text}`c17-worst`.
 # Of the {glue:text}`c17-test` {glue:text}`c17-kind` of the test split ({glue:text}`c17-test-studies` studies) {glue:text}`c17-refused-test` are refused (95 % by study).
 
 # %% tags=["hide-input", "remove-output"]
