@@ -156,7 +156,8 @@ def decode_dicom(source: Path | str | bytes) -> np.ndarray:
         uint8 (H, W), 0 black and 255 white.
 
     Raises:
-        DernetError: Colour, several frames, no pixels, cut short, or a form that no decoder
+        DernetError: Colour, several frames, no pixels, cut short, compressed pixels of another
+            size than the header's, bits elsewhere than at the low end, or a form that no decoder
             reads; the message names the reason and what would help.
 
     Source: DICOM PS3.3 C.7.5.1.1.2 (padding), C.7.6.3.1.2 (MONOCHROME1), C.11.1 (modality LUT),

@@ -36,6 +36,11 @@ def film(seed=0, **header) -> bytes:
     made.PixelData = shown.tobytes()
     for name, value in header.items():
         setattr(made, name, value)
+    return written(made)
+
+
+def written(made: pydicom.Dataset) -> bytes:
+    """A data set as the bytes of a file."""
     stream = BytesIO()
     pydicom.dcmwrite(stream, made, enforce_file_format=True)
     return stream.getvalue()

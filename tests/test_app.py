@@ -20,7 +20,7 @@ import pydicom
 import pytest
 from fastapi.testclient import TestClient
 from pydicom.data import get_testdata_files
-from sent import encoded, film, grey
+from sent import encoded, film, grey, written
 
 from dernet_utils import app as web
 from dernet_utils import imaging, runtime
@@ -169,9 +169,7 @@ def bomb(side=40_000):
 def without_pixels():
     made = pydicom.dcmread(BytesIO(film()))
     del made.PixelData
-    stream = BytesIO()
-    pydicom.dcmwrite(stream, made, enforce_file_format=True)
-    return stream.getvalue()
+    return written(made)
 
 
 def zipped():
@@ -209,15 +207,19 @@ def test_what_is_no_film_gets_a_sentence(client, data, path):
 def test_what_inflates_without_end_is_refused(client, monkeypatch):
     made = pydicom.dcmread(BytesIO(film()))
     made.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
-    stream = BytesIO()
-    pydicom.dcmwrite(stream, made, enforce_file_format=True)
-    data = stream.getvalue()
+    data = written(made)
     assert client.post("/api/v1/analyse?override=true", content=data).status_code == 200
     monkeypatch.setattr(imaging, "MOST_PIXELS", 100_000)
     start = 144 + int.from_bytes(data[140:144], "little")
     endless = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS).compress(bytes(10**8))
     refused = client.post("/api/v1/analyse", content=data[:start] + endless)
     assert refused.status_code == 422 and "inflates to more" in refused.json()["error"]
+
+
+def compressed(client, made, coded):
+    """What is said of a film whose pixels are these bytes."""
+    made.PixelData = pydicom.encaps.encapsulate([coded])
+    return client.post("/api/v1/analyse?override=true", content=written(made))
 
 
 @pytest.mark.parametrize(
@@ -228,11 +230,7 @@ def test_a_compressed_picture_has_the_size_of_its_header(client, ending, syntax)
     made = pydicom.dcmread(BytesIO(film()))
     made.file_meta.TransferSyntaxUID = syntax
     for shape, status in (((300, 200), 200), ((310, 200), 422)):
-        coded = encoded(ending, grey(*shape))
-        made.PixelData = pydicom.encaps.encapsulate([coded])
-        stream = BytesIO()
-        pydicom.dcmwrite(stream, made, enforce_file_format=True)
-        said = client.post("/api/v1/analyse?override=true", content=stream.getvalue())
+        said = compressed(client, made, encoded(ending, grey(*shape)))
         assert said.status_code == status
     assert "310 rows and 200 columns" in said.json()["error"]
 
@@ -242,10 +240,7 @@ def test_run_lengths_are_no_more_than_a_picture_needs(client):
     made.compress(pydicom.uid.RLELossless)
     frame = pydicom.encaps.get_frame(made.PixelData, 0, number_of_frames=1)
     for coded, status in ((frame, 200), (frame + bytes(2 * 300 * 200), 422)):
-        made.PixelData = pydicom.encaps.encapsulate([coded])
-        stream = BytesIO()
-        pydicom.dcmwrite(stream, made, enforce_file_format=True)
-        said = client.post("/api/v1/analyse?override=true", content=stream.getvalue())
+        said = compressed(client, made, coded)
         assert said.status_code == status
     assert "holds more than" in said.json()["error"]
 
