@@ -12,17 +12,17 @@ it depends on have changed, and file times do not count.
 
 import sys
 
-from dernet_utils import workflow as steps  # Snakemake has a `workflow` of its own
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book import graph
+from dernet_utils.core.workspace import open_workspace
 
 workspace = open_workspace(config.get("profile", ""))
 profile = workspace.profile.name
 dernet = f"'{sys.executable}' -m dernet_utils.cli"
-urgent = steps.urgencies()
-chapters = list(urgent)
-compute = " ".join(f"{name}={value}" for name, value in steps.COMPUTE.items())
+priorities = graph.priorities(graph.chapter_names())
+chapters = list(priorities)
+compute = " ".join(f"{name}={value}" for name, value in graph.TRAINING_ENVIRONMENT.items())
 # Snakemake frees more cores than it has, and starts two trainings at once, where a rule asks for more.
-every_core = min(workflow.cores or steps.MAX_THREADS, steps.MAX_THREADS)
+every_core = min(workflow.cores or graph.MAX_THREADS, graph.MAX_THREADS)
 
 
 workdir: str(workspace.folder)
@@ -34,15 +34,15 @@ rule book:
     output:
         "book/_build/html/index.html",
     params:
-        digest=steps.book_digest(workspace),
+        digest=graph.book_digest(workspace),
     shell:
         "{dernet} build --profile {profile} 2>&1"
 
 
 # A network and a fold are one job. Its mark is all that the rules know of it; checkpoint and
-# probabilities lie in weights/, under the digest of all that shapes them. The network that takes
+# checkpoint under the digest of all that shapes it, in weights/, probabilities in tables/triage/. The network that takes
 # longest comes first, so that no core waits at the end while another trains alone.
-for urgency, network in enumerate(steps.QUICKEST_FIRST, start=len(chapters)):
+for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
 
     rule:
         name:
@@ -50,12 +50,14 @@ for urgency, network in enumerate(steps.QUICKEST_FIRST, start=len(chapters)):
         output:
             touch(f"trained/{network}-{{fold}}"),
         params:
-            digest=lambda _: steps.train_digest(workspace),
+            digest=lambda _: graph.train_digest(workspace),
             network=network,
         # Two trainings abreast, each on half of the cores, take less time than one after the other
         # on all of them.
         threads: max(1, every_core // 2)
-        priority: urgency
+        priority: rank
+        benchmark:
+            f"benchmarks/train_{network}-{{fold}}.tsv"
         shell:
             "env {compute} {dernet} train {params.network} --fold {wildcards.fold}"
             " --profile {profile} --threads {threads} 2>&1"
@@ -71,16 +73,18 @@ for chapter in chapters:
         input:
             [
                 f"trained/{network}-{fold}"
-                for network, fold in steps.trainings_of(chapter, workspace.profile.folds)
+                for network, fold in graph.trainings_of(chapter, workspace.profile.folds)
             ],
-            [f"chapters/{before}.ipynb" for before in steps.chapters_before(chapter)],
+            [f"chapters/{before}.ipynb" for before in graph.chapter_needs(chapter).after],
         output:
             f"chapters/{chapter}.ipynb",
         params:
-            digest=steps.chapter_digest(chapter, workspace),
+            digest=graph.chapter_digest(chapter, workspace),
             chapter=chapter,
-        priority: urgent[chapter]
-        threads: steps.cores_for(chapter, every_core)
+        priority: priorities[chapter]
+        benchmark:
+            f"benchmarks/{chapter}.tsv"
+        threads: graph.cores_for(chapter, every_core)
         shell:
             "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} 2>&1"
 
@@ -91,7 +95,9 @@ rule prepare:
     output:
         touch("prepared"),
     params:
-        digest=steps.prepare_digest(workspace),
+        digest=graph.prepare_digest(workspace),
     threads: every_core
+    benchmark:
+        "benchmarks/prepare.tsv"
     shell:
         "{dernet} prepare --profile {profile} --workers {threads} 2>&1"

@@ -19,9 +19,12 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from dernet_utils import workflow
-from dernet_utils.errors import DernetError
-from dernet_utils.workspace import PROJECT, Workspace, open_workspace
+from dernet_utils.book import build as book_build
+from dernet_utils.book import execute, progress
+from dernet_utils.book import prepare as book_prepare
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+from dernet_utils.core.workspace import Workspace, open_workspace
 
 app = typer.Typer(
     help="DERNet as a research book: virtual radiographs, chapters, pages.",
@@ -29,7 +32,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
 LOOPBACK = "127.0.0.1"
 ProfileName = Annotated[
     str, typer.Option("--profile", help="smoke, laptop, night, paper; else DERNET_PROFILE, laptop.")
@@ -38,7 +40,6 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the librari
 Detector = Annotated[bool, typer.Option("--detector", help="YOLO11-L, in place of triage.")]
 Csv = Annotated[Path | None, typer.Option("--out", help="Also write the table, as CSV.")]
 Root = Annotated[Path, typer.Argument(help="A folder in the form of VinDr-SpineXR.")]
-
 # Errors that are about the machine, not about a fault of ours.
 _MACHINE = {
     errno.ENOSPC: "the disk is full; make room and call again",
@@ -100,7 +101,7 @@ def _say(line: str) -> None:
 def donor() -> None:
     """Fetch the built-in donor CT, from which virtual patients are made, and verify it."""
     with _one_sentence():
-        from dernet_utils.donor import fetch_donor, load_donor
+        from dernet_utils.virtual.donor import fetch_donor, load_donor
 
         folder = fetch_donor()
         load_donor()  # prepares the volume, so that no run has to
@@ -125,14 +126,14 @@ def cohort(
     with _one_sentence():
         from tqdm import tqdm
 
-        from dernet_utils.cohort import write_cohort
+        from dernet_utils.virtual.cohort import write_cohort
 
         with tqdm(total=patients, unit="patient", leave=False, disable=None) as bar:
             write_cohort(
                 out,
                 patients,
                 seed,
-                workflow.cores(),
+                progress.cores(),
                 lambda done, _: bar.update(done - bar.n),
                 ct=ct,
                 mask=mask,
@@ -160,9 +161,11 @@ def check(
 
         from tqdm import tqdm
 
-        from dernet_utils.data import check_dataset, repair_dataset
+        from dernet_utils.dataset.check import check_dataset, repair_dataset
 
-        report = check_dataset(root, lambda items: tqdm(items, "files", leave=False, disable=None))
+        report = check_dataset(
+            root, lambda items: tqdm(items, "files", leave=False, disable=None), progress.cores()
+        )
         done = [] if repair is None else repair_dataset(root, repair)
         if as_json:
             _say(json.dumps(asdict(report), indent=2))
@@ -213,7 +216,7 @@ def prepare(
 ) -> None:
     """Make what all chapters share: virtual cohort, folds, cached images."""
     with _one_sentence():
-        workflow.prepare(open_workspace(profile), workers or workflow.cores(), _say)
+        book_prepare.prepare(open_workspace(profile), workers or progress.cores(), _say)
 
 
 @app.command()
@@ -229,8 +232,8 @@ def chapter(
     """Execute one chapter; with -p as a trial, which leaves the book's copy alone."""
     with _one_sentence():
         values = dict(_parameter(text) for text in parameter or [])
-        executed = workflow.execute_chapter(
-            name, open_workspace(profile), threads or workflow.cores(), _say, values
+        executed = execute.execute_chapter(
+            name, open_workspace(profile), threads or progress.cores(), _say, values
         )
         if values:
             _say(f"The executed notebook is {executed}.")
@@ -262,25 +265,25 @@ def train(
     with _one_sentence():
         import torch
 
-        from dernet_utils.cohort import ensure_cohort
-        from dernet_utils.crossvalidation import epoch_bars, train_fold, triage_jobs
-        from dernet_utils.machine import my_share
-        from dernet_utils.triage import epoch_line
+        from dernet_utils.book.progress import epoch_bars
+        from dernet_utils.core.machine import claim_jobs
+        from dernet_utils.triage.crossvalidation import train_fold, triage_jobs
+        from dernet_utils.triage.training import triage_epoch_line
 
         workspace = open_workspace(profile)
         wanted = triage_jobs(workspace.profile, network, fold)
-        jobs = my_share(wanted, triage_jobs(workspace.profile))
-        torch.set_num_threads(threads or workflow.cores())
-        ensure_cohort(workspace)
+        jobs = claim_jobs(wanted, triage_jobs(workspace.profile))
+        torch.set_num_threads(threads or progress.cores())
+        book_prepare.ensure_prepared(workspace, _say)
         for name, held_out in jobs:
             job = f"{name}, fold {held_out}"
             if sys.stderr.isatty():
                 bars = epoch_bars(name, workspace.profile)
                 after = partial(bars, held_out)
             else:
-                after = lambda row, job=job: _say(f"{job}: {epoch_line(row)}")  # noqa: E731
-            checkpoint = train_fold(workspace, name, held_out, after)
-            _say(f"{job}: {checkpoint.name}")
+                after = lambda row, job=job: _say(f"{job}: {triage_epoch_line(row)}")  # noqa: E731
+            table = train_fold(workspace, name, held_out, after)
+            _say(f"{job}: {table.name}")
 
 
 @app.command()
@@ -292,12 +295,12 @@ def estimate(
 ) -> None:
     """Take a step of each triage network, or of the detector, at a profile's size: time, memory."""
     with _one_sentence():
-        from dernet_utils.estimate import estimate_detector, estimate_triage
+        from dernet_utils.book.benchmark import estimate_detector, estimate_triage
 
         workspace = open_workspace(profile)
-        workflow.prepare(workspace, workflow.cores(), _say)
+        book_prepare.prepare(workspace, progress.cores(), _say)
         measure = estimate_detector if detector else estimate_triage
-        _write(measure(workspace, threads or workflow.cores(), _say), out)
+        _write(measure(workspace, threads or progress.cores(), _say), out)
 
 
 @app.command()
@@ -316,13 +319,13 @@ def speed(
     with _one_sentence():
         import torch
 
-        from dernet_utils.estimate import compare_loops, compare_steps
+        from dernet_utils.book.benchmark import compare_loops, compare_steps
 
-        torch.set_num_threads(threads or workflow.cores())
+        torch.set_num_threads(threads or progress.cores())
         workspace = open_workspace(profile)
-        workflow.prepare(workspace, workflow.cores(), _say)
+        book_prepare.prepare(workspace, progress.cores(), _say)
         if detector:
-            view = (px, px) if px else workspace.profile.detect_view
+            view = (px, px) if px else workspace.profile.detect_size
             _write(compare_steps(workspace, view, _say), out)
         else:
             _write(compare_loops(workspace, px or workspace.profile.triage_px, _say), out)
@@ -338,7 +341,7 @@ def _write(table, out: Path | None) -> None:
 def record(profile: ProfileName = "night") -> None:
     """Keep a long run's results on detectors in the book's folder of results."""
     with _one_sentence():
-        from dernet_utils.results import keep_record
+        from dernet_utils.book.results import keep_record
 
         _say(f"The record is {keep_record(open_workspace(profile))}.")
 
@@ -354,12 +357,13 @@ def predict(
 ) -> None:
     """Ask the networks of the last run about radiographs. For research and teaching only."""
     with _one_sentence():
-        from dernet_utils.predict import answer_file, run_pipeline
+        from dernet_utils.inference.torch_backend import run_pipeline
+        from dernet_utils.serving.service import predict_file
 
         pipeline, refused = run_pipeline(open_workspace(profile)), 0
         for path in files:
             try:
-                record = answer_file(pipeline, path, out)
+                record = predict_file(pipeline, path, out)
             except DernetError as error:
                 refused += 1
                 typer.echo(str(error), err=True)
@@ -385,7 +389,7 @@ def export(
 ) -> None:
     """Write the networks of the last run as ONNX files, with a manifest."""
     with _one_sentence():
-        from dernet_utils.export import export_run
+        from dernet_utils.inference.export import export_run
 
         workspace = open_workspace(profile)
         path = export_run(workspace, out or workspace.models, int8)
@@ -394,7 +398,7 @@ def export(
 
 def _with_networks(profile: str) -> Workspace:
     """The run of a profile, if its networks are exported."""
-    from dernet_utils.runtime import MANIFEST
+    from dernet_utils.inference.onnx_backend import MANIFEST
 
     workspace = open_workspace(profile)
     if not (workspace.models / MANIFEST).is_file():
@@ -420,7 +424,7 @@ def serve(
     with _one_sentence():
         import uvicorn
 
-        from dernet_utils.app import open_app
+        from dernet_utils.serving.web import open_app
 
         token = os.environ.get("DERNET_TOKEN", "")
         if host != LOOPBACK and not token:
@@ -457,14 +461,14 @@ def node(
     with _one_sentence():
         import logging
 
-        from dernet_utils.examine import Examiner
-        from dernet_utils.node import Node, Peer
-        from dernet_utils.runtime import read_exported
+        from dernet_utils.inference.onnx_backend import read_export
+        from dernet_utils.serving.dicom_node import Node, Peer
+        from dernet_utils.serving.service import InferenceService
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         receiver, folder = Peer.parse(peer), _with_networks(profile).models
-        version = read_exported(folder)["made_by"]
-        with Node(Examiner.open(folder, engine), version, receiver, title, port, host):
+        version = read_export(folder)["made_by"]
+        with Node(InferenceService.open(folder, engine), version, receiver, title, port, host):
             _say(f"{title} listens on {host}:{port} and reports to {receiver.title}.")
             signal.pause()  # until Ctrl-C
 
@@ -473,7 +477,7 @@ def node(
 def build(profile: ProfileName = "") -> None:
     """Build the pages from the executed chapters."""
     with _one_sentence():
-        workflow.build_book(open_workspace(profile), _say)
+        book_build.build_book(open_workspace(profile), _say)
 
 
 @app.command()
@@ -483,7 +487,7 @@ def run(
 ) -> None:
     """Bring the book up to date: data, chapters, pages. What has not changed is left alone."""
     with _one_sentence():
-        workflow.run(open_workspace(profile), html, _say)
+        book_build.run(open_workspace(profile), html, _say)
 
 
 if __name__ == "__main__":

@@ -48,25 +48,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from myst_nb import glue
 
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import LESION_TYPES, PAPER_CODES, check_dataset, read_dataset
-from dernet_utils.figures import show_boxes, show_figure, show_film, use_style
-from dernet_utils.imaging import read_grey
-from dernet_utils.paper import PUBLISHED_BOXES
-from dernet_utils.stats import bootstrap_by_study
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_boxes, show_figure, show_radiograph
+from dernet_utils.book.paper import PUBLISHED_BOXES
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import LESION_TYPES, PAPER_CODES
+from dernet_utils.dataset.check import check_dataset
+from dernet_utils.dataset.tables import read_dataset
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.metrics.intervals import bootstrap_by_study
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-root = ensure_cohort(workspace)
+workspace = open_chapter(profile)
+root = workspace.data_root
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 
 # %% tags=["remove-cell"]
-glue("c01-kind", kind, display=False)
-glue("c01-profile", workspace.profile.name, display=False)
+glue_values("c01", {
+    "kind": kind,
+    "profile": workspace.profile.name,
+})
 
 # %% [markdown]
 # ## What lies on disk
@@ -148,10 +149,12 @@ per_study = images.groupby("study_id").size()
 print(per_study.value_counts().rename_axis("images a study").to_frame("studies"))
 
 # %% tags=["remove-cell"]
-glue("c01-n-images", len(images), display=False)
-glue("c01-n-studies", images.study_id.nunique(), display=False)
-glue("c01-n-boxes", len(boxes), display=False)
-glue("c01-abnormal", f"{100 * images.abnormal.mean():.0f} %", display=False)
+glue_values("c01", {
+    "n-images": len(images),
+    "n-studies": images.study_id.nunique(),
+    "n-boxes": len(boxes),
+    "abnormal": f"{100 * images.abnormal.mean():.0f} %",
+})
 
 # %% [markdown]
 # This run has {glue:text}`c01-n-images` {glue:text}`c01-kind` of {glue:text}`c01-n-studies`
@@ -176,12 +179,12 @@ ORDER = [  # the paper's Fig. 1, (a) to (g)
     "Vertebral collapse", "Osteophytes", "Spondylolysthesis", "Surgical implant",
     "Disc space narrowing", "Foraminal stenosis", "Other lesions",
 ]  # fmt: skip
-path_of = images.set_index("image_id").path
+path_of = images.set_index("image_id")["dicom_path"]
 
 
 def draw_crop(ax: plt.Axes, box: pd.Series, title: str) -> None:
     """Draw the surroundings of a box: a square three times its longer side, at least."""
-    grey = read_grey(path_of[box.image_id])
+    grey = read_radiograph(path_of[box.image_id]).pixels
     side = max(3.0 * max(box.xmax - box.xmin, box.ymax - box.ymin), 0.3 * grey.shape[0])
     side = min(side, *grey.shape)
     x, y = (
@@ -191,7 +194,7 @@ def draw_crop(ax: plt.Axes, box: pd.Series, title: str) -> None:
             (box.ymin, box.ymax, grey.shape[0]),
         )
     )
-    show_film(ax, grey, title)
+    show_radiograph(ax, grey, title)
     show_boxes(ax, box.to_frame().T, names=False)
     ax.set(xlim=(x, x + side), ylim=(y + side, y))
 
@@ -204,9 +207,9 @@ for ax, name, letter in zip(axes.flat, ORDER, "abcdefg", strict=False):
         ax.set_title(f"({letter}) {name}: none here")
         ax.set_axis_off()
 normal = images[(images.split == "train") & ~images.abnormal].iloc[0]
-grey = read_grey(normal.path)
+grey = read_radiograph(normal.dicom_path).pixels
 side = min(grey.shape)
-show_film(axes.flat[-1], grey, "(h) Normal")
+show_radiograph(axes.flat[-1], grey, "(h) Normal")
 axes.flat[-1].set(xlim=(0, side), ylim=(grey.shape[0] / 2 + side / 2, grey.shape[0] / 2 - side / 2))
 show_figure("c01-fig-examples", fig)
 
@@ -232,7 +235,7 @@ burden = images[images.split == "train"].sort_values(["boxes", "image_id"], asce
 few = pd.concat([burden[burden.boxes > 0].iloc[:: max(1, int((burden.boxes > 0).sum()) // 4)]])[:4]
 fig, axes = plt.subplots(1, 4, figsize=(11, 4.6))
 for ax, row in zip(axes, few.itertuples(), strict=False):
-    show_film(ax, read_grey(row.path), f"{row.boxes} boxes")
+    show_radiograph(ax, read_radiograph(row.dicom_path).pixels, f"{row.boxes} boxes")
     show_boxes(ax, boxes[boxes.image_id == row.image_id])
 show_figure("c01-fig-films", fig)
 
@@ -262,9 +265,13 @@ show_figure("c01-fig-films", fig)
 n_c = train.lesion_type.value_counts().reindex(list(LESION_TYPES), fill_value=0)
 r = n_c.max() / n_c[n_c > 0].min()  # of the types that occur
 assert r >= 1 and n_c.sum() == len(train)
-glue("c01-ratio", f"{r:.1f}", display=False)
+glue_values("c01", {
+    "ratio": f"{r:.1f}",
+})
 rarest = n_c[n_c > 0].idxmin()
-glue("c01-rarest", rarest, display=False)
+glue_values("c01", {
+    "rarest": rarest,
+})
 print(f"r = {r:.1f} : 1, from {n_c.idxmax()} ({n_c.max()}) to {rarest} ({n_c[rarest]})")
 
 # %% [markdown]
@@ -319,7 +326,7 @@ show_figure("c01-fig-imbalance", fig)
 # and height of its film in pixels.
 
 # %%
-size_of = {row.image_id: read_grey(row.path).shape for row in images.itertuples()}
+size_of = {row.image_id: read_radiograph(row.dicom_path).pixels.shape for row in images.itertuples()}
 film_px = train.image_id.map({key: height * width for key, (height, width) in size_of.items()})
 train["a"] = train.area_px / film_px
 assert train.a.between(0, 1, inclusive="neither").all()
@@ -335,8 +342,10 @@ is_small = (train.a < small_share).to_numpy()
 share = bootstrap_by_study(
     lambda rows: is_small[rows].mean(), train.study_id.to_numpy(), workspace.profile.bootstrap
 )
-glue("c01-small", f"{share:.2f}", display=False)
-glue("c01-median-area", f"{100 * train.a.median():.2f} %", display=False)
+glue_values("c01", {
+    "small": f"{share:.2f}",
+    "median-area": f"{100 * train.a.median():.2f} %",
+})
 print(f"share of small boxes: {share:.2f}")
 
 # %% tags=["hide-input", "remove-output"]

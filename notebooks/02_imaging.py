@@ -54,24 +54,16 @@ import pydicom
 from IPython.display import Markdown, display
 from myst_nb import glue
 
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import read_dataset
-from dernet_utils.figures import show_figure, show_film, use_style
-from dernet_utils.imaging import (
-    cache_images,
-    clahe,
-    clahe_by_hand,
-    load_cached,
-    preprocess,
-    read_grey,
-)
-from dernet_utils.stats import bootstrap_by_study
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_figure, show_radiograph
+from dernet_utils.book.teaching import open_chapter
+from dernet_utils.dataset.prepared import load_cached, read_images
+from dernet_utils.imaging.cache import cache_images
+from dernet_utils.imaging.enhance import clahe, clahe_by_hand, preprocess
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.metrics.intervals import bootstrap_by_study
 
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
-images = read_dataset(workspace.data_root).images
+workspace = open_chapter(profile)
+images = read_images(workspace)
 films = images[images.split == "train"].reset_index(drop=True)
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 
@@ -100,7 +92,7 @@ def describe(path: str) -> dict:
 
 
 # %%
-forms = pd.DataFrame([describe(path) for path in films.path[:400]])
+forms = pd.DataFrame([describe(path) for path in films.dicom_path[:400]])
 counted = forms.astype(str).melt(var_name="attribute").value_counts()
 counted.sort_index().rename("films").to_frame()
 
@@ -115,7 +107,7 @@ counted.sort_index().rename("films").to_frame()
 # %%
 needs = 2 * ((forms.window == "yes") & (forms.LUT == "no"))
 needs += forms.photometric == "MONOCHROME1"
-path = films.path[needs.idxmax()]
+path = films.dicom_path[needs.idxmax()]
 film = pydicom.dcmread(path)
 s = film.pixel_array
 assert s.ndim == 2 and s.max() < 2**film.BitsStored
@@ -168,14 +160,14 @@ u = window(m, w_c, w_w)
 
 # %% [markdown]
 # **Step 3, photometric interpretation.** MONOCHROME1 is a negative: turn it over, last of all.
-# Then round to grey levels. Our few lines must agree with `read_grey` of the book's package,
+# Then round to grey levels. Our few lines must agree with `read_radiograph` of the book's package,
 # which every later chapter uses and which knows the LUTs, padding and compressed forms besides.
 
 # %%
 if film.PhotometricInterpretation == "MONOCHROME1":
     u = 1 - u
 grey = np.rint(255 * u).astype(np.uint8)
-assert np.array_equal(grey, read_grey(path))
+assert np.array_equal(grey, read_radiograph(path).pixels)
 
 # %% [markdown]
 # What would another window have shown? One half as wide, about the median, for comparison.
@@ -199,10 +191,10 @@ if film.PhotometricInterpretation == "MONOCHROME1":
 curve.set(ylabel="grey level", ylim=(-5, 330), yticks=[0, 64, 128, 192, 255])
 curve.grid(False)
 curve.legend(loc="upper right", fontsize=8)
-show_film(axes[1], 255.0 * (s - s.min()) / np.ptp(s), "as stored")
-show_film(axes[2], 255 * window(m, w_c, w_w), "windowed")
-show_film(axes[3], grey, "as read")
-show_film(axes[4], 255 * other_view, "narrower window")
+show_radiograph(axes[1], 255.0 * (s - s.min()) / np.ptp(s), "as stored")
+show_radiograph(axes[2], 255 * window(m, w_c, w_w), "windowed")
+show_radiograph(axes[3], grey, "as read")
+show_radiograph(axes[4], 255 * other_view, "narrower window")
 show_figure("c02-fig-pipeline", fig)
 
 # %% [markdown]
@@ -240,7 +232,7 @@ sample = films.sample(frac=1, random_state=workspace.profile.seed)
 first_of_study = ~sample.study_id.duplicated()
 sample = pd.concat([sample[first_of_study], sample[~first_of_study]])
 sample = sample.head(n_images).reset_index(drop=True)
-greys = [read_grey(path) for path in sample.path]
+greys = [read_radiograph(path).pixels for path in sample.dicom_path]
 assert all(g.dtype == np.uint8 and g.ndim == 2 for g in greys)
 
 # %% [markdown]
@@ -297,7 +289,7 @@ assert cv2.absdiff(flat, cv2.equalizeHist(grey)).max() <= 1
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(1, 4, figsize=(11, 3.6), width_ratios=[1, 1.4, 1, 1.4])
 for ax, picture, title in ((axes[0], grey, "as read"), (axes[2], flat, "equalised")):
-    show_film(ax, picture, title)
+    show_radiograph(ax, picture, title)
 for ax, picture in ((axes[1], grey), (axes[3], flat)):
     ax.hist(picture.ravel(), np.arange(0, 260, 4), color="0.65")
     ax.set(xlabel="grey level", yticks=[], xlim=(0, 255))
@@ -414,7 +406,7 @@ steepest = np.diff(tables_of(counts), axis=-1).max()
 peaks = np.where(counts[..., 5:250].sum(-1) > 0.9 * M * N, counts[..., 5:250].max(-1), 0)
 r, k = np.unravel_index(peaks.argmax(), peaks.shape)
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), width_ratios=[1, 1.4, 1.4])
-show_film(axes[0], grey, "the tile")
+show_radiograph(axes[0], grey, "the tile")
 axes[0].add_patch(plt.Rectangle((k * N, r * M), N, M, fill=False, ec="#E69F00", lw=2))
 axes[1].fill_between(range(256), counts[r, k], step="mid", color="0.75", label="counted")
 axes[1].step(range(256), clipped[r, k], "C0", where="mid", label="clipped, shared out")
@@ -501,7 +493,7 @@ fig, axes = plt.subplots(1, 4, figsize=(11, 4))
 unblended = T[i // M, j // N, grey]
 titles = ("as read", "tiles alone", "tiles, clipped", "tiles, clipped, blended")
 for ax, picture, title in zip(axes, (grey, blocky, unblended, enhanced), titles, strict=True):
-    show_film(ax, picture, title)
+    show_radiograph(ax, picture, title)
 show_figure("c02-fig-steps", fig)
 
 # %% [markdown]
@@ -553,7 +545,7 @@ limits_shown = (None, 1.0, 2.0, 4.0, 8.0, 40.0)
 fig, axes = plt.subplots(2, 3, figsize=(10.5, 7.4))
 for ax, tau in zip(axes.flat, limits_shown, strict=True):
     picture = grey if tau is None else clahe_by_hand(grey, tau, tiles)
-    show_film(ax, picture[crop], "as read" if tau is None else f"τ = {tau:g}")
+    show_radiograph(ax, picture[crop], "as read" if tau is None else f"τ = {tau:g}")
 show_figure("c02-fig-limits", fig)
 
 # %% [markdown]
@@ -634,7 +626,7 @@ table.map("{:.2f}".format)
 # %% tags=["hide-input", "remove-output"]
 fig, (ax0, ax1, ax2) = plt.subplots(1, 3, figsize=(11, 3.9), width_ratios=[0.9, 1.5, 1.5])
 edges, flat_places = places(grey)
-show_film(ax0, grey, "where we measure")
+show_radiograph(ax0, grey, "where we measure")
 for mask, colour in ((edges, (0.90, 0.62, 0, 1)), (flat_places, (0.34, 0.71, 0.91, 0.75))):
     ax0.imshow(mask[..., None] * np.array(colour), interpolation="nearest")
 ax1.plot(limits, np.array(limits) + 1, "--", color="0.5", lw=1, label="τ + 1")
@@ -725,7 +717,7 @@ p = workspace.profile
 cached = cache_images(sample, workspace.cache, p)
 for g, row in zip(greys, cached.itertuples(), strict=True):
     small = preprocess(g, p.cache_px, p.clip_limit, p.tiles)
-    assert np.array_equal(load_cached(row.path), small)
+    assert np.array_equal(load_cached(row.cached_path), small)
     assert (row.height, row.width) == g.shape
 
 # %% [markdown]

@@ -52,34 +52,29 @@ import pandas as pd
 from myst_nb import glue
 from scipy.special import comb
 
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import load_folds, make_folds, read_dataset
-from dernet_utils.errors import DernetError
+from dernet_utils.book.figures import show_figure, show_radiograph
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.errors import DernetError
+from dernet_utils.dataset.folds import load_folds, make_folds
+from dernet_utils.dataset.prepared import load_cached, read_images
+from dernet_utils.imaging.cache import cache_images
+from dernet_utils.metrics.classification import auroc
+from dernet_utils.metrics.intervals import bootstrap_by_study
 
-# %%
-from dernet_utils.evaluate import auroc
-from dernet_utils.figures import show_figure, show_film, use_style
-from dernet_utils.imaging import cache_images, load_cached
-from dernet_utils.stats import bootstrap_by_study
-from dernet_utils.workspace import open_workspace
-
-workspace = open_workspace(profile)
-ensure_cohort(workspace)
-images = read_dataset(workspace.data_root).images
+workspace = open_chapter(profile)
+images = read_images(workspace)
 train = images[images["split"] == "train"].sort_values("image_id").reset_index(drop=True)
 
 # %% tags=["hide-input"]
 # What the sentences of this page quote is handed to them by `glue`, under names that begin c03.
-use_style()
 F, seed = workspace.profile.folds, workspace.profile.seed
 study, y = train["study_id"].to_numpy(), train["abnormal"].to_numpy().astype(int)
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
-for key, value in {
+glue_values("c03", {
     "profile": workspace.profile.name, "kind": kind, "folds": F, "seed": seed,
     "images": len(train), "studies": train["study_id"].nunique(),
     "test-images": len(images) - len(train), "abnormal": f"{y.mean():.0%}",
-}.items():  # fmt: skip
-    glue(f"c03-{key}", value, display=False)
+})  # fmt: skip
 
 # %% [markdown]
 # This run, profile {glue:text}`c03-profile`, has {glue:text}`c03-images` {glue:text}`c03-kind` of
@@ -97,7 +92,9 @@ for key, value in {
 by_study = train.groupby("study_id")["abnormal"].agg(n="size", abnormal="sum")
 siblings = by_study["n"].loc[study].to_numpy() - 1  # other images of the same study, (n,)
 assert by_study["n"].sum() == len(train)
-glue("c03-with-sibling", f"{(siblings > 0).mean():.0%}", display=False)
+glue_values("c03", {
+    "with-sibling": f"{(siblings > 0).mean():.0%}",
+})
 by_study.groupby("n").size().rename("studies").rename_axis("images a study").to_frame()
 
 # %% [markdown]
@@ -255,8 +252,10 @@ for f in range(F):
     ax.text(f, bottom[f], text, ha="center", va="bottom", fontsize=8)
 ax.set(xlabel="fold", ylabel="images", xticks=range(F), ylim=(0, bottom.max() * 1.15))
 ax.legend(loc="lower right", framealpha=1)
-glue("c03-within", f"{within:.0%}", display=False)
-glue("c03-across", f"{across:.0%}", display=False)
+glue_values("c03", {
+    "within": f"{within:.0%}",
+    "across": f"{across:.0%}",
+})
 show_figure("c03-fig-folds", fig)
 
 # %% [markdown]
@@ -313,7 +312,9 @@ def leaks(study, fold):
 image_fold = deal_images(y, F, seed)
 assert not leaks(study, fold).any()
 leaking = leaks(study, image_fold).mean()
-glue("c03-leaking", f"{leaking:.0%}", display=False)
+glue_values("c03", {
+    "leaking": f"{leaking:.0%}",
+})
 
 # %% tags=["hide-input", "remove-output"]
 shown = by_study[by_study["n"] > 1].index[:10]
@@ -331,7 +332,9 @@ for ax, dealt, title in zip(axes, (fold, image_fold), ("by study", "by image"), 
     ax.set_yticklabels(range(1, len(shown) + 1))
     ax.grid(visible=False)
 axes[0].set_ylabel("study")
-glue("c03-shown", len(shown), display=False)
+glue_values("c03", {
+    "shown": len(shown),
+})
 show_figure("c03-fig-deals", fig)
 
 # %% [markdown]
@@ -371,8 +374,10 @@ def leak_probability(m, N, F):
 expected = np.mean([leak_probability(1 + m, len(y), F) for m in siblings])
 measured = np.mean([leaks(study, deal_images(y, F, seed + d)) for d in range(50)])
 assert abs(expected - measured) < 0.05
-glue("c03-expected", f"{expected:.0%}", display=False)
-glue("c03-measured", f"{measured:.0%}", display=False)
+glue_values("c03", {
+    "expected": f"{expected:.0%}",
+    "measured": f"{measured:.0%}",
+})
 
 # %% [markdown]
 # Averaged over the studies, {eq}`eq:leak` promises {glue:text}`c03-expected`; fifty deals gave
@@ -386,7 +391,6 @@ glue("c03-measured", f"{measured:.0%}", display=False)
 # thumbnail is nearest.
 
 # %%
-cached = cache_images(train, workspace.cache, workspace.profile)
 
 
 def thumbnail(path, side):
@@ -397,7 +401,7 @@ def thumbnail(path, side):
 
 
 # %%
-x = np.stack([thumbnail(path, thumbnail_px) for path in cached["path"]])
+x = np.stack([thumbnail(path, thumbnail_px) for path in train["cached_path"]])
 assert x.shape == (len(train), thumbnail_px**2)
 squares = (x**2).sum(axis=1)
 distance = squares[:, None] + squares[None, :] - 2 * x @ x.T  # squared Euclidean, (n, n)
@@ -425,14 +429,16 @@ chosen = [*np.flatnonzero(own)[:2], *np.flatnonzero(~own)]
 chosen = chosen[:4]
 fig, axes = plt.subplots(2, len(chosen), figsize=(7.4, 4.6))
 for column, i in zip(axes.T, chosen, strict=True):
-    show_film(column[0], load_cached(cached["path"][i]), "film")
+    show_radiograph(column[0], load_cached(train["cached_path"][i]), "film")
     whose = "of its own study" if own[i] else "of another study"
-    show_film(column[1], load_cached(cached["path"][nearest[i]]), whose)
-glue("c03-n-nearest", len(chosen), display=False)
-glue("c03-recognised", f"{recognised:.2f}", display=False)
-glue("c03-by-chance", f"{(siblings[has] / (len(train) - 1)).mean():.3f}", display=False)
-glue("c03-nearer", f"{np.median(nearer):.0%}", display=False)
-glue("c03-n-has", len(has), display=False)
+    show_radiograph(column[1], load_cached(train["cached_path"][nearest[i]]), whose)
+glue_values("c03", {
+    "n-nearest": len(chosen),
+    "recognised": f"{recognised:.2f}",
+    "by-chance": f"{(siblings[has] / (len(train) - 1)).mean():.3f}",
+    "nearer": f"{np.median(nearer):.0%}",
+    "n-has": len(has),
+})
 show_figure("c03-fig-nearest", fig)
 
 # %% [markdown]
@@ -549,7 +555,9 @@ def verdict(difference):
     return "contains zero: with this many studies, an effect cannot be told from chance"
 
 
-glue("c03-deals", deals, display=False)
+glue_values("c03", {
+    "deals": deals,
+})
 for short, name in (("logistic", "logistic regression"), ("nearest", "nearest neighbour")):
     glue(f"c03-flattery-{short}", f"{flattery[name]:+.3f}", display=False)
     glue(f"c03-verdict-{short}", verdict(flattery[name]), display=False)
@@ -653,9 +661,11 @@ ax.set(xscale="log", xticks=tries, xlabel="candidates tried", ylabel="mean AUROC
 ax.set_xticklabels(tries)
 ax.minorticks_off()
 ax.legend()
-glue("c03-reported", f"{reported[-1]:.2f}", display=False)
-glue("c03-true", f"{true[-1]:.2f}", display=False)
-glue("c03-n-played", len(played), display=False)
+glue_values("c03", {
+    "reported": f"{reported[-1]:.2f}",
+    "true": f"{true[-1]:.2f}",
+    "n-played": len(played),
+})
 show_figure("c03-fig-optimism", fig)
 
 # %% [markdown]

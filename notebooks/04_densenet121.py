@@ -44,20 +44,20 @@ import torch
 import torch.nn.functional as F
 from myst_nb import glue
 
-from dernet_utils import evaluate, figures, stats, triage
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, epoch_bars, run_images
-from dernet_utils.figures import show_figure, show_film
-from dernet_utils.imaging import load_cached
-from dernet_utils.paper import beside_table_2
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book import figures
+from dernet_utils.book.figures import show_figure, show_radiograph
+from dernet_utils.book.paper import compare_with_table_2
+from dernet_utils.book.progress import epoch_bars
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.metrics import classification, intervals
+from dernet_utils.triage import networks, training
+from dernet_utils.triage.crossvalidation import cross_validate, triage_images
 
 # %%
-workspace = open_workspace(profile)
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
-images = run_images(workspace)
-figures.use_style()
+images = triage_images(workspace)
 
 # %% [markdown]
 # ## One question, one number
@@ -91,12 +91,14 @@ assert not set(train["study_id"]) & set(test["study_id"])
 
 # %% tags=["remove-cell"]
 kind = "virtual radiographs" if numbers.virtual else "radiographs"
-glue("c04-profile", numbers.name, display=False)
-glue("c04-kind", kind, display=False)
-glue("c04-px", numbers.triage_px, display=False)
-glue("c04-folds", numbers.folds, display=False)
-glue("c04-n", len(train), display=False)
-glue("c04-n-studies", train["study_id"].nunique(), display=False)
+glue_values("c04", {
+    "profile": numbers.name,
+    "kind": kind,
+    "px": numbers.triage_px,
+    "folds": numbers.folds,
+    "n": len(train),
+    "n-studies": train["study_id"].nunique(),
+})
 
 # %% [markdown]
 # ## What the network is shown
@@ -107,10 +109,10 @@ glue("c04-n-studies", train["study_id"].nunique(), display=False)
 # they are read once.
 
 # %%
-recipe = triage.Recipe.of(numbers)
+recipe = training.TriageRecipe.of(numbers)
 learnt = train[train["fold"] != opened_fold]
 px = recipe.image_px
-sample = triage.Sample.load(learnt, px)
+sample = training.Sample.load(learnt, px)
 assert sample.pixels.shape == (len(learnt), 1, px, px)
 assert sample.pixels.dtype == torch.uint8
 recipe
@@ -122,8 +124,8 @@ recipe
 
 # %%
 few = sample.pixels[:4]
-x = triage.as_input(few)
-red = (few[:, 0] / 255 - triage.IMAGENET_MEAN[0]) / triage.IMAGENET_STD[0]
+x = networks.as_input(few)
+red = (few[:, 0] / 255 - networks.IMAGENET_MEAN[0]) / networks.IMAGENET_STD[0]
 assert x.shape == (4, 3, px, px)
 assert torch.allclose(x[:, 0], red, atol=1e-6)
 
@@ -140,18 +142,18 @@ assert torch.allclose(x[:, 0], red, atol=1e-6)
 generator = torch.Generator().manual_seed(numbers.seed)
 abnormal_rows = np.flatnonzero(learnt["label"])
 shown = int(abnormal_rows[0])
-finer = triage.Sample.load(learnt, recipe.train_px)
-variants = F.avg_pool2d(triage.augment(finer.pixels[[shown] * 5], generator), recipe.detail)
+finer = training.Sample.load(learnt, recipe.train_px)
+variants = F.avg_pool2d(training.augment(finer.pixels[[shown] * 5], generator), recipe.detail)
 assert variants.shape == (5, 1, px, px)
 assert variants.min() >= 0 and variants.max() <= 1
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(2, 3, figsize=(7.2, 5.6))
-film = load_cached(learnt["path"].iloc[shown])
-show_film(axes[0, 0], film, f"enhanced film, {film.shape[0]} × {film.shape[1]} px")
-show_film(axes[0, 1], sample.pixels[shown, 0].numpy(), "as a square")
+film = load_cached(learnt["cached_path"].iloc[shown])
+show_radiograph(axes[0, 0], film, f"enhanced film, {film.shape[0]} × {film.shape[1]} px")
+show_radiograph(axes[0, 1], sample.pixels[shown, 0].numpy(), "as a square")
 for number, ax in enumerate(axes.flat[2:]):
-    show_film(ax, variants[number, 0].numpy() * 255, f"variant {number + 1}")
+    show_radiograph(ax, variants[number, 0].numpy() * 255, f"variant {number + 1}")
 show_figure("c04-fig-input", fig)
 
 # %% [markdown]
@@ -180,7 +182,7 @@ show_figure("c04-fig-input", fig)
 
 # %%
 side = recipe.crop_px * recipe.detail
-crops, is_lesion = triage.draw_crops(finer, 24, side, generator)
+crops, is_lesion = training.draw_crops(finer, 24, side, generator)
 assert crops.shape == (24, 1, side, side)
 assert is_lesion.tolist() == [1] * 12 + [0] * 12
 kinds = sample.lesions[:, 3].long()
@@ -193,12 +195,14 @@ assert share[occurs > 0].min() >= occurs[occurs > 0].min()
 fig, axes = plt.subplots(2, 6, figsize=(7.2, 2.9))
 rows = [*range(6), *range(12, 18)]
 for ax, row in zip(axes.flat, rows, strict=True):
-    show_film(ax, F.avg_pool2d(crops[row].float(), recipe.detail)[0].numpy())
+    show_radiograph(ax, F.avg_pool2d(crops[row].float(), recipe.detail)[0].numpy())
 for ax, word in zip(axes[:, 0], ("lesion", "normal"), strict=True):
     ax.set_title(word, fontsize=9, loc="left")
 show_figure("c04-fig-crops", fig)
-glue("c04-crop-px", recipe.crop_px, display=False)
-glue("c04-crop-epochs", recipe.crop_epochs, display=False)
+glue_values("c04", {
+    "crop-px": recipe.crop_px,
+    "crop-epochs": recipe.crop_epochs,
+})
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-crops
@@ -263,7 +267,7 @@ def dense_block(x, layers):
 # and send them through its first dense block and through ours.
 
 # %%
-network = triage.build_network("densenet121", seed=numbers.seed)
+network = networks.build_network("densenet121", seed=numbers.seed)
 with torch.no_grad():
     network.train()(x)
     network.eval()
@@ -272,7 +276,7 @@ with torch.no_grad():
     by_timm = features.denseblock1(x0)
     by_hand = dense_block(x0, features.denseblock1.values())
     normed = batch_norm(x0, features.denseblock1.denselayer1.norm1)
-    shared = triage.batch_norm(x0, features.denseblock1.denselayer1.norm1)
+    shared = networks.batch_norm(x0, features.denseblock1.denselayer1.norm1)
 assert torch.allclose(by_hand, by_timm, atol=1e-4)
 assert torch.allclose(normed, shared, atol=1e-4)
 x0.shape, by_hand.shape
@@ -325,7 +329,7 @@ def parameters_of(network):
 
 total, widths = count_parameters()
 assert total == parameters_of(network)
-share = total / parameters_of(triage.build_network("resnet50"))
+share = total / parameters_of(networks.build_network("resnet50"))
 print(f"{total:,}, {share:.0%} of ResNet50")
 
 # %% tags=["hide-input", "remove-output"]
@@ -337,8 +341,10 @@ for number, start, layers in zip((1, 2, 3, 4), starts, (6, 12, 24, 16), strict=T
     ax.text(start + layers / 2, 1080, f"block {number}", ha="center", fontsize=9)
 ax.set(xlabel="dense layer or transition, from input to output", ylabel="channels", ylim=(0, 1180))
 show_figure("c04-fig-widths", fig)
-glue("c04-parameters", f"{total:,}", display=False)
-glue("c04-share", f"{share:.0%}", display=False)
+glue_values("c04", {
+    "parameters": f"{total:,}",
+    "share": f"{share:.0%}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-widths
@@ -365,15 +371,17 @@ transition = [(1, 1), (2, 2)]
 way = [(7, 2), (3, 2), *block_of[0]]
 for block in block_of[1:]:
     way += transition + block
-reach = triage.receptive_field(way)
-operations = triage.count_operations(network, px)
-half = triage.count_operations(network, px // 2)
+reach = networks.receptive_field(way)
+operations = networks.count_operations(network, px)
+half = networks.count_operations(network, px // 2)
 assert 3.5 < operations / half < 4.5  # half the side, a quarter of the places
 reach, operations
 
 # %% tags=["remove-cell"]
-glue("c04-reach", f"{reach:,}", display=False)
-glue("c04-operations", f"{operations / 1e9:.1f}", display=False)
+glue_values("c04", {
+    "reach": f"{reach:,}",
+    "operations": f"{operations / 1e9:.1f}",
+})
 
 # %% [markdown]
 # {glue:text}`c04-operations` billion operations for a square of {glue:text}`c04-px` px, and a reach
@@ -431,7 +439,7 @@ assert extreme == 200  # where log(1 - 1) would be minus infinity
 # Two steps by hand, on two weights with the loss $\theta_1^2 + 3\theta_2^2$, against torch's.
 
 # %%
-eta, lam, beta_1, beta_2, epsilon = recipe.lr, triage.WEIGHT_DECAY, 0.9, 0.999, 1e-8
+eta, lam, beta_1, beta_2, epsilon = recipe.lr, training.WEIGHT_DECAY, 0.9, 0.999, 1e-8
 theta, m, v = np.array([1.0, -2.0]), 0, 0
 for t in (1, 2):
     g = np.array([2, 6]) * theta
@@ -478,10 +486,12 @@ curves.groupby("fold").tail(1).set_index("fold").drop(columns="seconds").round(5
 
 # %% tags=["hide-input", "remove-output"]
 show_figure("c04-fig-curve", figures.draw_learning_curves(curves))
-start = triage.starting_sentence("densenet121", triage.starting_weights("densenet121"))
-glue("c04-start", start, display=False)
-glue("c04-train-minutes", f"{curves['seconds'].sum() / 60:.1f}", display=False)
-glue("c04-epochs", epochs, display=False)
+start = networks.starting_sentence("densenet121", networks.starting_weights("densenet121"))
+glue_values("c04", {
+    "start": start,
+    "train-minutes": f"{curves['seconds'].sum() / 60:.1f}",
+    "epochs": epochs,
+})
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-curve
@@ -508,12 +518,14 @@ glue("c04-epochs", epochs, display=False)
 
 # %%
 y, prob = scored["label"].to_numpy(), scored["prob"].to_numpy()
-tau = evaluate.youden_threshold(y, prob)
-network, _ = triage.load_trained("densenet121", found.checkpoints[opened_fold], recipe)
-held_out = triage.Sample.load(train[train["fold"] == opened_fold], px)
-mirrored = triage.predict_triage(network, held_out.pixels[:8].flip(-1))
+tau = classification.youden_threshold(y, prob)
+network, _ = training.load_network("densenet121", found.checkpoints[opened_fold], recipe)
+held_out = training.Sample.load(train[train["fold"] == opened_fold], px)
+mirrored = networks.predict_probabilities(network, held_out.pixels[:8].flip(-1))
 assert np.allclose(mirrored, prob[scored["fold"] == opened_fold][:8], atol=1e-4)
-glue("c04-tau", f"{tau:.2f}", display=False)
+glue_values("c04", {
+    "tau": f"{tau:.2f}",
+})
 
 # %% [markdown]
 # Sensitivity is the share of abnormal images that are called so, specificity the share of normal
@@ -523,7 +535,7 @@ glue("c04-tau", f"{tau:.2f}", display=False)
 
 # %%
 def youden(threshold):
-    point = evaluate.operating_point(y, prob, threshold)
+    point = classification.operating_point(y, prob, threshold)
     return point["sensitivity"] + point["specificity"] - 1
 
 
@@ -561,11 +573,11 @@ show_figure("c04-fig-threshold", fig)
 
 # %%
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
-scores = evaluate.classification_table(y, prob, scored["study_id"], tau, **draws)
+scores = classification.classification_table(y, prob, scored["study_id"], tau, **draws)
 pairs = prob[y][:, None] - prob[~y][None, :]
 by_pairs = (pairs > 0).mean() + (pairs == 0).mean() / 2
 assert np.isclose(by_pairs, scores.loc["auroc", "value"])
-interval = stats.Interval(**scores.loc["auroc"])
+interval = intervals.Interval(**scores.loc["auroc"])
 assert interval.n_images == len(train)
 scores.round(3)
 
@@ -579,24 +591,28 @@ scores.round(3)
 
 # %%
 by_fold = {
-    fold: evaluate.auroc(rows["label"].to_numpy(), rows["prob"].to_numpy())
+    fold: classification.auroc(rows["label"].to_numpy(), rows["prob"].to_numpy())
     for fold, rows in scored.groupby("fold")
 }
 assert set(by_fold) == set(range(numbers.folds))
 by_fold | {"pooled": interval.value}
 
 # %% tags=["hide-input", "remove-output"]
-band = evaluate.roc_band(y, prob, scored["study_id"], **draws)
+band = classification.roc_band(y, prob, scored["study_id"], **draws)
 point = scores["value"]
 star = {f"threshold {tau:.2f}": (point["sensitivity"], point["specificity"])}
 show_figure("c04-fig-roc", figures.draw_roc({f"AUROC {interval.value:.2f}": band}, star))
-glue("c04-bootstrap", f"{numbers.bootstrap:,}", display=False)
-glue("c04-auroc", f"{interval:.2f}", display=False)
+glue_values("c04", {
+    "bootstrap": f"{numbers.bootstrap:,}",
+    "auroc": f"{interval:.2f}",
+})
 if interval.low > 0.5:
     verdict = "The whole interval lies above one half: the order it puts images in is not chance."
 else:
     verdict = "The interval reaches one half: this run does not show more than chance."
-glue("c04-verdict", verdict, display=False)
+glue_values("c04", {
+    "verdict": verdict,
+})
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-roc
@@ -617,11 +633,11 @@ glue("c04-verdict", verdict, display=False)
 
 # %%
 def auroc_of(rows):
-    return evaluate.auroc(y[rows], prob[rows])
+    return classification.auroc(y[rows], prob[rows])
 
 
-by_study = stats.bootstrap_by_study(auroc_of, scored["study_id"], **draws)
-by_image = stats.bootstrap_by_study(auroc_of, scored["image_id"], **draws)
+by_study = intervals.bootstrap_by_study(auroc_of, scored["study_id"], **draws)
+by_image = intervals.bootstrap_by_study(auroc_of, scored["image_id"], **draws)
 assert by_study.value == by_image.value and by_study.low == interval.low
 print(f"by study {by_study:.3f}\nby image {by_image:.3f}")
 
@@ -639,8 +655,8 @@ print(f"by study {by_study:.3f}\nby image {by_image:.3f}")
 # beforehand: of each kind of answer, the one that the network was surest of.
 
 # %% tags=["hide-input", "remove-output"]
-answers = scored.assign(path=train["path"], lesions=train["lesions"])
-show_figure("c04-fig-examples", figures.draw_surest(answers, tau))
+answers = scored.assign(cached_path=train["cached_path"], lesions=train["lesions"])
+show_figure("c04-fig-examples", figures.draw_most_confident(answers, tau))
 
 # %% [markdown]
 # ```{glue:figure} c04-fig-examples
@@ -698,7 +714,7 @@ for ax, (number, table) in zip(axes.flat, tables.items(), strict=True):
 fig.get_layout_engine().set(wspace=0.08, hspace=0.06)
 fig.colorbar(shown, ax=axes, shrink=0.6, label="mean |weight|, relative to the layer's")
 show_figure("c04-fig-reuse", fig)
-untrained = triage.build_network("densenet121", seed=numbers.seed).features.denseblock4
+untrained = networks.build_network("densenet121", seed=numbers.seed).features.denseblock4
 for key, table in {"after": tables[4], "before": reuse(untrained, widths_in[4])}.items():
     glue(f"c04-reuse-{key}", f"{np.nanmax(table) - np.nanmin(table):.2f}", display=False)
 
@@ -724,7 +740,7 @@ for key, table in {"after": tables[4], "before": reuse(untrained, widths_in[4])}
 # and answer different questions, so neither is better or worse than the other.
 
 # %% tags=["hide-input"]
-beside_table_2(numbers, {"out of fold": {"densenet121": scores}}, ("densenet121",))
+compare_with_table_2(numbers, {"out of fold": {"densenet121": scores}}, ("densenet121",))
 
 # %% [markdown]
 # The paper prints no interval in its Table 2, starts from ImageNet, and learns for 60 epochs. Our
@@ -801,11 +817,11 @@ print(f"{total:,} / {thin:,} = {total / thin:.2f}")
 # %%
 with torch.no_grad():
     logits = [
-        network(triage.as_input(batch.to(blocks.conv0.weight.device)))
+        network(networks.as_input(batch.to(blocks.conv0.weight.device)))
         for batch in held_out.pixels.split(16)
     ]
 alone = torch.cat(logits).squeeze(1).cpu().numpy()
-without = evaluate.auroc(held_out.y.numpy(), alone)
+without = classification.auroc(held_out.y.numpy(), alone)
 print(f"AUROC without {without:.3f}, with {by_fold[opened_fold]:.3f}")
 
 # %% [markdown]

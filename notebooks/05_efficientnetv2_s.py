@@ -40,35 +40,38 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from myst_nb import glue
 
-from dernet_utils import evaluate, figures, stats, triage
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, epoch_bars, run_images
-from dernet_utils.figures import show_figure
-from dernet_utils.paper import SPOKEN, beside_table_2
-from dernet_utils.profiles import get_profile
-from dernet_utils.triage import batch_norm
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book import figures
+from dernet_utils.book.figures import show_figure
+from dernet_utils.book.paper import compare_with_table_2
+from dernet_utils.book.progress import epoch_bars
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core import vocabulary
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.core.vocabulary import NETWORK_NAMES
+from dernet_utils.metrics import classification, intervals
+from dernet_utils.triage import networks, training
+from dernet_utils.triage.crossvalidation import cross_validate, triage_images
+from dernet_utils.triage.networks import batch_norm
 
 # %%
-workspace = open_workspace(profile)
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
-images = run_images(workspace)
+images = triage_images(workspace)
 train = images[images["split"] == "train"]
-recipe = triage.Recipe.of(numbers)
-sample = triage.Sample.load(train, recipe.image_px)
-network = triage.build_network("tf_efficientnetv2_s", seed=numbers.seed)
-figures.use_style()
+recipe = training.TriageRecipe.of(numbers)
+sample = training.Sample.load(train, recipe.image_px)
+network = networks.build_network("tf_efficientnetv2_s", seed=numbers.seed)
 
 # %% tags=["remove-cell"]
-glue("c05-profile", numbers.name, display=False)
-glue("c05-kind", "virtual radiographs" if numbers.virtual else "radiographs", display=False)
-glue("c05-px", recipe.image_px, display=False)
-glue("c05-folds", numbers.folds, display=False)
-glue("c05-n", len(train), display=False)
-glue("c05-n-studies", train["study_id"].nunique(), display=False)
+glue_values("c05", {
+    "profile": numbers.name,
+    "kind": "virtual radiographs" if numbers.virtual else "radiographs",
+    "px": recipe.image_px,
+    "folds": numbers.folds,
+    "n": len(train),
+    "n-studies": train["study_id"].nunique(),
+})
 
 # %% [markdown]
 # ## What a convolution costs
@@ -151,7 +154,7 @@ def mbconv(x, block):
 # and variances are no longer 0 and 1, and send them through a block of each kind.
 
 # %%
-x = triage.as_input(sample.pixels[:4])
+x = networks.as_input(sample.pixels[:4])
 with torch.no_grad():
     network.train()(x)
     network.eval()
@@ -205,8 +208,8 @@ way = [(3, 2)]
 for number, blocks in enumerate(stages["blocks"], start=1):
     halves = number in (2, 3, 4, 6)
     way += [(3, 2 if halves and not block else 1) for block in range(blocks)]
-reach = triage.receptive_field(way)
-operations = triage.count_operations(network, recipe.image_px)
+reach = networks.receptive_field(way)
+operations = networks.count_operations(network, recipe.image_px)
 assert np.prod([stride for _, stride in way]) == 32
 reach, operations
 
@@ -241,11 +244,13 @@ took = np.median(seconds["fused"][2:]) / np.median(seconds["MBConv"][2:])
 print(f"fused over MBConv: {work:.1f} times the operations, {took:.1f} times the time")
 
 # %% tags=["remove-cell"]
-glue("c05-parameters", f"{total:,}", display=False)
-glue("c05-operations", f"{operations / 1e9:.1f}", display=False)
-glue("c05-reach", f"{reach:,}", display=False)
-glue("c05-work", f"{work:.1f}", display=False)
-glue("c05-took", f"{took:.1f}", display=False)
+glue_values("c05", {
+    "parameters": f"{total:,}",
+    "operations": f"{operations / 1e9:.1f}",
+    "reach": f"{reach:,}",
+    "work": f"{work:.1f}",
+    "took": f"{took:.1f}",
+})
 
 # %% [markdown]
 # The fused block has {glue:text}`c05-work` times the operations and took {glue:text}`c05-took` times as
@@ -273,19 +278,19 @@ glue("c05-took", f"{took:.1f}", display=False)
 alpha, beta, gamma = 1.2, 1.1, 1.15
 assert abs(alpha * beta**2 * gamma**2 - 2) < 0.1
 sides = [64, 128, 256, 512]
-work_at = [triage.count_operations(network, side) for side in sides]
+work_at = [networks.count_operations(network, side) for side in sides]
 growth = np.diff(np.log2(work_at))
 assert np.allclose(growth, 2, atol=0.02)  # twice the side, four times the work
 growth
 
 # %% tags=["hide-input", "remove-output"]
 facts = {}
-for name in triage.NETWORKS:
-    one = triage.build_network(name)
-    facts[name] = [triage.count_operations(one, side) / 1e9 for side in sides]
+for name in vocabulary.NETWORKS:
+    one = networks.build_network(name)
+    facts[name] = [networks.count_operations(one, side) / 1e9 for side in sides]
 fig, ax = plt.subplots(figsize=(6, 3.2))
-for name, line, size in zip(triage.NETWORKS, ("o-", "s--", "^-."), (10, 5, 6), strict=True):
-    ax.loglog(sides, facts[name], line, ms=size, label=SPOKEN[name])
+for name, line, size in zip(vocabulary.NETWORKS, ("o-", "s--", "^-."), (10, 5, 6), strict=True):
+    ax.loglog(sides, facts[name], line, ms=size, label=NETWORK_NAMES[name])
 paper_px = get_profile("paper").triage_px
 for side, word in {recipe.image_px: "this run", paper_px: "paper's protocol"}.items():
     ax.axvline(side, color="0.4", lw=0.8, ls=":")
@@ -329,11 +334,13 @@ found.curves.groupby("fold").tail(1).set_index("fold").drop(columns="seconds").r
 
 # %% tags=["hide-input", "remove-output"]
 show_figure("c05-fig-curve", figures.draw_learning_curves(found.curves))
-start = triage.starting_sentence(
-    "tf_efficientnetv2_s", triage.starting_weights("tf_efficientnetv2_s")
+start = networks.starting_sentence(
+    "tf_efficientnetv2_s", networks.starting_weights("tf_efficientnetv2_s")
 )
-glue("c05-start", start, display=False)
-glue("c05-train-minutes", f"{found.curves['seconds'].sum() / 60:.1f}", display=False)
+glue_values("c05", {
+    "start": start,
+    "train-minutes": f"{found.curves['seconds'].sum() / 60:.1f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c05-fig-curve
@@ -356,20 +363,22 @@ glue("c05-train-minutes", f"{found.curves['seconds'].sum() / 60:.1f}", display=F
 
 # %%
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
-tau = evaluate.youden_threshold(y, prob)
-scores = evaluate.classification_table(y, prob, scored["study_id"], tau, **draws)
-interval = stats.Interval(**scores.loc["auroc"])
+tau = classification.youden_threshold(y, prob)
+scores = classification.classification_table(y, prob, scored["study_id"], tau, **draws)
+interval = intervals.Interval(**scores.loc["auroc"])
 assert interval.n_images == len(train) and interval.low <= interval.value <= interval.high
 scores.round(3)
 
 # %% tags=["hide-input", "remove-output"]
-band = evaluate.roc_band(y, prob, scored["study_id"], **draws)
+band = classification.roc_band(y, prob, scored["study_id"], **draws)
 point = scores["value"]
 star = {f"threshold {tau:.2f}": (point["sensitivity"], point["specificity"])}
 show_figure("c05-fig-roc", figures.draw_roc({f"AUROC {interval.value:.2f}": band}, star))
-answers = scored.assign(path=train["path"], lesions=train["lesions"])
-show_figure("c05-fig-examples", figures.draw_surest(answers, tau))
-glue("c05-auroc", f"{interval:.2f}", display=False)
+answers = scored.assign(cached_path=train["cached_path"], lesions=train["lesions"])
+show_figure("c05-fig-examples", figures.draw_most_confident(answers, tau))
+glue_values("c05", {
+    "auroc": f"{interval:.2f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c05-fig-roc
@@ -403,7 +412,7 @@ glue("c05-auroc", f"{interval:.2f}", display=False)
 # worse than the other.
 
 # %% tags=["hide-input"]
-beside_table_2(numbers, {"out of fold": {"tf_efficientnetv2_s": scores}}, ("tf_efficientnetv2_s",))
+compare_with_table_2(numbers, {"out of fold": {"tf_efficientnetv2_s": scores}}, ("tf_efficientnetv2_s",))
 
 # %% [markdown]
 # ## Which channels does it listen to?
@@ -412,13 +421,13 @@ beside_table_2(numbers, {"out of fold": {"tf_efficientnetv2_s": scores}}, ("tf_e
 # the label is a channel that the network opens for abnormal films.
 
 # %%
-trained, _ = triage.load_trained("tf_efficientnetv2_s", found.checkpoints[shown_fold], recipe)
+trained, _ = training.load_network("tf_efficientnetv2_s", found.checkpoints[shown_fold], recipe)
 rows = np.flatnonzero(scored["fold"] == shown_fold)[:96]
 block, seen = trained.blocks[5][-1], []
 hook = block.se.register_forward_hook(
     lambda _, inputs, out: seen.append(gates(inputs[0], block.se))
 )
-triage.predict_triage(trained, sample.pixels[rows])
+networks.predict_probabilities(trained, sample.pixels[rows])
 hook.remove()
 gate = torch.cat(seen)[: len(rows), :, 0, 0].cpu().numpy()
 assert gate.shape[0] == len(rows) and gate.min() >= 0 and gate.max() <= 1
@@ -436,7 +445,9 @@ ax.legend(fontsize=8)
 ax.axvline(0, color="black", lw=0.8)
 ax.set(xlabel="mean gate of abnormal films less that of normal ones", ylabel="channels")
 show_figure("c05-fig-gates", fig)
-glue("c05-n-gates", len(rows), display=False)
+glue_values("c05", {
+    "n-gates": len(rows),
+})
 
 # %% [markdown]
 # ```{glue:figure} c05-fig-gates
@@ -491,8 +502,8 @@ assert all(np.isclose(fused_weights(48, e) / mbconv_weights(48, e), 480 / 105) f
 # The side grows with the square root of the work: 128 · √2 ≈ 181, so 160 of the multiples of 32.
 
 # %%
-budget = 2 * triage.count_operations(network, 128)
-fits = [side for side in range(128, 257, 32) if triage.count_operations(network, side) <= budget]
+budget = 2 * networks.count_operations(network, 128)
+fits = [side for side in range(128, 257, 32) if networks.count_operations(network, side) <= budget]
 assert fits[-1] == 160
 
 # %% [markdown]
@@ -520,7 +531,7 @@ assert fits[-1] == 160
 # %%
 normal_probs = np.sort(prob[~y])
 moved = np.quantile(normal_probs, 0.9112)
-at = evaluate.operating_point(y, prob, moved)
+at = classification.operating_point(y, prob, moved)
 assert abs(at["specificity"] - 0.9112) < 0.05
 at["sensitivity"], at["specificity"]
 

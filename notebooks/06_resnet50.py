@@ -37,34 +37,36 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from myst_nb import glue
 
-from dernet_utils import evaluate, figures, machine, stats, triage
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, epoch_bars, run_images
-from dernet_utils.figures import show_figure
-from dernet_utils.paper import beside_table_2
-from dernet_utils.triage import batch_norm
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book import figures
+from dernet_utils.book.figures import show_figure
+from dernet_utils.book.paper import compare_with_table_2
+from dernet_utils.book.progress import epoch_bars
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core import machine
+from dernet_utils.metrics import classification, intervals
+from dernet_utils.triage import networks, training
+from dernet_utils.triage.crossvalidation import cross_validate, triage_images
+from dernet_utils.triage.networks import batch_norm
 
 # %%
-workspace = open_workspace(profile)
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
-images = run_images(workspace)
+images = triage_images(workspace)
 train = images[images["split"] == "train"]
-recipe = triage.Recipe.of(numbers)
-sample = triage.Sample.load(train, recipe.image_px)
-network = triage.build_network("resnet50", seed=numbers.seed)
-figures.use_style()
+recipe = training.TriageRecipe.of(numbers)
+sample = training.Sample.load(train, recipe.image_px)
+network = networks.build_network("resnet50", seed=numbers.seed)
 
 # %% tags=["remove-cell"]
-glue("c06-profile", numbers.name, display=False)
-glue("c06-kind", "virtual radiographs" if numbers.virtual else "radiographs", display=False)
-glue("c06-px", recipe.image_px, display=False)
-glue("c06-folds", numbers.folds, display=False)
-glue("c06-n", len(train), display=False)
-glue("c06-n-studies", train["study_id"].nunique(), display=False)
+glue_values("c06", {
+    "profile": numbers.name,
+    "kind": "virtual radiographs" if numbers.virtual else "radiographs",
+    "px": recipe.image_px,
+    "folds": numbers.folds,
+    "n": len(train),
+    "n-studies": train["study_id"].nunique(),
+})
 
 # %% [markdown]
 # ## A way around
@@ -99,7 +101,7 @@ def bottleneck(x, block):
 
 
 # %%
-x = triage.as_input(sample.pixels[:4])
+x = networks.as_input(sample.pixels[:4])
 with torch.no_grad():
     network.train()(x)
     network.eval()
@@ -117,7 +119,7 @@ x1.shape
 # ({ref}`sec:chosen`), so this book starts all of them at one half.
 
 # %%
-fresh = triage.build_network("resnet50", seed=numbers.seed)
+fresh = networks.build_network("resnet50", seed=numbers.seed)
 assert all(one.bn3.weight.eq(0.5).all() for stage in (fresh.layer1, fresh.layer4) for one in stage)
 
 # %% [markdown]
@@ -151,21 +153,23 @@ total
 way = [(7, 2), (3, 2)]
 for stage, blocks in enumerate((3, 4, 6, 3)):
     way += [(3, 2 if stage and not block else 1) for block in range(blocks)]
-reach = triage.receptive_field(way)
-operations = triage.count_operations(network, recipe.image_px)
-other = triage.build_network("densenet121")
+reach = networks.receptive_field(way)
+operations = networks.count_operations(network, recipe.image_px)
+other = networks.build_network("densenet121")
 other_way = [(7, 2), (3, 2)]
 for layers in (6, 12, 24, 16):
     other_way += [(3, 1)] * layers + [(2, 2)] * (layers != 16)
 assert total > 3 * sum(parameter.numel() for parameter in other.parameters())
-assert operations > triage.count_operations(other, recipe.image_px)
-assert reach < triage.receptive_field(other_way)
+assert operations > networks.count_operations(other, recipe.image_px)
+assert reach < networks.receptive_field(other_way)
 reach, operations
 
 # %% tags=["remove-cell"]
-glue("c06-parameters", f"{total:,}", display=False)
-glue("c06-reach", f"{reach:,}", display=False)
-glue("c06-operations", f"{operations / 1e9:.1f}", display=False)
+glue_values("c06", {
+    "parameters": f"{total:,}",
+    "reach": f"{reach:,}",
+    "operations": f"{operations / 1e9:.1f}",
+})
 
 # %% [markdown]
 # {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at
@@ -239,9 +243,11 @@ found.curves.groupby("fold").tail(1).set_index("fold").drop(columns="seconds").r
 
 # %% tags=["hide-input", "remove-output"]
 show_figure("c06-fig-curve", figures.draw_learning_curves(found.curves))
-start = triage.starting_sentence("resnet50", triage.starting_weights("resnet50"))
-glue("c06-start", start, display=False)
-glue("c06-train-minutes", f"{found.curves['seconds'].sum() / 60:.1f}", display=False)
+start = networks.starting_sentence("resnet50", networks.starting_weights("resnet50"))
+glue_values("c06", {
+    "start": start,
+    "train-minutes": f"{found.curves['seconds'].sum() / 60:.1f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c06-fig-curve
@@ -264,20 +270,22 @@ glue("c06-train-minutes", f"{found.curves['seconds'].sum() / 60:.1f}", display=F
 
 # %%
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
-tau = evaluate.youden_threshold(y, prob)
-scores = evaluate.classification_table(y, prob, scored["study_id"], tau, **draws)
-interval = stats.Interval(**scores.loc["auroc"])
+tau = classification.youden_threshold(y, prob)
+scores = classification.classification_table(y, prob, scored["study_id"], tau, **draws)
+interval = intervals.Interval(**scores.loc["auroc"])
 assert interval.n_images == len(train) and interval.low <= interval.value <= interval.high
 scores.round(3)
 
 # %% tags=["hide-input", "remove-output"]
-band = evaluate.roc_band(y, prob, scored["study_id"], **draws)
+band = classification.roc_band(y, prob, scored["study_id"], **draws)
 point = scores["value"]
 star = {f"threshold {tau:.2f}": (point["sensitivity"], point["specificity"])}
 show_figure("c06-fig-roc", figures.draw_roc({f"AUROC {interval.value:.2f}": band}, star))
-answers = scored.assign(path=train["path"], lesions=train["lesions"])
-show_figure("c06-fig-examples", figures.draw_surest(answers, tau))
-glue("c06-auroc", f"{interval:.2f}", display=False)
+answers = scored.assign(cached_path=train["cached_path"], lesions=train["lesions"])
+show_figure("c06-fig-examples", figures.draw_most_confident(answers, tau))
+glue_values("c06", {
+    "auroc": f"{interval:.2f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c06-fig-roc
@@ -311,7 +319,7 @@ glue("c06-auroc", f"{interval:.2f}", display=False)
 # worse than the other.
 
 # %% tags=["hide-input"]
-beside_table_2(numbers, {"out of fold": {"resnet50": scores}}, ("resnet50",))
+compare_with_table_2(numbers, {"out of fold": {"resnet50": scores}}, ("resnet50",))
 
 # %% [markdown]
 # ## Taking blocks out
@@ -321,9 +329,9 @@ beside_table_2(numbers, {"out of fold": {"resnet50": scores}}, ("resnet50",))
 # identity, and score held-out films again.
 
 # %%
-trained, _ = triage.load_trained("resnet50", found.checkpoints[shown_fold], recipe)
+trained, _ = training.load_network("resnet50", found.checkpoints[shown_fold], recipe)
 rows = np.flatnonzero(scored["fold"] == shown_fold)[:80]
-x = triage.as_input(sample.pixels[rows].to(machine.device()))
+x = networks.as_input(sample.pixels[rows].to(machine.device()))
 
 
 @torch.no_grad()
@@ -349,15 +357,15 @@ def fall(prob_without):
 
     def statistic(picked):
         y_drawn = y[rows][picked]
-        return evaluate.auroc(y_drawn, prob_whole[picked]) - evaluate.auroc(
+        return classification.auroc(y_drawn, prob_whole[picked]) - classification.auroc(
             y_drawn, prob_without[picked]
         )
 
-    return stats.bootstrap_by_study(statistic, scored["study_id"].iloc[rows], **draws)
+    return intervals.bootstrap_by_study(statistic, scored["study_id"].iloc[rows], **draws)
 
 
-whole = evaluate.auroc(y[rows], prob_whole)
-without = {name: evaluate.auroc(y[rows], one) for name, one in probs.items()}
+whole = classification.auroc(y[rows], prob_whole)
+without = {name: classification.auroc(y[rows], one) for name, one in probs.items()}
 
 # %% tags=["hide-input", "remove-output"]
 fig, ax = plt.subplots(figsize=(7.2, 2.8))
@@ -367,12 +375,16 @@ ax.axhline(0.5, color="0.4", lw=0.8, ls=":", label="chance")
 ax.set(xlabel="stage and block left out", ylabel="AUROC", ylim=(0, 1))
 ax.legend(fontsize=8, loc="lower right")
 show_figure("c06-fig-without", fig)
-glue("c06-n-without", len(rows), display=False)
+glue_values("c06", {
+    "n-without": len(rows),
+})
 taken = max(without, key=lambda name: whole - without[name])
 idle = sum(abs(whole - value) < 0.005 for value in without.values())
-glue("c06-idle", idle, display=False)
-glue("c06-taken", taken, display=False)
-glue("c06-worst", f"{fall(probs[taken]):+.2f}", display=False)
+glue_values("c06", {
+    "idle": idle,
+    "taken": taken,
+    "worst": f"{fall(probs[taken]):+.2f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c06-fig-without
@@ -457,7 +469,7 @@ assert narrow[4] == 17 * c * c // 16 and narrow[4] < 18 * (c // 4) ** 2 < narrow
 # architecture.
 
 # %%
-by_f1 = evaluate.operating_point(y, prob, evaluate.f1_threshold(y, prob))
+by_f1 = classification.operating_point(y, prob, classification.f1_threshold(y, prob))
 assert by_f1["f1"] >= scores.loc["f1", "value"] - 1e-9
 by_f1["sensitivity"] - scores.loc["sensitivity", "value"]
 

@@ -38,31 +38,26 @@ import pandas as pd
 from myst_nb import glue
 from sklearn.isotonic import IsotonicRegression
 
-from dernet_utils import ensemble, evaluate, figures, stats
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import (
-    cross_validate,
-    epoch_bars,
-    open_test_labels,
-    run_images,
-    write_decision,
-)
-from dernet_utils.errors import DernetError
-from dernet_utils.figures import show_figure, show_film
-from dernet_utils.imaging import load_cached
-from dernet_utils.paper import SPOKEN, TABLE_2, beside_table_2
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book import figures
+from dernet_utils.book.figures import show_figure, show_radiograph
+from dernet_utils.book.paper import TABLE_2, compare_with_table_2
+from dernet_utils.book.progress import epoch_bars
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
+from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.metrics import classification, intervals
+from dernet_utils.triage import ensemble
+from dernet_utils.triage.crossvalidation import cross_validate, open_test_labels, triage_images
+from dernet_utils.triage.ensemble import write_decision
 
 # %%
-workspace = open_workspace(profile)
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 (workspace.tables / "decision.json").unlink(missing_ok=True)  # an earlier run's: sealed again
 numbers = workspace.profile
-images = run_images(workspace)
+images = triage_images(workspace)
 train = images[images["split"] == "train"]
 found = {name: cross_validate(workspace, name, epoch_bars(name, numbers)) for name in NETWORKS}
-figures.use_style()
 
 # %% [markdown]
 # The last three chapters come down to one table: each training image, three
@@ -75,16 +70,18 @@ y, studies = scored["label"].to_numpy(), scored["study_id"]
 for name in NETWORKS:
     assert found[name].out_of_fold["image_id"].equals(scored["image_id"])
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
-spoken = [SPOKEN[name] for name in NETWORKS]
+spoken = [NETWORK_NAMES[name] for name in NETWORKS]
 pd.DataFrame(prob, columns=spoken).describe().loc[["mean", "std", "min", "max"]].round(3)
 
 # %% tags=["remove-cell"]
-glue("c07-profile", numbers.name, display=False)
-glue("c07-kind", "virtual radiographs" if numbers.virtual else "radiographs", display=False)
-glue("c07-n", len(train), display=False)
-glue("c07-n-studies", studies.nunique(), display=False)
-glue("c07-folds", numbers.folds, display=False)
-glue("c07-share", f"{y.mean():.0%}", display=False)
+glue_values("c07", {
+    "profile": numbers.name,
+    "kind": "virtual radiographs" if numbers.virtual else "radiographs",
+    "n": len(train),
+    "n-studies": studies.nunique(),
+    "folds": numbers.folds,
+    "share": f"{y.mean():.0%}",
+})
 
 # %% [markdown]
 # ## Three opinions, one number
@@ -122,10 +119,10 @@ figures.draw_stage(ax, 0.1, 1.65, "enhanced\nradiograph", 1.5, "0.93")
 for level, (name, weight) in enumerate(zip(spoken, omega_paper, strict=True)):
     bottom = 3.1 - 1.45 * level
     figures.draw_stage(ax, 2.6, bottom, name, 2.1)
-    figures.draw_way(ax, (1.7, 2.1), (2.5, bottom + 0.45))
-    figures.draw_way(ax, (4.8, bottom + 0.45), (6.3, 2.1), f"$\\omega$ = {weight}")
+    figures.draw_arrow(ax, (1.7, 2.1), (2.5, bottom + 0.45))
+    figures.draw_arrow(ax, (4.8, bottom + 0.45), (6.3, 2.1), f"$\\omega$ = {weight}")
 figures.draw_stage(ax, 6.4, 1.65, "$\\mathcal{S} = \\sum \\omega P$", 1.3, "#fbe3c8")
-figures.draw_way(ax, (7.8, 2.1), (8.4, 2.1))
+figures.draw_arrow(ax, (7.8, 2.1), (8.4, 2.1))
 figures.draw_stage(ax, 8.5, 1.65, "abnormal if\n$\\mathcal{S} > \\tau$", 1.3, "#fbe3c8")
 show_figure("c07-fig-ensemble", fig)
 
@@ -171,10 +168,12 @@ rows = [int(np.argmax(np.where(y == label, gap, -1))) for label in (False, True)
 fig, axes = plt.subplots(1, 2, figsize=(6.4, 4.4))
 for ax, row, word in zip(axes, rows, ("normal", "abnormal"), strict=True):
     opinions = "\n".join(f"{name} {p:.2f}" for name, p in zip(spoken, prob[row], strict=True))
-    show_film(ax, load_cached(train["path"].iloc[row]), f"{word}\n{opinions}")
+    show_radiograph(ax, load_cached(train["cached_path"].iloc[row]), f"{word}\n{opinions}")
 show_figure("c07-fig-disagree", fig)
-glue("c07-r", f"{correlation[np.triu_indices(3, 1)].mean():.2f}", display=False)
-glue("c07-r-within", f"{np.mean(list(within.values())):.2f}", display=False)
+glue_values("c07", {
+    "r": f"{correlation[np.triu_indices(3, 1)].mean():.2f}",
+    "r-within": f"{np.mean(list(within.values())):.2f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c07-fig-disagree
@@ -199,7 +198,7 @@ glue("c07-r-within", f"{np.mean(list(within.values())):.2f}", display=False)
 
 # %%
 points = ensemble.simplex(3)
-area = np.array([evaluate.auroc(y, prob @ point) for point in points])
+area = np.array([classification.auroc(y, prob @ point) for point in points])
 omega = ensemble.fit_weights(y, prob)
 equal = np.full(3, 1 / 3)
 loss = {
@@ -227,9 +226,11 @@ ax.legend(fontsize=8, loc="upper left")
 fig.colorbar(surface, ax=ax, shrink=0.7, label="AUROC, out of fold")
 show_figure("c07-fig-simplex", fig)
 within_one = (area > area.max() - 0.01).mean()
-glue("c07-omega", " / ".join(f"{weight:.2f}" for weight in omega), display=False)
-glue("c07-flat", f"{within_one:.0%}", display=False)
-glue("c07-best", f"{area.max():.3f}", display=False)
+glue_values("c07", {
+    "omega": " / ".join(f"{weight:.2f}" for weight in omega),
+    "flat": f"{within_one:.0%}",
+    "best": f"{area.max():.3f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c07-fig-simplex
@@ -328,11 +329,11 @@ round(temperature, 2)
 
 # %%
 thresholds = {
-    "youden": evaluate.youden_threshold(y, final),
-    "f1": evaluate.f1_threshold(y, final),
-    "cautious": evaluate.sensitivity_threshold(y, final, at_least),
+    "youden": classification.youden_threshold(y, final),
+    "f1": classification.f1_threshold(y, final),
+    "cautious": classification.sensitivity_threshold(y, final, at_least),
 }
-trade = {name: evaluate.operating_point(y, final, tau) for name, tau in thresholds.items()}
+trade = {name: classification.operating_point(y, final, tau) for name, tau in thresholds.items()}
 assert trade["cautious"]["sensitivity"] >= at_least
 pd.DataFrame(trade).T.assign(threshold=thresholds).round(3)
 
@@ -346,10 +347,10 @@ benefit = {
 }
 resampled = [
     ensemble.net_benefit(y[rows], judged[rows], grid)
-    for rows in stats.resample_by_study(studies, **draws)
+    for rows in intervals.resample_by_study(studies, **draws)
 ]
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.6))
-at = [evaluate.operating_point(y, final, tau) for tau in grid]
+at = [classification.operating_point(y, final, tau) for tau in grid]
 left.plot(grid, [point["sensitivity"] for point in at], label="sensitivity")
 left.plot(grid, [point["specificity"] for point in at], "--", label="specificity")
 for (name, tau), dash in zip(thresholds.items(), ("-", "--", ":"), strict=True):
@@ -417,9 +418,9 @@ columns = {name: (prob[:, m], prob_test[:, m]) for m, name in enumerate(NETWORKS
 columns["DERNet"] = (final, decision.prob(prob_test))
 tables = {"out of fold": {}, "test": {}}
 for name, (ours, on_test) in columns.items():
-    own = evaluate.youden_threshold(y, ours)
+    own = classification.youden_threshold(y, ours)
     tau = decision.thresholds["youden"] if name == "DERNet" else own
-    scores = evaluate.classification_table
+    scores = classification.classification_table
     tables["out of fold"][name] = scores(y, ours, studies, tau, **draws)
     tables["test"][name] = scores(y_test, on_test, test["study_id"], tau, **draws)
 
@@ -438,21 +439,23 @@ measure(y_test, {"vote": prob_test @ omega, "calibrated": decision.prob(prob_tes
 # split. The columns are of different images and may not be compared across.
 
 # %% tags=["hide-input"]
-beside_table_2(numbers, tables, tuple(TABLE_2))
+compare_with_table_2(numbers, tables, tuple(TABLE_2))
 
 # %% tags=["hide-input", "remove-output"]
 bands = {}
 for name, (_, on_test) in reversed(columns.items()):
     value = tables["test"][name].loc["auroc", "value"]
-    label = f"{SPOKEN.get(name, name)} {value:.2f}"
-    bands[label] = evaluate.roc_band(y_test, on_test, test["study_id"], **draws)
+    label = f"{NETWORK_NAMES.get(name, name)} {value:.2f}"
+    bands[label] = classification.roc_band(y_test, on_test, test["study_id"], **draws)
 point = tables["test"]["DERNet"]["value"]
 star = {"DERNet's threshold": (point["sensitivity"], point["specificity"])}
 show_figure("c07-fig-roc", figures.draw_roc(bands, star))
-area_test = stats.Interval(**tables["test"]["DERNet"].loc["auroc"])
-glue("c07-auroc", f"{area_test:.2f}", display=False)
-glue("c07-n-test", int(area_test.n_images), display=False)
-glue("c07-n-test-studies", int(area_test.n_studies), display=False)
+area_test = intervals.Interval(**tables["test"]["DERNet"].loc["auroc"])
+glue_values("c07", {
+    "auroc": f"{area_test:.2f}",
+    "n-test": int(area_test.n_images),
+    "n-test-studies": int(area_test.n_studies),
+})
 
 # %% [markdown]
 # ```{glue:figure} c07-fig-roc
@@ -480,11 +483,11 @@ def difference(first, second):
     """AUROC of the first less that of the second, with its interval by study."""
 
     def statistic(rows):
-        return evaluate.auroc(y_test[rows], first[rows]) - evaluate.auroc(
+        return classification.auroc(y_test[rows], first[rows]) - classification.auroc(
             y_test[rows], second[rows]
         )
 
-    return stats.bootstrap_by_study(statistic, test["study_id"], **draws)
+    return intervals.bootstrap_by_study(statistic, test["study_id"], **draws)
 
 
 # %%
@@ -494,8 +497,8 @@ _, median, best = sorted(NETWORKS, key=areas.get)  # known before a test label w
 against = {
     "equal weights": prob_test @ equal,
     "the paper's weights": prob_test @ omega_paper,
-    f"the best network out of fold, {SPOKEN[best]}": prob_test[:, NETWORKS.index(best)],
-    f"the median network out of fold, {SPOKEN[median]}": prob_test[:, NETWORKS.index(median)],
+    f"the best network out of fold, {NETWORK_NAMES[best]}": prob_test[:, NETWORKS.index(best)],
+    f"the median network out of fold, {NETWORK_NAMES[median]}": prob_test[:, NETWORKS.index(median)],
 }
 differences = {name: difference(ours, other) for name, other in against.items()}
 pd.DataFrame(
@@ -569,9 +572,9 @@ assert np.isclose(three.sum() / 9, 0.5)
 # A hard vote forgets how sure each was, and offers one working point in place of a curve.
 
 # %%
-taus = [evaluate.youden_threshold(y, prob[:, m]) for m in range(3)]
+taus = [classification.youden_threshold(y, prob[:, m]) for m in range(3)]
 majority = (prob > taus).sum(axis=1) >= 2
-hard = evaluate.operating_point(y, majority.astype(float), 0.5)
+hard = classification.operating_point(y, majority.astype(float), 0.5)
 both = pd.DataFrame({"hard": hard, "soft": trade["youden"]})
 assert both.loc[["sensitivity", "specificity"]].notna().all(axis=None)
 both.round(3)
@@ -596,8 +599,8 @@ both.round(3)
 # New films would not know that they had been flattered.
 
 # %%
-best_on_test = max(evaluate.auroc(y_test, prob_test @ point) for point in points)
-gain = best_on_test - evaluate.auroc(y_test, ours)
+best_on_test = max(classification.auroc(y_test, prob_test @ point) for point in points)
+gain = best_on_test - classification.auroc(y_test, ours)
 assert gain >= -1e-12
 round(gain, 3)
 

@@ -47,26 +47,24 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_convert
 
-from dernet_utils import detect, triage, yolo
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import CORNERS, LESION_TYPES, read_dataset
-from dernet_utils.detection_metrics import SMALL_SHARE, size_stratum
-from dernet_utils.figures import show_boxes, show_figure, show_film, use_style
-from dernet_utils.imaging import cache_images, load_cached
-from dernet_utils.profiles import get_profile
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_boxes, show_figure, show_radiograph
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
+from dernet_utils.dataset.prepared import load_cached, read_boxes, read_images
+from dernet_utils.detection import images as detection_images
+from dernet_utils.detection import yolo
+from dernet_utils.imaging import boxes as imaging_boxes
+from dernet_utils.metrics.matching import SMALL_SHARE, size_stratum
+from dernet_utils.triage import networks
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
-dataset = read_dataset(workspace.data_root)
-cached = cache_images(dataset.images, workspace.cache, workspace.profile)
-images = dataset.images.drop(columns="path").merge(cached, on="image_id", validate="one_to_one")
+workspace = open_chapter(profile)
+images, all_boxes = read_images(workspace), read_boxes(workspace)
 learnt = images[(images["split"] == "train") & images["abnormal"]]
-recipe = detect.Recipe.of(workspace.profile)
-H, W = recipe.view
-paper_view = get_profile("paper").detect_view
+recipe = detection_images.DetectorRecipe.of(workspace.profile)
+H, W = recipe.input_size
+paper_view = get_profile("paper").detect_size
 
 # %% [markdown]
 # {ref}`chap:yolo11-training` trains the paper's detector, YOLO11-L {cite}`jocher2024`. Before that we
@@ -87,7 +85,7 @@ paper_view = get_profile("paper").detect_view
 # %%
 def as_input(films, view):
     """Films (B, 3, H, W) in [0, 1], each in a grey rectangle, as the detector receives them."""
-    filled = [detect.letterbox(load_cached(path), view)[0] for path in films["path"]]
+    filled = [imaging_boxes.letterbox(load_cached(path), view)[0] for path in films["cached_path"]]
     return torch.from_numpy(np.stack(filled))[:, None].expand(-1, 3, -1, -1).float() / 255
 
 
@@ -101,7 +99,7 @@ def settle(layers, films):
 
 
 # %%
-start = triage.starting_weights("yolo11l")
+start = networks.starting_weights("yolo11l")
 network = yolo.build_detector(LESION_TYPES, recipe.seed, start).requires_grad_(False)
 before = [weight.clone() for weight in network.parameters()]
 some = learnt.head(films_at_once)
@@ -149,13 +147,12 @@ layers = pd.DataFrame(
 ).fillna("below")
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 weights = "random" if start is None else f"those of the local checkpoint {start.name}"
-for key, value in {
+glue_values("c08", {
     "profile": workspace.profile.name, "kind": kind, "px": f"{H} × {W}",
     "paper-px": " × ".join(map(str, paper_view)),
     "films": films_at_once, "field-px": field_px, "weights": weights,
     "one-kind": kind.removesuffix("s"),
-}.items():  # fmt: skip
-    glue(f"c08-{key}", value, display=False)
+})  # fmt: skip
 layers.style.format({"weights": "{:,}"})
 
 # %% tags=["hide-input", "remove-output"]
@@ -303,7 +300,9 @@ if start is None:
         begun = edges[-1].bias.view(4, 16).softmax(1) @ torch.arange(16.0)
         assert ((begun > 0.5) & (begun < 2)).all()
         assert torch.allclose(types[-1].bias.sigmoid(), torch.tensor(yolo.PRIOR))
-glue("c08-prior", yolo.PRIOR, display=False)
+glue_values("c08", {
+    "prior": yolo.PRIOR,
+})
 
 # %% [markdown]
 # ## A stage by hand
@@ -447,10 +446,12 @@ for ax in (left, right):
 left.legend(fontsize=8)
 fig.get_layout_engine().set(wspace=0.08)
 show_figure("c08-fig-root", fig)
-glue("c08-dk", d_k, display=False)
-glue("c08-dv", d_v, display=False)
-glue("c08-heads", heads_of, display=False)
-glue("c08-fine-channels", maps[16].shape[1], display=False)
+glue_values("c08", {
+    "dk": d_k,
+    "dv": d_v,
+    "heads": heads_of,
+    "fine-channels": maps[16].shape[1],
+})
 
 # %% [markdown]
 # ```{glue:figure} c08-fig-root
@@ -511,11 +512,11 @@ assert kept.shape == attending.shape == (1, maps[9].shape[1] // 2, *maps[9].shap
 # box. Weights are in units of $1/n$: 1 is what every place would get if all were alike.
 
 # %%
-own = dataset.boxes[dataset.boxes["image_id"] == film["image_id"]]
+own = all_boxes[all_boxes["image_id"] == film["image_id"]]
 areas = (own["xmax"] - own["xmin"]) * (own["ymax"] - own["ymin"])
 lesion = own.loc[[areas.idxmax()]]
-filled, place_px = detect.letterbox(load_cached(film["path"]), paper_view)
-at_paper_px = detect.to_view(lesion[list(CORNERS)], place_px, film["height"], film["width"])
+filled, place_px = imaging_boxes.letterbox(load_cached(film["cached_path"]), paper_view)
+at_paper_px = imaging_boxes.to_letterbox(lesion[list(CORNERS)], place_px, film["height"], film["width"])
 centre_px = at_paper_px.reshape(2, 2).mean(axis=0)
 cell_x, cell_y = (centre_px // 32).astype(int)
 
@@ -542,13 +543,13 @@ for key, value in {
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(2, 3, figsize=(7.2, 5.4))
-show_film(axes[0, 0], filled, lesion["lesion_type"].item())
+show_radiograph(axes[0, 0], filled, lesion["lesion_type"].item())
 inset = lesion.assign(**dict(zip(CORNERS, at_paper_px[0], strict=True)))
 show_boxes(axes[0, 0], inset, names=False)
 drawn = [*looks, looks.mean(0)]
 titles = [*(f"head {number}" for number in range(1, heads_of + 1)), "mean of the heads"]
 for ax, one, title in zip(axes.flat[1:], drawn, titles, strict=True):
-    show_film(ax, filled, f"{title}: {float(one.min()):.1f} to {float(one.max()):.1f}")
+    show_radiograph(ax, filled, f"{title}: {float(one.min()):.1f} to {float(one.max()):.1f}")
     area = (0, paper_view[1], paper_view[0], 0)
     seen = ax.imshow(one, cmap="viridis", norm=LogNorm(0.1, 10), alpha=0.6, extent=area)
 for ax in axes.flat[1:]:
@@ -562,10 +563,12 @@ bar.ax.minorticks_off()
 bar.set_label("weight, in units of 1/n", fontsize=9)
 bar.ax.tick_params(labelsize=8)
 show_figure("c08-fig-attention", fig)
-glue("c08-places", f"{n:,}", display=False)
-glue("c08-places-paper", n_paper, display=False)
-glue("c08-map", f"{H // 32} × {W // 32}", display=False)
-glue("c08-map-paper", f"{rows} × {columns}", display=False)
+glue_values("c08", {
+    "places": f"{n:,}",
+    "places-paper": n_paper,
+    "map": f"{H // 32} × {W // 32}",
+    "map-paper": f"{rows} × {columns}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c08-fig-attention
@@ -622,14 +625,16 @@ ax.minorticks_off()
 ax.legend(fontsize=8, loc="lower right")
 show_figure("c08-fig-cost", fig)
 shares = costs / costs.sum()
-glue("c08-parameters", f"{costs['weights'].sum() / 1e6:.1f}", display=False)
-glue("c08-backbone-weights", f"{shares.loc['backbone', 'weights']:.0%}", display=False)
-glue("c08-neck-weights", f"{shares.loc['neck', 'weights']:.0%}", display=False)
-glue("c08-heads-weights", f"{shares.loc['heads', 'weights']:.0%}", display=False)
-glue("c08-madds", f"{costs['multiply-adds'].sum() / 1e9:.2f}", display=False)
-glue("c08-madds-paper", f"{(conv_paper + products_paper) / 1e9:.1f}", display=False)
-glue("c08-products-share", f"{at_paper:.2%}", display=False)
-glue("c08-equal-px", f"{equal_px:,.0f}", display=False)
+glue_values("c08", {
+    "parameters": f"{costs['weights'].sum() / 1e6:.1f}",
+    "backbone-weights": f"{shares.loc['backbone', 'weights']:.0%}",
+    "neck-weights": f"{shares.loc['neck', 'weights']:.0%}",
+    "heads-weights": f"{shares.loc['heads', 'weights']:.0%}",
+    "madds": f"{costs['multiply-adds'].sum() / 1e9:.2f}",
+    "madds-paper": f"{(conv_paper + products_paper) / 1e9:.1f}",
+    "products-share": f"{at_paper:.2%}",
+    "equal-px": f"{equal_px:,.0f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c08-fig-cost
@@ -788,7 +793,7 @@ for key, i in {"early": 4, "fine": 16, "middle": 19, "coarse": 22}.items():
 # medians.
 
 # %%
-boxes = dataset.boxes[dataset.boxes["image_id"].isin(learnt["image_id"])]
+boxes = all_boxes[all_boxes["image_id"].isin(learnt["image_id"])]
 film_of = images.set_index("image_id").loc[boxes["image_id"]]
 height, width = film_of["height"].to_numpy(), film_of["width"].to_numpy()
 area = ((boxes["xmax"] - boxes["xmin"]) * (boxes["ymax"] - boxes["ymin"])).to_numpy()

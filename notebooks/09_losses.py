@@ -40,33 +40,32 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from myst_nb import glue
 from torchvision.ops import box_convert
 
-from dernet_utils import detect, losses, yolo
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import CORNERS, LESION_TYPES, read_dataset
-from dernet_utils.figures import show_figure, use_style
-from dernet_utils.imaging import cache_images
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_figure
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
+from dernet_utils.dataset.prepared import read_boxes, read_images
+from dernet_utils.detection import images as detection_images
+from dernet_utils.detection import losses, yolo
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
-dataset = read_dataset(workspace.data_root)
-cached = cache_images(dataset.images, workspace.cache, workspace.profile)
-images = dataset.images.drop(columns="path").merge(cached, on="image_id", validate="one_to_one")
+workspace = open_chapter(profile)
+images, all_boxes = read_images(workspace), read_boxes(workspace)
 learnt = images[(images["split"] == "train") & images["abnormal"]]
-recipe = detect.Recipe.of(workspace.profile)
-H, W = recipe.view
+recipe = detection_images.DetectorRecipe.of(workspace.profile)
+H, W = recipe.input_size
 
 # %% tags=["remove-cell"]
-glue("c09-profile", workspace.profile.name, display=False)
-glue("c09-px", f"{H} × {W}", display=False)
+glue_values("c09", {
+    "profile": workspace.profile.name,
+    "px": f"{H} × {W}",
+})
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
-glue("c09-kind", kind, display=False)
-glue("c09-films", films_at_once, display=False)
+glue_values("c09", {
+    "kind": kind,
+    "films": films_at_once,
+})
 
 # %% [markdown]
 # {ref}`chap:yolo11-training` trains the detector on a sum of three terms, {eq}`eq:total-loss`: where a
@@ -202,7 +201,7 @@ show_figure("c09-fig-ciou", fig)
 # $s(s+1)$, and $\mathrm{IoU} = (s-1)/(s+1)$. A small lesion forgives nothing.
 
 # %%
-boxes = dataset.boxes[dataset.boxes["image_id"].isin(learnt["image_id"])]
+boxes = all_boxes[all_boxes["image_id"].isin(learnt["image_id"])]
 films = images.set_index("image_id").loc[boxes["image_id"]]
 gain = np.minimum(H / films["height"], W / films["width"]).to_numpy()  # of the letterbox
 area = (boxes["xmax"] - boxes["xmin"]) * (boxes["ymax"] - boxes["ymin"])
@@ -215,9 +214,11 @@ assert np.isclose(iou((square + torch.tensor([1.0, 0, 1, 0])).numpy(), square.nu
 per_type.round(1)
 
 # %% tags=["remove-cell"]
-glue("c09-side", f"{s:.1f}", display=False)
-glue("c09-one-px", f"{one_px:.2f}", display=False)
-glue("c09-boxes", f"{len(boxes):,}", display=False)
+glue_values("c09", {
+    "side": f"{s:.1f}",
+    "one-px": f"{one_px:.2f}",
+    "boxes": f"{len(boxes):,}",
+})
 
 # %% [markdown]
 # At {glue:text}`c09-px` px the median of this run's {glue:text}`c09-boxes` training boxes has the area
@@ -305,7 +306,9 @@ at_least, at_least_by_mean = (
     prob[loss.argmin()] for loss in (losses.focal_loss(logits, t.expand_as(logits)), by_mean)
 )
 assert abs(at_least - t) < 1e-3 < abs(at_least_by_mean - t)
-glue("c09-soft", f"{float(at_least_by_mean):.2f}", display=False)
+glue_values("c09", {
+    "soft": f"{float(at_least_by_mean):.2f}",
+})
 
 # %% [markdown]
 # For a target of 0.3 that one would teach the network to say {glue:text}`c09-soft`.
@@ -320,7 +323,7 @@ glue("c09-soft", f"{float(at_least_by_mean):.2f}", display=False)
 network = yolo.build_detector(LESION_TYPES, recipe.seed).train()
 folder = workspace.cache / "yolo-losses"
 shown = learnt.head(films_at_once)
-views = list(detect.training_views(shown, dataset.boxes, recipe, recipe.epochs + 1, folder))
+views = list(detection_images.augmented_images(shown, all_boxes, recipe, recipe.epochs + 1, folder))
 truth = pd.concat([found.assign(film=row) for row, (_, found) in enumerate(views)])
 corners = torch.tensor(truth[list(CORNERS)].to_numpy(np.float32)) / torch.tensor([W, H] * 2)
 batch = {
@@ -342,10 +345,12 @@ assert (places[:, 2:] > places[:, :2]).all()
 pd.Series({"anchors": anchors, "with a lesion": taken, "boxes": len(truth), **kinds})
 
 # %% tags=["remove-cell"]
-glue("c09-anchors", f"{anchors:,}", display=False)
-glue("c09-taken", f"{taken:,}", display=False)
-glue("c09-odds", f"{(anchors - taken) / taken:.0f}", display=False)
-glue("c09-batch-boxes", len(truth), display=False)
+glue_values("c09", {
+    "anchors": f"{anchors:,}",
+    "taken": f"{taken:,}",
+    "odds": f"{(anchors - taken) / taken:.0f}",
+    "batch-boxes": len(truth),
+})
 
 # %% [markdown]
 # Of {glue:text}`c09-anchors` anchors {glue:text}`c09-taken` have one of {glue:text}`c09-batch-boxes` boxes
@@ -451,10 +456,12 @@ right.set(xlabel="steps taken", ylabel="share of the pull from none", ylim=(0, 1
 left.legend(fontsize=8)
 show_figure("c09-fig-experiment", fig)
 last = {name: run.iloc[-1] for name, run in runs.items()}
-glue("c09-prob-focal", f"{last['focal loss']['prob']:.3f}", display=False)
-glue("c09-prob-entropy", f"{last['cross-entropy']['prob']:.3f}", display=False)
-glue("c09-none-focal", f"{last['focal loss']['none']:.0%}", display=False)
-glue("c09-none-entropy", f"{last['cross-entropy']['none']:.0%}", display=False)
+glue_values("c09", {
+    "prob-focal": f"{last['focal loss']['prob']:.3f}",
+    "prob-entropy": f"{last['cross-entropy']['prob']:.3f}",
+    "none-focal": f"{last['focal loss']['none']:.0%}",
+    "none-entropy": f"{last['cross-entropy']['none']:.0%}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c09-fig-experiment
@@ -562,10 +569,12 @@ terms.round(3)
 
 # %% tags=["remove-cell"]
 parts = terms["with the paper's focal loss"] / terms["with the paper's focal loss"].sum()
-glue("c09-gamma", f"{recipe.gamma:g}", display=False)
-glue("c09-alpha", f"{recipe.alpha:g}", display=False)
-glue("c09-box-share", f"{parts['box']:.0%}", display=False)
-glue("c09-class-share", f"{parts['cls']:.0%}", display=False)
+glue_values("c09", {
+    "gamma": f"{recipe.gamma:g}",
+    "alpha": f"{recipe.alpha:g}",
+    "box-share": f"{parts['box']:.0%}",
+    "class-share": f"{parts['cls']:.0%}",
+})
 
 # %% [markdown]
 # With the paper's focal loss, {glue:text}`c09-box-share` of this untrained network's sum is about the

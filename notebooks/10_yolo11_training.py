@@ -55,53 +55,49 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import display
-from myst_nb import glue
 
-from dernet_utils import detect, views, yolo
-from dernet_utils import detection_metrics as metrics
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import CORNERS, LESION_TYPES, PAPER_CODES, make_folds, read_dataset
+from dernet_utils.book.figures import show_boxes, show_figure, show_radiograph
+from dernet_utils.book.paper import TABLE_3
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import CORNERS, LESION_STYLE, LESION_TYPES, PAPER_CODES
+from dernet_utils.dataset.folds import make_folds
+from dernet_utils.dataset.prepared import load_cached, read_boxes, read_images
+from dernet_utils.detection import augment, prediction, yolo
+from dernet_utils.detection import images as detection_images
+from dernet_utils.detection import training as detection_training
+from dernet_utils.imaging import boxes as imaging_boxes
+from dernet_utils.metrics import detection, matching
+from dernet_utils.metrics import froc as metrics_froc
+from dernet_utils.triage.networks import starting_weights
 
-# %%
-from dernet_utils.figures import LESION_STYLE, show_boxes, show_figure, show_film, use_style
-from dernet_utils.imaging import cache_images, load_cached
-from dernet_utils.paper import TABLE_3
-from dernet_utils.triage import starting_weights
-from dernet_utils.workspace import open_workspace
-
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
-dataset = read_dataset(workspace.data_root)
+workspace = open_chapter(profile)
 
 # %%
-cached = cache_images(dataset.images, workspace.cache, workspace.profile)
-images = dataset.images.drop(columns="path").merge(cached, on="image_id", validate="one_to_one")
-fifths = make_folds(dataset.images[dataset.images["split"] == "train"], 5, workspace.profile.seed)
+images, boxes = read_images(workspace), read_boxes(workspace)
+fifths = make_folds(images[images["split"] == "train"], 5, workspace.profile.seed)
 fold = fifths.set_index("image_id")["fold"]
-boxes, own_fold = dataset.boxes, images["image_id"].map(fold)
+own_fold = images["image_id"].map(fold)
 training, validation = images[(own_fold > 0) & images["abnormal"]], images[own_fold == 0]
 test = images[images["split"] == "test"].reset_index(drop=True)
 left_out = images[(own_fold > 0) & ~images["abnormal"]]
 assert len(training) + len(left_out) + len(validation) + len(test) == len(images)
 assert not set(training["study_id"]) & (set(validation["study_id"]) | set(test["study_id"]))
-films = detect.run_films(workspace)  # the same, for the chapters after this one
+films = detection_images.detection_images(workspace)  # the same, for the chapters after this one
 assert films.training.equals(training) and films.validation.equals(validation)
 assert films.test.equals(test)
 
 # %% tags=["hide-input"]
-recipe = detect.Recipe.of(workspace.profile)
+recipe = detection_images.DetectorRecipe.of(workspace.profile)
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
-for key, value in {
+glue_values("c10", {
     "profile": workspace.profile.name, "kind": kind, "training": len(training),
     "left-out": len(left_out), "validation": len(validation),
     "test": len(test), "test-studies": test["study_id"].nunique(),
-    "px": "{} × {}".format(*recipe.view), "epochs": recipe.epochs, "batch": recipe.batch,
+    "px": "{} × {}".format(*recipe.input_size), "epochs": recipe.epochs, "batch": recipe.batch,
     "lr": recipe.lr, "gamma": f"{recipe.gamma:g}", "alpha": f"{recipe.alpha:g}",
     "tau": recipe.mosaic_until, "alarms": f"{alarms_allowed:g}", "scale": f"{recipe.scale:.0%}",
     "resamples": f"{workspace.profile.bootstrap:,}",
-}.items():  # fmt: skip
-    glue(f"c10-{key}", value, display=False)
+})  # fmt: skip
 
 # %% [markdown]
 # Of the training studies, fold 0 is held out: the learning curve is drawn on its
@@ -130,12 +126,16 @@ counts
 
 # %%
 ratio = counts["training"].max() / max(counts["training"].min(), 1)
-unseen = detect.unseen_types(training, boxes)
+unseen = detection_images.unseen_types(training, boxes)
 assert unseen == list(counts.index[counts["training"] == 0])
-glue("c10-imbalance", f"{ratio:.1f} : 1", display=False)
-glue("c10-rarest", counts["training"].idxmin(), display=False)
+glue_values("c10", {
+    "imbalance": f"{ratio:.1f} : 1",
+    "rarest": counts["training"].idxmin(),
+})
 text = f"Without a training box: {', '.join(unseen)}; none can be found." if unseen else ""
-glue("c10-unseen", text or "Each type has boxes to learn from.", display=False)
+glue_values("c10", {
+    "unseen": text or "Each type has boxes to learn from.",
+})
 
 # %% [markdown]
 # The commonest type has {glue:text}`c10-imbalance` times as many training boxes as the rarest
@@ -154,17 +154,19 @@ glue("c10-unseen", text or "Each type has boxes to learn from.", display=False)
 # {glue:text}`c10-rare-below`. By hand, from the table of boxes:
 
 # %%
-t = views.RARE_BELOW
+t = augment.RARE_BELOW
 number = {name: row for row, name in enumerate(LESION_TYPES)}
 kinds = boxes.groupby("image_id")["lesion_type"].agg(lambda own: [number[name] for name in own])
-of_type, of_film = views.repeat_factors(kinds.reindex(training["image_id"]).tolist(), 7)
+of_type, of_film = augment.repeat_factors(kinds.reindex(training["image_id"]).tolist(), 7)
 shown_on = boxes[boxes["image_id"].isin(training["image_id"])].groupby("lesion_type")["image_id"]
 f = (shown_on.nunique() / len(training)).reindex(LESION_TYPES)
 by_hand = np.sqrt(t / f).clip(lower=1).fillna(1)
 assert np.allclose(by_hand, of_type)
-glue("c10-rare-below", f"{t:g}", display=False)
-glue("c10-repeat", "is on" if recipe.repeat else "is off", display=False)
-glue("c10-paste", "is on" if recipe.paste else "is off", display=False)
+glue_values("c10", {
+    "rare-below": f"{t:g}",
+    "repeat": "is on" if recipe.repeat else "is off",
+    "paste": "is on" if recipe.paste else "is off",
+})
 pd.DataFrame({"share of films": f.fillna(0), "repeat factor": of_type}).round(2)
 
 # %% [markdown]
@@ -190,20 +192,24 @@ pd.DataFrame({"share of films": f.fillna(0), "repeat factor": of_type}).round(2)
 
 # %%
 network = yolo.build_detector(LESION_TYPES, recipe.seed, starting_weights("yolo11l"))
-H, W = recipe.view
+H, W = recipe.input_size
 A = sum((H // s) * (W // s) for s in (8, 16, 32))
 with torch.no_grad():
     answers = network.eval().answers(torch.zeros(1, 3, H, W))
 assert answers.shape == (1, 4 + len(LESION_TYPES), A)
 parameters = sum(p.numel() for p in network.parameters())
-glue("c10-anchors", f"{A:,}", display=False)
-glue("c10-parameters", f"{parameters / 1e6:.1f}", display=False)
+glue_values("c10", {
+    "anchors": f"{A:,}",
+    "parameters": f"{parameters / 1e6:.1f}",
+})
 
 # %% tags=["hide-input"]
 start = starting_weights("yolo11l")
 where = "random weights" if start is None else f"the local checkpoint {start.name}"
 sentence = f"This run starts from {where}; the paper starts from COCO."
-glue("c10-start", sentence, display=False)
+glue_values("c10", {
+    "start": sentence,
+})
 
 # %% [markdown]
 # {glue:text}`c10-parameters` million parameters give {glue:text}`c10-anchors` answers at
@@ -216,10 +222,10 @@ glue("c10-start", sentence, display=False)
 
 # %%
 film = training.iloc[0]
-filled, place = detect.letterbox(load_cached(film["path"]), (H, W))
+filled, place = imaging_boxes.letterbox(load_cached(film["cached_path"]), (H, W))
 left, top, width, height = place
 corners = np.array([[left, top, left + width, top + height]])
-returned = detect.to_stored(corners, place, film["height"], film["width"])
+returned = imaging_boxes.from_letterbox(corners, place, film["height"], film["width"])
 assert filled.shape == (H, W)
 assert np.allclose(returned, [[0, 0, film["width"], film["height"]]])
 
@@ -296,7 +302,9 @@ def shows_mosaic(t, tau_mosaic):
 T_max = recipe.epochs
 schedule = [shows_mosaic(t, recipe.mosaic_until) for t in range(1, T_max + 1)]
 assert sum(schedule) == min(max(recipe.mosaic_until - 1, 0), T_max)
-glue("c10-mosaic-epochs", sum(schedule), display=False)
+glue_values("c10", {
+    "mosaic-epochs": sum(schedule),
+})
 
 # %% [markdown]
 # This run has {glue:text}`c10-mosaic-epochs` of {glue:text}`c10-epochs` epochs with mosaic
@@ -308,10 +316,10 @@ glue("c10-mosaic-epochs", sum(schedule), display=False)
 # %%
 views_folder = workspace.cache / "yolo-views"
 settings = yolo.settings_of({"mosaic": 1.0})
-films_folder = str(detect.export_yolo(training.head(8), boxes, (H, W), views_folder))
+films_folder = str(detection_images.export_yolo(training.head(8), boxes, (H, W), views_folder))
 named = {"names": dict(enumerate(LESION_TYPES)), "nc": len(LESION_TYPES), "channels": 3}
-sample = views.SpineDataset(films_folder, imgsz=max(H, W), hyp=settings, data=named)
-canvas, border = 2 * max(H, W), -views.mosaic_of(sample.transforms).border[0]
+sample = augment.SpineDataset(films_folder, imgsz=max(H, W), hyp=settings, data=named)
+canvas, border = 2 * max(H, W), -augment.mosaic_of(sample.transforms).border[0]
 low, high = border / canvas, (canvas - border) / canvas
 assert np.allclose([low, high], [0.3, 0.7], atol=2 / canvas)
 
@@ -323,7 +331,7 @@ assert np.allclose([low, high], [0.3, 0.7], atol=2 / canvas)
 # %% tags=["hide-input"]
 def views_of(epoch, count=4):
     """The first training films as an epoch shows them."""
-    return list(detect.training_views(training.head(count), boxes, recipe, epoch, views_folder))
+    return list(detection_images.augmented_images(training.head(count), boxes, recipe, epoch, views_folder))
 
 
 def draw_views(shown):
@@ -331,7 +339,7 @@ def draw_views(shown):
     fig, axes = plt.subplots(len(shown), 4, figsize=(8, 2.9 * len(shown)), squeeze=False)
     for row, (title, films) in zip(axes, shown.items(), strict=True):
         for ax, (grey, found) in zip(row, films, strict=False):
-            show_film(ax, grey)
+            show_radiograph(ax, grey)
             show_boxes(ax, found, names=False)
         row[0].set_title(title, loc="left")
     for ax in axes.ravel():
@@ -392,14 +400,14 @@ rows, live = [], display(display_id=True)  # a picture that each epoch renews
 # %% tags=["remove-output"]
 def show_epoch(row):
     """Say and draw how the training goes on."""
-    print(detect.epoch_line(row), flush=True)
+    print(detection_training.detector_epoch_line(row), flush=True)
     rows.append(row)
     fig = draw_learning(pd.DataFrame(rows))
     live.update(fig)
     plt.close(fig)
 
 
-trained = detect.train_detector(
+trained = detection_training.train_detector(
     training, validation, boxes, recipe, workspace.weights, start, progress=show_epoch
 )
 
@@ -408,9 +416,13 @@ history = trained.history
 assert history["epoch"].tolist() == list(range(1, T_max + 1))
 assert history["mosaic"].tolist() == schedule  # what was trained is Algorithm 1's schedule
 looked = history.dropna(subset="map50")
-glue("c10-minutes", f"{history['seconds'].sum() / 60:.1f}", display=False)
+glue_values("c10", {
+    "minutes": f"{history['seconds'].sum() / 60:.1f}",
+})
 validation_map = looked["map50"].iloc[-1] if len(looked) else float("nan")
-glue("c10-validation-map", f"{validation_map:.3f}", display=False)
+glue_values("c10", {
+    "validation-map": f"{validation_map:.3f}",
+})
 
 # %% tags=["hide-input", "remove-output"]
 show_figure("c10-fig-learning", draw_learning(history))
@@ -438,33 +450,39 @@ show_figure("c10-fig-learning", draw_learning(history))
 
 # %% tags=["remove-output"]
 arm_epochs = max(1, T_max // 16)
-glue("c10-arm-epochs", arm_epochs, display=False)
+glue_values("c10", {
+    "arm-epochs": arm_epochs,
+})
 arms = {}
 for name, tau in {"stops": 1, "goes on": arm_epochs + 1}.items():
     arm = replace(recipe, epochs=arm_epochs, mosaic_until=tau, lr=recipe.lr / 2)
     begin = trained.at_cut_off if trained.at_cut_off.is_file() else start
-    run = detect.train_detector(training, validation, boxes, arm, workspace.weights, begin)
-    arms[name] = detect.predict_boxes(run.network, validation, recipe.view)
+    run = detection_training.train_detector(training, validation, boxes, arm, workspace.weights, begin)
+    arms[name] = prediction.predict_boxes(run.network, validation, recipe.input_size)
 
 # %%
 held_truth = boxes[boxes["image_id"].isin(validation["image_id"])]
 bootstrap = {"resamples": workspace.profile.bootstrap, "seed": workspace.profile.seed}
 arm_maps = {
-    name: metrics.detection_table(held_truth, found, validation, **bootstrap).loc["mAP"]
+    name: detection.detection_table(held_truth, found, validation, **bootstrap).loc["mAP"]
     for name, found in arms.items()
 }
-gain = metrics.mean_difference(held_truth, arms["stops"], arms["goes on"], validation, **bootstrap)
+gain = detection.mean_difference(held_truth, arms["stops"], arms["goes on"], validation, **bootstrap)
 assert np.isclose(gain.value, arm_maps["stops"]["value"] - arm_maps["goes on"]["value"])
 pd.DataFrame(arm_maps).T[["value", "low", "high"]].astype(float).round(3)
 
 # %% tags=["remove-cell"]
-glue("c10-gain", f"{gain:+.3f}", display=False)
+glue_values("c10", {
+    "gain": f"{gain:+.3f}",
+})
 verdict = "The interval holds zero: this run cannot tell whether the stop helps."
 if gain.low > 0:
     verdict = "In this run the stop helps."
 if gain.high < 0:
     verdict = "In this run the stop does harm: mosaic could have gone on."
-glue("c10-gain-verdict", verdict, display=False)
+glue_values("c10", {
+    "gain-verdict": verdict,
+})
 
 # %% [markdown]
 # Mean average precision with the stop, less that without it: {glue:text}`c10-gain` (95 % interval
@@ -480,7 +498,7 @@ glue("c10-gain-verdict", verdict, display=False)
 # chapters.
 
 # %%
-found = detect.predict_boxes(trained.network, test, recipe.view)
+found = prediction.predict_boxes(trained.network, test, recipe.input_size)
 truth = boxes[boxes["image_id"].isin(test["image_id"])]
 found.to_parquet(workspace.tables / "yolo11l_test_boxes.parquet", index=False)
 
@@ -493,33 +511,37 @@ size = found[["image_id"]].join(test.set_index("image_id")[["width", "height"]],
 cut = (found[["xmin", "ymin"]] <= 0).any(axis=1)
 cut |= (found["xmax"] >= size["width"]) | (found["ymax"] >= size["height"])
 for _, same in found[~cut].groupby(["image_id", "lesion_type"]):
-    overlap = metrics.box_iou(same[list(CORNERS)], same[list(CORNERS)])
-    assert np.triu(overlap, k=1).max() <= detect.NMS_IOU + 1e-5
+    overlap = imaging_boxes.box_iou(same[list(CORNERS)], same[list(CORNERS)])
+    assert np.triu(overlap, k=1).max() <= imaging_boxes.NMS_IOU + 1e-5
 
 # %%
-glue("c10-found", f"{len(found):,}", display=False)
-glue("c10-truth", f"{len(truth):,}", display=False)
+glue_values("c10", {
+    "found": f"{len(found):,}",
+    "truth": f"{len(truth):,}",
+})
 
 # %% [markdown]
 # To look at boxes we need a score above which one is drawn. It is chosen on fold 0: the lowest with
 # at most {glue:text}`c10-alarms` false alarms a film there.
 
 # %%
-held = detect.predict_boxes(trained.network, validation, recipe.view)
-curve = metrics.froc_curve(held_truth, held, validation, iou_match)
+held = prediction.predict_boxes(trained.network, validation, recipe.input_size)
+curve = metrics_froc.froc_curve(held_truth, held, validation, iou_match)
 allowed = curve[curve["false_alarms_per_film"] <= alarms_allowed]
-least_score = float(allowed["score"].iloc[-1])
+score_threshold = float(allowed["score"].iloc[-1])
 assert (np.diff(allowed["false_alarms_per_film"]) >= 0).all()
-glue("c10-least-score", f"{least_score:.2f}", display=False)
+glue_values("c10", {
+    "least-score": f"{score_threshold:.2f}",
+})
 
 # %% tags=["hide-input", "remove-output"]
 busiest = truth["image_id"].value_counts().index
 some = test.set_index("image_id").loc[busiest[: max(films_shown * 3, 1) : 3]]
-sure = found[found["score"] >= least_score]
+sure = found[found["score"] >= score_threshold]
 fig, axes = plt.subplots(2, len(some), figsize=(2.3 * len(some), 6.4), squeeze=False)
 for (top_ax, bottom_ax), (image_id, film) in zip(axes.T, some.iterrows(), strict=True):
     for ax, table in ((top_ax, truth), (bottom_ax, sure)):
-        show_film(ax, load_cached(film["path"]))
+        show_radiograph(ax, load_cached(film["cached_path"]))
         show_boxes(ax, table[table["image_id"] == image_id], film["scale"], names=False)
 axes[0, 0].set_title("true", loc="left")
 axes[1, 0].set_title("found", loc="left")
@@ -560,16 +582,18 @@ show_figure("c10-fig-found", fig)
 
 # %%
 common = truth["lesion_type"].value_counts().idxmax()
-matches = metrics.match_boxes(truth, found, common, test["image_id"].tolist(), iou_match)
+matches = matching.match_boxes(truth, found, common, test["image_id"].tolist(), iou_match)
 hits, curve = 0, []
 for rank, hit in enumerate(matches.hit, start=1):
     hits += hit
     curve.append((hits / matches.truths.sum(), hits / rank))  # recall, precision
-best = [max([p for r, p in curve if r >= level], default=0) for level in metrics.RECALLS]
+best = [max([p for r, p in curve if r >= level], default=0) for level in detection.RECALLS]
 AP = np.mean(best)
-assert np.isclose(AP, metrics.average_precision(truth, found, common, iou_match))
-glue("c10-common", common, display=False)
-glue("c10-common-ap", f"{AP:.3f}", display=False)
+assert np.isclose(AP, detection.average_precision(truth, found, common, iou_match))
+glue_values("c10", {
+    "common": common,
+    "common-ap": f"{AP:.3f}",
+})
 
 # %% [markdown]
 # For {glue:text}`c10-common`, {eq}`eq:average-precision` gives {glue:text}`c10-common-ap`, and the
@@ -581,7 +605,7 @@ fig, ax = plt.subplots(figsize=(6.2, 4))
 on_white = {"Other lesions": "0.35", "Surgical implant": "#A89C00"}  # as on films, but darker
 order = test["image_id"].tolist()
 for number, name in enumerate(t for t in LESION_TYPES if (truth["lesion_type"] == t).any()):
-    line = metrics.precision_recall(metrics.match_boxes(truth, found, name, order, iou_match))
+    line = detection.precision_recall(matching.match_boxes(truth, found, name, order, iou_match))
     colour = on_white.get(name, LESION_STYLE[name][0])
     ax.plot(line["recall"], line["precision"], LESION_STYLE[name][1], color=colour, label=name,
             marker="osD^vPX"[number], markevery=(number * 2, 15), ms=5)  # fmt: skip
@@ -608,14 +632,16 @@ show_figure("c10-fig-pr", fig)
 # is done once; a film that is drawn twice counts twice.
 
 # %%
-scores = metrics.detection_table(
+scores = detection.detection_table(
     truth, found, test, workspace.profile.bootstrap, workspace.profile.seed, iou_match
 )
 assert np.isclose(scores.loc[common, "value"], AP)
 assert np.isclose(scores.loc["mAP", "value"], scores["value"].iloc[:-1].mean())
 scores.to_parquet(workspace.tables / "yolo11l_test_scores.parquet")
 final = scores.loc["mAP"]
-glue("c10-map", f"{final['value']:.3f} [{final['low']:.3f}, {final['high']:.3f}]", display=False)
+glue_values("c10", {
+    "map": f"{final['value']:.3f} [{final['low']:.3f}, {final['high']:.3f}]",
+})
 
 # %% tags=["hide-input", "remove-output"]
 shown = scores.reindex([*(name for name in LESION_TYPES if name in scores.index), "mAP"])[::-1]
@@ -648,7 +674,9 @@ text = "No lesion type stands out in this run."
 if graded["value"].max() > graded["value"].min():
     text = f"The highest is {easy} (AP {graded.loc[easy, 'value']:.2f}), "
     text += f"the lowest {hard} (AP {graded.loc[hard, 'value']:.2f})."
-glue("c10-easy-hard", text, display=False)
+glue_values("c10", {
+    "easy-hard": text,
+})
 
 # %% [markdown]
 # {glue:text}`c10-easy-hard` What should we expect? A bright, sharp object that looks alike in every
@@ -663,7 +691,7 @@ glue("c10-easy-hard", text, display=False)
 
 # %%
 sized = test[["image_id", "study_id", "height", "width"]]
-by_size = metrics.size_table(truth, found, sized, iou=iou_match, **bootstrap)
+by_size = detection.size_table(truth, found, sized, iou=iou_match, **bootstrap)
 assert by_size["boxes"].xs("mAP", level="lesion_type").sum() == len(truth)
 sizes = by_size.xs("mAP", level="lesion_type")[["boxes", "value", "low", "high"]]
 common_sizes = by_size.xs(common, level="lesion_type")[["boxes", "value", "low", "high"]]
@@ -671,11 +699,15 @@ pd.concat({"mAP@0.5": sizes, f"AP@0.5, {common}": common_sizes}).round(3)
 
 # %% tags=["remove-cell"]
 small_share = sizes["boxes"].iloc[0] / len(truth)
-glue("c10-small-share", f"{small_share:.0%}", display=False)
+glue_values("c10", {
+    "small-share": f"{small_share:.0%}",
+})
 text = "In this run the small ones of that type are found less well."
 if not common_sizes["value"].iloc[0] < common_sizes["value"].iloc[1]:
     text = "In this run the small ones of that type are not found less well."
-glue("c10-small", text, display=False)
+glue_values("c10", {
+    "small": text,
+})
 
 # %% [markdown]
 # {glue:text}`c10-small-share` of the test boxes are small by that rule. The rows of the mean are
@@ -689,8 +721,8 @@ glue("c10-small", text, display=False)
 # lesion types together.
 
 # %% tags=["hide-input", "remove-output"]
-froc = metrics.froc_curve(truth, found, test, iou_match)
-at = metrics.froc_table(truth, found, test, iou=iou_match, **bootstrap)
+froc = metrics_froc.froc_curve(truth, found, test, iou_match)
+at = metrics_froc.froc_table(truth, found, test, iou=iou_match, **bootstrap)
 fig, ax = plt.subplots(figsize=(6.2, 3.6))
 ax.step(froc["false_alarms_per_film"], froc["sensitivity"], where="post", color="k")
 error = np.abs(at[["low", "high"]].to_numpy().T - at["value"].to_numpy())
@@ -702,7 +734,9 @@ show_figure("c10-fig-froc", fig)
 
 # %% tags=["remove-cell"]
 one = at.loc[1.0]
-glue("c10-at-one", f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]", display=False)
+glue_values("c10", {
+    "at-one": f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]",
+})
 
 # %% [markdown]
 # ```{glue:figure} c10-fig-froc
@@ -717,8 +751,8 @@ glue("c10-at-one", f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]", 
 # which? At the threshold from fold 0, matched without regard to type:
 
 # %%
-accepted = found[found["score"] >= least_score]
-confusion = metrics.type_confusion(truth, found, least_score, iou_match)
+accepted = found[found["score"] >= score_threshold]
+confusion = metrics_froc.type_confusion(truth, found, score_threshold, iou_match)
 assert confusion.iloc[:-1].to_numpy().sum() == len(truth)
 assert confusion.iloc[:, :-1].to_numpy().sum() == len(accepted)
 confusion.rename(columns=PAPER_CODES)
@@ -737,13 +771,13 @@ def overlaps_any(these, those):
         same = of.get((box.image_id, box.lesion_type))
         if same is not None:
             corners = np.array([[box.xmin, box.ymin, box.xmax, box.ymax]])
-            hit[row] = metrics.box_iou(corners, same[list(CORNERS)]).max() >= iou_match
+            hit[row] = imaging_boxes.box_iou(corners, same[list(CORNERS)]).max() >= iou_match
     return hit
 
 
 def draw_patch(ax, box, film):
     """The surroundings of a box, with true boxes in full and found ones dashed."""
-    show_film(ax, load_cached(film["path"]))
+    show_radiograph(ax, load_cached(film["cached_path"]))
     for table, dash in ((truth, "-"), (accepted, "--")):
         for own in table[table["image_id"] == box.image_id].itertuples():
             x, y, right, bottom = np.array([own.xmin, own.ymin, own.xmax, own.ymax]) * film["scale"]
@@ -791,7 +825,7 @@ show_figure("c10-fig-gallery", fig)
 # measure still, COCO's, takes the mean over ten overlaps from 0.50 to 0.95:
 
 # %%
-strict, by_overlap = metrics.coco_average_precision(truth, found)
+strict, by_overlap = detection.coco_average_precision(truth, found)
 half = by_overlap[0.5].mean()
 # Boxes of equal score rank by film, and the two have the films in orders of their own.
 assert iou_match != 0.5 or abs(half - scores.loc["mAP", "value"]) < 0.01

@@ -49,42 +49,38 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Markdown
-from myst_nb import glue
 from scipy.optimize import linear_sum_assignment
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-# %%
-from dernet_utils import detect, rivals
-from dernet_utils import detection_metrics as metrics
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.data import LESION_TYPES, PAPER_CODES
-from dernet_utils.figures import show_figure, use_style
-from dernet_utils.paper import TABLE_3
-from dernet_utils.results import detector_record, kept_record
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_figure
+from dernet_utils.book.paper import TABLE_3
+from dernet_utils.book.results import detector_record, kept_record
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
-films = detect.run_films(workspace)  # those of the chapter before
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import LESION_TYPES, PAPER_CODES
+from dernet_utils.detection import baselines, images
+from dernet_utils.imaging import boxes as imaging_boxes
+from dernet_utils.metrics import detection
+
+workspace = open_chapter(profile)
+films = images.detection_images(workspace)  # those of the chapter before
 training, test, boxes = films.training, films.test, films.boxes
 truth = boxes[boxes["image_id"].isin(test["image_id"])]
-recipe = detect.Recipe.of(workspace.profile)
-H, W = recipe.view
+recipe = images.DetectorRecipe.of(workspace.profile)
+H, W = recipe.input_size
 assert not set(training["study_id"]) & set(test["study_id"])
 
 # %% tags=["remove-cell"]
-seconds = workspace.profile.rival_seconds
+seconds = workspace.profile.baseline_seconds
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 spoken = f"{seconds:g} s" if seconds < 300 else f"{seconds / 60:g} minutes"
-for key, value in {
+glue_values("c11", {
     "profile": workspace.profile.name, "kind": kind, "training": len(training), "test": len(test),
     "test-studies": test["study_id"].nunique(), "truth": len(truth), "px": f"{H} × {W}",
     "seconds": spoken, "batch": recipe.batch,
-}.items():  # fmt: skip
-    glue(f"c11-{key}", value, display=False)
+})  # fmt: skip
 
 # %% [markdown]
 # ## Three families
@@ -158,7 +154,7 @@ def thinned(boxes_xyxy, scores, iou=0.5):
     """Rows to keep, the surest first."""
     kept = []
     for row in np.argsort(-scores, kind="stable"):
-        overlap = metrics.box_iou(boxes_xyxy[[row]], boxes_xyxy[kept])
+        overlap = imaging_boxes.box_iou(boxes_xyxy[[row]], boxes_xyxy[kept])
         if not (overlap > iou).any():
             kept.append(row)
     return kept
@@ -226,8 +222,8 @@ pd.Series({"least sum": tried[sigma_hat], "greedy": greedy}).round(3)
 # share.
 
 # %%
-names = rivals.RIVALS
-shares = pd.Series({name: rivals.LR_SHARE.get(name, 1.0) for name in names})
+names = baselines.BASELINES
+shares = pd.Series({name: baselines.LR_SHARE.get(name, 1.0) for name in names})
 pd.DataFrame({"peak of the learning rate": recipe.lr * shares})
 
 # %% [markdown]
@@ -235,7 +231,7 @@ pd.DataFrame({"peak of the learning rate": recipe.lr * shares})
 # cosine of the time spent:
 
 # %% tags=["hide-input"]
-source = inspect.getsource(rivals.train_rival)
+source = inspect.getsource(baselines.train_baseline)
 body = source[source.index("    network, device") :]
 Markdown(f"```python\n{inspect.cleandoc(body)}\n```")
 
@@ -247,7 +243,7 @@ Markdown(f"```python\n{inspect.cleandoc(body)}\n```")
 # %% tags=["remove-output"]
 runs = {}
 for name in names:
-    runs[name] = rivals.run_rival(name, training, boxes, test, recipe, seconds, workspace.weights)
+    runs[name] = baselines.run_baseline(name, training, boxes, test, recipe, seconds, workspace.weights)
     print(f"{name}: {runs[name].steps} steps in {seconds:g} s", flush=True)
 
 # %%
@@ -267,12 +263,12 @@ terms
 # %%
 bootstrap = {"resamples": workspace.profile.bootstrap, "seed": workspace.profile.seed}
 tables = {
-    name: metrics.detection_table(truth, run.found, test, **bootstrap, iou=iou_match)
+    name: detection.detection_table(truth, run.found, test, **bootstrap, iou=iou_match)
     for name, run in runs.items()
 }
 longer = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
 chapter_10 = f"YOLO11-L, {recipe.epochs} epochs"
-tables[chapter_10] = metrics.detection_table(truth, longer, test, **bootstrap, iou=iou_match)
+tables[chapter_10] = detection.detection_table(truth, longer, test, **bootstrap, iou=iou_match)
 assert all(table.loc["mAP", "boxes"] == len(truth) for table in tables.values())
 every = pd.concat({name: run.found for name, run in runs.items()}, names=["detector"])
 every = every.reset_index("detector")
@@ -306,7 +302,7 @@ show_figure("c11-fig-map", fig)
 ours = runs["YOLO11-L"].found
 others = [name for name in names if name != "YOLO11-L"]
 gaps = {
-    name: metrics.mean_difference(truth, ours, runs[name].found, test, **bootstrap, iou=iou_match)
+    name: detection.mean_difference(truth, ours, runs[name].found, test, **bootstrap, iou=iou_match)
     for name in others
 }
 
@@ -328,7 +324,9 @@ text += f" and behind {', '.join(behind)}." if behind else ", and behind none."
 best = max(tables, key=lambda name: tables[name].loc["mAP", "value"])
 top = tables[best].loc["mAP"]
 text += f" The highest mean of all rows is that of {best}, {top['value']:.3f}."
-glue("c11-verdict", text, display=False)
+glue_values("c11", {
+    "verdict": text,
+})
 
 # %% [markdown]
 # {glue:text}`c11-verdict` Five comparisons are made at once and none is corrected for that; read a

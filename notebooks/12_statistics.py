@@ -49,20 +49,19 @@ from scipy.special import logit
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from dernet_utils import detect, ensemble, evaluate, stats
-from dernet_utils import detection_metrics as metrics
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, open_test_labels, read_decision
-from dernet_utils.figures import show_figure, use_style
-from dernet_utils.paper import SPOKEN, TABLE_2
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.rivals import RIVALS
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_figure
+from dernet_utils.book.paper import TABLE_2
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
+from dernet_utils.detection import images
+from dernet_utils.detection.baselines import BASELINES
+from dernet_utils.metrics import classification, detection, significance
+from dernet_utils.metrics import intervals as metrics_intervals
+from dernet_utils.triage import ensemble
+from dernet_utils.triage.crossvalidation import cross_validate, open_test_labels, read_decision
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
 found = {name: cross_validate(workspace, name) for name in NETWORKS}
 decision = read_decision(workspace)
@@ -74,13 +73,12 @@ vote = decision.prob(prob)
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 
 # %% tags=["remove-cell"]
-for key, value in {
+glue_values("c12", {
     "profile": numbers.name, "n": len(y), "n-studies": len(np.unique(study)),
     "kind": "virtual radiographs" if numbers.virtual else "radiographs", "folds": numbers.folds,
     "resamples": f"{numbers.bootstrap:,}", "n-held": len(held), "simulations": f"{simulations:,}",
     "n-held-studies": held["study_id"].nunique(), "power": f"{power:.0%}",
-}.items():  # fmt: skip
-    glue(f"c12-{key}", value, display=False)
+})  # fmt: skip
 
 # %% [markdown]
 # ## What counts as one observation
@@ -122,8 +120,10 @@ assert rho <= 1 and abs(alone) < 0.35  # films dealt to studies at random have n
 pd.Series({"films a study": m, "rho": rho, "design effect": 1 + (m - 1) * rho}).round(2)
 
 # %% tags=["remove-cell"]
-glue("c12-rho", f"{rho:.2f}", display=False)
-glue("c12-design", f"{1 + (m - 1) * rho:.2f}", display=False)
+glue_values("c12", {
+    "rho": f"{rho:.2f}",
+    "design": f"{1 + (m - 1) * rho:.2f}",
+})
 
 # %% [markdown]
 # In this run $\rho$ is {glue:text}`c12-rho`, on {glue:text}`c12-n-held` films of
@@ -145,13 +145,13 @@ glue("c12-design", f"{1 + (m - 1) * rho:.2f}", display=False)
 # where $[\cdot]$ is 1 if true and 0 otherwise. First one draw by hand, pair by pair:
 
 # %%
-w = stats.draw_weights(study, 1, numbers.seed)[0]
+w = metrics_intervals.draw_weights(study, 1, numbers.seed)[0]
 s = vote
 wins = (s[y][:, None] > s[~y]) + 0.5 * (s[y][:, None] == s[~y])
 A_of_draw = w[y] @ wins @ w[~y] / (w[y].sum() * w[~y].sum())
-drawn = next(stats.resample_by_study(study, 1, numbers.seed))
+drawn = next(metrics_intervals.resample_by_study(study, 1, numbers.seed))
 assert np.isclose(A_of_draw, roc_auc_score(y[drawn], s[drawn]))
-assert np.isclose(A_of_draw, evaluate.weighted_auroc(y, s)(w[None])[0])
+assert np.isclose(A_of_draw, classification.weighted_auroc(y, s)(w[None])[0])
 
 # %% [markdown]
 # With scores sorted once, {eq}`eq:weighted-auroc` is a running sum of weights, and all draws are rows of one matrix. On as many
@@ -163,10 +163,10 @@ y_many = np.repeat(rng.integers(0, 2, 1039), 2).astype(bool)
 s_many = (y_many + rng.normal(size=2078)).round(2)
 study_many = np.repeat(np.arange(1039), 2)
 begun = time.perf_counter()
-fast = evaluate.weighted_auroc(y_many, s_many)(stats.draw_weights(study_many, 1000, 1))
+fast = classification.weighted_auroc(y_many, s_many)(metrics_intervals.draw_weights(study_many, 1000, 1))
 taken = {"all draws at once": time.perf_counter() - begun}
 begun = time.perf_counter()
-rows = stats.resample_by_study(study_many, 1000, 1)
+rows = metrics_intervals.resample_by_study(study_many, 1000, 1)
 loop = np.array([roc_auc_score(y_many[r], s_many[r]) for r in rows])
 taken["a loop over scikit-learn"] = time.perf_counter() - begun
 assert np.abs(fast - loop).max() < 1e-9
@@ -191,16 +191,16 @@ pd.DataFrame({"seconds, 1,000 draws of 2,078 scores": taken}).round(3)
 # with one study left out, less the value without study $g$. By hand:
 
 # %%
-area = evaluate.weighted_auroc(y, s)
-A, A_draws = area(np.ones((1, len(y))))[0], area(stats.draw_weights(study, **draws))
-without = area(stats.leave_one_out(study))
+area = classification.weighted_auroc(y, s)
+A, A_draws = area(np.ones((1, len(y))))[0], area(metrics_intervals.draw_weights(study, **draws))
+without = area(metrics_intervals.leave_one_out(study))
 d = np.nanmean(without) - without[~np.isnan(without)]
 a = (d**3).sum() / (6 * (d**2).sum() ** 1.5)
 A_draws = A_draws[~np.isnan(A_draws)]
 z_0 = norm.ppf(((A_draws < A).sum() + (A_draws == A).sum() / 2) / len(A_draws))
 z = z_0 + norm.ppf([0.025, 0.975])
 alpha = norm.cdf(z_0 + z / (1 - a * z))
-bca = stats.bootstrap(area, study, **draws, method="bca")
+bca = metrics_intervals.bootstrap(area, study, **draws, method="bca")
 assert np.allclose(np.quantile(A_draws, alpha), [bca.low, bca.high], equal_nan=True)
 pd.Series({"z0": z_0, "a": a, "alpha 1": alpha[0], "alpha 2": alpha[1]}).round(3)
 
@@ -225,7 +225,7 @@ pd.Series({"z0": z_0, "a": a, "alpha 1": alpha[0], "alpha 2": alpha[1]}).round(3
 # %%
 V10, V01 = wins.mean(axis=1), wins.mean(axis=0)
 variance = V10.var(ddof=1) / len(V10) + V01.var(ddof=1) / len(V01)
-by_film = stats.delong(y, s)
+by_film = significance.delong(y, s)
 assert np.isclose(V10.mean(), A) and np.isclose(V01.mean(), A)
 assert np.isclose(by_film.covariance[0, 0], variance)
 
@@ -243,7 +243,7 @@ mixed = ones.mul(zeros, fill_value=0).sum()
 K_1, K_0, K = len(ones), len(zeros), len(np.unique(study))
 by_hand = K_1 / (K_1 - 1) * (ones**2).sum() + K_0 / (K_0 - 1) * (zeros**2).sum()
 by_hand += 2 * K / (K - 1) * mixed
-by_study = stats.delong(y, s, study)
+by_study = significance.delong(y, s, study)
 assert np.isclose(by_study.covariance[0, 0], by_hand)
 
 # %% [markdown]
@@ -251,8 +251,8 @@ assert np.isclose(by_study.covariance[0, 0], by_hand)
 
 # %%
 intervals = {
-    "bootstrap, films": stats.bootstrap(area, test["image_id"], **draws),
-    "bootstrap, studies": stats.bootstrap(area, study, **draws),
+    "bootstrap, films": metrics_intervals.bootstrap(area, test["image_id"], **draws),
+    "bootstrap, studies": metrics_intervals.bootstrap(area, study, **draws),
     "bootstrap, studies, BCa": bca,
     "DeLong, films": by_film.interval(),
     "DeLong, studies": by_study.interval(),
@@ -264,28 +264,30 @@ table.assign(width=table["high"] - table["low"]).round(3)
 # %% tags=["remove-cell"]
 widths = (table["high"] - table["low"]).fillna(0)
 ratio = widths["bootstrap, studies"] / max(widths["bootstrap, films"], 1e-9)
-glue("c12-auroc", f"{intervals['bootstrap, studies']:.2f}", display=False)
-glue("c12-width-ratio", f"{ratio:.2f}", display=False)
+glue_values("c12", {
+    "auroc": f"{intervals['bootstrap, studies']:.2f}",
+    "width-ratio": f"{ratio:.2f}",
+})
 
 # %% [markdown]
 # The same bootstrap serves whatever can be computed of weighted films. By study, percentile and BCa, for what the paper prints of a
 # classifier at its threshold, and for the average precision of the commonest lesion type:
 
 # %%
-searched = detect.run_films(workspace)
+searched = images.detection_images(workspace)
 true_boxes = searched.boxes[searched.boxes["image_id"].isin(test["image_id"])]
 common = true_boxes["lesion_type"].value_counts().idxmax()
 of_yolo = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
 order = searched.test["image_id"].tolist()
-points = evaluate.weighted_point(y, s, decision.thresholds["youden"])
+points = classification.weighted_point(y, s, decision.thresholds["youden"])
 statistics = {"AUROC": (area, study)} | {
     name: (lambda w, name=name: points(w)[name], study)
     for name in ("f1", "sensitivity", "specificity")
 }
-precision = metrics.weighted_average_precision(true_boxes, of_yolo, common, order)
+precision = detection.weighted_average_precision(true_boxes, of_yolo, common, order)
 statistics[f"AP, {common}"] = (precision, searched.test["study_id"].to_numpy())
 pd.DataFrame({
-    name: {method: f"{stats.bootstrap(own, groups, **draws, method=method):.3f}"
+    name: {method: f"{metrics_intervals.bootstrap(own, groups, **draws, method=method):.3f}"
            for method in ("percentile", "bca")}
     for name, (own, groups) in statistics.items()
 }).T  # fmt: skip
@@ -326,7 +328,7 @@ def made(rho, rng):
 # %%
 label_one, score_one = made(0.5, np.random.default_rng(0))
 big = [made(0.5, np.random.default_rng(seed)) for seed in range(200)]
-areas = [evaluate.auroc(label, score[:, 0]) for label, score in big]
+areas = [classification.auroc(label, score[:, 0]) for label, score in big]
 assert abs(np.mean(areas) - truth) < 4 * np.std(areas) / np.sqrt(len(areas))  # unbiased
 assert abs(intraclass_correlation(score_one[:, 0] - mu * label_one, which) - 0.5) < 0.2
 
@@ -344,17 +346,17 @@ def judged(rho, resamples=0):
         label, score = made(rho, rng)
         row = {}
         for unit, groups in (("films", None), ("studies", which)):
-            areas = stats.delong(label, score, groups)
+            areas = significance.delong(label, score, groups)
             own = areas.interval()
             row[f"DeLong, {unit}"] = own.low <= truth <= own.high
             row[f"DeLong's test, {unit}"] = areas.p_value() < 0.05
             if resamples:
                 drawn = which if groups is not None else np.arange(len(label))
-                area = evaluate.weighted_auroc(label, score[:, 0])
-                own = stats.bootstrap(area, drawn, resamples, int(rng.integers(2**32)))
+                area = classification.weighted_auroc(label, score[:, 0])
+                own = metrics_intervals.bootstrap(area, drawn, resamples, int(rng.integers(2**32)))
                 row[f"bootstrap, {unit}"] = own.low <= truth <= own.high
         right = (score > mu / 2) == label[:, None]
-        row["McNemar's test"] = stats.mcnemar(*right.T).p < 0.05
+        row["McNemar's test"] = significance.mcnemar(*right.T).p < 0.05
         rows.append(row)
     return pd.DataFrame(rows).mean()
 
@@ -437,7 +439,7 @@ def fold_differences(rng, n=150, features=10, folds=5):
         for own in x:
             ridge = own[learn].T @ own[learn] + np.eye(features)
             weight = np.linalg.solve(ridge, own[learn].T @ (label[learn] - 0.5))
-            scores.append(evaluate.auroc(label[judge], own[judge] @ weight))
+            scores.append(classification.auroc(label[judge], own[judge] @ weight))
         apart.append(scores[0] - scores[1])
     return np.array(apart)
 
@@ -446,12 +448,14 @@ def fold_differences(rng, n=150, features=10, folds=5):
 rng = np.random.default_rng(numbers.seed)
 apart = [fold_differences(rng) for _ in range(simulations)]
 false_alarms = pd.Series({
-    "paired t": np.mean([stats.paired_t(own).p < 0.05 for own in apart]),
-    "corrected (Nadeau and Bengio)": np.mean([stats.paired_t(own, 1 / 4).p < 0.05 for own in apart]),
+    "paired t": np.mean([significance.paired_t(own).p < 0.05 for own in apart]),
+    "corrected (Nadeau and Bengio)": np.mean([significance.paired_t(own, 1 / 4).p < 0.05 for own in apart]),
 }, name="rejects two equal classifiers")  # fmt: skip
 assert false_alarms.iloc[1] < false_alarms.iloc[0]
-glue("c12-t-plain", f"{false_alarms.iloc[0]:.1%}", display=False)
-glue("c12-t-corrected", f"{false_alarms.iloc[1]:.1%}", display=False)
+glue_values("c12", {
+    "t-plain": f"{false_alarms.iloc[0]:.1%}",
+    "t-corrected": f"{false_alarms.iloc[1]:.1%}",
+})
 false_alarms.round(3).to_frame()
 
 # %% [markdown]
@@ -468,13 +472,13 @@ false_alarms.round(3).to_frame()
 # It counts films, so {numref}`fig:coverage` applies to it.
 
 # %%
-columns = {SPOKEN[name]: prob[:, m] for m, name in enumerate(NETWORKS)}
+columns = {NETWORK_NAMES[name]: prob[:, m] for m, name in enumerate(NETWORKS)}
 columns |= {"equal weights": prob.mean(axis=1), "paper's weights": prob @ ensemble.PAPER_WEIGHTS}
-held_columns = {SPOKEN[name]: prob_held[:, m] for m, name in enumerate(NETWORKS)}
+held_columns = {NETWORK_NAMES[name]: prob_held[:, m] for m, name in enumerate(NETWORKS)}
 held_columns |= {
     "equal weights": prob_held.mean(axis=1), "paper's weights": prob_held @ ensemble.PAPER_WEIGHTS,
 }  # fmt: skip
-threshold = {n: evaluate.youden_threshold(label, own) for n, own in held_columns.items()}
+threshold = {n: classification.youden_threshold(label, own) for n, own in held_columns.items()}
 ours = (vote > decision.thresholds["youden"]) == y
 right = {name: (own > threshold[name]) == y for name, own in columns.items()}
 
@@ -489,15 +493,15 @@ right = {name: (own > threshold[name]) == y for name, own in columns.items()}
 # %%
 def area_gap(one, other):
     """Difference in AUROC of two scores of the test films, by study."""
-    first, second = (evaluate.weighted_auroc(y, own) for own in (one, other))
-    return stats.bootstrap(lambda w: first(w) - second(w), study, **draws)
+    first, second = (classification.weighted_auroc(y, own) for own in (one, other))
+    return metrics_intervals.bootstrap(lambda w: first(w) - second(w), study, **draws)
 
 
 def fold_gaps(name):
     """DERNet's AUROC less another's, in each fold."""
     mine, other = decision.prob(prob_held), held_columns[name]
     return [
-        evaluate.auroc(label[own], mine[own]) - evaluate.auroc(label[own], other[own])
+        classification.auroc(label[own], mine[own]) - classification.auroc(label[own], other[own])
         for own in (held["fold"].to_numpy() == k for k in range(numbers.folds))
     ]
 
@@ -507,14 +511,14 @@ q = 1 / (numbers.folds - 1)
 rows = {}
 for name, own in columns.items():
     gap, folds = area_gap(vote, own), fold_gaps(name)
-    both = stats.delong(y, np.column_stack([vote, own]), study)
+    both = significance.delong(y, np.column_stack([vote, own]), study)
     assert np.isclose(both.difference().value, gap.value)
     rows[name] = {
-        "AUROC": f"{gap:+.3f}", "DeLong": both.p_value(), "McNemar": stats.mcnemar(ours, right[name]).p,
-        "paired t": stats.paired_t(folds).p, "corrected t": stats.paired_t(folds, q).p,
+        "AUROC": f"{gap:+.3f}", "DeLong": both.p_value(), "McNemar": significance.mcnemar(ours, right[name]).p,
+        "paired t": significance.paired_t(folds).p, "corrected t": significance.paired_t(folds, q).p,
     }  # fmt: skip
 table_2 = pd.DataFrame(rows).T.rename_axis("DERNet less")
-table_2["DeLong, Holm"] = stats.holm(table_2["DeLong"].to_numpy(float))
+table_2["DeLong, Holm"] = significance.holm(table_2["DeLong"].to_numpy(float))
 shown_columns = ["AUROC", "DeLong", "DeLong, Holm", "McNemar", "paired t", "corrected t"]
 tests = shown_columns[1:]
 table_2[shown_columns].style.format({name: "{:.3f}" for name in tests})
@@ -524,9 +528,13 @@ shown = table_2.index[table_2["DeLong, Holm"] < 0.05]
 text = "none of the differences stands"
 if len(shown):
     text = f"what stands is the difference to {', '.join(shown)}"
-glue("c12-stands", text, display=False)
+glue_values("c12", {
+    "stands": text,
+})
 plain = (table_2["paired t"] < 0.05).sum()
-glue("c12-plain-t", int(plain), display=False)
+glue_values("c12", {
+    "plain-t": int(plain),
+})
 
 # %% [markdown]
 # Five questions are asked, and the chance that at least one of five true "no difference" is rejected at 5 % may
@@ -554,15 +562,15 @@ assert np.allclose(np.sort(table_2["DeLong, Holm"].to_numpy(float)), adjusted)
 
 # %%
 boxes = pd.read_parquet(workspace.tables / "rivals_test_boxes.parquet")
-of = {name: boxes[boxes["detector"] == name].drop(columns="detector") for name in RIVALS}
-others = [name for name in RIVALS if name != "YOLO11-L"]
+of = {name: boxes[boxes["detector"] == name].drop(columns="detector") for name in BASELINES}
+others = [name for name in BASELINES if name != "YOLO11-L"]
 level = 1 - 0.05 / len(others)
 
 
 def map_gap(name, level=0.95):
     """YOLO11-L's mean average precision less another detector's."""
     mine = of["YOLO11-L"]
-    return metrics.mean_difference(true_boxes, mine, of[name], searched.test, **draws, level=level)
+    return detection.mean_difference(true_boxes, mine, of[name], searched.test, **draws, level=level)
 
 
 table_3 = {n: (map_gap(n), map_gap(n, level)) for n in others}
@@ -573,7 +581,9 @@ gaps.rename_axis("YOLO11-L less")
 # %% tags=["remove-cell"]
 sure = [name for name, (_, wide) in table_3.items() if wide.low > 0 or wide.high < 0]
 text = f"{len(sure)} of {len(table_3)} differences are told from zero by them"
-glue("c12-table-3", text, display=False)
+glue_values("c12", {
+    "table-3": text,
+})
 
 # %% [markdown]
 # Simultaneous intervals are wider, and {glue:text}`c12-table-3`. What short trainings from random weights can say about
@@ -594,13 +604,13 @@ glue("c12-table-3", text, display=False)
 
 # %%
 delta = (TABLE_2["DERNet"][0] - TABLE_2["VinDr Ensemble"][0]) / 100
-pair = stats.delong(y, np.column_stack([prob[:, 0], prob[:, 2]]), study)
+pair = significance.delong(y, np.column_stack([prob[:, 0], prob[:, 2]]), study)
 apart = np.array([1, -1])
 sigma = {
     "one AUROC against a fixed number": np.sqrt(by_study.covariance[0, 0] * K),
     "DenseNet121 and ResNet50, same films": np.sqrt(apart @ pair.covariance @ apart * K),
 }
-needed = {name: stats.studies_needed(delta, own, power) for name, own in sigma.items()}
+needed = {name: significance.studies_needed(delta, own, power) for name, own in sigma.items()}
 reach = norm.ppf(0.975) + norm.ppf(power)
 for name, own in sigma.items():
     assert needed[name] == int(np.ceil((reach * own / delta) ** 2))
@@ -681,7 +691,7 @@ for key, name in zip(("one", "pair"), needed, strict=True):
 first, second = np.zeros(200, bool), np.zeros(200, bool)
 first[:8], second[8:10] = True, True
 first[10:], second[10:] = True, True
-assert np.isclose(stats.mcnemar(first, second).p, 2 * 56 / 1024)
+assert np.isclose(significance.mcnemar(first, second).p, 2 * 56 / 1024)
 
 # %% [markdown]
 # ````{solution-end}

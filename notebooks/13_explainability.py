@@ -49,23 +49,30 @@ import torch
 from myst_nb import glue
 from scipy.stats import spearmanr
 
-from dernet_utils import detect, explain, stats, triage
-from dernet_utils import detection_metrics as metrics
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, open_test_labels, read_decision, run_images
-from dernet_utils.data import CORNERS, LESION_TYPES, labelled_findings, read_manifest, read_twins
-from dernet_utils.figures import show_boxes, show_figure, show_film, use_style
-from dernet_utils.imaging import load_cached, preprocess, read_grey
-from dernet_utils.paper import SPOKEN
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_boxes, show_figure, show_radiograph
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, NETWORK_NAMES, NETWORKS
+from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.dataset.tables import read_manifest
+from dernet_utils.detection import images as detection_images
+from dernet_utils.imaging import boxes as imaging_boxes
+from dernet_utils.imaging.enhance import preprocess
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.metrics import intervals
+from dernet_utils.triage import explain, training
+from dernet_utils.triage import networks as triage_networks
+from dernet_utils.triage.crossvalidation import (
+    cross_validate,
+    open_test_labels,
+    read_decision,
+    triage_images,
+)
+from dernet_utils.virtual.counterfactual import labelled_findings, read_counterfactuals
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
-films = detect.run_films(workspace)
+films = detection_images.detection_images(workspace)
 exact = numbers.virtual  # of a real film neither a lesion's shadow nor a twin is known
 found = {name: cross_validate(workspace, name) for name in NETWORKS}
 decision = read_decision(workspace)
@@ -79,13 +86,12 @@ draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 study, px = judged["study_id"].to_numpy(), numbers.triage_px
 
 # %% tags=["remove-cell"]
-for key, value in {
+glue_values("c13", {
     "profile": numbers.name, "n": len(judged), "n-studies": len(set(study)), "px": px,
     "samples": lime_samples, "seeds": lime_seeds, "segments": explain.SEGMENTS,
     "kind": "virtual radiographs" if exact else "radiographs",
     "masks": "the exact shadow" if exact else "the boxes",
-}.items():  # fmt: skip
-    glue(f"c13-{key}", value, display=False)
+})  # fmt: skip
 
 # %% [markdown]
 # We take {glue:text}`c13-n` {glue:text}`c13-kind` of the test split with at least one labelled lesion, of {glue:text}`c13-n-studies` studies, drawn at
@@ -101,7 +107,7 @@ def smaller(mask, size):
 
 def exact_masks(film, size):
     """Of a virtual film's labelled lesions: type and exact mask."""
-    twins = read_twins(workspace.data_root, film.image_id)
+    twins = read_counterfactuals(workspace.data_root, film.image_id)
     own = findings[findings["image_id"] == film.image_id]
     return [(row.lesion_type, smaller(twins[row.number].mask, size)) for row in own.itertuples()]
 
@@ -118,7 +124,7 @@ def filled_boxes(film, size):
 
 masks_of = exact_masks if exact else filled_boxes
 findings = labelled_findings(read_manifest(workspace.data_root)) if exact else None
-shown = [load_cached(path) for path in judged["path"]]
+shown = [load_cached(path) for path in judged["cached_path"]]
 lesions = [
     masks_of(film, grey.shape[::-1]) for film, grey in zip(judged.itertuples(), shown, strict=True)
 ]
@@ -144,18 +150,20 @@ pd.Series(share).describe()[["min", "50%", "max"]].round(4).to_frame(
 # differentiation is needed. We compute it so, for all three networks, and compare with captum's:
 
 # %%
-pixels = triage.load_pixels(judged["path"], px)
-networks = {name: triage.load_trained(name, found[name].checkpoints[0])[0] for name in NETWORKS}
+pixels = training.load_pixels(judged["cached_path"], px)
+networks = {name: training.load_network(name, found[name].checkpoints[0])[0] for name in NETWORKS}
 for name, network in networks.items():
     with torch.no_grad():
-        A = network.forward_features(triage.as_input(pixels[:2]))
+        A = network.forward_features(triage_networks.as_input(pixels[:2]))
         alpha = network.get_classifier().weight[0] / (A.shape[2] * A.shape[3])
     L = torch.einsum("k,nkij->nij", alpha, A).clamp(min=0)
     sized = torch.nn.functional.interpolate(L[:, None].detach(), (px, px), mode="bilinear")[:, 0]
     by_library = explain.grad_cam(name, network, pixels[:2])
     assert np.allclose(by_library, sized.numpy(), atol=1e-5 * max(by_library.max(), 1e-6))
-cells = {SPOKEN[name]: f"{A.shape[2]} × {A.shape[3]}" for name in NETWORKS}
-glue("c13-cells", f"{A.shape[2]} × {A.shape[3]}", display=False)
+cells = {NETWORK_NAMES[name]: f"{A.shape[2]} × {A.shape[3]}" for name in NETWORKS}
+glue_values("c13", {
+    "cells": f"{A.shape[2]} × {A.shape[3]}",
+})
 
 # %% [markdown]
 # For a film of {glue:text}`c13-px` pixels the maps have {glue:text}`c13-cells` cells. Enlarged to the film they look smooth, which is interpolation; they
@@ -175,7 +183,7 @@ def cams(shown_pixels):
     """Grad-CAM of each network, the mean over its folds."""
     return {
         name: np.mean([
-            scaled(explain.grad_cam(name, triage.load_trained(name, one)[0], shown_pixels))
+            scaled(explain.grad_cam(name, training.load_network(name, one)[0], shown_pixels))
             for one in found[name].checkpoints
         ], axis=0)
         for name in NETWORKS
@@ -217,11 +225,13 @@ z = rng.integers(0, 2, (400, patches[0].max() + 1))
 kept = torch.from_numpy(z[:, patches[0]].astype(bool))[:, None]
 altered = torch.where(kept, pixels[:1], explain.without_detail(pixels[:1]))
 with torch.no_grad():
-    f = torch.cat([network(triage.as_input(part)) for part in altered.split(16)]).squeeze(1).numpy()
+    f = torch.cat([network(triage_networks.as_input(part)) for part in altered.split(16)]).squeeze(1).numpy()
 design = np.column_stack([np.ones(len(z)), z])
 w_hat = np.linalg.lstsq(design, f, rcond=None)[0][1:]
 agreement = spearmanr(w_hat, weights[0]).statistic
-glue("c13-lime-agreement", f"{agreement:.2f}", display=False)
+glue_values("c13", {
+    "lime-agreement": f"{agreement:.2f}",
+})
 
 # %% [markdown]
 # Rank correlation of the two: {glue:text}`c13-lime-agreement`. What is missing to one is chance, since both asked about other patches, and the penalty.
@@ -258,7 +268,7 @@ fig, axes = plt.subplots(len(busiest), 4, figsize=(8, 3.3 * len(busiest)), squee
 titles = ("true boxes", "LIME", "Grad-CAM, DERNet", "masks in true boxes")
 for line, row in zip(axes, busiest, strict=True):
     for ax, title in zip(line, titles, strict=True):
-        show_film(ax, shown[row], title if row == busiest[0] else "")
+        show_radiograph(ax, shown[row], title if row == busiest[0] else "")
     show_boxes(line[0], corners_shown(row, truth), names=False)
     for ax, name in ((line[1], "LIME"), (line[2], "DERNet")):
         heat = on_film(row, maps[name][row])
@@ -307,10 +317,10 @@ assert np.allclose(energies["everywhere the same"], share, atol=1e-6)
 def mean_of(values):
     """Mean over films with its interval by study."""
     values = np.asarray(values, float)
-    return stats.bootstrap(lambda w: w @ values / w.sum(axis=1), study, **draws)
+    return intervals.bootstrap(lambda w: w @ values / w.sum(axis=1), study, **draws)
 
 
-spoken = {name: SPOKEN.get(name, name) for name in maps}
+spoken = {name: NETWORK_NAMES.get(name, name) for name in maps}
 levels = {
     spoken[name]: [f"{mean_of(points[name]):.2f}", f"{mean_of(energies[name]):.3f}"]
     for name in maps
@@ -341,10 +351,12 @@ def beats(measure, other):
     return ", ".join(won) if won else "none of the maps"
 
 
-glue("c13-points-centre", beats(points, "centre"), display=False)
-glue("c13-energy-centre", beats(energies, "centre"), display=False)
-glue("c13-energy-same", beats(energies, "everywhere the same"), display=False)
-glue("c13-points-same", beats(points, "everywhere the same"), display=False)
+glue_values("c13", {
+    "points-centre": beats(points, "centre"),
+    "energy-centre": beats(energies, "centre"),
+    "energy-same": beats(energies, "everywhere the same"),
+    "points-same": beats(points, "everywhere the same"),
+})
 
 # %% [markdown]
 # By pointing, {glue:text}`c13-points-same` lies above a map that is the same everywhere, and {glue:text}`c13-points-centre` above one that looks at the middle; by energy, above the
@@ -371,7 +383,7 @@ for name in LESION_TYPES:
     }
     for key in ahead:
         gap = np.array(heat[key]) - np.array(heat["centre"])
-        lead = stats.bootstrap(lambda w, gap=gap: w @ gap / w.sum(axis=1), study[has], **draws)
+        lead = intervals.bootstrap(lambda w, gap=gap: w @ gap / w.sum(axis=1), study[has], **draws)
         row[f"{key} less centre"] = f"{lead:+.3f}"
         if lead.low > 0 and row["studies"] >= 5:  # of fewer studies an interval knows too little
             ahead[key].append(name.lower())
@@ -397,7 +409,7 @@ for key, names in ahead.items():
 # %%
 def score(altered):
     """DenseNet121's probability of abnormal."""
-    return triage.predict_triage(network, altered)
+    return triage_networks.predict_probabilities(network, altered)
 
 
 noise = np.random.default_rng(numbers.seed).random((len(judged), 8, 8))
@@ -433,7 +445,7 @@ few_study = study[list(few)]
 def gap_to_random(name, insert):
     """Area under a map's curve less that under a random map's."""
     gap = areas[name, insert] - areas["random", insert]
-    return stats.bootstrap(lambda w: w @ gap / w.sum(axis=1), few_study, **draws)
+    return intervals.bootstrap(lambda w: w @ gap / w.sum(axis=1), few_study, **draws)
 
 
 columns = {"deletion, area less random's": False, "insertion, area less random's": True}
@@ -441,7 +453,9 @@ removal = {
     spoken.get(name, name): {c: f"{gap_to_random(name, i):+.3f}" for c, i in columns.items()}
     for name in asked[:-1]
 }
-glue("c13-few", len(few_study), display=False)
+glue_values("c13", {
+    "few": len(few_study),
+})
 pd.DataFrame(removal).T
 
 # %% [markdown]
@@ -462,21 +476,21 @@ pd.DataFrame(removal).T
 # network trained on shuffled labels, on which only the films are left to learn from.
 
 # %%
-images = run_images(workspace)
+images = triage_images(workspace)
 train = images[images["split"] == "train"]
-recipe = replace(triage.Recipe.of(numbers), epochs=1, crop_epochs=0)
+recipe = replace(training.TriageRecipe.of(numbers), epochs=1, crop_epochs=0)
 shuffled = train["label"].sample(frac=1, random_state=numbers.seed).to_numpy()
 lesson = train.assign(label=shuffled).drop(columns="lesions")
 learn, hold = (lesson[lesson["fold"] == 0], lesson[lesson["fold"] == 1])
-misled = triage.train_triage(
-    "densenet121", triage.Sample.load(learn, recipe.train_px),
-    triage.Sample.load(hold, recipe.image_px), recipe, workspace.weights / "shuffled",
+misled = training.train_triage(
+    "densenet121", training.Sample.load(learn, recipe.train_px),
+    training.Sample.load(hold, recipe.image_px), recipe, workspace.weights / "shuffled",
 ).network  # fmt: skip
-untrained = triage.build_network("densenet121", seed=numbers.seed)
+untrained = triage_networks.build_network("densenet121", seed=numbers.seed)
 with torch.no_grad():
     untrained.get_classifier().weight.normal_(generator=torch.Generator().manual_seed(1))
 others = {
-    "trained on the other folds": triage.load_trained("densenet121", found["densenet121"].checkpoints[1])[0],
+    "trained on the other folds": training.load_network("densenet121", found["densenet121"].checkpoints[1])[0],
     "random weights": untrained,
     "trained on shuffled labels": misled,
 }  # fmt: skip
@@ -515,10 +529,12 @@ sanity["LIME and LIME with another seed"] = (
 pd.Series(sanity, name="rank correlation").to_frame()
 
 # %% tags=["remove-cell"]
-glue("c13-stable", f"{np.mean(stable):.2f}", display=False)
-glue("c13-folds-alike", f"{mean_of(alike['trained on the other folds']):.2f}", display=False)
-glue("c13-random-alike", f"{mean_of(alike['random weights']):.2f}", display=False)
-glue("c13-misled-alike", f"{mean_of(alike['trained on shuffled labels']):.2f}", display=False)
+glue_values("c13", {
+    "stable": f"{np.mean(stable):.2f}",
+    "folds-alike": f"{mean_of(alike['trained on the other folds']):.2f}",
+    "random-alike": f"{mean_of(alike['random weights']):.2f}",
+    "misled-alike": f"{mean_of(alike['trained on shuffled labels']):.2f}",
+})
 
 # %% [markdown]
 # Two networks that learnt the same task on other films agree by {glue:text}`c13-folds-alike`; with random weights the map agrees by {glue:text}`c13-random-alike`, with shuffled labels by
@@ -535,8 +551,8 @@ glue("c13-misled-alike", f"{mean_of(alike['trained on shuffled labels']):.2f}", 
 def twin_of(film):
     """A film's most visible labelled lesion: the enhanced film without it, and its exact mask."""
     own = findings[findings["image_id"] == film.image_id].sort_values("visibility").iloc[-1]
-    twin = read_twins(workspace.data_root, film.image_id)[own["number"]]
-    grey = read_grey(Path(workspace.data_root) / "test_images" / f"{film.image_id}.dicom")
+    twin = read_counterfactuals(workspace.data_root, film.image_id)[own["number"]]
+    grey = read_radiograph(Path(workspace.data_root) / "test_images" / f"{film.image_id}.dicom").pixels
     without = preprocess(twin.without(grey), numbers.cache_px, numbers.clip_limit, numbers.tiles)
     return without, smaller(twin.mask, without.shape[::-1])
 
@@ -544,7 +560,7 @@ def twin_of(film):
 def dernet(shown_pixels):
     """DERNet's probability of abnormal."""
     columns = [
-        np.mean([triage.predict_triage(triage.load_trained(name, one)[0], shown_pixels)
+        np.mean([triage_networks.predict_probabilities(training.load_network(name, one)[0], shown_pixels)
                  for one in found[name].checkpoints], axis=0)
         for name in NETWORKS
     ]  # fmt: skip
@@ -604,10 +620,12 @@ if exact:
     fall_verdict = "no fall can be told from zero"
     if falls.low > 0:
         fall_verdict = "one lesion less makes the network surer of normal"
-glue("c13-fall", by_fall, display=False)
-glue("c13-moved", moves, display=False)
-glue("c13-moved-verdict", moved_verdict, display=False)
-glue("c13-fall-verdict", fall_verdict, display=False)
+glue_values("c13", {
+    "fall": by_fall,
+    "moved": moves,
+    "moved-verdict": moved_verdict,
+    "fall-verdict": fall_verdict,
+})
 
 # %% [markdown]
 # ```{glue:figure} c13-fig-twins
@@ -649,12 +667,12 @@ for row, own in enumerate(lesions if exact else []):
         tight = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], float)
         real = corners_shown(row, truth)
         real = real[real["lesion_type"] == kind][list(CORNERS)].to_numpy()
-        best = real[np.argmax(metrics.box_iou(tight[None], real)[0])]
+        best = real[np.argmax(imaging_boxes.box_iou(tight[None], real)[0])]
         record = {"study": study[row], "lesion_type": kind}
         in_true.append(record | overlaps(row, best, shadow))
         same = offered[offered["lesion_type"] == kind][list(CORNERS)].to_numpy()
-        if len(same) and metrics.box_iou(best[None], same).max() >= 0.5:
-            near = same[np.argmax(metrics.box_iou(best[None], same)[0])]
+        if len(same) and imaging_boxes.box_iou(best[None], same).max() >= 0.5:
+            near = same[np.argmax(imaging_boxes.box_iou(best[None], same)[0])]
             in_found.append(record | overlaps(row, near, shadow))
 ways = ("filled box", "ellipse", "GrabCut", "GrabCut and heat map")
 
@@ -668,7 +686,7 @@ def summary(records, which):
     for way in ways:
         values = np.array([own[way][which] for own in records])
         out[way] = (
-            f"{stats.bootstrap(lambda w, v=values: w @ v / w.sum(axis=1), groups, **draws):.2f}"
+            f"{intervals.bootstrap(lambda w, v=values: w @ v / w.sum(axis=1), groups, **draws):.2f}"
         )
     return out
 
@@ -688,7 +706,7 @@ for key, (one, other) in gains.items():
     gain = np.array([record[one][0] - record[other][0] for record in in_true])
     said = "(no exact masks here)"
     if in_true:
-        said = f"{stats.bootstrap(lambda w, g=gain: w @ g / w.sum(axis=1), groups, **draws):+.3f}"
+        said = f"{intervals.bootstrap(lambda w, g=gain: w @ g / w.sum(axis=1), groups, **draws):+.3f}"
     glue(f"c13-{key}-gain", said, display=False)
 
 # %% [markdown]

@@ -45,32 +45,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from myst_nb import glue
 
-from dernet_utils import detect, predict, stats
-from dernet_utils import detection_metrics as metrics
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, open_test_labels, read_decision
-from dernet_utils.figures import (
+from dernet_utils.book.figures import (
+    draw_arrow,
     draw_stage,
-    draw_way,
     show_boxes,
     show_figure,
-    show_film,
-    use_style,
+    show_radiograph,
 )
-from dernet_utils.imaging import read_grey
-from dernet_utils.paper import SPOKEN
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.triage import load_trained, predict_triage, starting_weights
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
+from dernet_utils.detection import images, prediction, training
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.inference import models, torch_backend
+from dernet_utils.metrics import detection, froc, intervals, matching
+from dernet_utils.triage.crossvalidation import cross_validate, open_test_labels, read_decision
+from dernet_utils.triage.networks import predict_probabilities, starting_weights
+from dernet_utils.triage.training import load_network
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
-films = detect.run_films(workspace)
+films = images.detection_images(workspace)
 test, boxes = films.test, films.boxes
 truth = boxes[boxes["image_id"].isin(test["image_id"])]
 found = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")  # of every test film
@@ -86,12 +82,11 @@ draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 
 # %% tags=["remove-cell"]
 kind = "virtual radiographs" if numbers.virtual else "radiographs"
-for key, value in {
+glue_values("c14", {
     "profile": numbers.name, "kind": kind, "test": len(test), "truth": len(truth),
     "test-studies": test["study_id"].nunique(), "normal": int((~abnormal).sum()),
     "abnormal": int(abnormal.sum()), "alarms": f"{alarms_allowed:g}", "threshold": threshold,
-}.items():  # fmt: skip
-    glue(f"c14-{key}", value, display=False)
+})  # fmt: skip
 
 # %% [markdown]
 # ## Phase III, line by line
@@ -124,18 +119,18 @@ assert set(gated["image_id"]) <= set(test["image_id"][opened])
 # command `dernet predict`, and the web page.
 
 # %%
-recipe = detect.Recipe.of(numbers)
+recipe = images.DetectorRecipe.of(numbers)
 start = starting_weights("yolo11l")
-trained = detect.train_detector(
+trained = training.train_detector(
     films.training, films.validation, boxes, recipe, workspace.weights, start
 )  # finds the checkpoint of chapter 10
-held = detect.predict_boxes(trained.network, films.validation, recipe.view)
+held = prediction.predict_boxes(trained.network, films.validation, recipe.input_size)
 held_truth = boxes[boxes["image_id"].isin(films.validation["image_id"])]
-curve = metrics.froc_curve(held_truth, held, films.validation)
-least_score = float(curve["score"][curve["false_alarms_per_film"] <= alarms_allowed].iloc[-1])
+curve = froc.froc_curve(held_truth, held, films.validation)
+score_threshold = float(curve["score"][curve["false_alarms_per_film"] <= alarms_allowed].iloc[-1])
 checkpoints = {name: list(own.checkpoints) for name, own in triage.items()}
-predict.write_models(workspace, checkpoints, trained.checkpoint, least_score)
-pipeline = predict.run_pipeline(workspace, threshold)
+models.write_models(workspace, checkpoints, trained.checkpoint, score_threshold)
+pipeline = torch_backend.run_pipeline(workspace, threshold)
 
 # %% [markdown]
 # Does the pipeline, asked for a file, say what the tables say? On the test film with the highest score:
@@ -145,15 +140,15 @@ row = int(np.argmax(S))
 film = test.iloc[row]
 folder = "train_images" if film["split"] == "train" else "test_images"
 path = Path(workspace.data_root) / folder / f"{film['image_id']}.dicom"
-grey = read_grey(path)
-answer = pipeline.answer(grey)
+grey = read_radiograph(path).pixels
+answer = pipeline.predict(grey)
 assert np.isclose(answer.score, S[row], atol=1e-5) and answer.abnormal == opened[row]
 reported = of_film.get(film["image_id"], none)
-expected = reported[reported["score"] >= least_score] if opened[row] else none
+expected = reported[reported["score"] >= score_threshold] if opened[row] else none
 assert abs(len(answer.boxes) - len(expected)) <= 1  # one may lie at the line itself
 both = min(len(answer.boxes), len(expected))
 assert np.allclose(answer.boxes["score"].head(both), expected["score"].head(both), atol=1e-4)
-pd.Series({SPOKEN[n]: p for n, p in answer.shares.items()} | {"DERNet": answer.score}).round(3)
+pd.Series({NETWORK_NAMES[n]: p for n, p in answer.network_probs.items()} | {"DERNet": answer.score}).round(3)
 
 # %% tags=["hide-input", "remove-output"]
 enhanced = pipeline.enhance(grey)
@@ -165,7 +160,7 @@ ax.set_axis_off()
 def picture(x, image, title, shown=None):
     """A small film with a title, and boxes where there are any."""
     inset = ax.inset_axes((x / 16, 0.17, 0.13, 0.66))
-    show_film(inset, image)
+    show_radiograph(inset, image)
     inset.set_title(title, fontsize=8)
     if shown is not None:
         show_boxes(inset, shown, image.shape[0] / grey.shape[0], names=False)
@@ -173,13 +168,13 @@ def picture(x, image, title, shown=None):
 
 picture(0.0, grey, "DICOM, PNG, JPEG")
 picture(2.7, enhanced, "CLAHE")
-for level, (name, p) in enumerate(answer.shares.items()):
-    draw_stage(ax, 5.6, 4.9 - 1.9 * level, f"{SPOKEN[name]}\n{p:.2f}", 2.6)
-    draw_way(ax, (4.95, 3.5), (5.5, 5.35 - 1.9 * level))
-    draw_way(ax, (8.35, 5.35 - 1.9 * level), (8.9, 3.6))
+for level, (name, p) in enumerate(answer.network_probs.items()):
+    draw_stage(ax, 5.6, 4.9 - 1.9 * level, f"{NETWORK_NAMES[name]}\n{p:.2f}", 2.6)
+    draw_arrow(ax, (4.95, 3.5), (5.5, 5.35 - 1.9 * level))
+    draw_arrow(ax, (8.35, 5.35 - 1.9 * level), (8.9, 3.6))
 draw_stage(ax, 9.0, 3.0, f"vote {answer.score:.2f}\n> {tau:.2f} ?", 1.9, "#f6e7c8")
-draw_way(ax, (11.0, 3.5), (11.9, 3.5), "yes" if answer.abnormal else "")
-draw_way(ax, (9.95, 2.9), (9.95, 1.6), "")
+draw_arrow(ax, (11.0, 3.5), (11.9, 3.5), "yes" if answer.abnormal else "")
+draw_arrow(ax, (9.95, 2.9), (9.95, 1.6), "")
 ax.text(10.1, 2.2, "no", fontsize=8)
 draw_stage(ax, 9.0, 0.4, "normal:\nno boxes", 1.9, "0.93")
 draw_stage(ax, 12.0, 3.0, "YOLO11-L\nNMS 0.5", 1.7)
@@ -231,9 +226,9 @@ pd.Series(
 # %%
 perfect = found[found["image_id"].isin(truth["image_id"])]
 systems = {"no gate": found, "gate": gated, "perfect gate": perfect}
-tables = {name: metrics.detection_table(truth, own, test, **draws) for name, own in systems.items()}
+tables = {name: detection.detection_table(truth, own, test, **draws) for name, own in systems.items()}
 change = {
-    name: metrics.mean_difference(truth, own, found, test, **draws)
+    name: detection.mean_difference(truth, own, found, test, **draws)
     for name, own in systems.items()
     if name != "no gate"
 }
@@ -243,15 +238,19 @@ pd.DataFrame({"mAP@0.5": rows, "less no gate": {n: f"{d:+.3f}" for n, d in chang
 )
 
 # %% tags=["remove-cell"]
-glue("c14-least-score", f"{least_score:.2f}", display=False)
-glue("c14-change", f"{change['gate']:+.3f}", display=False)
-glue("c14-perfect", f"{change['perfect gate']:+.3f}", display=False)
+glue_values("c14", {
+    "least-score": f"{score_threshold:.2f}",
+    "change": f"{change['gate']:+.3f}",
+    "perfect": f"{change['perfect gate']:+.3f}",
+})
 verdict = "The interval holds zero: on these films it cannot be said whether the gate helps the mean average precision."
 if change["gate"].low > 0:
     verdict = "On these films the gate raises the mean average precision."
 if change["gate"].high < 0:
     verdict = "On these films the gate lowers the mean average precision: what it gives up is worth more than what it spares."
-glue("c14-verdict", verdict, display=False)
+glue_values("c14", {
+    "verdict": verdict,
+})
 
 # %% [markdown]
 # The gate changes mAP@0.5 by {glue:text}`c14-change`. {glue:text}`c14-verdict` Even the perfect gate would change it by no more than
@@ -265,10 +264,10 @@ glue("c14-verdict", verdict, display=False)
 # %%
 def per_film(own):
     """Of each test film: boxes reported, lesions found."""
-    sure = own[own["score"] >= least_score]
+    sure = own[own["score"] >= score_threshold]
     order, hits = test["image_id"].tolist(), np.zeros(len(test))
     for name in truth["lesion_type"].unique():
-        matches = metrics.match_boxes(truth, sure, name, order)
+        matches = matching.match_boxes(truth, sure, name, order)
         hits += np.bincount(matches.film, matches.hit, len(test))
     shown = sure["image_id"].value_counts().reindex(order, fill_value=0).to_numpy(float)
     return shown, hits
@@ -289,7 +288,7 @@ def reader(own):
 
     study = test["study_id"].to_numpy()
     with np.errstate(invalid="ignore", divide="ignore"):
-        return [stats.bootstrap(one, study, **draws) for one in (alarms, missed)]
+        return [intervals.bootstrap(one, study, **draws) for one in (alarms, missed)]
 
 
 # %%
@@ -299,10 +298,12 @@ pd.DataFrame({n: [f"{own[0]:.2f}", f"{own[1]:.1%}"] for n, own in seen.items()},
 
 # %% tags=["remove-cell"]
 before, after = seen["no gate"], seen["gate"]
-glue("c14-alarms-before", f"{before[0]:.2f}", display=False)
-glue("c14-alarms-after", f"{after[0]:.2f}", display=False)
-glue("c14-missed-before", f"{before[1]:.1%}", display=False)
-glue("c14-missed-after", f"{after[1]:.1%}", display=False)
+glue_values("c14", {
+    "alarms-before": f"{before[0]:.2f}",
+    "alarms-after": f"{after[0]:.2f}",
+    "missed-before": f"{before[1]:.1%}",
+    "missed-after": f"{after[1]:.1%}",
+})
 
 # %% [markdown]
 # On normal films the gate takes false alarms from {glue:text}`c14-alarms-before` to {glue:text}`c14-alarms-after` a film. The price:
@@ -319,7 +320,7 @@ taus = np.concatenate([[0.0], taus])
 along = []
 for level in taus:
     own = found[found["image_id"].isin(test["image_id"][level < S])]
-    mean = metrics.mean_difference(truth, own, found, test, **draws)
+    mean = detection.mean_difference(truth, own, found, test, **draws)
     alarms, missed = reader(own)
     along.append({"tau": level, "mAP change": mean, "alarms": alarms, "missed": missed})
 along = pd.DataFrame(along)
@@ -374,9 +375,9 @@ by_type.rename(columns={"given_up": "behind a shut gate"}).round(2)
 
 # %%
 square = torch.zeros(1, 1, numbers.triage_px, numbers.triage_px, dtype=torch.uint8)
-filled = np.zeros(recipe.view, np.uint8)
+filled = np.zeros(recipe.input_size, np.uint8)
 asked = {
-    SPOKEN[name]: partial(predict_triage, load_trained(name, checkpoints[name][0])[0], square)
+    NETWORK_NAMES[name]: partial(predict_probabilities, load_network(name, checkpoints[name][0])[0], square)
     for name in NETWORKS
 }
 asked["YOLO11-L"] = lambda: pipeline.detector(filled)
@@ -392,10 +393,12 @@ with_gate = c_1 + opened.mean() * c_2
 milliseconds.round(0).to_frame("milliseconds a film")
 
 # %% tags=["remove-cell"]
-glue("c14-with-gate", f"{with_gate:.0f}", display=False)
-glue("c14-without", f"{c_2:.0f}", display=False)
-glue("c14-both", f"{c_1 + c_2:.0f}", display=False)
-glue("c14-saved", f"{1 - with_gate / (c_1 + c_2):.0%}", display=False)
+glue_values("c14", {
+    "with-gate": f"{with_gate:.0f}",
+    "without": f"{c_2:.0f}",
+    "both": f"{c_1 + c_2:.0f}",
+    "saved": f"{1 - with_gate / (c_1 + c_2):.0%}",
+})
 
 # %% [markdown]
 # With one network a vote, a gated film takes {glue:text}`c14-with-gate` ms on average; the detector alone takes {glue:text}`c14-without` ms, and both
@@ -453,7 +456,7 @@ assert np.isclose(0.5 * 0.85 + 0.5 * (1 - 0.82), 0.515)
 # %%
 weight = found["image_id"].map(pd.Series(S, test["image_id"].to_numpy()))
 soft = found.assign(score=found["score"] * weight)
-gain = metrics.mean_difference(truth, soft, found, test, **draws)
+gain = detection.mean_difference(truth, soft, found, test, **draws)
 print(f"soft gate less no gate: {gain:+.3f}")
 
 # %% [markdown]

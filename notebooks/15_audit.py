@@ -44,31 +44,30 @@ import numpy as np
 import pandas as pd
 from myst_nb import glue
 
-from dernet_utils import audit, ensemble, evaluate
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate
-from dernet_utils.data import LESION_TYPES, PAPER_CODES
-from dernet_utils.figures import show_figure, use_style
-from dernet_utils.paper import (
+from dernet_utils.book import audit
+from dernet_utils.book.figures import show_figure
+from dernet_utils.book.paper import (
     PUBLISHED_ABNORMAL,
     PUBLISHED_BOXES,
-    SPOKEN,
     TABLE_2,
     TABLE_3,
     TRAIN_IMAGES,
 )
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import LESION_TYPES, NETWORK_NAMES, NETWORKS, PAPER_CODES
+from dernet_utils.metrics import classification
+from dernet_utils.triage import ensemble
+from dernet_utils.triage.crossvalidation import cross_validate
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
 kind = "virtual radiographs" if numbers.virtual else "radiographs"
-glue("c15-profile", numbers.name, display=False)
-glue("c15-kind", kind, display=False)
-glue("c15-halves", f"{halves:,}", display=False)
+glue_values("c15", {
+    "profile": numbers.name,
+    "kind": kind,
+    "halves": f"{halves:,}",
+})
 
 # %% [markdown]
 # ## Table 2: does F1 fit?
@@ -101,7 +100,7 @@ f"{pi:.4f}"
 # %%
 rows = {name: row[1:] for name, row in TABLE_2.items() if None not in row}
 allowed = {name: audit.implied_prevalence(*row) for name, row in rows.items()}
-spoken = {name: SPOKEN.get(name, name) for name in rows}
+spoken = {name: NETWORK_NAMES.get(name, name) for name in rows}
 table = pd.DataFrame({spoken[n]: vars(own) for n, own in allowed.items()}).T
 agreeing, _ = audit.largest_agreement(allowed)
 train_share = (
@@ -130,12 +129,16 @@ off = {
     for n, row in rows.items()
 }
 worst = max(off, key=lambda name: abs(off[name]))
-glue("c15-agreeing", len(agreeing), display=False)
-glue("c15-common", f"{common:.1f}", display=False)
-glue("c15-worst", spoken[worst], display=False)
-glue("c15-worst-off", f"{off[worst]:+.2f}", display=False)
+glue_values("c15", {
+    "agreeing": len(agreeing),
+    "common": f"{common:.1f}",
+    "worst": spoken[worst],
+    "worst-off": f"{off[worst]:+.2f}",
+})
 rest = [abs(value) for name, value in off.items() if name != worst]
-glue("c15-rest-off", f"{max(rest):.2f}", display=False)
+glue_values("c15", {
+    "rest-off": f"{max(rest):.2f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} c15-fig-prevalence
@@ -195,12 +198,16 @@ table_3.round(2)
 
 # %% tags=["remove-cell"]
 no = [name for name, fit in fits.items() if not fit]
-glue("c15-unfit", f"{len(no)} of {len(fits)}: {', '.join(no)}", display=False)
-glue("c15-ours-mean", f"{by_hand:.2f}", display=False)
+glue_values("c15", {
+    "unfit": f"{len(no)} of {len(fits)}: {', '.join(no)}",
+    "ours-mean": f"{by_hand:.2f}",
+})
 order = sorted(TABLE_3, key=lambda n: -np.mean(TABLE_3[n][:-1]))
 printed_order = sorted(TABLE_3, key=lambda n: -TABLE_3[n][-1])
-glue("c15-order", ", ".join(order[:3]), display=False)
-glue("c15-printed-order", ", ".join(printed_order[:3]), display=False)
+glue_values("c15", {
+    "order": ", ".join(order[:3]),
+    "printed-order": ", ".join(printed_order[:3]),
+})
 
 # %% [markdown]
 # The rows that do not fit are {glue:text}`c15-unfit`. In each of them the printed mean lies below the mean of its parts; for YOLO11-L that would be
@@ -294,10 +301,14 @@ lead.style.format({column: "{:.4f}" for column in lead.columns[1:]})
 
 # %% tags=["remove-cell"]
 plain = against_baseline(1.0, correlation)["interval of 91.03"]
-glue("c15-interval", plain, display=False)
+glue_values("c15", {
+    "interval": plain,
+})
 excluded = "excludes" if A - 1.96 * np.sqrt(2.078) * se > baseline else "no longer excludes"
-glue("c15-wide", against_baseline(2.078, correlation)["interval of 91.03"], display=False)
-glue("c15-wide-verdict", excluded, display=False)
+glue_values("c15", {
+    "wide": against_baseline(2.078, correlation)["interval of 91.03"],
+    "wide-verdict": excluded,
+})
 
 # %% [markdown]
 # With independent films the interval is {glue:text}`c15-interval` and excludes 88.61. If films of one study told nothing new, it would be
@@ -333,21 +344,21 @@ assert np.abs(by_epoch[:, -1] - last).mean() < 0.1  # the last epoch's, but not 
 # %%
 def chosen(rows):
     """Epoch of each network, weights and threshold, all chosen on these films."""
-    areas = [[evaluate.auroc(y[rows], p[rows]) for p in network] for network in by_epoch]
+    areas = [[classification.auroc(y[rows], p[rows]) for p in network] for network in by_epoch]
     best = np.argmax(areas, axis=1)
     prob = np.stack([network[k] for network, k in zip(by_epoch, best, strict=True)], axis=1)
     grid = ensemble.simplex(len(NETWORKS), 10)
-    omega = grid[np.argmax([evaluate.auroc(y[rows], prob[rows] @ w) for w in grid])]
+    omega = grid[np.argmax([classification.auroc(y[rows], prob[rows] @ w) for w in grid])]
     vote = prob @ omega
-    return vote, evaluate.f1_threshold(y[rows], vote[rows])
+    return vote, classification.f1_threshold(y[rows], vote[rows])
 
 
 def reported(choice, rows):
     """AUROC, F1 and Youden's index of a choice on these films."""
     vote, tau = choice
-    point = evaluate.operating_point(y[rows], vote[rows], tau)
+    point = classification.operating_point(y[rows], vote[rows], tau)
     youden = point["sensitivity"] + point["specificity"] - 1
-    return [evaluate.auroc(y[rows], vote[rows]), point["f1"], youden]
+    return [classification.auroc(y[rows], vote[rows]), point["f1"], youden]
 
 
 # %%
@@ -380,9 +391,11 @@ show_figure("c15-fig-optimism", fig)
 for key, name in zip(("auroc", "f1", "youden"), gaps, strict=True):
     low, high = gaps[name].quantile([0.025, 0.975])
     glue(f"c15-{key}", f"{gaps[name].mean():+.2f} [{low:+.2f}, {high:+.2f}]", display=False)
-glue("c15-n", len(held), display=False)
-glue("c15-n-studies", len(names), display=False)
-glue("c15-epochs", len(epochs), display=False)
+glue_values("c15", {
+    "n": len(held),
+    "n-studies": len(names),
+    "epochs": len(epochs),
+})
 
 # %% [markdown]
 # ```{glue:figure} c15-fig-optimism

@@ -51,41 +51,39 @@ import torch
 from myst_nb import glue
 from torch.utils.flop_counter import FlopCounterMode
 
-from dernet_utils import detect, evaluate, export, machine, runtime, stats, triage, yolo
-from dernet_utils import detection_metrics as metrics
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, open_test_labels, read_decision
-from dernet_utils.data import CORNERS, LESION_TYPES
-from dernet_utils.figures import show_figure, use_style
-from dernet_utils.imaging import letterbox, load_cached
-from dernet_utils.paper import SPOKEN
-from dernet_utils.pipeline import Look, Pipeline
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_figure
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core import machine
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, NETWORK_NAMES, NETWORKS
+from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.detection import images, prediction, yolo
+from dernet_utils.imaging.boxes import letterbox
+from dernet_utils.inference import export, onnx_backend
+from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
+from dernet_utils.metrics import classification, detection, intervals
+from dernet_utils.triage import networks, training
+from dernet_utils.triage.crossvalidation import cross_validate, open_test_labels, read_decision
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
 rounds = numbers.timings  # of each engine, by turns
 folder = workspace.models
 manifest_file = export.export_run(workspace, folder, int8=True)
-manifest = runtime.read_exported(folder)
-films = detect.run_films(workspace)
+manifest = onnx_backend.read_export(folder)
+films = images.detection_images(workspace)
 test = films.test.reset_index(drop=True)
 truth = films.boxes[films.boxes["image_id"].isin(test["image_id"])]
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 
 # %% tags=["remove-cell"]
-for key, value in {
+glue_values("c16", {
     "profile": numbers.name, "n": len(test), "n-studies": test["study_id"].nunique(),
-    "boxes": len(truth), "allowed": f"{allowed:g}", "folds": numbers.folds, "rounds": rounds, "machine": machine.name(),
+    "boxes": len(truth), "allowed": f"{allowed:g}", "folds": numbers.folds, "rounds": rounds, "machine": machine.processor_name(),
     "kind": "virtual radiographs" if numbers.virtual else "radiographs",
-    "calibration": min(export.CALIBRATION_FILMS, len(films.training)), "px": numbers.triage_px,
-    "timed-px": numbers.timed_px, "timed-view": "{} × {}".format(*numbers.timed_view),
-}.items():  # fmt: skip
-    glue(f"c16-{key}", value, display=False)
+    "calibration": min(export.CALIBRATION_IMAGES, len(films.training)), "px": numbers.triage_px,
+    "timed-px": numbers.timed_px, "timed-view": "{} × {}".format(*numbers.timed_size),
+})  # fmt: skip
 
 # %% [markdown]
 # ## What is in the file
@@ -108,7 +106,7 @@ def contents(path):
 
 
 files = {
-    SPOKEN.get(name, "YOLO11-L"): folder / own["float32"]["file"]
+    NETWORK_NAMES.get(name, "YOLO11-L"): folder / own["float32"]["file"]
     for name, own in (manifest["triage"] | {"yolo11l": manifest["detector"]}).items()
 }
 inside = pd.DataFrame({name: contents(path) for name, path in files.items()}).T
@@ -130,14 +128,14 @@ inside.astype({"MB": float}).round({"MB": 0})
 
 # %%
 found = {name: cross_validate(workspace, name) for name in NETWORKS}
-resnet = triage.load_trained("resnet50", found["resnet50"].checkpoints[0])[0].eval()
+resnet = training.load_network("resnet50", found["resnet50"].checkpoints[0])[0].eval()
 conv, norm = resnet.conv1, resnet.bn1
 factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
 W_folded = factor.view(-1, 1, 1, 1) * conv.weight
 b_folded = norm.bias - factor * norm.running_mean
-pixels = triage.load_pixels(test["path"].head(2), numbers.triage_px)
+pixels = training.load_pixels(test["cached_path"].head(2), numbers.triage_px)
 with torch.no_grad():
-    x = triage.as_input(pixels)
+    x = networks.as_input(pixels)
     one = torch.nn.functional.conv2d(x, W_folded, b_folded, conv.stride, conv.padding)
     two = norm(conv(x))
 assert torch.allclose(one, two, atol=1e-4)
@@ -231,26 +229,26 @@ prob = pd.DataFrame(prob, scored).reindex(test["image_id"]).to_numpy()
 by_torch = decision.prob(prob)
 y = pd.Series(open_test_labels(workspace), scored).reindex(test["image_id"]).to_numpy()
 boxes_by_torch = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
-enhanced = [load_cached(path) for path in test["path"]]
+enhanced = [load_cached(path) for path in test["cached_path"]]
 stored = list(zip(test["height"], test["width"], strict=True))
 
 
 # %%
 def ask_all(engine):
     """Each network's probability of every test film by one engine, and boxes down to the smallest score."""
-    pipeline = runtime.open_pipeline(folder, engine, threads=1)
-    pipeline = replace(pipeline, least_score=detect.MIN_SCORE)
-    looks = [pipeline.look(film) for film in enhanced]
+    pipeline = onnx_backend.open_pipeline(folder, engine, threads=1)
+    pipeline = replace(pipeline, score_threshold=prediction.MIN_SCORE)
+    looks = [pipeline.run_triage(film) for film in enhanced]
     columns = np.array([[look.prob for look in own.values()] for own in looks])
     found_boxes = [
-        pipeline.find(film, shape).assign(image_id=image_id)
+        pipeline.detect(film, shape).assign(image_id=image_id)
         for film, shape, image_id in zip(enhanced, stored, test["image_id"], strict=True)
     ]
     return columns, pd.concat(found_boxes, ignore_index=True)
 
 
 with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # so many engines abreast
-    answers = dict(zip(runtime.ENGINES, pool.map(ask_all, runtime.ENGINES), strict=True))
+    answers = dict(zip(onnx_backend.ENGINES, pool.map(ask_all, onnx_backend.ENGINES), strict=True))
 
 
 # %%
@@ -267,24 +265,24 @@ def furthest_box(own):
 
 
 study, rows, falls = test["study_id"].to_numpy(), {}, {}
-area_torch = evaluate.weighted_auroc(y, by_torch)
-map_torch = metrics.mean_average_precision(truth, boxes_by_torch)[0]
+area_torch = classification.weighted_auroc(y, by_torch)
+map_torch = detection.mean_average_precision(truth, boxes_by_torch)[0]
 for engine, (columns, own) in answers.items():
     score = decision.prob(columns)
-    area = evaluate.weighted_auroc(y, score)
-    fall = stats.bootstrap(lambda w, a=area: a(w) - area_torch(w), study, **draws)
-    in_map = metrics.mean_difference(truth, own, boxes_by_torch, test, **draws)
+    area = classification.weighted_auroc(y, score)
+    fall = intervals.bootstrap(lambda w, a=area: a(w) - area_torch(w), study, **draws)
+    in_map = detection.mean_difference(truth, own, boxes_by_torch, test, **draws)
     falls[engine] = fall.value, in_map.value
     rows[engine] = {
         "score, furthest": np.abs(score - by_torch).max(),
         "any network's, furthest": np.abs(columns - prob).max(), "box, furthest, px": furthest_box(own),
-        "AUROC": evaluate.auroc(y, score), "less torch's": f"{fall:+.4f}",
-        "mAP@0.5": metrics.mean_average_precision(truth, own)[0], "less torch's ": f"{in_map:+.4f}",
+        "AUROC": classification.auroc(y, score), "less torch's": f"{fall:+.4f}",
+        "mAP@0.5": detection.mean_average_precision(truth, own)[0], "less torch's ": f"{in_map:+.4f}",
     }  # fmt: skip
 exact = rows["onnxruntime"], rows["openvino"]
 assert all(row["score, furthest"] < 1e-4 and row["box, furthest, px"] < 0.5 for row in exact)
 assert all(row["any network's, furthest"] < 1e-4 for row in exact)  # a vote may hide one
-assert all(abs(row["AUROC"] - evaluate.auroc(y, by_torch)) < 5e-4 for row in exact)
+assert all(abs(row["AUROC"] - classification.auroc(y, by_torch)) < 5e-4 for row in exact)
 assert all(abs(row["mAP@0.5"] - map_torch) < 5e-4 for row in exact)
 parity = pd.DataFrame(rows).T
 parity.drop(columns=["less torch's", "less torch's "]).astype(float).round(4)
@@ -296,9 +294,11 @@ parity[["less torch's", "less torch's "]].set_axis(
 
 # %% tags=["remove-cell"]
 good = [name for name, fall in falls.items() if min(fall) > -allowed]
-glue("c16-good", ", ".join(good), display=False)
-glue("c16-torch-auroc", f"{evaluate.auroc(y, by_torch):.4f}", display=False)
-glue("c16-torch-map", f"{map_torch:.4f}", display=False)
+glue_values("c16", {
+    "good": ", ".join(good),
+    "torch-auroc": f"{classification.auroc(y, by_torch):.4f}",
+    "torch-map": f"{map_torch:.4f}",
+})
 
 # %% [markdown]
 # {glue:text}`c16-n` {glue:text}`c16-kind` of {glue:text}`c16-n-studies` studies with {glue:text}`c16-boxes` boxes; torch has an AUROC of
@@ -317,11 +317,11 @@ glue("c16-torch-map", f"{map_torch:.4f}", display=False)
 speed = folder / "timed"
 speed.mkdir(exist_ok=True)
 squares = [cv2.resize(film, (numbers.timed_px,) * 2) for film in enhanced[:8]]
-filled = [letterbox(film, numbers.timed_view)[0] for film in enhanced[:8]]
+filled = [letterbox(film, numbers.timed_size)[0] for film in enhanced[:8]]
 modules = {
-    name: export.Triage([triage.build_network(name, seed=numbers.seed)]).eval() for name in NETWORKS
+    name: export.TriageModule([networks.build_network(name, seed=numbers.seed)]).eval() for name in NETWORKS
 }
-modules["yolo11l"] = export.Boxes(yolo.build_detector(LESION_TYPES, numbers.seed)).eval()
+modules["yolo11l"] = export.DetectorModule(yolo.build_detector(LESION_TYPES, numbers.seed)).eval()
 sized = {name: speed / f"{name}.onnx" for name in modules}
 seen = {name: filled if name == "yolo11l" else squares for name in modules}
 written = export.write_each([
@@ -334,10 +334,10 @@ def made(ask):
     """The pipeline at these sizes, its gate open, from functions that run networks."""
     open_gate = replace(decision, thresholds={"youden": -1.0})
     return Pipeline(
-        {name: lambda square, name=name: Look(*(one[0] for one in ask[name](square[None, None])))
+        {name: lambda square, name=name: NetworkOutput(*(one[0] for one in ask[name](square[None, None])))
          for name in NETWORKS},
         lambda film: ask["yolo11l"](film[None, None])[0][0],
-        open_gate, LESION_TYPES, 0.5, numbers.timed_px, numbers.timed_view, numbers.cache_px,
+        open_gate, LESION_TYPES, 0.5, numbers.timed_px, numbers.timed_size, numbers.cache_px,
         numbers.clip_limit, numbers.tiles,
     )  # fmt: skip
 
@@ -355,10 +355,10 @@ def eager(module):
 
 
 asked = {"PyTorch eager": {name: eager(module) for name, module in modules.items()}}
-for engine, (_, form, _) in runtime.ENGINES.items():
+for engine, (_, form, _) in onnx_backend.ENGINES.items():
     suffix = ".onnx" if form == "float32" else f".{form}.onnx"
     asked[engine] = {
-        name: runtime.open_network(path.with_suffix(suffix), engine) for name, path in sized.items()
+        name: onnx_backend.open_network(path.with_suffix(suffix), engine) for name, path in sized.items()
     }
 engines = {name: made(own) for name, own in asked.items()}
 
@@ -386,7 +386,7 @@ for turn in range(-1, rounds):
         one = stages(pipeline, greys[turn % len(greys)])
         if turn >= 0:  # the first round warms up
             taken[name].append(one)
-labels = ["CLAHE", *(SPOKEN[name] for name in NETWORKS), "YOLO11-L"]
+labels = ["CLAHE", *(NETWORK_NAMES[name] for name in NETWORKS), "YOLO11-L"]
 medians = pd.DataFrame({n: np.median(own, axis=0) for n, own in taken.items()}, labels).T
 whole = {name: np.sum(own, axis=1) for name, own in taken.items()}
 medians["one film"] = [np.median(own) for own in whole.values()]
@@ -442,7 +442,7 @@ def times_faster(slow, fast):
     drawn = rng.integers(len(slow), size=(1000, len(slow)))
     ratios = np.median(slow[drawn], axis=1) / np.median(fast[drawn], axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
-    return stats.Interval(np.median(slow) / np.median(fast), low, high, len(slow), len(slow), 1000)
+    return intervals.Interval(np.median(slow) / np.median(fast), low, high, len(slow), len(slow), 1000)
 
 
 faster = {name: times_faster(whole["PyTorch eager"], whole[name]) for name in engines}
@@ -456,16 +456,20 @@ table
 
 # %% tags=["remove-cell"]
 best = max((n for n in good), key=lambda n: faster[n].value)
-glue("c16-best", best, display=False)
-glue("c16-best-faster", f"{faster[best]:.1f}", display=False)
-glue("c16-ort-faster", f"{faster['onnxruntime']:.1f}", display=False)
-glue("c16-best-ms", f"{medians.loc[best, 'one film']:.0f}", display=False)
-glue("c16-eager-ms", f"{medians.loc['PyTorch eager', 'one film']:.0f}", display=False)
+glue_values("c16", {
+    "best": best,
+    "best-faster": f"{faster[best]:.1f}",
+    "ort-faster": f"{faster['onnxruntime']:.1f}",
+    "best-ms": f"{medians.loc[best, 'one film']:.0f}",
+    "eager-ms": f"{medians.loc['PyTorch eager', 'one film']:.0f}",
+})
 eager_share = medians.loc["PyTorch eager", "of the limit"]
-glue("c16-eager-limit", f"{eager_share:.0%}", display=False)
-glue("c16-most", f"{1 / eager_share:.1f}", display=False)
-glue("c16-best-limit", f"{medians.loc[best, 'of the limit']:.0%}", display=False)
-glue("c16-gflop", f"{operations / 1e9:.0f}", display=False)
+glue_values("c16", {
+    "eager-limit": f"{eager_share:.0%}",
+    "most": f"{1 / eager_share:.1f}",
+    "best-limit": f"{medians.loc[best, 'of the limit']:.0%}",
+    "gflop": f"{operations / 1e9:.0f}",
+})
 for name, value in peaks.items():
     glue(f"c16-peak-{name}", f"{value / 1e9:.0f}", display=False)
 
@@ -525,7 +529,7 @@ parts = pd.DataFrame({
     "billion operations": pd.Series(counts) / 1e9,
     "convolutions, ms": {name: own[is_conv[name]].sum() for name, own in inner.items()},
     "all else, ms": {name: own[~is_conv[name]].sum() for name, own in inner.items()},
-}).rename(index=SPOKEN | {"yolo11l": "YOLO11-L"})  # fmt: skip
+}).rename(index=NETWORK_NAMES | {"yolo11l": "YOLO11-L"})  # fmt: skip
 parts.loc["all four"] = parts.sum()
 at_best = 1000 * parts["billion operations"] / parts["convolutions, ms"] / (peaks["float32"] / 1e9)
 parts.round(0).astype(int).assign(**{"convolutions, of the limit": at_best.map("{:.0%}".format)})
@@ -535,9 +539,11 @@ _, convolving, otherwise = parts.loc["all four"]
 share = convolving / (convolving + otherwise)
 ours = medians.loc["onnxruntime"]
 alone = ours["CLAHE"] + share * (ours["one film"] - ours["CLAHE"])
-glue("c16-conv-limit", f"{at_best['all four']:.0%}", display=False)
-glue("c16-conv-share", f"{share:.0%}", display=False)
-glue("c16-conv-most", f"{medians.loc['PyTorch eager', 'one film'] / alone:.1f}", display=False)
+glue_values("c16", {
+    "conv-limit": f"{at_best['all four']:.0%}",
+    "conv-share": f"{share:.0%}",
+    "conv-most": f"{medians.loc['PyTorch eager', 'one film'] / alone:.1f}",
+})
 
 # %% [markdown]
 # Convolutions take {glue:text}`c16-conv-share` of the time, and in them the machine does {glue:text}`c16-conv-limit` of its best. Were all else free, ONNX Runtime would be {glue:text}`c16-conv-most` times as fast as PyTorch:
@@ -576,14 +582,16 @@ def by_turns(ways):
     return waited
 
 
-ways = {"stay awake": in_turn(awake), "sleep": in_turn(runtime.open_network)}
+ways = {"stay awake": in_turn(awake), "sleep": in_turn(onnx_backend.open_network)}
 answered = [[own for network in ask() for own in network] for ask in ways.values()]
 assert all(np.array_equal(one, two) for one, two in zip(*answered, strict=True))
 waited = by_turns(ways)
 pd.DataFrame({"ms": pd.Series(waited).map(np.median).round().astype(int)}).rename_axis("threads")
 
 # %% tags=["remove-cell"]
-glue("c16-asleep", f"{times_faster(waited['stay awake'], waited['sleep']):.2f}", display=False)
+glue_values("c16", {
+    "asleep": f"{times_faster(waited['stay awake'], waited['sleep']):.2f}",
+})
 
 # %% [markdown]
 # Threads that sleep make it {glue:text}`c16-asleep` times as fast (95 % over rounds), without a bit of any answer changed. To see that one must let the networks take turns.
@@ -652,9 +660,11 @@ gain = all_stages.iloc[:, 1] / all_stages.iloc[:, 0]
 all_stages.round(2).rename_axis(columns="films a second")
 
 # %% tags=["remove-cell"]
-glue("c16-at-once", len(at_once["yolo11l"]), display=False)
-glue("c16-gain-least", f"{gain.min():.2f}", display=False)
-glue("c16-gain-most", f"{gain.max():.2f}", display=False)
+glue_values("c16", {
+    "at-once": len(at_once["yolo11l"]),
+    "gain-least": f"{gain.min():.2f}",
+    "gain-most": f"{gain.max():.2f}",
+})
 
 # %% [markdown]
 # All stages together do {glue:text}`c16-gain-least` to {glue:text}`c16-gain-most` times as many films a second so, by engine, each timed once. Where that is near 1 or below, one film keeps all cores busy, and a queue gains nothing by

@@ -46,24 +46,23 @@ import torch
 import ultralytics
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from myst_nb import glue
 from pydicom.data import get_testdata_file
 from scipy.stats import binomtest
 
-from dernet_utils import evaluate, export, outliers, stats, triage
-from dernet_utils.cohort import ensure_cohort
-from dernet_utils.crossvalidation import cross_validate, run_images
-from dernet_utils.donor import load_donor
-from dernet_utils.figures import show_figure, show_film, use_style
-from dernet_utils.imaging import decode_grey, preprocess
-from dernet_utils.workspace import open_workspace
+from dernet_utils.book.figures import show_figure, show_radiograph
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.imaging.enhance import preprocess
+from dernet_utils.imaging.reader import decode_radiograph
+from dernet_utils.inference import export, ood
+from dernet_utils.metrics import classification, intervals
+from dernet_utils.triage import networks, training
+from dernet_utils.triage.crossvalidation import cross_validate, triage_images
+from dernet_utils.virtual.donor import load_donor
 
 # %%
-workspace = open_workspace(profile)
-use_style()
-ensure_cohort(workspace)
+workspace = open_chapter(profile)
 numbers = workspace.profile
-images = run_images(workspace)
+images = triage_images(workspace)
 train, test = (
     images[images["split"] == split].reset_index(drop=True) for split in ("train", "test")
 )
@@ -80,12 +79,11 @@ def file_of(film):
 
 # %% tags=["remove-cell"]
 kind = "virtual radiographs" if numbers.virtual else "radiographs"
-for key, value in {
+glue_values("c17", {
     "profile": numbers.name, "kind": kind, "train": len(train), "test": len(test), "each": each,
     "test-studies": test["study_id"].nunique(), "rejected": f"{rejected:.1%}",
     "network": "ResNet50",
-}.items():  # fmt: skip
-    glue(f"c17-{key}", value, display=False)
+})  # fmt: skip
 
 # %% [markdown]
 # ## Layer 1: the header
@@ -97,10 +95,10 @@ for key, value in {
 rows = {}
 for name in ("CT_small.dcm", "MR_small.dcm", "J2K_pixelrep_mismatch.dcm"):
     data = Path(get_testdata_file(name, download=False)).read_bytes()
-    rows[name] = " ".join(reason.text for reason in outliers.header_reasons(data)) or "nothing"
+    rows[name] = " ".join(reason.text for reason in ood.header_reasons(radiograph)) or "nothing"
 sample = next(test.itertuples())
 rows["a film of the test split"] = (
-    " ".join(reason.text for reason in outliers.header_reasons(file_of(sample))) or "nothing"
+    " ".join(reason.text for reason in ood.header_reasons(decode_radiograph(file_of(sample)))) or "nothing"
 )
 assert rows["a film of the test split"] == "nothing"
 pd.Series(rows, name="what the header says against it").to_frame()
@@ -113,13 +111,15 @@ pd.Series(rows, name="what the header says against it").to_frame()
 
 # %%
 facts = pd.DataFrame(
-    [outliers.picture_facts(data, decode_grey(data)) for data in map(file_of, train.itertuples())]
+    [ood.picture_facts(decode_radiograph(data)) for data in map(file_of, train.itertuples())]
 )
-limits = pd.DataFrame(outliers.LIMITS, index=["low", "high", "text"]).T
+limits = pd.DataFrame(ood.LIMITS, index=["low", "high", "text"]).T
 table = facts.agg(["min", "median", "max"]).T.join(limits[["low", "high"]])
 beyond = ((facts < table["low"]) | (facts > table["high"])).any(axis=1).sum()
 assert beyond == 0 or not numbers.virtual
-glue("c17-beyond", int(beyond), display=False)
+glue_values("c17", {
+    "beyond": int(beyond),
+})
 table.astype(float).round(3)
 
 # %% [markdown]
@@ -137,7 +137,7 @@ table.astype(float).round(3)
 
 # %%
 checkpoint = cross_validate(workspace, "resnet50").checkpoints[0]
-net = triage.load_trained("resnet50", checkpoint)[0].eval()
+net = training.load_network("resnet50", checkpoint)[0].eval()
 
 
 def stages(pixels):
@@ -145,27 +145,29 @@ def stages(pixels):
     parts = []
     with torch.no_grad():
         for part in pixels.split(16):
-            maps = net.forward_intermediates(triage.as_input(part), intermediates_only=True)
+            maps = net.forward_intermediates(networks.as_input(part), intermediates_only=True)
             parts.append([own.mean(dim=(2, 3)).numpy() for own in maps])
     return [np.concatenate(own) for own in zip(*parts, strict=True)]
 
 
 parts = {"learnt": train[train["fold"] != 0], "held": train[train["fold"] == 0], "test": test}
-seen = {n: stages(triage.load_pixels(own["path"], numbers.triage_px)) for n, own in parts.items()}
+seen = {n: stages(training.load_pixels(own["cached_path"], numbers.triage_px)) for n, own in parts.items()}
 learnt, held = seen["learnt"][export.EARLY], seen["held"][export.EARLY]
-familiar = outliers.fit_familiar(learnt, held, rejected)
+familiar = ood.fit_embedding_gate(learnt, held, rejected)
 
 # %%
 spread = learnt.std(axis=0)
 e = (learnt - learnt.mean(axis=0)) / np.where(spread > 0, spread, 1)
 variance, v = np.linalg.eigh(e.T @ e / (len(e) - 1))
 variance, v = np.maximum(variance[::-1], 0), v[:, ::-1]
-m = min(outliers.DIMENSIONS, len(e) // 2, v.shape[1])
-ridge = outliers.RIDGE * variance[: min(e.shape)].mean()  # or a direction without spread rules
+m = min(ood.DIMENSIONS, len(e) // 2, v.shape[1])
+ridge = ood.RIDGE * variance[: min(e.shape)].mean()  # or a direction without spread rules
 inside = (e @ v[:, :m]) ** 2
 rest = (e**2).sum(axis=1) - inside.sum(axis=1)
 mean_rest = variance[m:].sum() / max(v.shape[1] - m, 1) + ridge
-glue("c17-dimensions", m, display=False)
+glue_values("c17", {
+    "dimensions": m,
+})
 d = np.sqrt((inside / (variance[:m] + ridge)).sum(axis=1) + rest / mean_rest)
 assert np.allclose(d, familiar.distance(learnt), rtol=1e-2)
 
@@ -322,7 +324,7 @@ def screen(film):
 WORDS = [
     "the", "film", "shows", "a", "spine", "of", "five", "bodies", "with", "narrow", "space", "below",
 ]  # fmt: skip
-films = [decode_grey(file_of(film)) for film in test.itertuples()]
+films = [decode_radiograph(file_of(film)).pixels for film in test.itertuples()]
 made["screens"] = [screen(None if k % 2 else films[k % len(films)]) for k in range(each)]
 made["screens, grey"] = [
     cv2.cvtColor(np.ascontiguousarray(own), cv2.COLOR_BGR2GRAY) for own in made["screens"]
@@ -343,15 +345,16 @@ made |= {
 
 def small(picture):
     """A picture as the network takes it: decoded, enhanced, squared."""
-    grey = decode_grey(as_png(picture))
+    grey = decode_radiograph(as_png(picture)).pixels
     enhanced = preprocess(grey, numbers.cache_px, numbers.clip_limit, numbers.tiles)
     return cv2.resize(enhanced, (numbers.triage_px,) * 2, interpolation=cv2.INTER_AREA)
 
 
 def against(data):
     """Whether header or picture speaks against a file."""
-    told = outliers.picture_facts(data, decode_grey(data))
-    return bool(outliers.header_reasons(data)), bool(outliers.picture_reasons(told))
+    radiograph = decode_radiograph(data)
+    facts = ood.picture_facts(radiograph)
+    return bool(ood.header_reasons(radiograph)), bool(ood.picture_reasons(facts))
 
 
 # %%
@@ -413,7 +416,7 @@ for family, own in wrong.groupby("family", sort=False):
     rows[family] = {
         "by the picture": picture.mean(), "by the network": far.mean(),
         "by either": share_of(far | picture),
-        "AUROC": evaluate.auroc(label, np.minimum(both, 1e6)), "passes at 95 %": (distance <= at_95).mean(),
+        "AUROC": classification.auroc(label, np.minimum(both, 1e6)), "passes at 95 %": (distance <= at_95).mean(),
     }  # fmt: skip
 refusals = pd.DataFrame(rows).T
 refusals.astype(dict.fromkeys(refusals.columns.drop("by either"), float)).round(2)
@@ -423,10 +426,14 @@ must = [f for f in families[:9] if "body" not in f]
 most = max(rows[family]["passes at 95 %"] for family in must)
 worst = " and ".join(family for family in must if rows[family]["passes at 95 %"] == most)
 gone = refused_test.to_numpy(float)
-by_study = stats.bootstrap(lambda w: w @ gone / w.sum(axis=1), study, **draws)
-glue("c17-refused-test", f"{by_study:.3f}", display=False)
+by_study = intervals.bootstrap(lambda w: w @ gone / w.sum(axis=1), study, **draws)
+glue_values("c17", {
+    "refused-test": f"{by_study:.3f}",
+})
 told = f"{most:.1%} of {worst} would pass, the most" if most else "none would pass"
-glue("c17-worst", told, display=False)
+glue_values("c17", {
+    "worst": told,
+})
 
 # %% [markdown]
 # Each row is of up to {glue:text}`c17-each` pictures; the interval is the binomial one, and knows nothing of pictures that are not here: the photographs are crops of four, the slices of one body. *Passes at 95 %* is the share that would pass if
@@ -465,10 +472,10 @@ show_figure("c17-fig-distances", fig)
 # %%
 by_stage = {}
 for stage in range(len(seen["test"])):
-    one = outliers.fit_familiar(seen["learnt"][stage], seen["held"][stage], rejected)
+    one = ood.fit_embedding_gate(seen["learnt"][stage], seen["held"][stage], rejected)
     inner = one.distance(seen["test"][stage])
     by_stage[f"stage {stage}"] = {
-        family: evaluate.auroc(
+        family: classification.auroc(
             np.repeat([0, 1], [len(inner), len(own[stage])]),
             np.r_[inner, one.distance(own[stage])],
         )
@@ -491,15 +498,17 @@ nearest = passed.sort_values("distance").groupby("family", sort=False).head(2).h
 fig, axes = plt.subplots(2, 5, figsize=(8, 4.6))
 for ax, own in zip(axes.flat, nearest.itertuples(), strict=False):
     picture = made[own.family][own.number]
-    show_film(ax, picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY))
+    show_radiograph(ax, picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY))
     ax.set_title(f"{own.family}\n{own.distance:.2f} of the limit", fontsize=7)
 for ax in axes.flat:
     ax.set_axis_off()
 show_figure("c17-fig-passed", fig)
 
 # %% tags=["remove-cell"]
-glue("c17-passed", len(passed), display=False)
-glue("c17-wrong", len(wrong), display=False)
+glue_values("c17", {
+    "passed": len(passed),
+    "wrong": len(wrong),
+})
 
 # %% [markdown]
 # ```{glue:figure} c17-fig-passed
@@ -536,7 +545,7 @@ glue("c17-wrong", len(wrong), display=False)
 
 # %%
 points = np.random.default_rng(0).normal(size=(20_000, 2)) * [2, 0.5]
-own = outliers.fit_familiar(points, points)
+own = ood.fit_embedding_gate(points, points)
 assert np.allclose(own.distance(np.array([[3.0, 0], [0, 1]])), [1.5, 2.0], rtol=0.03)
 
 # %% [markdown]
@@ -557,10 +566,10 @@ assert np.allclose(own.distance(np.array([[3.0, 0], [0, 1]])), [1.5, 2.0], rtol=
 # %%
 refused = wrong[wrong["distance"] > 1]
 squares = np.stack([small(made[own.family][own.number]) for own in refused.itertuples()])
-prob = triage.predict_triage(net, torch.from_numpy(squares)[:, None])
-usual = triage.predict_triage(net, triage.load_pixels(test["path"], numbers.triage_px))
+prob = networks.predict_probabilities(net, torch.from_numpy(squares)[:, None])
+usual = networks.predict_probabilities(net, training.load_pixels(test["cached_path"], numbers.triage_px))
 doubt = 0.5 - np.abs(np.r_[usual, prob] - 0.5)
-area = evaluate.auroc(np.repeat([0, 1], [len(usual), len(prob)]), doubt)
+area = classification.auroc(np.repeat([0, 1], [len(usual), len(prob)]), doubt)
 print(f"AUROC of doubt, {len(prob)} refused pictures against {len(usual)} radiographs: {area:.2f}")
 
 # %% [markdown]

@@ -54,45 +54,38 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from myst_nb import glue
 from scipy import ndimage
 
-from dernet_utils.anatomy import Anatomy, find_discs, find_vertebrae
-from dernet_utils.cohort import SEEN
-from dernet_utils.data import read_twins
-from dernet_utils.dicom import write_dicom
-from dernet_utils.donor import fetch_donor, load_donor
-from dernet_utils.figures import LESION_STYLE, show_boxes, show_figure, show_film, use_style
-from dernet_utils.films import (
-    BONE_FROM,
-    BONE_SPAN,
+from dernet_utils.book.figures import show_boxes, show_figure, show_radiograph
+from dernet_utils.book.teaching import glue_values, open_chapter
+from dernet_utils.core.vocabulary import LESION_STYLE
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.virtual.acquisition import (
     CORTICAL_BONE,
     DETECTOR_MM,
     ENERGY_WEIGHTS,
-    FAR_STEP_MM,
     FOCUS_MM,
     KVP,
     QUANTA,
     SCINTILLATOR_MM,
     SOURCE_MM,
-    STEP_MM,
     TITANIUM,
     WATER,
-    Development,
+    DisplayProcessing,
     Paths,
-    Scene,
-    View,
     expose,
     transmission,
 )
-from dernet_utils.imaging import read_grey
-from dernet_utils.plan import plan_cohort
-from dernet_utils.render import build_finding, build_shape, find_box, render_film
-from dernet_utils.truth import write_twins
-from dernet_utils.workspace import open_workspace
+from dernet_utils.virtual.anatomy import Anatomy, find_discs, find_vertebrae
+from dernet_utils.virtual.cohort import LEAST_VISIBILITY
+from dernet_utils.virtual.counterfactual import read_counterfactuals, write_counterfactuals
+from dernet_utils.virtual.dicom_writer import write_dicom
+from dernet_utils.virtual.donor import fetch_donor, load_donor
+from dernet_utils.virtual.plan import plan_cohort
+from dernet_utils.virtual.projection import BONE_FROM, BONE_SPAN, FAR_STEP_MM, STEP_MM, Scene, View
+from dernet_utils.virtual.render import build_finding, build_shape, find_box, render_radiograph
 
-workspace = open_workspace(profile)
-use_style()
+workspace = open_chapter(profile)
 fetch_donor()
 donor = load_donor()
 bodies = find_vertebrae(donor)  # from the lowest up
@@ -306,15 +299,19 @@ assert worst_soft < 0.02 and worst_bone < 0.2
 assert abs(np.mean([bone for _, bone in differ])) < 0.04
 
 # %% tags=["hide-input", "remove-output"]
-glue("ca1-worst-soft", f"{100 * worst_soft:.1f} %", display=False)
-glue("ca1-worst-bone", f"{worst_bone:.2f} g/cm²", display=False)
-glue("ca1-rays", len(differ), display=False)
-glue("ca1-source", f"{SOURCE_MM:.0f} mm", display=False)
-glue("ca1-step", f"{STEP_MM:g} mm", display=False)
-glue("ca1-far-step", f"{FAR_STEP_MM:g} mm", display=False)
+glue_values("ca1", {
+    "worst-soft": f"{100 * worst_soft:.1f} %",
+    "worst-bone": f"{worst_bone:.2f} g/cm²",
+    "rays": len(differ),
+    "source": f"{SOURCE_MM:.0f} mm",
+    "step": f"{STEP_MM:g} mm",
+    "far-step": f"{FAR_STEP_MM:g} mm",
+})
 soft, bone = along(aim)
-glue("ca1-ray-soft", f"{soft.sum() * 0.05:.1f} g/cm²", display=False)
-glue("ca1-ray-bone", f"{bone.sum() * 0.05:.1f} g/cm²", display=False)
+glue_values("ca1", {
+    "ray-soft": f"{soft.sum() * 0.05:.1f} g/cm²",
+    "ray-bone": f"{bone.sum() * 0.05:.1f} g/cm²",
+})
 fig, (ax1, ax2) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=[2.1, 1])
 ax1.fill_between(depth, soft, color="#56B4E9", alpha=0.45, lw=0, label="soft tissue")
 ax1.fill_between(depth, bone, color="#D55E00", lw=0, label="bone")
@@ -376,7 +373,7 @@ def film_of(name: str = "LATERAL", findings: list = (), body: dict | None = None
         "views": [straight | {"name": name} | taken],
         "findings": list(findings),
     }
-    return render_film(patient | plan, 0, anatomy)
+    return render_radiograph(patient | plan, 0, anatomy)
 
 
 # %% [markdown]
@@ -401,7 +398,7 @@ assert exposures[1] > 1.5 * exposures[0]  # more tissue, more exposure
 fig, axes = plt.subplots(2, 5, figsize=(11, 6.6))
 for films, (name, key, values, title), column in zip(pairs, CHANGES, axes.T, strict=True):
     for film, value, ax in zip(films, values, column, strict=True):
-        show_film(ax, 255 * film.grey, f"{name}\n{title.format(value)}")
+        show_radiograph(ax, 255 * film.grey, f"{name}\n{title.format(value)}")
         changed_body = build_shape({"shape": plain | apex | {key: value}}, bodies)
         donor_z = [tall["aim_z_mm"], *(body.centre_mm[2] for body in bodies)]
         z = np.interp(donor_z, changed_body.z_donor_mm, changed_body.z_patient_mm)
@@ -410,7 +407,9 @@ for films, (name, key, values, title), column in zip(pairs, CHANGES, axes.T, str
                 ax.annotate(f"{body.name} –", (0, row), ha="right", va="center", fontsize=8,
                             annotation_clip=False)  # fmt: skip
 show_figure("ca1-fig-bodies", fig)
-glue("ca1-mas", f"{exposures[1] / exposures[0]:.1f}", display=False)
+glue_values("ca1", {
+    "mas": f"{exposures[1] / exposures[0]:.1f}",
+})
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-bodies
@@ -457,7 +456,9 @@ for ax, values, label, bins in (
 axes[1, 0].axvline(10, color="black", ls="--")
 axes[1, 0].annotate("scoliosis", (10.5, axes[1, 0].get_ylim()[1] * 0.85))
 show_figure("ca1-fig-plans", fig)
-glue("ca1-scoliosis", f"{100 * (drawn.cobb_deg.abs() >= 10).mean():.0f} %", display=False)
+glue_values("ca1", {
+    "scoliosis": f"{100 * (drawn.cobb_deg.abs() >= 10).mean():.0f} %",
+})
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-plans
@@ -589,15 +590,15 @@ def draw_lesion(axes: np.ndarray, name: str) -> None:
     if twin is not None:
         change[twin.part] = -twin.change
         visible = f"visibility {twin.visibility:.2f}"
-    labelled = twin is not None and twin.visibility >= SEEN
+    labelled = twin is not None and twin.visibility >= LEAST_VISIBILITY
     if labelled:
         xmin, ymin, xmax, ymax = find_box(twin.mask, spacing_mm)
         box = pd.DataFrame(
             [{"lesion_type": name, "xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax}]
         )
         show_boxes(axes[2], box, names=False)
-    show_film(axes[1], 255 * healthy.grey, "healthy")
-    show_film(axes[2], grey, "with it" if labelled else "with it: no label")
+    show_radiograph(axes[1], 255 * healthy.grey, "healthy")
+    show_radiograph(axes[2], grey, "with it" if labelled else "with it: no label")
     image = axes[3].imshow(change, **show_as)
     axes[3].set_title(visible)
     axes[3].set(xticks=[], yticks=[])
@@ -625,7 +626,9 @@ def draw_lesions(key: str, names: list) -> None:
 
 draw_lesions("ca1-fig-moving", list(FINDINGS)[:3])
 draw_lesions("ca1-fig-filling", list(FINDINGS)[3:])
-glue("ca1-severity", f"{severity:g}", display=False)
+glue_values("ca1", {
+    "severity": f"{severity:g}",
+})
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-moving
@@ -659,10 +662,10 @@ for row, name in zip(axes, ("LATERAL", "AP", "LPO"), strict=True):
         film = film_of(name, [finding("Osteophytes", severity=how_severe)])
         twin = film.twins[0]
         visibility = twin.visibility if twin else 0.0
-        labelled = visibility >= SEEN
+        labelled = visibility >= LEAST_VISIBILITY
         in_view[name, how_severe], seen_as[name, how_severe] = labelled, visibility
         ends = f"visibility {visibility:.2f}" + ("" if labelled else ": no label")
-        show_film(ax, 255 * film.grey, f"{name}, severity {how_severe:g}\n{ends}")
+        show_radiograph(ax, 255 * film.grey, f"{name}, severity {how_severe:g}\n{ends}")
         ax.title.set_fontsize(9)
         if labelled:
             corners = dict(
@@ -675,7 +678,9 @@ show_figure("ca1-fig-sheet", fig)
 for name in ("LATERAL", "AP", "LPO"):
     assert seen_as[name, SEVERITIES[0]] < seen_as[name, SEVERITIES[-1]]
 assert seen_as["AP", SEVERITIES[0]] < seen_as["LATERAL", SEVERITIES[0]]
-glue("ca1-labelled", sum(in_view.values()), display=False)
+glue_values("ca1", {
+    "labelled": sum(in_view.values()),
+})
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-sheet
@@ -739,7 +744,7 @@ print(pd.DataFrame({"dose, µGy": doses, "quanta a pixel": quanta.round(), "nois
 
 # %%
 signal = expose(arrived, px_mm, 2.5, scatter, 0.0, np.random.default_rng(seed))
-developed = Development(signal, px_mm, contrast=0.9, detail=1.9)
+developed = DisplayProcessing(signal, px_mm, contrast=0.9, detail=1.9)
 
 
 def smooth(image: np.ndarray, mm: float) -> np.ndarray:
@@ -822,15 +827,17 @@ cnr = np.sqrt((Q**2).mean()) / G[R].std()
 assert np.isclose(cnr, twin.visibility, rtol=1e-3)
 
 # %% tags=["hide-input", "remove-output"]
-glue("ca1-cnr", f"{cnr:.2f}", display=False)
-glue("ca1-seen", f"{SEEN:g}", display=False)
+glue_values("ca1", {
+    "cnr": f"{cnr:.2f}",
+    "seen": f"{LEAST_VISIBILITY:g}",
+})
 fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.9))
 strong = twin.mask & (np.abs(Delta) >= Q[0])
 box = dict(zip(("xmin", "ymin", "xmax", "ymax"), find_box(twin.mask, spacing_mm), strict=True))
-show_film(axes[0], 255 * film.grey, "the film, its mask and box")
+show_radiograph(axes[0], 255 * film.grey, "the film, its mask and box")
 axes[0].contour(twin.mask, [0.5], colors=["#56B4E9"], linewidths=1.5)
 show_boxes(axes[0], pd.DataFrame([{"lesion_type": "Vertebral collapse"} | box]), names=False)
-show_film(axes[1], 255 * G, "its twin G, and the region R")
+show_radiograph(axes[1], 255 * G, "its twin G, and the region R")
 axes[1].contour(R, [0.5], colors=["#E69F00"], linestyles="--", linewidths=1.5)
 image = axes[2].imshow(Delta, **show_as)
 axes[2].contour(strong, [0.5], colors=["black"], linewidths=0.8)
@@ -863,9 +870,9 @@ with tempfile.TemporaryDirectory() as folder:
     root = Path(folder)
     (root / "twins").mkdir()
     write_dicom(root / "film.dicom", film.grey, planned, 0, ids, film.mas)
-    write_twins(root / "twins" / f"{ids['image_id']}.npz", film.twins)
-    grey = read_grey(root / "film.dicom")
-    (read,) = read_twins(root, ids["image_id"])  # one entry a finding
+    write_counterfactuals(root / "twins" / f"{ids['image_id']}.npz", film.twins)
+    grey = read_radiograph(root / "film.dicom").pixels
+    (read,) = read_counterfactuals(root, ids["image_id"])  # one entry a finding
 assert np.array_equal(read.mask, twin.mask) and read.visibility == twin.visibility
 assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # two greys of 255
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
-from exported import detector, examiner, exported, networks  # noqa: F401  (fixtures)
+from exported import detector, exported, networks, service  # noqa: F401  (fixtures)
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     DigitalXRayImageStorageForPresentation,
@@ -20,7 +20,7 @@ from pydicom.uid import (
 )
 from smoke import smoke_book  # noqa: F401  (a fixture of test_notebooks and test_book)
 
-from dernet_utils.data import COLUMNS, CORNERS, LESION_TYPES, NO_FINDING
+from dernet_utils.core.vocabulary import ANNOTATION_COLUMNS, CORNERS, LESION_TYPES, NO_FINDING
 
 SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, ImplicitVRLittleEndian)
 
@@ -53,7 +53,7 @@ def _tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"{split}_images").mkdir()
         rows = [row for study in range(studies) for row in _study(root, split, study, rng)]
         with (root / f"annotations/{split}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+            csv.writer(file).writerows([ANNOTATION_COLUMNS, *rows])
     return root
 
 
@@ -132,5 +132,5 @@ def films(tmp_path):
         path = tmp_path / f"film{number}.png"
         cv2.imwrite(str(path), grey)
         images.append([f"film{number}", str(path), 2 * height, 2 * width])
-    images = pd.DataFrame(images, columns=["image_id", "path", "height", "width"])
+    images = pd.DataFrame(images, columns=["image_id", "cached_path", "height", "width"])
     return images, pd.DataFrame(boxes, columns=["image_id", "lesion_type", *CORNERS])

@@ -10,16 +10,15 @@ import pytest
 import torch
 from smoke import shared
 
-from dernet_utils import export, runtime
-from dernet_utils.data import LESION_TYPES
-from dernet_utils.examine import Examiner
-from dernet_utils.outliers import fit_familiar
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.triage import build_network
-from dernet_utils.yolo import build_detector
+from dernet_utils.core.vocabulary import LESION_TYPES, NETWORKS
+from dernet_utils.detection.yolo import build_detector
+from dernet_utils.inference import export, onnx_backend
+from dernet_utils.inference.ood import fit_embedding_gate
+from dernet_utils.serving.service import InferenceService
+from dernet_utils.triage.networks import build_network
 
 PX = 64
-VIEW = (96, 64)
+SIZE = (96, 64)
 
 
 def squares(n, shape):
@@ -61,34 +60,34 @@ def exported(networks, detector, tmp_path_factory) -> Path:
     def make(folder: Path) -> None:
         shown = {"resnet50": list(squares(8, (PX, PX))[:, 0])}  # the one that is quantised
         jobs = [
-            (export.Triage(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, []))
+            (export.TriageModule(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, []))
             for name, own in networks.items()
         ]
         *written, found = export.write_each(
-            [*jobs, (export.Boxes(detector), VIEW, folder / "yolo11l.onnx", [])]
+            [*jobs, (export.DetectorModule(detector), SIZE, folder / "yolo11l.onnx", [])]
         )
         triage = dict(zip(networks, written, strict=True))
         decision = {
             "networks": NETWORKS, "weights": (0.5, 0.3, 0.2), "temperature": 1.3,
             "thresholds": {"youden": 0.0, "shut": 1.0}, "fitted_on": 10,
         }  # fmt: skip
-        embeddings = runtime.open_network(folder / "resnet50.onnx")(squares(8, (PX, PX)))[2]
-        seen = fit_familiar(embeddings, embeddings).save(folder / "familiar.npz")
-        familiar = {"network": "resnet50", "file": seen.name, "sha256": digest(seen)}
+        embeddings = onnx_backend.open_network(folder / "resnet50.onnx")(squares(8, (PX, PX)))[2]
+        seen = fit_embedding_gate(embeddings, embeddings).save(folder / "gate.npz")
+        gate = {"network": "resnet50", "file": seen.name, "sha256": digest(seen)}
         manifest = {
             "made_by": "dernet-utils test", "profile": "test", "virtual": True,
-            "triage": triage, "detector": found, "familiar": familiar, "decision": decision,
+            "triage": triage, "detector": found, "gate": gate, "decision": decision,
             "lesion_types": LESION_TYPES,
-            "least_score": 0.001, "triage_px": PX, "view": VIEW, "cache_px": 128,
+            "score_threshold": 0.001, "triage_px": PX, "detect_size": SIZE, "cache_px": 128,
             "clip_limit": 2.0, "tiles": 8,
         }  # fmt: skip
-        (folder / runtime.MANIFEST).write_text(json.dumps(manifest))
+        (folder / onnx_backend.MANIFEST).write_text(json.dumps(manifest))
 
     return shared(tmp_path_factory, "models", make)
 
 
 @pytest.fixture(scope="session")
-def examiner(exported) -> Examiner:
+def service(exported) -> InferenceService:
     """The untrained networks behind a guard whose last layer lets all through."""
-    made = Examiner.open(exported, threads=1)
-    return replace(made, familiar=replace(made.familiar, limit=np.inf))
+    made = InferenceService.open(exported, threads=1)
+    return replace(made, gate=replace(made.gate, limit=np.inf))

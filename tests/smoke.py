@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dernet_utils.workspace import PROJECT
+from dernet_utils.core.files import PROJECT
 
 # Nothing answers there: whatever asks for the network fails, and with it the run.
 NOWHERE = "http://127.0.0.1:9"

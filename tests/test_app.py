@@ -22,35 +22,37 @@ from fastapi.testclient import TestClient
 from pydicom.data import get_testdata_files
 from sent import encoded, film, grey, written
 
-from dernet_utils import app as web
-from dernet_utils import imaging, runtime
-from dernet_utils.dicom_report import read_report
-from dernet_utils.examine import Examiner
-from dernet_utils.report import as_page
+from dernet_utils.imaging import reader
+from dernet_utils.inference import onnx_backend
+from dernet_utils.serving import web
+from dernet_utils.serving import web as serving_web
+from dernet_utils.serving.dicom_report import read_report
+from dernet_utils.serving.report import html_page
+from dernet_utils.serving.service import InferenceService
 
 
 @pytest.fixture(scope="module")
-def client(examiner, exported, tmp_path_factory):
+def client(service, exported, tmp_path_factory):
     samples = tmp_path_factory.mktemp("samples")
     (samples / "virtual-1.dcm").write_bytes(film())
-    about = runtime.read_exported(exported)
-    application = web.make_app(examiner, about, samples=samples)
+    about = onnx_backend.read_export(exported)
+    application = serving_web.make_app(service, about, samples=samples)
     return TestClient(application, base_url="http://127.0.0.1", raise_server_exceptions=False)
 
 
 @pytest.mark.parametrize(
     "data", [film(), encoded(".png"), encoded(".jpg")], ids=["dcm", "png", "jpg"]
 )
-def test_each_form_is_answered(client, examiner, data):
+def test_each_form_is_answered(client, service, data):
     said = client.post("/api/v1/analyse?picture=true&heat=true", content=data)
     assert said.status_code == 200
     said = said.json()
-    wanted = examiner.examine(data).answer
+    wanted = service.analyse(data).answer
     assert said["score"] == wanted.score and said["decision"] == "abnormal"
     assert len(said["boxes"]) == len(wanted.boxes) and not said["rejected"]
     assert (said["width"], said["height"]) == (200, 300) and "not for diagnosis" in said["notice"]
     picture = cv2.imdecode(np.frombuffer(_decoded(said["picture"]), np.uint8), cv2.IMREAD_GRAYSCALE)
-    assert (picture == examiner.examine(data).grey).all()
+    assert (picture == service.analyse(data).grey).all()
     heat = cv2.imdecode(np.frombuffer(_decoded(said["heat"]), np.uint8), cv2.IMREAD_GRAYSCALE)
     assert heat.shape == (2, 2)
 
@@ -72,22 +74,22 @@ def test_a_rejection_has_reasons_and_may_be_overridden(client):
     assert "A person overrode" in page and "modality is CT" in page
 
 
-def test_the_page_of_a_report(client, examiner):
+def test_the_page_of_a_report(client, service):
     page = client.post("/api/v1/report/html", content=film()).text
-    answer = examiner.examine(film()).answer
+    answer = service.analyse(film()).answer
     assert f"{answer.score:.3f}" in page and "not for diagnosis" in page
     assert page.count("<tr><td>") >= len(answer.boxes) + 4
     assert "http" not in page.replace("http-equiv", "")  # nothing from elsewhere
     for threshold, words in ((0.0, "none found"), (1.0, "not looked for")):
         empty = replace(answer, threshold=threshold, boxes=answer.boxes.head(0))
-        assert words in as_page(imaging.decode_grey(encoded()), empty, {})
+        assert words in html_page(reader.decode_radiograph(encoded()).pixels, empty, {})
     told = client.post("/api/v1/report/json", content=film()).json()
     assert told["score"] == answer.score and told["overridden"] == []
 
 
-def test_dicom_reports_say_what_was_answered(client, examiner, tmp_path):
+def test_dicom_reports_say_what_was_answered(client, service, tmp_path):
     data = film()
-    answer, source = examiner.examine(data).answer, pydicom.dcmread(BytesIO(data))
+    answer, source = service.analyse(data).answer, pydicom.dcmread(BytesIO(data))
     sent = client.post("/api/v1/report/sr", content=data)
     assert sent.headers["content-type"] == "application/dicom"
     report = pydicom.dcmread(BytesIO(sent.content))
@@ -209,7 +211,7 @@ def test_what_inflates_without_end_is_refused(client, monkeypatch):
     made.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     data = written(made)
     assert client.post("/api/v1/analyse?override=true", content=data).status_code == 200
-    monkeypatch.setattr(imaging, "MOST_PIXELS", 100_000)
+    monkeypatch.setattr(reader, "MOST_PIXELS", 100_000)
     start = 144 + int.from_bytes(data[140:144], "little")
     endless = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS).compress(bytes(10**8))
     refused = client.post("/api/v1/analyse", content=data[:start] + endless)
@@ -323,9 +325,9 @@ def test_every_test_file_of_pydicom_is_answered(client):
     assert client.get("/api/v1/health").status_code == 200
 
 
-def test_the_token_is_asked_for(examiner, exported):
+def test_the_token_is_asked_for(service, exported):
     guarded = TestClient(
-        web.make_app(examiner, runtime.read_exported(exported), token="secret"),
+        serving_web.make_app(service, onnx_backend.read_export(exported), token="secret"),
         base_url="http://localhost",
     )
     assert guarded.get("/").status_code == 200  # the page asks for it
@@ -345,8 +347,8 @@ def test_another_name_is_refused(client, name):
 
 
 @pytest.mark.parametrize("host", ["::1", "Spine.Example", "*"])
-def test_the_server_hears_its_own_name(examiner, exported, host):
-    own = web.make_app(examiner, runtime.read_exported(exported), hosts=(host,))
+def test_the_server_hears_its_own_name(service, exported, host):
+    own = serving_web.make_app(service, onnx_backend.read_export(exported), hosts=(host,))
     called = {"::1": "[::1]:8000", "*": "any.example"}.get(host, host)
     assert TestClient(own).get("/", headers={"Host": called}).status_code == 200
 
@@ -358,7 +360,7 @@ def test_a_fault_is_told_and_its_words_are_not_logged(client, caplog, monkeypatc
     def fail(*_):
         raise ValueError("Roe^Jane")
 
-    monkeypatch.setattr(Examiner, "examine", fail)
+    monkeypatch.setattr(InferenceService, "analyse", fail)
     strict = TestClient(client.app, base_url="http://127.0.0.1")  # it raises what gets through
     with caplog.at_level(logging.DEBUG):
         told = strict.post("/api/v1/analyse", content=film())
@@ -377,8 +379,8 @@ def test_a_file_that_stops_coming_is_given_up(monkeypatch):
             await asyncio.Event().wait()
 
     monkeypatch.setattr(web, "STALLED_S", 0.05)
-    with pytest.raises(web.Refused, match="stopped coming") as refused:
-        asyncio.run(web._body(Stalled()))
+    with pytest.raises(serving_web.RequestRefused, match="stopped coming") as refused:
+        asyncio.run(serving_web._body(Stalled()))
     assert refused.value.status == 408
 
 
@@ -396,29 +398,31 @@ def test_nothing_is_kept_or_logged(client, caplog, tmp_path, monkeypatch):
 
 
 @contextmanager
-def held_up(examiner, monkeypatch):
+def held_up(service, monkeypatch):
     """Let no film be answered until the block ends."""
-    free, examine = threading.Event(), Examiner.examine
+    free, examine = threading.Event(), InferenceService.examine
 
     def waits(self, data, override=False):
         free.wait(30)
         return examine(self, data, override)
 
-    monkeypatch.setattr(Examiner, "examine", waits)
+    monkeypatch.setattr(InferenceService, "analyse", waits)
     yield free
     free.set()
 
 
 @pytest.mark.parametrize(
-    "held, admitted", [(web.MOST_HELD, web.WAITING + 1), (2 * len(film()), 2)], ids=["many", "much"]
+    "held, admitted",
+    [(serving_web.MOST_BYTES_HELD, serving_web.WAITING + 1), (2 * len(film()), 2)],
+    ids=["many", "much"],
 )
-def test_who_comes_too_late_is_told_to_come_back(examiner, exported, monkeypatch, held, admitted):
-    monkeypatch.setattr(web, "MOST_HELD", held)
-    application = web.make_app(examiner, runtime.read_exported(exported))
+def test_who_comes_too_late_is_told_to_come_back(service, exported, monkeypatch, held, admitted):
+    monkeypatch.setattr(web, "MOST_BYTES_HELD", held)
+    application = serving_web.make_app(service, onnx_backend.read_export(exported))
     said = []
     with (
         TestClient(application, base_url="http://localhost") as client,
-        held_up(examiner, monkeypatch) as free,
+        held_up(service, monkeypatch) as free,
     ):
 
         def ask():

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from dernet_utils import audit
-from dernet_utils.errors import DernetError
-from dernet_utils.paper import TABLE_2, TABLE_3
+from dernet_utils.book import audit
+from dernet_utils.book.paper import TABLE_2, TABLE_3
+from dernet_utils.core.errors import DernetError
 
 share = st.floats(0.05, 0.95)
 

@@ -18,17 +18,17 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 from sent import encoded, film, grey
 
-from dernet_utils import app as web
-from dernet_utils import runtime
+from dernet_utils.inference import onnx_backend
+from dernet_utils.serving import web
 
 
 @pytest.fixture(scope="module")
-def address(examiner, exported, tmp_path_factory) -> Iterator[str]:
+def address(service, exported, tmp_path_factory) -> Iterator[str]:
     """A running server."""
     samples = tmp_path_factory.mktemp("samples")
     (samples / "virtual-1.dcm").write_bytes(film(seed=3))
-    about = runtime.read_exported(exported)
-    application = web.make_app(examiner, about, samples=samples)
+    about = onnx_backend.read_export(exported)
+    application = web.make_app(service, about, samples=samples)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

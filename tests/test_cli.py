@@ -13,8 +13,10 @@ import pytest
 from smoke import run_dernet
 from typer.testing import CliRunner
 
-from dernet_utils import cli, cohort, data, donor
-from dernet_utils.errors import DernetError
+from dernet_utils import cli
+from dernet_utils.core.errors import DernetError
+from dernet_utils.dataset import check
+from dernet_utils.virtual import cohort, donor
 
 
 def call(*arguments: object) -> tuple[int, str, str]:
@@ -146,7 +148,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "check_dataset", interrupt)
+    monkeypatch.setattr(check, "check_dataset", interrupt)
     code, _, err = call("check", "anything")
     assert code == 130
     assert err == "Interrupted; the next call continues where this one stopped.\n"

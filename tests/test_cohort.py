@@ -7,25 +7,24 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dernet_utils import anatomy as landmarks
-from dernet_utils import cohort, render
-from dernet_utils.data import (
-    LESION_TYPES,
-    check_dataset,
-    read_dataset,
-    read_manifest,
-    read_twins,
-)
-from dernet_utils.errors import DernetError
-from dernet_utils.imaging import read_grey
-from dernet_utils.plan import ABNORMAL, plan_cohort
-from dernet_utils.profiles import PROFILES
-from dernet_utils.workspace import Workspace
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.profiles import PROFILES
+from dernet_utils.core.vocabulary import LESION_TYPES
+from dernet_utils.core.workspace import Workspace
+from dernet_utils.dataset.check import check_dataset
+from dernet_utils.dataset.tables import read_dataset, read_manifest
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.virtual import anatomy as landmarks
+from dernet_utils.virtual import anatomy as virtual_anatomy
+from dernet_utils.virtual import cohort, projection, render
+from dernet_utils.virtual import cohort as virtual_cohort
+from dernet_utils.virtual.counterfactual import read_counterfactuals
+from dernet_utils.virtual.plan import ABNORMAL, plan_cohort
 
 
 @pytest.fixture(scope="module")
-def anatomy() -> landmarks.Anatomy:
-    return landmarks.load_anatomy()
+def anatomy() -> virtual_anatomy.Anatomy:
+    return virtual_anatomy.load_anatomy()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def abnormal(plans) -> dict:
 
 
 def test_a_film_has_the_size_and_the_range_that_were_planned(abnormal, anatomy):
-    film, drawn = render.render_film(abnormal, 0, anatomy), abnormal["views"][0]
+    film, drawn = render.render_radiograph(abnormal, 0, anatomy), abnormal["views"][0]
     expected = [round(drawn[s] / drawn["spacing_mm"]) for s in ("height_mm", "width_mm")]
     assert list(film.grey.shape) == expected
     assert film.grey.min() >= 0.0 and film.grey.max() <= 1.0 and film.grey.std() > 0.1
@@ -115,7 +114,7 @@ def test_a_twin_differs_only_behind_the_lesion(anatomy, abnormal):
     finding = next(f for f in abnormal["findings"] if f["type"] == "Surgical implant")
     lesions = render.build_finding(finding, anatomy.bodies, anatomy.discs)
     shape = render.build_shape(abnormal, anatomy.bodies)
-    scene = render.Scene(anatomy.donor, anatomy.bodies, shape, lesions)
+    scene = projection.Scene(anatomy.donor, anatomy.bodies, shape, lesions)
     view = render.plan_to_view(abnormal["views"][0], anatomy.bodies)
     with_it, without = scene.paths(view, lesions), scene.paths(view, [])
     behind = with_it.metal > 0 if lesions[0].metal else with_it.bone != without.bone
@@ -150,9 +149,9 @@ FINDINGS = {
 def test_a_lesion_of_severity_zero_has_a_twin_that_differs_nowhere(anatomy, plans, form):
     for view in render.ANGLES:
         none = alone(anatomy, plans, view, severity=0.0, form=form, **FINDINGS[form])
-        film = render.render_film(none, 0, anatomy)
+        film = render.render_radiograph(none, 0, anatomy)
         assert film.twins == [None] or not film.twins[0].change.any()
-        healthy = render.render_film(none | {"findings": []}, 0, anatomy)
+        healthy = render.render_radiograph(none | {"findings": []}, 0, anatomy)
         assert np.array_equal(film.grey, healthy.grey)
 
 
@@ -161,7 +160,7 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
     seen = []
     for severity in (0.2, 0.6, 1.0):
         films = (
-            render.render_film(
+            render.render_radiograph(
                 alone(anatomy, plans, view, severity=severity, form=form, **FINDINGS[form]),
                 0,
                 anatomy,
@@ -169,7 +168,7 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
             for view in ("LATERAL", "AP")
         )
         seen.append(max(film.twins[0].visibility if film.twins[0] else 0.0 for film in films))
-    assert seen[0] < min(seen[1:]) and max(seen) > cohort.SEEN
+    assert seen[0] < min(seen[1:]) and max(seen) > virtual_cohort.LEAST_VISIBILITY
 
 
 @pytest.mark.parametrize("form", ["sclerotic", "claw", "narrowed", "screws"])
@@ -181,8 +180,8 @@ def test_a_twin_is_the_film_without_the_finding(anatomy, plans, form):
     finding = FINDINGS.get(form, {"type": "Surgical implant", "count": 2})
     plan = alone(anatomy, plans, "AP", severity=0.8, form=form, **finding)
     plan["views"][0] |= {"dose_ugy": 1000.0, "scatter": 0.25}
-    film = render.render_film(plan, 0, anatomy)
-    healthy = render.render_film(plan | {"findings": []}, 0, anatomy).grey
+    film = render.render_radiograph(plan, 0, anatomy)
+    healthy = render.render_radiograph(plan | {"findings": []}, 0, anatomy).grey
     twin = film.twins[0]
     without = film.grey.copy()
     without[twin.part] += twin.change
@@ -195,8 +194,8 @@ def test_a_twin_is_the_film_without_the_finding(anatomy, plans, form):
 
 def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
     plan = alone(anatomy, plans, "AP", severity=1.0, form="cages", type="Surgical implant", count=2)
-    film = render.render_film(plan, 0, anatomy)
-    assert len(film.twins) == 1 and film.twins[0].visibility > 2 * cohort.SEEN
+    film = render.render_radiograph(plan, 0, anatomy)
+    assert len(film.twins) == 1 and film.twins[0].visibility > 2 * virtual_cohort.LEAST_VISIBILITY
     xmin, ymin, xmax, ymax = render.find_box(film.twins[0].mask, plan["views"][0]["spacing_mm"])
     high, wide = ((b - a) * plan["views"][0]["spacing_mm"] for a, b in ((ymin, ymax), (xmin, xmax)))
     assert 25.0 < high < 80.0 and 20.0 < wide < 70.0  # two vertebrae, from pedicle to pedicle
@@ -205,7 +204,7 @@ def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
 def test_a_shutter_leaves_black_and_no_label_behind_it(anatomy, plans):
     plan = alone(anatomy, plans, "LATERAL", severity=0.8, form="wedge", **FINDINGS["wedge"])
     plan["views"][0]["shutter"] = [40, 0, 30, 0]
-    film = render.render_film(plan, 0, anatomy)
+    film = render.render_radiograph(plan, 0, anatomy)
     assert not film.grey[:40].any() and not film.grey[:, :30].any()
     assert not film.twins[0].mask[:40].any()
 
@@ -248,15 +247,15 @@ def few(monkeypatch, plans):
 
 def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path, few, anatomy):
     seen = []
-    cohort.write_cohort(tmp_path / "one", 3, 7, 1, lambda done, of: seen.append((done, of)))
+    virtual_cohort.write_cohort(tmp_path / "one", 3, 7, 1, lambda done, of: seen.append((done, of)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    cohort.write_cohort(tmp_path / "two", 3, 7, 2)
+    virtual_cohort.write_cohort(tmp_path / "two", 3, 7, 2)
     # A third, of which a first run made one patient before it was stopped.
     partial = tmp_path / "three.partial"
-    cohort._claim(partial, few, anatomy.donor.digest)
-    cohort._render_patient(partial, few[1])
+    virtual_cohort._claim(partial, few, anatomy.donor.digest)
+    virtual_cohort._render_patient(partial, few[1])
     made = {p: p.stat().st_mtime_ns for p in partial.rglob("*.dicom")}
-    cohort.write_cohort(tmp_path / "three", 3, 7, 1)
+    virtual_cohort.write_cohort(tmp_path / "three", 3, 7, 1)
     for path, time in made.items():
         kept = tmp_path / "three" / path.relative_to(partial)
         assert kept.stat().st_mtime_ns == time, "what was there was made again"
@@ -271,13 +270,15 @@ def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path,
 
 
 def test_twins_are_read_back_as_they_were_made(tmp_path, few, anatomy):
-    cohort.write_cohort(tmp_path / "one", 3, 7, 1)
+    virtual_cohort.write_cohort(tmp_path / "one", 3, 7, 1)
     study = next(s for s in read_manifest(tmp_path / "one")["studies"] if s["findings"])
     plan = next(p for p in few if p["patient"] == study["patient"])
-    film = render.render_film(plan, 0, anatomy)
+    film = render.render_radiograph(plan, 0, anatomy)
     image_id = study["films"][0]["image_id"]
-    kept = read_twins(tmp_path / "one", image_id)
-    grey = read_grey(tmp_path / "one" / f"{plan['split']}_images" / f"{image_id}.dicom")
+    kept = read_counterfactuals(tmp_path / "one", image_id)
+    grey = read_radiograph(
+        tmp_path / "one" / f"{plan['split']}_images" / f"{image_id}.dicom"
+    ).pixels
     assert len(kept) == len(film.twins) == len(study["findings"])
     for one, other, entry in zip(kept, film.twins, study["films"][0]["findings"], strict=True):
         assert (one is None) == (other is None)
@@ -291,39 +292,39 @@ def test_twins_are_read_back_as_they_were_made(tmp_path, few, anatomy):
         assert np.abs(whole[0] - whole[1]).max() <= 0.51 / 1023
         assert one.without(grey).shape == grey.shape
     with pytest.raises(DernetError, match="only films of a virtual cohort"):
-        read_twins(tmp_path / "one", "0" * 32)
+        read_counterfactuals(tmp_path / "one", "0" * 32)
     path = tmp_path / "one" / "twins" / f"{image_id}.npz"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DernetError, match="damaged"):
-        read_twins(tmp_path / "one", image_id)
+        read_counterfactuals(tmp_path / "one", image_id)
 
 
 def test_a_full_disk_is_told_before_anything_is_made(tmp_path, few, monkeypatch):
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr("dernet_utils.cohort.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("dernet_utils.virtual.cohort.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DernetError, match="make room"):
-        cohort.write_cohort(tmp_path / "one", 3, 7, 1)
+        virtual_cohort.write_cohort(tmp_path / "one", 3, 7, 1)
     assert not list(tmp_path.rglob("*.dicom")) and not (tmp_path / "one").exists()
 
 
 def test_a_donor_of_few_vertebrae_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(landmarks, "find_vertebrae", lambda _: [])
-    landmarks._load_anatomy.cache_clear()
+    virtual_anatomy._load_anatomy.cache_clear()
     with pytest.raises(DernetError, match="shows 0 whole vertebrae"):
-        cohort.write_cohort(tmp_path / "one", 24, 7, 1)
-    landmarks._load_anatomy.cache_clear()
+        virtual_cohort.write_cohort(tmp_path / "one", 24, 7, 1)
+    virtual_anatomy._load_anatomy.cache_clear()
     assert not (tmp_path / "one").exists() and not (tmp_path / "one.partial").exists()
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DernetError, match="not empty"):
-        cohort.write_cohort(tmp_path, 24, 1)
+        virtual_cohort.write_cohort(tmp_path, 24, 1)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_real_data_are_never_made(tmp_path, monkeypatch):
     monkeypatch.setenv("DERNET_DATA", str(tmp_path / "spinexr"))
     workspace = Workspace(PROFILES["paper"], tmp_path)
-    assert cohort.ensure_cohort(workspace) == tmp_path / "spinexr"
+    assert virtual_cohort.ensure_cohort(workspace) == tmp_path / "spinexr"
     assert not (tmp_path / "spinexr").exists()

@@ -17,11 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dernet_utils import crossvalidation, data, ensemble, stats, triage
-from dernet_utils.errors import DernetError
-from dernet_utils.evaluate import auroc, youden_threshold
-from dernet_utils.profiles import get_profile
-from dernet_utils.workspace import PROJECT, Workspace
+from dernet_utils.book import progress
+from dernet_utils.core import vocabulary
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.core.workspace import Workspace
+from dernet_utils.dataset import folds as dataset_folds
+from dernet_utils.dataset import tables as dataset_tables
+from dernet_utils.metrics import intervals
+from dernet_utils.metrics.classification import auroc, youden_threshold
+from dernet_utils.triage import crossvalidation, ensemble, training
+from dernet_utils.triage import crossvalidation as triage_crossvalidation
+from dernet_utils.triage import networks as triage_networks
 
 NETWORK = "densenet121"  # the quickest of the three
 NUMBERS = {
@@ -52,8 +60,8 @@ class Sealed:
 
 
 def test_test_labels_are_unreadable_until_the_decision_is_written(workspace, monkeypatch):
-    whole = data.read_dataset(workspace.data_root)
-    data.load_folds(
+    whole = dataset_tables.read_dataset(workspace.data_root)
+    dataset_folds.load_folds(
         workspace, whole.images
     )  # dealt before; `make_folds` refuses any image of the test split
     is_test = whole.images["split"] == "test"
@@ -61,34 +69,34 @@ def test_test_labels_are_unreadable_until_the_decision_is_written(workspace, mon
     for row, hidden in enumerate(is_test):
         labels[row] = Sealed() if hidden else bool(whole.images["abnormal"][row])
     boxes = whole.boxes[whole.boxes["split"] == "train"]
-    sealed = data.Dataset(
+    sealed = dataset_tables.Dataset(
         whole.root, whole.images.drop(columns="boxes").assign(abnormal=pd.Series(labels)), boxes
     )
     with pytest.raises(AssertionError, match="was read"):  # the seal itself holds
         bool(sealed.images.loc[is_test, "abnormal"].iloc[0])
     with monkeypatch.context() as patch:
-        for module in (data, crossvalidation):
+        for module in (dataset_tables, crossvalidation):
             patch.setattr(module, "read_dataset", lambda root: sealed)
-        found = crossvalidation.cross_validate(workspace, NETWORK)
+        found = triage_crossvalidation.cross_validate(workspace, NETWORK)
         y, prob = found.out_of_fold["label"].to_numpy(), found.out_of_fold[["prob"]].to_numpy()
         omega = ensemble.fit_weights(y, prob)
         vote = ensemble.soft_vote(prob, omega)
         temperature = ensemble.fit_temperature(y, vote)
         tau = youden_threshold(y, ensemble.with_temperature(vote, temperature))
         with pytest.raises(DernetError, match="expected to be chosen out of fold"):
-            crossvalidation.open_test_labels(workspace)
+            triage_crossvalidation.open_test_labels(workspace)
         decision = ensemble.Decision(
             (NETWORK,), tuple(omega.tolist()), temperature, {"youden": tau}, len(y)
         )
         crossvalidation.write_decision(workspace, decision)
     assert crossvalidation.read_decision(workspace) == decision
-    opened = crossvalidation.open_test_labels(workspace)
+    opened = triage_crossvalidation.open_test_labels(workspace)
     assert opened.tolist() == whole.images.loc[is_test, "abnormal"].tolist()
     assert len(opened) == len(found.test) and "label" not in found.test
 
 
 def test_images_of_the_test_split_come_without_labels(workspace):
-    images = crossvalidation.run_images(workspace)
+    images = triage_crossvalidation.triage_images(workspace)
     test = images["split"] == "test"
     assert images.loc[test, ["label", "fold"]].isna().all(axis=None)
     assert not images.loc[~test, ["label", "fold"]].isna().any(axis=None)
@@ -101,12 +109,12 @@ def test_a_spoilt_decision_opens_nothing(workspace):
     for spoilt in ("", "[]", "{}", json.dumps(good), json.dumps(good | {"fitted_on": 1, "x": 2})):
         path.write_text(spoilt)
         with pytest.raises(DernetError, match="is no decision"):
-            crossvalidation.open_test_labels(workspace)
+            triage_crossvalidation.open_test_labels(workspace)
 
 
 def test_a_lesions_place_is_its_boxes_centre(workspace):
-    images = crossvalidation.run_images(workspace)
-    whole = data.read_dataset(workspace.data_root)
+    images = triage_crossvalidation.triage_images(workspace)
+    whole = dataset_tables.read_dataset(workspace.data_root)
     assert images.loc[images["split"] == "test", "lesions"].map(len).eq(0).all()
     train = images[images["split"] == "train"].set_index("image_id")
     assert (train["lesions"].map(len) > 0).tolist() == train["label"].tolist()
@@ -115,7 +123,7 @@ def test_a_lesions_place_is_its_boxes_centre(workspace):
     x, y, kind = train.loc[box["image_id"], "lesions"][0]  # films this small are cached whole
     assert x * width == pytest.approx((box["xmin"] + box["xmax"]) / 2)
     assert y * height == pytest.approx((box["ymin"] + box["ymax"]) / 2)
-    assert data.LESION_TYPES[int(kind)] == box["lesion_type"]
+    assert vocabulary.LESION_TYPES[int(kind)] == box["lesion_type"]
 
 
 # Every image once
@@ -123,34 +131,41 @@ def test_a_lesions_place_is_its_boxes_centre(workspace):
 
 def test_each_training_image_is_scored_once_by_a_network_that_never_saw_it(workspace):
     lines = []
-    found = crossvalidation.cross_validate(
+    found = triage_crossvalidation.cross_validate(
         workspace, NETWORK, lambda fold, row: lines.append((fold, row["epoch"]))
     )
     folds, epochs = workspace.profile.folds, workspace.profile.triage_epochs
     assert lines == [(fold, epoch) for fold in range(folds) for epoch in range(1, epochs + 1)]
-    images = crossvalidation.run_images(workspace)
+    images = triage_crossvalidation.triage_images(workspace)
     train = images[images["split"] == "train"]
     assert found.out_of_fold["image_id"].tolist() == train["image_id"].tolist()
     assert found.out_of_fold["prob"].between(0, 1).all()
     for fold, checkpoint in enumerate(found.checkpoints):
         # By hand: this fold's network on this fold's images, and on the test split.
-        network, _ = triage.load_trained(NETWORK, checkpoint)
+        network, _ = training.load_network(NETWORK, checkpoint)
         rows = train[train["fold"] == fold]
-        prob = triage.predict_triage(network, triage.load_pixels(rows["path"], 32))
+        prob = triage_networks.predict_probabilities(
+            network, training.load_pixels(rows["path"], 32)
+        )
         assert found.out_of_fold["prob"][rows.index].to_numpy() == pytest.approx(prob, abs=1e-6)
-        pixels, network = triage.load_pixels(rows["path"], 32), network.eval()
+        pixels, network = training.load_pixels(rows["path"], 32), network.eval()
         with torch.no_grad():  # as after the epoch: not mirrored, in bfloat16 where that is faster
-            plain = network(triage.as_input(pixels)).squeeze(1).sigmoid().numpy()
+            plain = network(triage_networks.as_input(pixels)).squeeze(1).sigmoid().numpy()
         said = found.epochs[found.epochs["epoch"] == epochs].set_index("image_id")["prob"]
         assert said[rows["image_id"]].to_numpy() == pytest.approx(plain, abs=0.02)
-        facts = triage.checkpoint_facts(checkpoint)
+        facts = training.checkpoint_facts(checkpoint)
         assert facts["fold"] == f"{fold} of {folds}" and facts["profile"] == "smoke"
         assert json.loads(facts["recipe"])["seed"] == 42 and facts["commit"]
     test = images.loc[images["split"] == "test", "path"]
-    networks = [triage.load_trained(NETWORK, path)[0] for path in found.checkpoints]
-    each = [triage.predict_triage(one, triage.load_pixels(test, 32)) for one in networks]
+    networks = [training.load_network(NETWORK, path)[0] for path in found.checkpoints]
+    each = [
+        triage_networks.predict_probabilities(one, training.load_pixels(test, 32))
+        for one in networks
+    ]
     assert found.test["prob"].to_numpy() == pytest.approx(np.mean(each, axis=0), abs=1e-6)
-    again = crossvalidation.cross_validate(workspace, NETWORK, lambda *_: pytest.fail("trained"))
+    again = triage_crossvalidation.cross_validate(
+        workspace, NETWORK, lambda *_: pytest.fail("trained")
+    )
     assert again.out_of_fold.equals(found.out_of_fold)
     assert again.epochs.equals(found.epochs)
     of_image = found.epochs.groupby("image_id")["epoch"].agg(list)
@@ -159,12 +174,12 @@ def test_each_training_image_is_scored_once_by_a_network_that_never_saw_it(works
 
 
 def test_other_test_images_are_scored_anew_without_training(workspace, monkeypatch):
-    before = crossvalidation.cross_validate(workspace, NETWORK)
-    images = crossvalidation.run_images(workspace)
+    before = triage_crossvalidation.cross_validate(workspace, NETWORK)
+    images = triage_crossvalidation.triage_images(workspace)
     gone = images.index[images["split"] == "test"][0]
     for fewer in (images.drop(index=gone), images):
-        monkeypatch.setattr(crossvalidation, "run_images", lambda _, fewer=fewer: fewer)
-        after = crossvalidation.cross_validate(
+        monkeypatch.setattr(crossvalidation, "triage_images", lambda _, fewer=fewer: fewer)
+        after = triage_crossvalidation.cross_validate(
             workspace, NETWORK, lambda *_: pytest.fail("trained")
         )
         assert after.out_of_fold.equals(before.out_of_fold)
@@ -176,13 +191,15 @@ def test_other_test_images_are_scored_anew_without_training(workspace, monkeypat
 def test_two_runs_with_one_seed_give_identical_probabilities(workspace, tmp_path):
     first, second = (
         pd.read_parquet(
-            crossvalidation.train_fold(workspace_at(folder), NETWORK, 0).with_suffix(".parquet")
+            triage_crossvalidation.train_fold(workspace_at(folder), NETWORK, 0).with_suffix(
+                ".parquet"
+            )
         )
         for folder in (workspace.folder, tmp_path / "other")
     )
     assert first.equals(second)
     other = workspace_at(tmp_path / "third", seed=7)
-    third = crossvalidation.train_fold(other, NETWORK, 0).with_suffix(".parquet")
+    third = triage_crossvalidation.train_fold(other, NETWORK, 0).with_suffix(".parquet")
     both = first.merge(pd.read_parquet(third), on="image_id")
     assert (both["prob_x"] != both["prob_y"]).any()
 
@@ -210,7 +227,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 def test_killed_at_a_random_moment_and_run_again_ends_as_if_never_killed(workspace, tmp_path):
     unbroken = Path(start(tmp_path / "unbroken").communicate(timeout=300)[0].strip())
-    seconds = pd.DataFrame(json.loads(triage.checkpoint_facts(unbroken)["history"]))["seconds"]
+    seconds = pd.DataFrame(json.loads(training.checkpoint_facts(unbroken)["history"]))["seconds"]
     moment = random.SystemRandom().uniform(0, seconds.sum())
     killed = start(tmp_path / "killed")
     weights = tmp_path / "killed" / "weights"
@@ -251,15 +268,15 @@ def test_canary_study_tells_the_label_and_our_folds_do_not_hear_it(tmp_path, mon
     workspace = workspace_at(tmp_path / "run", triage_epochs=10, folds=2, triage_batch=8)
     labelled = films.assign(abnormal=films["label"], boxes=films["label"].astype(int))
     types = {"split": "train", "series_id": films["study_id"], "abnormal": films["label"]}
-    ours = data.make_folds(labelled.assign(**types), 2, seed=0)[["image_id", "fold"]]
+    ours = dataset_folds.make_folds(labelled.assign(**types), 2, seed=0)[["image_id", "fold"]]
     dealt_by_image = ours.assign(fold=np.arange(len(ours)) % 2)  # every study in both
     found = {}
     for name, folds in (("by study", ours), ("by image", dealt_by_image)):
         images = films.merge(folds).assign(split="train").astype({"label": "boolean"})
-        monkeypatch.setattr(crossvalidation, "run_images", lambda _, images=images: images)
-        scored = crossvalidation.cross_validate(workspace, NETWORK).out_of_fold
+        monkeypatch.setattr(crossvalidation, "triage_images", lambda _, images=images: images)
+        scored = triage_crossvalidation.cross_validate(workspace, NETWORK).out_of_fold
         y, prob = scored["label"].to_numpy(), scored["prob"].to_numpy()
-        found[name] = stats.bootstrap_by_study(
+        found[name] = intervals.bootstrap_by_study(
             lambda rows, y=y, prob=prob: auroc(y[rows], prob[rows]), scored["study_id"], 500
         )
     assert found["by study"].low < 0.5 < found["by study"].high, found
@@ -272,42 +289,42 @@ def test_canary_study_tells_the_label_and_our_folds_do_not_hear_it(tmp_path, mon
 
 def test_a_fold_that_is_none_and_a_network_that_is_none(workspace):
     with pytest.raises(DernetError, match="are 0 to 1, and 2 is none"):
-        crossvalidation.train_fold(workspace, NETWORK, 2)
+        triage_crossvalidation.train_fold(workspace, NETWORK, 2)
     with pytest.raises(DernetError, match="one of densenet121"):
-        crossvalidation.train_fold(workspace, "vgg16", 0)
+        triage_crossvalidation.train_fold(workspace, "vgg16", 0)
 
 
 def test_a_fold_without_normal_images_is_told(workspace, monkeypatch):
-    images = crossvalidation.run_images(workspace)
+    images = triage_crossvalidation.triage_images(workspace)
     spoilt = images[~((images["fold"] == 1) & ~images["label"].fillna(False))]
-    monkeypatch.setattr(crossvalidation, "run_images", lambda _: spoilt)
+    monkeypatch.setattr(crossvalidation, "triage_images", lambda _: spoilt)
     with pytest.raises(DernetError, match=r"the images held out are .* of one class"):
-        crossvalidation.train_fold(workspace, NETWORK, 1)
+        triage_crossvalidation.train_fold(workspace, NETWORK, 1)
     with pytest.raises(DernetError, match=r"the images to learn from are .* of one class"):
-        crossvalidation.train_fold(workspace, NETWORK, 0)
+        triage_crossvalidation.train_fold(workspace, NETWORK, 0)
 
 
 def test_folds_of_another_cohort_are_refused(workspace):
-    data.load_folds(workspace, data.read_dataset(workspace.data_root).images)
+    dataset_folds.load_folds(workspace, dataset_tables.read_dataset(workspace.data_root).images)
     path = workspace.tables / "folds.parquet"
     folds = pd.read_parquet(path)
     folds.iloc[1:].to_parquet(path)
     with pytest.raises(DernetError, match="was written for other data"):
-        crossvalidation.train_fold(workspace, NETWORK, 0)
+        triage_crossvalidation.train_fold(workspace, NETWORK, 0)
 
 
 def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp_path):
-    checkpoint = crossvalidation.train_fold(workspace, NETWORK, 0)
+    checkpoint = triage_crossvalidation.train_fold(workspace, NETWORK, 0)
     with pytest.raises(DernetError, match="expected to hold network resnet50, and holds densenet"):
-        triage.load_trained("resnet50", checkpoint)
-    other = triage.Recipe.of(get_profile("paper"))
+        training.load_network("resnet50", checkpoint)
+    other = training.TriageRecipe.of(get_profile("paper"))
     with pytest.raises(DernetError, match=r'hold recipe .*384.* holds .*"image_px": 32'):
-        triage.load_trained(NETWORK, checkpoint, other)
+        training.load_network(NETWORK, checkpoint, other)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(checkpoint.read_bytes()[:-100])
     for path in (damaged, tmp_path / "none.safetensors"):
         with pytest.raises(DernetError, match=r"cannot be read .* train anew"):
-            triage.load_trained(NETWORK, path)
+            training.load_network(NETWORK, path)
 
 
 @pytest.fixture
@@ -354,7 +371,7 @@ def test_processes_that_accelerate_starts_share_the_folds_out(runs: Path):
 
 def test_a_bar_a_fold_that_ends_with_its_last_epoch(capsys):
     profile = get_profile("smoke")
-    show = crossvalidation.epoch_bars(NETWORK, profile)
+    show = progress.epoch_bars(NETWORK, profile)
     row = {"train_loss": 0.61, "validation_auroc": 0.74}
     for fold, epochs in ((0, (1, 2)), (1, (2,))):  # the second was killed after an epoch
         for epoch in epochs:

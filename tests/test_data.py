@@ -13,23 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.encaps import encapsulate, generate_frames
 
-from dernet_utils.data import (
-    BOXES,
-    COLUMNS,
-    IMAGES,
-    LESION_TYPES,
-    PAPER_CODES,
-    RARER_TYPES,
-    check_dataset,
-    load_folds,
-    make_folds,
-    read_dataset,
-    read_manifest,
-    repair_dataset,
-)
-from dernet_utils.errors import DernetError
-from dernet_utils.profiles import get_profile
-from dernet_utils.workspace import Workspace
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.core.vocabulary import ANNOTATION_COLUMNS, LESION_TYPES, PAPER_CODES, RARER_TYPES
+from dernet_utils.core.workspace import Workspace
+from dernet_utils.dataset.check import check_dataset, repair_dataset
+from dernet_utils.dataset.folds import load_folds, make_folds
+from dernet_utils.dataset.tables import BOXES, IMAGES, read_dataset, read_manifest
 
 TRAIN, TEST = "annotations/train.csv", "annotations/test.csv"
 
@@ -48,7 +38,7 @@ def edit(root: Path, row: int, file: str = TRAIN, **cells: str) -> None:
     """Change cells of a CSV line; `row` counts as the reports do, the header being 1."""
     rows = table(root, file)
     for column, text in cells.items():
-        rows[row - 1][COLUMNS.index(column)] = str(text)
+        rows[row - 1][ANNOTATION_COLUMNS.index(column)] = str(text)
     write(root, rows, file)
 
 
@@ -63,7 +53,7 @@ def row_of(root: Path, lesion: bool, file: str = TRAIN, nth: int = 0) -> int:
 
 
 def cell(root: Path, row: int, column: str, file: str = TRAIN) -> str:
-    return table(root, file)[row - 1][COLUMNS.index(column)]
+    return table(root, file)[row - 1][ANNOTATION_COLUMNS.index(column)]
 
 
 def film(root: Path, row: int, split: str = "train") -> Path:
@@ -130,7 +120,7 @@ def test_reading_gives_typed_tables_that_equal_the_files(tiny_dataset):
 def test_the_columns_may_stand_in_any_order_and_with_a_byte_order_mark(tiny_dataset):
     before = read_dataset(tiny_dataset)
     frame = pd.read_csv(tiny_dataset / TRAIN, dtype=str)
-    frame[list(reversed(COLUMNS))].assign(note="x").to_csv(
+    frame[list(reversed(ANNOTATION_COLUMNS))].assign(note="x").to_csv(
         tiny_dataset / TRAIN, index=False, encoding="utf-8-sig", lineterminator="\r\n"
     )
     assert check_dataset(tiny_dataset).problems == []
@@ -153,7 +143,7 @@ def test_each_rarer_type_is_folded(tiny_dataset, name):
 # ── Dirt ─────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", ANNOTATION_COLUMNS)
 def test_a_missing_column_is_one_problem(tiny_dataset, column):
     frame = pd.read_csv(tiny_dataset / TRAIN, dtype=str)
     frame.drop(columns=column).to_csv(tiny_dataset / TRAIN, index=False)

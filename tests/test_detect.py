@@ -15,11 +15,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dernet_utils import detect, machine, offline, yolo
-from dernet_utils.data import CORNERS, LESION_TYPES
-from dernet_utils.detect import Recipe, export_yolo, letterbox, suppress, to_stored, to_view
-from dernet_utils.errors import DernetError
-from dernet_utils.views import SpineDataset
+from dernet_utils.core import machine
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
+from dernet_utils.detection import images as detection_images
+from dernet_utils.detection import offline, prediction, training, yolo
+from dernet_utils.detection.augment import SpineDataset
+from dernet_utils.detection.images import DetectorRecipe, export_yolo
+from dernet_utils.detection.prediction import suppress_boxes
+from dernet_utils.imaging.boxes import from_letterbox, letterbox, to_letterbox
 
 # isort: split
 from safetensors.torch import save_file
@@ -27,14 +31,14 @@ from scipy.stats import kstest, uniform
 from ultralytics.data.augment import Mosaic
 from ultralytics.nn.tasks import DetectionModel
 
-RECIPE = Recipe(view=(64, 64), epochs=3, batch=4, lr=1e-3, mosaic_until=2)
+RECIPE = DetectorRecipe(input_size=(64, 64), epochs=3, batch=4, lr=1e-3, mosaic_until=2)
 NAMES = dict(enumerate(LESION_TYPES))
 
 
 def trained(films, tmp_path, recipe=RECIPE, **more):
     images, boxes = films
     folder = tmp_path / "weights"
-    return detect.train_detector(images[:4], images[4:], boxes, recipe, folder, **more)
+    return training.train_detector(images[:4], images[4:], boxes, recipe, folder, **more)
 
 
 def a_batch(px=64):
@@ -145,13 +149,15 @@ def test_boxes_return_from_the_letterbox(height, width, rows, columns):
     assert fitted_width == columns or fitted_height == rows
     assert fitted_width <= columns and fitted_height <= rows
     stored = np.array([[0.0, 0.0, 5 * width, 5 * height], [width, height, 2 * width, 3 * height]])
-    back = to_stored(to_view(stored, place, 5 * height, 5 * width), place, 5 * height, 5 * width)
+    back = from_letterbox(
+        to_letterbox(stored, place, 5 * height, 5 * width), place, 5 * height, 5 * width
+    )
     assert back == pytest.approx(stored, abs=1e-6)
 
 
 def test_boxes_end_at_the_edge_of_the_film():
     outside = np.array([[-50.0, -50.0, 500.0, 500.0]])
-    assert to_stored(outside, (10, 0, 44, 64), 640, 440).tolist() == [[0, 0, 440, 640]]
+    assert from_letterbox(outside, (10, 0, 44, 64), 640, 440).tolist() == [[0, 0, 440, 640]]
 
 
 def test_export_is_what_ultralytics_reads(films, tmp_path):
@@ -167,16 +173,16 @@ def test_export_is_what_ultralytics_reads(films, tmp_path):
     assert [LESION_TYPES[int(c)] for c in label["cls"].ravel()] == own["lesion_type"].tolist()
     centre, size = label["bboxes"][:, :2], label["bboxes"][:, 2:]
     corners = np.hstack([centre - size / 2, centre + size / 2]) * [64, 96, 64, 96]
-    expected = to_view(own[list(CORNERS)].to_numpy(), (0, 0, 64, 96), 240, 160)
+    expected = to_letterbox(own[list(CORNERS)].to_numpy(), (0, 0, 64, 96), 240, 160)
     assert corners == pytest.approx(expected, abs=1e-3)
 
 
 def a_trainer(films, tmp_path, view=(64, 64), epochs=3, **shown):
     """The trainer of a run, as `train_detector` makes it."""
-    recipe = Recipe(view, epochs, batch=2, lr=1e-3, mosaic_until=2, **shown)
+    recipe = DetectorRecipe(view, epochs, batch=2, lr=1e-3, mosaic_until=2, **shown)
     kept = tmp_path / "run"
     kept.mkdir()
-    trainer = yolo.MosaicDecay(detect.write_films(*films, recipe, kept))
+    trainer = yolo.MosaicDecay(detection_images.write_training_set(*films, recipe, kept))
     trainer.model = yolo.build_detector(LESION_TYPES, 0)
     return trainer
 
@@ -251,12 +257,12 @@ def test_the_trainer_is_made_anew_in_another_process(films, tmp_path):
 def test_views_show_mosaic_until_tau_and_boxes_stay_on_their_patches(films, tmp_path):
     images, boxes = films
     with_mosaic, without = (
-        list(detect.training_views(images, boxes, RECIPE, epoch, tmp_path / "yolo"))
+        list(detection_images.augmented_images(images, boxes, RECIPE, epoch, tmp_path / "yolo"))
         for epoch in (1, 2)
     )
     assert len(with_mosaic) == len(without) == 6
     assert sum(len(b) for _, b in with_mosaic) > sum(len(b) for _, b in without)
-    again = list(detect.training_views(images, boxes, RECIPE, 1, tmp_path / "yolo"))
+    again = list(detection_images.augmented_images(images, boxes, RECIPE, 1, tmp_path / "yolo"))
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(with_mosaic, again, strict=True))
     for grey, shown in without:
         assert grey.shape == (64, 64)
@@ -269,7 +275,7 @@ def test_suppression_keeps_the_surer_of_two_and_both_types():
     raw = torch.zeros(4 + 7, 4)
     raw[:4] = torch.tensor([[20, 20, 10, 10], [21, 20, 10, 10], [20, 20, 10, 10], [50, 50, 8, 8]]).T
     raw[4, 0], raw[4, 1], raw[5, 2] = 0.6, 0.9, 0.8
-    corners, classes, scores = suppress(raw)
+    corners, classes, scores = suppress_boxes(raw)
     assert classes.tolist() == [0, 1] and scores.tolist() == pytest.approx([0.9, 0.8])
     assert corners.tolist() == [[16, 15, 26, 25], [15, 15, 25, 25]]
 
@@ -287,14 +293,14 @@ def test_training_is_kept_reused_and_leaves_nothing_else(films, tmp_path, monkey
     assert run.history["map50"].notna().iloc[-1]
     assert np.isfinite(run.history[["box", "cls", "dfl"]].to_numpy()).all()
     assert json.loads(json.dumps(rows)) == rows and len(rows) == 3
-    monkeypatch.setattr(detect, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
     again = trained(films, tmp_path)
     assert again.checkpoint == run.checkpoint
     pd.testing.assert_frame_equal(again.history, run.history)
     images = films[0]
-    found = detect.predict_boxes(run.network, images, (64, 64))
-    pd.testing.assert_frame_equal(found, detect.predict_boxes(again.network, images, (64, 64)))
-    assert list(found) == detect.COLUMNS
+    found = prediction.predict_boxes(run.network, images, (64, 64))
+    pd.testing.assert_frame_equal(found, prediction.predict_boxes(again.network, images, (64, 64)))
+    assert list(found) == prediction.PREDICTION_COLUMNS
     assert (found[["xmin", "ymin"]] >= 0).all(axis=None)
     assert (found["xmax"] <= 160).all() and (found["ymax"] <= 240).all()
 
@@ -317,13 +323,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(films, tmp_path):
 
 def test_anything_that_matters_names_another_run(films, tmp_path):
     images, boxes = films
-    key = detect.run_key(images[:4], images[4:], boxes, RECIPE, None)
+    key = training.detector_run_key(images[:4], images[4:], boxes, RECIPE, None)
     moved = boxes.assign(xmin=boxes["xmin"] - 1)
-    assert detect.run_key(images[:4], images[4:], moved, RECIPE, None) != key
-    other = Recipe((64, 64), 3, 4, 1e-3, 3)
-    assert detect.run_key(images[:4], images[4:], boxes, other, None) != key
+    assert training.detector_run_key(images[:4], images[4:], moved, RECIPE, None) != key
+    other = DetectorRecipe((64, 64), 3, 4, 1e-3, 3)
+    assert training.detector_run_key(images[:4], images[4:], boxes, other, None) != key
     shuffled = images[:4].sample(frac=1, random_state=0)
-    assert detect.run_key(shuffled, images[4:], boxes[::-1], RECIPE, None) == key
+    assert training.detector_run_key(shuffled, images[4:], boxes[::-1], RECIPE, None) == key
 
 
 def test_starting_checkpoint_is_read_without_running_its_code(tmp_path):
@@ -357,19 +363,19 @@ def test_a_checkpoint_of_other_classes_is_named(tmp_path):
     tensors = {name: value.contiguous() for name, value in other.state_dict().items()}
     save_file(tensors, tmp_path / "other.safetensors", {"history": "[]"})
     with pytest.raises(DernetError, match="of 3 classes, and 7 are asked for"):
-        detect.load_detector(tmp_path / "other.safetensors")
+        training.load_detector(tmp_path / "other.safetensors")
 
 
 def test_a_type_without_a_training_box_is_said(films, tmp_path):
     images, boxes = films
-    assert detect.unseen_types(images[:4], boxes) == list(LESION_TYPES[4:])
-    assert detect.unseen_types(images, boxes) == [LESION_TYPES[6]]
+    assert detection_images.unseen_types(images[:4], boxes) == list(LESION_TYPES[4:])
+    assert detection_images.unseen_types(images, boxes) == [LESION_TYPES[6]]
 
 
 def test_films_without_boxes_are_refused(films, tmp_path):
     images, boxes = films
     with pytest.raises(DernetError, match="none of these 4"):
-        detect.train_detector(images[:4], images[4:], boxes.iloc[:0], RECIPE, tmp_path)
+        training.train_detector(images[:4], images[4:], boxes.iloc[:0], RECIPE, tmp_path)
 
 
 def test_ultralytics_keeps_to_itself():

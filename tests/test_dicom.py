@@ -8,8 +8,8 @@ import numpy as np
 import pydicom
 import pytest
 
-from dernet_utils.dicom import SYNTAXES, write_dicom
-from dernet_utils.imaging import read_grey
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.virtual.dicom_writer import SYNTAXES, write_dicom
 
 GREY = np.linspace(0.0, 1.0, 64 * 48).reshape(64, 48)
 ENCODINGS = list(
@@ -61,7 +61,7 @@ def check_with_dciodvfy(path: Path) -> None:
 @pytest.mark.parametrize(("photometric", "voi", "syntax", "bits"), ENCODINGS)
 def test_a_dicom_file_gives_its_film_back(tmp_path, photometric, voi, syntax, bits):
     path = written(tmp_path, photometric, voi, syntax, bits)
-    assert np.abs(read_grey(path).astype(float) - 255 * GREY).max() <= 1.5
+    assert np.abs(read_radiograph(path).pixels.astype(float) - 255 * GREY).max() <= 1.5
 
 
 @pytest.mark.parametrize(("photometric", "voi", "syntax", "bits"), ENCODINGS)

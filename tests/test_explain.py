@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dernet_utils import explain
-from dernet_utils.errors import DernetError
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.triage import as_input, build_network, predict_triage
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import NETWORKS
+from dernet_utils.triage import explain
+from dernet_utils.triage.networks import as_input, build_network, predict_probabilities
 
 PX = 64
 
@@ -54,9 +54,9 @@ def test_grad_cam_is_the_head_laid_over_the_last_maps(name):
 
 def test_grad_cam_leaves_the_network_as_it_was():
     network, pixels = build_network("densenet121").eval(), noise()
-    before = predict_triage(network, pixels)
+    before = predict_probabilities(network, pixels)
     explain.grad_cam("densenet121", network, pixels)
-    assert (predict_triage(network, pixels) == before).all()
+    assert (predict_probabilities(network, pixels) == before).all()
     assert all(parameter.grad is None for parameter in network.parameters())
     with pytest.raises(DernetError, match="knows the layers"):
         explain.grad_cam("vgg", network, pixels)

@@ -9,24 +9,25 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exported import PX, VIEW, squares
+from exported import PX, SIZE, squares
 
-from dernet_utils import export, runtime
-from dernet_utils.errors import DernetError
-from dernet_utils.explain import grad_cam
-from dernet_utils.profiles import NETWORKS
-from dernet_utils.triage import predict_triage
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import NETWORKS
+from dernet_utils.inference import onnx_backend
+from dernet_utils.triage import networks as triage_networks
+from dernet_utils.triage.explain import grad_cam
+from dernet_utils.triage.networks import predict_probabilities
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_triage_says_what_torch_says(exported, networks, name, engine):
-    run = runtime.open_network(exported / f"{name}.onnx", engine)
+    run = onnx_backend.open_network(exported / f"{name}.onnx", engine)
     for n in (1, 3):
         shown = squares(n, (PX, PX))
         prob, heat, embedding = run(shown)
         pixels = torch.from_numpy(shown)
-        wanted = np.mean([predict_triage(own, pixels) for own in networks[name]], axis=0)
+        wanted = np.mean([predict_probabilities(own, pixels) for own in networks[name]], axis=0)
         assert prob == pytest.approx(wanted, abs=1e-5)
         maps = [grad_cam(name, own, pixels) for own in networks[name]]
         sums = [one.sum(axis=(1, 2), keepdims=True) for one in maps]
@@ -35,7 +36,7 @@ def test_triage_says_what_torch_says(exported, networks, name, engine):
         assert heat.sum(axis=(1, 2)) == pytest.approx(np.mean(filled, axis=0), abs=1e-4)
         with torch.no_grad():
             stages = networks[name][0].forward_intermediates(
-                export.as_input(pixels), intermediates_only=True
+                triage_networks.as_input(pixels), intermediates_only=True
             )
         assert stages[1].shape[2:] == (PX // 4, PX // 4)
         assert embedding == pytest.approx(stages[1].mean(dim=(2, 3)).numpy(), abs=1e-4)
@@ -43,9 +44,9 @@ def test_triage_says_what_torch_says(exported, networks, name, engine):
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_the_detector_says_what_torch_says(exported, detector, engine):
-    run = runtime.open_network(exported / "yolo11l.onnx", engine)
+    run = onnx_backend.open_network(exported / "yolo11l.onnx", engine)
     for n in (1, 3):
-        shown = squares(n, VIEW)
+        shown = squares(n, SIZE)
         with torch.no_grad():
             grey = torch.from_numpy(shown).float() / 255
             wanted = detector.answers(grey.expand(-1, 3, -1, -1)).numpy()
@@ -56,11 +57,11 @@ def test_the_detector_says_what_torch_says(exported, detector, engine):
 
 def test_fewer_bits_say_nearly_the_same(exported):
     shown = squares(4, (PX, PX))
-    wanted = runtime.open_network(exported / "resnet50.onnx")(shown)[2]
+    wanted = onnx_backend.open_network(exported / "resnet50.onnx")(shown)[2]
     for engine in ("onnxruntime-int8", "openvino-bfloat16", "openvino-int8"):
-        form = runtime.ENGINES[engine][1]
+        form = onnx_backend.ENGINES[engine][1]
         path = exported / ("resnet50.onnx" if form == "float32" else f"resnet50.{form}.onnx")
-        embedding = runtime.open_network(path, engine)(shown)[2]
+        embedding = onnx_backend.open_network(path, engine)(shown)[2]
         apart = np.abs(embedding - wanted).mean() / wanted.mean()
         assert 0 < apart < 0.05
 
@@ -80,8 +81,8 @@ def test_an_engine_has_its_own_form_of_integers(exported, engine, sides):
 
 def test_no_thread_waits_awake_for_the_next_film(exported):
     """The threads of one network would take the cores of the next."""
-    run = runtime.open_network(exported / "yolo11l.onnx", threads=2)
-    run(squares(1, VIEW))
+    run = onnx_backend.open_network(exported / "yolo11l.onnx", threads=2)
+    run(squares(1, SIZE))
     before = time.process_time()
     time.sleep(0.1)
     assert time.process_time() - before < 0.02
@@ -89,14 +90,14 @@ def test_no_thread_waits_awake_for_the_next_film(exported):
 
 def test_the_pipeline_runs_and_the_gate_shuts(exported):
     grey = squares(1, (200, 150))[0, 0]
-    open_gate = runtime.open_pipeline(exported).answer(grey)
+    open_gate = onnx_backend.open_pipeline(exported).answer(grey)
     assert open_gate.abnormal and len(open_gate.boxes)
-    shut = runtime.open_pipeline(exported, threshold="shut").answer(grey)
+    shut = onnx_backend.open_pipeline(exported, threshold="shut").answer(grey)
     assert not shut.abnormal and shut.boxes.empty and shut.score == open_gate.score
-    pipeline = runtime.open_pipeline(exported)
-    looks = pipeline.look(pipeline.enhance(grey))
+    pipeline = onnx_backend.open_pipeline(exported)
+    looks = pipeline.run_triage(pipeline.enhance(grey))
     assert pipeline.heat(looks).shape == (2, 2)
-    name, familiar = runtime.open_familiar(exported)
+    name, familiar = onnx_backend.open_embedding_gate(exported)
     assert familiar.distance(looks[name].embedding[None]).shape == (1,)
 
 
@@ -113,22 +114,22 @@ def test_serving_needs_no_torch(exported):
 
 def test_errors_say_what_to_do(exported, tmp_path):
     with pytest.raises(DernetError, match="dernet export"):
-        runtime.open_pipeline(tmp_path)
+        onnx_backend.open_pipeline(tmp_path)
     with pytest.raises(DernetError, match="engine is one of"):
-        runtime.open_pipeline(exported, "tensorrt")
+        onnx_backend.open_pipeline(exported, "tensorrt")
     for damaged in ("{", "[]", "{}"):
-        (tmp_path / runtime.MANIFEST).write_text(damaged)
+        (tmp_path / onnx_backend.MANIFEST).write_text(damaged)
         with pytest.raises(DernetError, match="damaged"):
-            runtime.open_pipeline(tmp_path)
-    manifest = json.loads((exported / runtime.MANIFEST).read_text())
+            onnx_backend.open_pipeline(tmp_path)
+    manifest = json.loads((exported / onnx_backend.MANIFEST).read_text())
     del manifest["triage"]["resnet50"]["openvino-int8"]
-    (tmp_path / runtime.MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / onnx_backend.MANIFEST).write_text(json.dumps(manifest))
     networks = (*manifest["triage"].values(), manifest["detector"])
     for name in ("familiar.npz", *(own["float32"]["file"] for own in networks)):
         (tmp_path / name).symlink_to(exported / name)
     with pytest.raises(DernetError, match="--int8"):
-        runtime.open_pipeline(tmp_path, "openvino-int8")
+        onnx_backend.open_pipeline(tmp_path, "openvino-int8")
     (tmp_path / "resnet50.onnx").unlink()
     (tmp_path / "resnet50.onnx").write_bytes(b"another")
     with pytest.raises(DernetError, match="not the file"):
-        runtime.open_pipeline(tmp_path)
+        onnx_backend.open_pipeline(tmp_path)

@@ -4,23 +4,20 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dernet_utils.anatomy import Vertebra
-from dernet_utils.donor import Donor
-from dernet_utils.films import (
+from dernet_utils.virtual.acquisition import (
     CORTICAL_BONE,
     ENERGY_WEIGHTS,
     TITANIUM,
     WATER,
-    Block,
-    Development,
+    DisplayProcessing,
     Paths,
-    Scene,
-    Shape,
-    View,
     expose,
     transmission,
 )
-from dernet_utils.lesions import Lesion
+from dernet_utils.virtual.donor import Donor
+from dernet_utils.virtual.lesions import Lesion
+from dernet_utils.virtual.projection import Block, Scene, Shape, View
+from dernet_utils.virtual.spine import Vertebra
 
 CUBE_MM = 100.0
 
@@ -168,10 +165,10 @@ def test_a_grid_that_rests_leaves_its_lines():
 
 
 @pytest.fixture
-def developed() -> Development:
+def developed() -> DisplayProcessing:
     arrived = np.full((240, 200), 0.02)
     arrived[80:160, 60:140] = 0.01
-    return Development(shot(arrived), 0.5, contrast=1.0, detail=1.8)
+    return DisplayProcessing(shot(arrived), 0.5, contrast=1.0, detail=1.8)
 
 
 def test_film_shows_dense_as_white(developed):

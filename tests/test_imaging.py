@@ -21,19 +21,15 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
 
-from dernet_utils import imaging
-from dernet_utils.errors import DernetError
-from dernet_utils.imaging import (
-    cache_images,
-    clahe,
-    clahe_by_hand,
-    decode_dicom,
-    decode_grey,
-    load_cached,
-    preprocess,
-    read_grey,
-)
-from dernet_utils.profiles import get_profile
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.imaging import cache, enhance
+from dernet_utils.imaging import reader as imaging_reader
+from dernet_utils.imaging.cache import cache_images
+from dernet_utils.imaging.dicom import decode_dicom
+from dernet_utils.imaging.enhance import clahe, clahe_by_hand, preprocess
+from dernet_utils.imaging.reader import decode_radiograph, read_radiograph
 
 # Only what is in the wheel: pydicom's own look-up functions would download more.
 BUNDLED = Path(data_manager.DATA_ROOT) / "test_files"
@@ -173,7 +169,7 @@ def test_windowed_files_equal_pydicom(name):
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         fraction = 1 - fraction
     # Different order of the same operations: halves may be rounded differently.
-    assert np.abs(read_grey(BUNDLED / name) - 255 * fraction).max() <= 0.5 + 1e-6
+    assert np.abs(read_radiograph(BUNDLED / name).pixels - 255 * fraction).max() <= 0.5 + 1e-6
 
 
 def test_monochrome1_is_inverted_last(film):
@@ -300,7 +296,7 @@ def test_bundled_files_are_read_or_refused_with_reason_and_help():
     read, refused = [], []
     for path in sorted(filter(Path.is_file, BUNDLED.rglob("*"))):
         try:
-            grey = read_grey(path)
+            grey = read_radiograph(path).pixels
             assert grey.dtype == np.uint8 and grey.ndim == 2, path
             read.append(path.name)
         except DernetError as error:
@@ -346,7 +342,7 @@ def test_syntax_without_decoder(film):
 
 def test_twelve_bit_lossy_jpeg_names_a_converter():
     with pytest.raises(DernetError, match=r"12-bit.*dcmdjpeg"):
-        read_grey(BUNDLED / "JPGExtended.dcm")
+        read_radiograph(BUNDLED / "JPGExtended.dcm").pixels
 
 
 @pytest.mark.parametrize(
@@ -356,7 +352,7 @@ def test_twelve_bit_lossy_jpeg_names_a_converter():
 def test_files_cut_short_are_refused(film, syntax, kept):
     data = compressed(make_dataset(film, 12), syntax)
     with pytest.raises(DernetError, match="copy"):
-        decode_grey(data[: int(kept * len(data))])
+        decode_radiograph(data[: int(kept * len(data))])
 
 
 def test_damaged_files_end_in_a_sentence():
@@ -368,7 +364,7 @@ def test_damaged_files_end_in_a_sentence():
             damaged = whole.copy()
             damaged[rng.integers(132, whole.size, 12)] = rng.integers(0, 256, 12)
             try:
-                assert decode_grey(damaged.tobytes()).dtype == np.uint8
+                assert decode_radiograph(damaged.tobytes()).pixels.dtype == np.uint8
             except DernetError as error:
                 assert "; " in str(error)
 
@@ -378,13 +374,13 @@ def test_other_content_is_not_an_image(tmp_path, content):
     path = tmp_path / "film.dicom"
     path.write_bytes(content)
     with pytest.raises(DernetError, match=r"film\.dicom: not an image.*PNG or JPEG"):
-        read_grey(path)
+        read_radiograph(path).pixels
 
 
 def test_missing_files_and_folders(tmp_path):
     for path in (tmp_path, tmp_path / "no.dicom"):
         with pytest.raises(DernetError, match="cannot be read"):
-            read_grey(path)
+            read_radiograph(path).pixels
         with pytest.raises(DernetError, match="cannot be read"):
             decode_dicom(path)
 
@@ -395,18 +391,18 @@ def test_missing_files_and_folders(tmp_path):
 def test_png_of_eight_bits_is_taken_as_it_is(tmp_path, film):
     grey = (film >> 5).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "film.png"), grey)
-    np.testing.assert_array_equal(read_grey(tmp_path / "film.png"), grey)
+    np.testing.assert_array_equal(read_radiograph(tmp_path / "film.png").pixels, grey)
 
 
 def test_png_of_sixteen_bits_spans_its_range():
     code = cv2.imencode(".png", np.array([[1000, 1255, 1510]], np.uint16))[1].tobytes()
-    assert decode_grey(code).tolist() == [[0, 128, 255]]
+    assert decode_radiograph(code).pixels.tolist() == [[0, 128, 255]]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_colour_becomes_grey(suffix):
     flat = np.full((16, 16, 3), (40, 120, 200), np.uint8)  # blue, green, red
-    grey = decode_grey(cv2.imencode(suffix, flat)[1].tobytes())
+    grey = decode_radiograph(cv2.imencode(suffix, flat)[1].tobytes()).pixels
     assert grey.shape == (16, 16)
     assert np.abs(grey - (0.114 * 40 + 0.587 * 120 + 0.299 * 200)).max() <= 2
 
@@ -414,7 +410,7 @@ def test_colour_becomes_grey(suffix):
 def test_jpeg_is_near(film):
     grey = (film >> 4).astype(np.uint8)
     code = cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
-    assert np.abs(decode_grey(code).astype(int) - grey).max() <= 4
+    assert np.abs(decode_radiograph(code).pixels.astype(int) - grey).max() <= 4
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
@@ -422,12 +418,12 @@ def test_jpeg_is_near(film):
 def test_pictures_cut_short_are_refused(film, suffix, kept):
     code = cv2.imencode(suffix, (film >> 4).astype(np.uint8))[1].tobytes()
     with pytest.raises(DernetError, match="cut short; copy"):
-        decode_grey(code[: int(kept * len(code))])
+        decode_radiograph(code[: int(kept * len(code))])
 
 
 def test_damaged_picture_is_refused():
     with pytest.raises(DernetError, match="cannot be decoded"):
-        decode_grey(imaging.PNG_SIGNATURE + b"\1" * 50 + b"IEND")
+        decode_radiograph(imaging_reader.PNG_SIGNATURE + b"\1" * 50 + b"IEND").pixels
 
 
 # --- CLAHE ------------------------------------------------------------------------------------
@@ -444,7 +440,7 @@ def test_one_tile_with_every_level_once(function):
 def test_clipping_by_hand():
     histogram = np.zeros((1, 1, 256), int)
     histogram[0, 0, 7] = 700
-    clipped = imaging._clip_histograms(histogram, 100)[0, 0]
+    clipped = enhance._clip_histograms(histogram, 100)[0, 0]
     # 600 in excess: 2 for each bin and 88 left, one for every second bin from 0 on.
     expected = np.full(256, 2)
     expected[np.arange(88) * 2] += 1
@@ -536,7 +532,7 @@ def forbid_decoding(monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was decoded again")
 
-    return lambda: monkeypatch.setattr(imaging, "read_grey", refuse)
+    return lambda: monkeypatch.setattr(cache, "read_radiograph", refuse)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -550,7 +546,7 @@ def test_cache_holds_preprocessed_images_in_order(tmp_path, images, profile, wor
     assert set(zip(cached.height, cached.width, cached.scale, strict=True)) == {(48, 40, 0.5)}
     assert seen == [(i, 5) for i in range(1, 6)]
     for source, path in zip(shuffled.path, cached.path, strict=True):
-        expected = preprocess(read_grey(source), 24, profile.clip_limit, profile.tiles)
+        expected = preprocess(read_radiograph(source).pixels, 24, profile.clip_limit, profile.tiles)
         np.testing.assert_array_equal(load_cached(path), expected)
 
 
@@ -601,7 +597,7 @@ def test_changed_parameters_content_or_version_make_other_files(
     Path(images.path[0]).write_bytes(to_bytes(make_dataset(film[::-1].copy(), 12)))
     third = cache_images(images, cache, profile).path
     assert (first != third).tolist() == [True, False, False, False, False]
-    monkeypatch.setattr(imaging, "PREPROCESSING_VERSION", -1)
+    monkeypatch.setattr(cache, "PREPROCESSING_VERSION", -1)
     assert not set(third) & set(cache_images(images, cache, profile).path)
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dernet_utils import lesions as make
-from dernet_utils.anatomy import Vertebra, find_discs
+from dernet_utils.virtual import lesions
+from dernet_utils.virtual.anatomy import find_discs
+from dernet_utils.virtual.spine import Vertebra
 
 UP, FRONT = np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0])
 BODIES = [
@@ -14,22 +15,22 @@ BODIES = [
 ]
 DISC = find_discs(BODIES)[0]  # 6 mm high, its centre at z = 116 mm
 ALL = {
-    "narrowing": make.disc_space_narrowing(DISC, 0.8),
-    "wedge": make.vertebral_collapse(BODIES[1], 0.8, "wedge"),
-    "biconcave": make.vertebral_collapse(BODIES[1], 0.8, "biconcave"),
-    "crush": make.vertebral_collapse(BODIES[1], 0.8, "crush"),
-    "slip": make.spondylolisthesis(DISC, 0.8),
-    "claw": make.osteophyte(DISC, 0.8, "claw", False, 0.0),
-    "traction": make.osteophyte(DISC, 0.8, "traction", True, 1.4),
-    "bridging": make.osteophyte(DISC, 0.8, "bridging", True, -0.4),
-    "stenosis": make.foraminal_stenosis(DISC, 0.8),
-    "sclerotic": make.other_lesion(BODIES[1], 0.8, "sclerotic", np.zeros(3)),
-    "lytic": make.other_lesion(BODIES[1], 0.8, "lytic", np.zeros(3)),
-    "mixed": make.other_lesion(BODIES[1], 0.8, "mixed", np.zeros(3)),
-    "screws": make.implant(BODIES, [], "screws"),
-    "cages": make.implant(BODIES[:2], [DISC], "cages"),
-    "plate": make.implant(BODIES, [], "plate"),
-    "cement": make.implant(BODIES[:1], [], "cement"),
+    "narrowing": lesions.disc_space_narrowing(DISC, 0.8),
+    "wedge": lesions.vertebral_collapse(BODIES[1], 0.8, "wedge"),
+    "biconcave": lesions.vertebral_collapse(BODIES[1], 0.8, "biconcave"),
+    "crush": lesions.vertebral_collapse(BODIES[1], 0.8, "crush"),
+    "slip": lesions.spondylolisthesis(DISC, 0.8),
+    "claw": lesions.osteophyte(DISC, 0.8, "claw", False, 0.0),
+    "traction": lesions.osteophyte(DISC, 0.8, "traction", True, 1.4),
+    "bridging": lesions.osteophyte(DISC, 0.8, "bridging", True, -0.4),
+    "stenosis": lesions.foraminal_stenosis(DISC, 0.8),
+    "sclerotic": lesions.other_lesion(BODIES[1], 0.8, "sclerotic", np.zeros(3)),
+    "lytic": lesions.other_lesion(BODIES[1], 0.8, "lytic", np.zeros(3)),
+    "mixed": lesions.other_lesion(BODIES[1], 0.8, "mixed", np.zeros(3)),
+    "screws": lesions.implant(BODIES, [], "screws"),
+    "cages": lesions.implant(BODIES[:2], [DISC], "cages"),
+    "plate": lesions.implant(BODIES, [], "plate"),
+    "cement": lesions.implant(BODIES[:1], [], "cement"),
 }
 PARTS = [(name, i) for name, parts in ALL.items() for i in range(len(parts))]
 
@@ -93,12 +94,12 @@ def test_a_slip_carries_the_upper_body_forward_and_leaves_the_lower():
     _, y, _ = lesion.move(line(z=[100.0, 132.0]))
     assert y.tolist() == pytest.approx([100.0, 100.0 - slip], abs=0.1)
     assert lesion.form == "grade II"
-    assert make.spondylolisthesis(DISC, 0.1)[0].form == "grade I"
+    assert lesions.spondylolisthesis(DISC, 0.1)[0].form == "grade I"
 
 
 @pytest.mark.parametrize(("upper", "side"), [(False, 1.0), (True, -1.0)])
 def test_a_claw_reaches_out_of_the_body_and_toward_the_disc(upper, side):
-    lesion = make.osteophyte(DISC, 1.0, "claw", upper, 0.0)[0]
+    lesion = lesions.osteophyte(DISC, 1.0, "claw", upper, 0.0)[0]
     body = DISC.above if upper else DISC.below
     x, y, z = cloud(1)
     inside = lesion.region((x, y, z)) > 0.5
@@ -115,21 +116,21 @@ def test_a_bridge_spans_the_disc():
 
 
 GROWING = {
-    "narrowing": lambda s: make.disc_space_narrowing(DISC, s),
-    "wedge": lambda s: make.vertebral_collapse(BODIES[1], s, "wedge"),
-    "biconcave": lambda s: make.vertebral_collapse(BODIES[1], s, "biconcave"),
-    "crush": lambda s: make.vertebral_collapse(BODIES[1], s, "crush"),
-    "slip": lambda s: make.spondylolisthesis(DISC, s),
-    "claw": lambda s: make.osteophyte(DISC, s, "claw", False, 0.0),
-    "traction": lambda s: make.osteophyte(DISC, s, "traction", True, 1.4),
-    "bridging": lambda s: make.osteophyte(DISC, s, "bridging", True, 0.0),
-    "stenosis": lambda s: make.foraminal_stenosis(DISC, s),
-    "sclerotic": lambda s: make.other_lesion(BODIES[1], s, "sclerotic", np.zeros(3)),
-    "mixed": lambda s: make.other_lesion(BODIES[1], s, "mixed", np.zeros(3)),
+    "narrowing": lambda s: lesions.disc_space_narrowing(DISC, s),
+    "wedge": lambda s: lesions.vertebral_collapse(BODIES[1], s, "wedge"),
+    "biconcave": lambda s: lesions.vertebral_collapse(BODIES[1], s, "biconcave"),
+    "crush": lambda s: lesions.vertebral_collapse(BODIES[1], s, "crush"),
+    "slip": lambda s: lesions.spondylolisthesis(DISC, s),
+    "claw": lambda s: lesions.osteophyte(DISC, s, "claw", False, 0.0),
+    "traction": lambda s: lesions.osteophyte(DISC, s, "traction", True, 1.4),
+    "bridging": lambda s: lesions.osteophyte(DISC, s, "bridging", True, 0.0),
+    "stenosis": lambda s: lesions.foraminal_stenosis(DISC, s),
+    "sclerotic": lambda s: lesions.other_lesion(BODIES[1], s, "sclerotic", np.zeros(3)),
+    "mixed": lambda s: lesions.other_lesion(BODIES[1], s, "mixed", np.zeros(3)),
 }
 
 
-def effect(lesion: make.Lesion, points: tuple) -> torch.Tensor:
+def effect(lesion: lesions.Lesion, points: tuple) -> torch.Tensor:
     """Return how much a lesion changes at each place: millimetres moved, or share filled."""
     if lesion.move:
         moved = lesion.move(points)
@@ -153,12 +154,12 @@ def test_more_severe_is_larger(name):
 
 
 def test_two_screws_a_vertebra_and_a_rod_a_side():
-    assert len(make.implant(BODIES, [], "screws")) == 2 * 3 + 2
-    assert len(make.implant(BODIES[:1], [], "screws")) == 2
+    assert len(lesions.implant(BODIES, [], "screws")) == 2 * 3 + 2
+    assert len(lesions.implant(BODIES[:1], [], "screws")) == 2
 
 
 def test_a_cage_is_hollow_and_touches_both_endplates():
-    cage = make.implant(BODIES[:2], [DISC], "cages")[-1]
+    cage = lesions.implant(BODIES[:2], [DISC], "cages")[-1]
     walls = 100.0 + 0.36 * 40.0 - 1.0
     inside = cage.region((torch.tensor([100.0, walls]), torch.full((2,), 100.0),
                           torch.full((2,), 116.0)))  # fmt: skip

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torchvision.ops import sigmoid_focal_loss
 
-from dernet_utils import yolo  # first: it closes ultralytics' ways to the network
-from dernet_utils.data import LESION_TYPES
-from dernet_utils.losses import (
+from dernet_utils.core.vocabulary import LESION_TYPES
+from dernet_utils.detection import yolo
+from dernet_utils.detection.losses import (
     Assigned,
     complete_iou_loss,
     distribution_focal_loss,

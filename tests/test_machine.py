@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dernet_utils import machine
+from dernet_utils.core import machine
 
 
 @pytest.mark.parametrize("able", [{}, {"amx_bf16": True}, {"avx512_bf16": True}, {"avx2": True}])
@@ -25,5 +25,5 @@ def test_lone_jobs_go_round_the_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     for count in (0, 1, 4):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        assert [machine.my_share([job], run) for job in run] == [[job] for job in run]
+        assert [machine.claim_jobs([job], run) for job in run] == [[job] for job in run]
     assert used == [job % 4 for job in range(15)]

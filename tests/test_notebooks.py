@@ -8,8 +8,8 @@ import nbformat
 import pytest
 import yaml
 
-from dernet_utils.workflow import chapter_names
-from dernet_utils.workspace import PROJECT
+from dernet_utils.book.graph import chapter_names
+from dernet_utils.core.files import PROJECT
 
 NOTEBOOKS = PROJECT / "notebooks"
 CHAPTERS = chapter_names()

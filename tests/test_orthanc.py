@@ -14,8 +14,8 @@ import pydicom
 import pytest
 from sent import film
 
-from dernet_utils.dicom_report import read_report
-from dernet_utils.node import Node, Peer
+from dernet_utils.serving.dicom_node import Node, Peer
+from dernet_utils.serving.dicom_report import read_report
 
 SR, CAPTURE = "1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.7"
 
@@ -75,16 +75,16 @@ class Orthanc:
 
 
 @pytest.fixture
-def archive(examiner, tmp_path):
+def archive(service, tmp_path):
     port = free_port()
     with (
-        Node(examiner, "test", Peer("ARCHIVE", "127.0.0.1", port), port=0) as node,
+        Node(service, "test", Peer("ARCHIVE", "127.0.0.1", port), port=0) as node,
         Orthanc(tmp_path, node, port) as orthanc,
     ):
         yield orthanc
 
 
-def test_an_archive_sends_a_film_and_gets_its_reports(archive, examiner, tmp_path):
+def test_an_archive_sends_a_film_and_gets_its_reports(archive, service, tmp_path):
     source = pydicom.dcmread(BytesIO(film()))
     stored = json.loads(archive.ask("instances", film()))["ID"]
     archive.ask("modalities/dernet/store", stored.encode())
@@ -104,7 +104,7 @@ def test_an_archive_sends_a_film_and_gets_its_reports(archive, examiner, tmp_pat
         assert "Error" not in checked.stdout + checked.stderr
 
     told = pydicom.dcmread(tmp_path / f"{report}.dcm")
-    read, answer = read_report(told), examiner.examine(film()).answer
+    read, answer = read_report(told), service.analyse(film()).answer
     assert read["score"] == pytest.approx(answer.score, abs=1e-6)
     assert len(read["boxes"]) == len(answer.boxes) > 0
     assert told.PatientID == source.PatientID and told.StudyInstanceUID == source.StudyInstanceUID

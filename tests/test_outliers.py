@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sent import grey
 
-from dernet_utils import outliers
-from dernet_utils.errors import DernetError
-from dernet_utils.imaging import decode_grey
-from dernet_utils.pipeline import Look
+from dernet_utils.core.errors import DernetError
+from dernet_utils.imaging.reader import decode_radiograph
+from dernet_utils.inference import ood
+from dernet_utils.inference.pipeline import NetworkOutput
 
 
 def png(picture):
@@ -22,7 +22,7 @@ def png(picture):
 
 def reasons_of(picture):
     data = png(picture)
-    return outliers.picture_reasons(outliers.picture_facts(data, decode_grey(data)))
+    return ood.picture_reasons(ood.picture_facts(data, decode_radiograph(data).pixels))
 
 
 def words(reasons):
@@ -52,13 +52,13 @@ def test_header(tiny_dataset, header, words_wanted):
         setattr(film, name, value)
     stream = BytesIO()
     pydicom.dcmwrite(stream, film)
-    found = outliers.header_reasons(stream.getvalue())
+    found = ood.header_reasons(stream.getvalue())
     assert words_wanted in words(found) and bool(found) == bool(words_wanted)
     assert all(reason.layer == "header" for reason in found)
 
 
 def test_a_picture_has_no_header():
-    assert outliers.header_reasons(png(grey())) == []
+    assert ood.header_reasons(png(grey())) == []
 
 
 # Picture
@@ -68,7 +68,7 @@ def test_a_radiograph_has_nothing_against_it():
     for seed in range(5):
         assert reasons_of(grey(seed=seed)) == []
     jpeg = cv2.imencode(".jpg", grey())[1].tobytes()
-    assert outliers.picture_reasons(outliers.picture_facts(jpeg, decode_grey(jpeg))) == []
+    assert ood.picture_reasons(ood.picture_facts(jpeg, decode_radiograph(jpeg).pixels)) == []
 
 
 def page():
@@ -100,15 +100,15 @@ def test_pictures_that_are_none(picture, words_wanted):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 255))
 def test_facts_are_numbers_whatever_the_picture(height, width, grey):
     data = png(np.full((height, width), grey, np.uint8))
-    facts = outliers.picture_facts(data, decode_grey(data))
-    assert set(facts) == set(outliers.LIMITS) and np.isfinite(list(facts.values())).all()
-    assert outliers.picture_reasons(facts)
+    facts = ood.picture_facts(data, decode_radiograph(data).pixels)
+    assert set(facts) == set(ood.LIMITS) and np.isfinite(list(facts.values())).all()
+    assert ood.picture_reasons(facts)
 
 
 def test_a_picture_that_varies_at_its_edge_only_has_facts():
     picture = np.zeros((40, 40), np.uint8)
     picture[:, -1] = 200
-    assert np.isfinite(list(outliers.picture_facts(png(picture), picture).values())).all()
+    assert np.isfinite(list(ood.picture_facts(png(picture), picture).values())).all()
 
 
 def test_a_drawn_picture_is_flat():
@@ -129,7 +129,7 @@ def embeddings(n, seed, shift=0.0):
 
 
 def test_as_many_are_rejected_as_was_asked():
-    familiar = outliers.fit_familiar(embeddings(300, 0), embeddings(2000, 1), rejected=0.05)
+    familiar = ood.fit_embedding_gate(embeddings(300, 0), embeddings(2000, 1), rejected=0.05)
     far = familiar.distance(embeddings(4000, 2)) > familiar.limit
     assert far.mean() == pytest.approx(0.05, abs=0.02)
     assert (familiar.distance(embeddings(50, 3, shift=1.0)) > familiar.limit).all()
@@ -138,7 +138,7 @@ def test_as_many_are_rejected_as_was_asked():
 def test_distance_is_that_of_mahalanobis_where_all_directions_are_kept():
     rng = np.random.default_rng(0)
     learnt = rng.normal(size=(500, 6)) * [1, 2, 3, 1, 2, 3]
-    familiar = outliers.fit_familiar(learnt, learnt[:50])
+    familiar = ood.fit_embedding_gate(learnt, learnt[:50])
     inverse = np.linalg.inv(np.cov(learnt.T))
     away = learnt[:20] - learnt.mean(axis=0)
     wanted = np.sqrt(np.einsum("ij,jk,ik->i", away, inverse, away))
@@ -146,20 +146,20 @@ def test_distance_is_that_of_mahalanobis_where_all_directions_are_kept():
 
 
 def test_a_look_from_afar_has_a_reason(tmp_path):
-    familiar = outliers.fit_familiar(embeddings(300, 0), embeddings(200, 1))
+    familiar = ood.fit_embedding_gate(embeddings(300, 0), embeddings(200, 1))
     near, far = embeddings(300, 0).mean(axis=0), np.full(40, 9.0)
-    assert familiar.reasons(Look(0.5, None, near)) == []
-    (reason,) = familiar.reasons(Look(0.5, None, far))
+    assert familiar.reasons(NetworkOutput(0.5, None, near)) == []
+    (reason,) = familiar.reasons(NetworkOutput(0.5, None, far))
     assert reason.layer == "network" and "times as far" in reason.text
-    again = outliers.Familiar.load(familiar.save(tmp_path / "familiar.npz"))
+    again = ood.EmbeddingGate.load(familiar.save(tmp_path / "familiar.npz"))
     assert again.distance(far[None]) == familiar.distance(far[None])
     assert again.limit == familiar.limit
 
 
 def test_errors(tmp_path):
     with pytest.raises(DernetError, match="at least 3 films"):
-        outliers.fit_familiar(np.zeros((2, 4)), np.zeros((1, 4)))
+        ood.fit_embedding_gate(np.zeros((2, 4)), np.zeros((1, 4)))
     with pytest.raises(DernetError, match="export"):
-        outliers.Familiar.load(tmp_path / "none.npz")
-    same = outliers.fit_familiar(np.zeros((5, 4)), np.zeros((3, 4)))
+        ood.EmbeddingGate.load(tmp_path / "none.npz")
+    same = ood.fit_embedding_gate(np.zeros((5, 4)), np.zeros((3, 4)))
     assert np.isfinite(same.distance(np.ones((1, 4)))).all()

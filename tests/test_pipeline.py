@@ -15,15 +15,18 @@ from hypothesis import strategies as st
 from smoke import run_dernet
 from torchvision.ops import batched_nms, box_convert
 
-from dernet_utils import pipeline, predict, report
-from dernet_utils.crossvalidation import cross_validate, read_decision
-from dernet_utils.data import CORNERS, LESION_TYPES, read_dataset
-from dernet_utils.ensemble import Decision
-from dernet_utils.errors import DernetError
-from dernet_utils.imaging import read_grey
-from dernet_utils.pipeline import Look
-from dernet_utils.profiles import NETWORKS, get_profile
-from dernet_utils.workspace import Workspace
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, NETWORKS
+from dernet_utils.core.workspace import Workspace
+from dernet_utils.dataset.tables import read_dataset
+from dernet_utils.imaging import boxes as imaging_boxes
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.inference import pipeline, torch_backend
+from dernet_utils.inference.pipeline import NetworkOutput
+from dernet_utils.serving import report
+from dernet_utils.triage.crossvalidation import cross_validate
+from dernet_utils.triage.ensemble import Decision, read_decision
 
 DECISION = Decision(("a", "b"), (0.75, 0.25), 1.0, {"youden": 0.5}, 10)
 
@@ -45,7 +48,7 @@ def toy(a=0.8, b=0.6, boxes=((50, 40, 20, 10, 2, 0.9),)):
         return raw_boxes(*boxes)
 
     made = pipeline.Pipeline(
-        {"a": lambda square: Look(a), "b": lambda square: Look(b)},
+        {"a": lambda square: NetworkOutput(a), "b": lambda square: NetworkOutput(b)},
         detector, DECISION, LESION_TYPES, 0.1, 32, (96, 64), 96, 2.0, 8,
     )  # fmt: skip
     return made, asked
@@ -59,7 +62,7 @@ def test_an_abnormal_film_gets_its_boxes_in_stored_pixels():
     made, asked = toy()
     answer = made.answer(film())
     assert answer.score == pytest.approx(0.75 * 0.8 + 0.25 * 0.6) and answer.abnormal
-    assert answer.shares == {"a": 0.8, "b": 0.6}
+    assert answer.network_probs == {"a": 0.8, "b": 0.6}
     assert asked[0].shape == (96, 64) and asked[0].dtype == np.uint8
     (box,) = answer.boxes.itertuples()
     assert box.lesion_type == "Osteophytes" and box.score == 0.9
@@ -82,7 +85,7 @@ def test_a_detector_that_finds_nothing():
         assert answer.abnormal and answer.boxes.empty
         record = report.as_record(answer)
         assert record["decision"] == "abnormal" and record["boxes"] == []
-        assert report.draw_answer(film(), answer).shape[1] == 128
+        assert report.draw_prediction(film(), answer).shape[1] == 128
 
 
 def test_networks_and_threshold_are_those_of_the_decision():
@@ -103,11 +106,11 @@ def test_networks_and_threshold_are_those_of_the_decision():
 )  # fmt: skip
 def test_suppression_is_torchvisions(boxes):
     raw = raw_boxes(*[(*box[:5], box[5] / 10**6) for box in boxes])
-    corners, classes, scores = pipeline.suppress(raw, 0.3)
+    corners, classes, scores = imaging_boxes.non_maximum_suppression(raw, 0.3)
     theirs = box_convert(torch.from_numpy(raw[:4].T), "cxcywh", "xyxy")
     prob = torch.from_numpy(raw[4:].T)
     anchors, kinds = (prob >= 0.3).nonzero(as_tuple=True)
-    kept = batched_nms(theirs[anchors], prob[anchors, kinds], kinds, pipeline.NMS_IOU)
+    kept = batched_nms(theirs[anchors], prob[anchors, kinds], kinds, imaging_boxes.NMS_IOU)
     assert corners == pytest.approx(theirs[anchors[kept]].numpy())
     assert classes.tolist() == kinds[kept].tolist()
     assert scores == pytest.approx(prob[anchors[kept], kinds[kept]].numpy())
@@ -115,13 +118,16 @@ def test_suppression_is_torchvisions(boxes):
 
 def test_at_most_so_many_boxes():
     many = [(10 * k, 5, 4, 4, 0, 0.9 - k / 1000) for k in range(400)]
-    assert len(pipeline.suppress(raw_boxes(*many), 0.01)[2]) == pipeline.MAX_BOXES
+    assert (
+        len(imaging_boxes.non_maximum_suppression(raw_boxes(*many), 0.01)[2])
+        == imaging_boxes.MAX_BOXES
+    )
 
 
 def test_an_overlay_shows_the_film_the_boxes_and_the_decision():
     grey = film(2000, 1500)
     answer = toy()[0].answer(grey)
-    drawn = report.draw_answer(grey, answer)
+    drawn = report.draw_prediction(grey, answer)
     assert drawn.dtype == np.uint8 and drawn.shape[1] == 960 and drawn.shape[0] > 1280
     coloured = (drawn.max(axis=2).astype(int) - drawn.min(axis=2)) > 60
     assert coloured[:1280].any() and not coloured[1280:].any()
@@ -132,7 +138,7 @@ def test_an_overlay_shows_the_film_the_boxes_and_the_decision():
 def test_an_overlay_tells_of_an_override_in_full(shape):
     grey, reasons = film(*shape), ["The header says that the modality is CT.", "It is in colour."]
     answer = toy()[0].answer(grey)
-    plain, told = (report.draw_answer(grey, answer, given) for given in ((), reasons))
+    plain, told = (report.draw_prediction(grey, answer, given) for given in ((), reasons))
     assert told.shape[1] == plain.shape[1] and told.shape[0] > plain.shape[0]
     below = round(shape[0] * min(1, report.OVERLAY_PX / max(shape)))  # the film
     written = (told[below:] > 100).any(axis=2)
@@ -148,18 +154,18 @@ def workspace(smoke_book: Path) -> Workspace:
 
 
 def test_the_pipeline_says_what_the_tables_say(workspace: Workspace):
-    made, images = predict.run_pipeline(workspace), read_dataset(workspace.data_root).images
+    made, images = torch_backend.run_pipeline(workspace), read_dataset(workspace.data_root).images
     tables = {name: cross_validate(workspace, name).test.set_index("image_id") for name in NETWORKS}
     found = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
     decision = read_decision(workspace)
     some = images[images["split"] == "test"].head(4)
-    made = replace(made, least_score=0.0011)
+    made = replace(made, score_threshold=0.0011)
     for one in some.itertuples():
-        grey = read_grey(one.path)
+        grey = read_radiograph(one.path).pixels
         enhanced = made.enhance(grey)
-        answer = made.answer_enhanced(enhanced, grey.shape)
+        answer = made.predict_enhanced(enhanced, grey.shape)
         for name in NETWORKS:
-            assert answer.shares[name] == pytest.approx(
+            assert answer.network_probs[name] == pytest.approx(
                 tables[name].loc[one.image_id, "prob"], abs=1e-5
             )
         prob = [[tables[name].loc[one.image_id, "prob"] for name in NETWORKS]]
@@ -178,7 +184,7 @@ def predicted(smoke_book: Path, *arguments: str):
 
 def test_predict_reads_all_three_forms(smoke_book: Path, workspace: Workspace, tmp_path: Path):
     dicom = Path(read_dataset(workspace.data_root).images["path"].iloc[0])
-    grey = read_grey(dicom)
+    grey = read_radiograph(dicom).pixels
     for name in ("film.png", "film.jpg"):
         cv2.imwrite(str(tmp_path / name), grey)
     files = [str(dicom), str(tmp_path / "film.png"), str(tmp_path / "film.jpg")]

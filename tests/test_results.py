@@ -5,10 +5,11 @@ import json
 import pandas as pd
 import pytest
 
-from dernet_utils import results
-from dernet_utils.errors import DernetError
-from dernet_utils.profiles import get_profile
-from dernet_utils.workspace import Workspace
+from dernet_utils.book import results
+from dernet_utils.book import results as book_results
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.core.workspace import Workspace
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def made(tmp_path, monkeypatch):
     scores = pd.DataFrame({"value": [0.25, float("nan")]}, index=["mAP", "Osteophytes"])
     terms = pd.DataFrame({"steps": [12]}, index=["RetinaNet"])
     tables = {"RetinaNet": scores, "YOLO11-L, 2 epochs": scores}
-    return workspace, results.detector_record(workspace, tables, terms, films=9, seconds=2.0)
+    return workspace, book_results.detector_record(workspace, tables, terms, films=9, seconds=2.0)
 
 
 def test_a_record_says_how_it_came_about(made):
@@ -36,13 +37,13 @@ def test_a_record_says_how_it_came_about(made):
 
 def test_it_is_kept_and_found_again(made):
     workspace, record = made
-    assert results.kept_record("smoke-detectors") is None
+    assert book_results.kept_record("smoke-detectors") is None
     with pytest.raises(DernetError, match="chapter 11"):
-        results.keep_record(workspace)
+        book_results.keep_record(workspace)
     record["commit"] = "abc1234"
     (workspace.tables / "detectors.json").write_text(json.dumps(record))
-    assert results.keep_record(workspace).name == "smoke-detectors.json"
-    assert results.kept_record("smoke-detectors") == record
+    assert book_results.keep_record(workspace).name == "smoke-detectors.json"
+    assert book_results.kept_record("smoke-detectors") == record
 
 
 def test_a_run_that_nobody_can_go_back_to_is_not_kept(made):
@@ -50,4 +51,4 @@ def test_a_run_that_nobody_can_go_back_to_is_not_kept(made):
     record["commit"] = "abc1234 with local changes"
     (workspace.tables / "detectors.json").write_text(json.dumps(record))
     with pytest.raises(DernetError, match="commit, and run again"):
-        results.keep_record(workspace)
+        book_results.keep_record(workspace)

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from dernet_utils import detect, machine, rivals
-from dernet_utils.data import LESION_TYPES
-from dernet_utils.detect import Recipe
-from dernet_utils.errors import DernetError
+from dernet_utils.core import machine
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import LESION_TYPES
+from dernet_utils.detection import baselines, prediction
+from dernet_utils.detection import images as detection_images
+from dernet_utils.detection.images import DetectorRecipe
 
 VIEW = (96, 64)
-RECIPE = Recipe(view=VIEW, epochs=1, batch=2, lr=1e-3, mosaic_until=0)
+RECIPE = DetectorRecipe(input_size=VIEW, epochs=1, batch=2, lr=1e-3, mosaic_until=0)
 
 
 def a_batch():
@@ -23,9 +25,9 @@ def a_batch():
     }
 
 
-@pytest.mark.parametrize("name", rivals.RIVALS)
+@pytest.mark.parametrize("name", baselines.BASELINES)
 def test_each_learns_from_a_batch_and_answers(name):
-    rival = rivals.build_rival(name, VIEW, seed=0)
+    rival = baselines.build_baseline(name, VIEW, seed=0)
     batch = a_batch()
     first = next(p for p in rival.network.parameters() if p.requires_grad)
     loss = rival.loss(batch)
@@ -39,14 +41,14 @@ def test_each_learns_from_a_batch_and_answers(name):
     for answer in answers:
         assert answer.shape[0] == 4 + len(LESION_TYPES) and answer.dtype == torch.float32
         assert ((answer[4:] >= 0) & (answer[4:] <= 1)).all()
-        corners, classes, scores = detect.suppress(answer)
+        corners, classes, scores = prediction.suppress_boxes(answer)
         assert len(corners) == len(classes) == len(scores)
 
 
-@pytest.mark.parametrize("name", rivals.RIVALS)
+@pytest.mark.parametrize("name", baselines.BASELINES)
 def test_answers_do_not_depend_on_bfloat16(name, monkeypatch):
     """Scores in bfloat16 tie, and with their order an average precision is lost."""
-    rival = rivals.build_rival(name, VIEW, seed=0)
+    rival = baselines.build_baseline(name, VIEW, seed=0)
     rival.network.eval()
     said = []
     for able in (True, False):
@@ -58,7 +60,7 @@ def test_answers_do_not_depend_on_bfloat16(name, monkeypatch):
 
 
 def test_parameters_are_those_of_the_published_networks():
-    millions = {name: rivals._millions(rivals.build_rival(name, VIEW, 0).network) for name in (
+    millions = {name: baselines._millions(baselines.build_baseline(name, VIEW, 0).network) for name in (
         "YOLO11-n", "YOLO11-s", "YOLO11-L", "Faster R-CNN", "RetinaNet", "RT-DETR-L"
     )}  # fmt: skip
     # With seven types in place of 80 or 91 the last layers are a little smaller.
@@ -71,23 +73,23 @@ def test_a_run_is_kept_and_its_time_is_kept_to(films, tmp_path):
     kept_in = tmp_path / "kept"
     kept_in.mkdir()
     given = ("YOLO11-n", images[:4], boxes, images[4:], RECIPE)
-    run = rivals.run_rival(*given, 2.0, kept_in)
+    run = baselines.run_baseline(*given, 2.0, kept_in)
     assert run.steps >= 1 and run.parameters == pytest.approx(2.6, abs=0.1)
-    assert list(run.found) == detect.COLUMNS
+    assert list(run.found) == prediction.PREDICTION_COLUMNS
     assert set(run.found["image_id"]) <= set(images[4:]["image_id"])
     (kept,) = kept_in.iterdir()  # one table, and nothing else
     before = kept.stat().st_mtime_ns
-    again = rivals.run_rival(*given, 2.0, kept_in)
+    again = baselines.run_baseline(*given, 2.0, kept_in)
     assert again.steps == run.steps and again.found.equals(run.found)
     assert kept.stat().st_mtime_ns == before
-    rivals.run_rival(*given, 2.5, kept_in)
+    baselines.run_baseline(*given, 2.5, kept_in)
     assert len(list(kept_in.iterdir())) == 2
 
 
 def test_more_time_means_more_steps_and_a_rate_that_falls(films, tmp_path, monkeypatch):
     images, boxes = films
     clock = iter(np.arange(0, 100, 0.5))
-    monkeypatch.setattr(rivals.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(baselines.time, "monotonic", lambda: next(clock))
     rates = []
     step = torch.optim.AdamW.step
 
@@ -96,10 +98,10 @@ def test_more_time_means_more_steps_and_a_rate_that_falls(films, tmp_path, monke
         return step(self, *given, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    monkeypatch.setattr(rivals, "WARM_STEPS", 1)
-    rival = rivals.build_rival("YOLO11-n", VIEW, 0)
-    shown = detect.films_shown(images, boxes, RECIPE, tmp_path / "shown")
-    steps = rivals.train_rival(rival, shown, 2, 1e-3, 4.0, seed=0)
+    monkeypatch.setattr(baselines, "WARM_STEPS", 1)
+    rival = baselines.build_baseline("YOLO11-n", VIEW, 0)
+    shown = detection_images.augmented_dataset(images, boxes, RECIPE, tmp_path / "shown")
+    steps = baselines.train_baseline(rival, shown, 2, 1e-3, 4.0, seed=0)
     assert steps == len(rates) == 7  # half a second a step, the first at half a second
     assert (np.diff(rates) < 0).all()
     spent = np.arange(1, 8) * 0.5 / 4
@@ -108,4 +110,4 @@ def test_more_time_means_more_steps_and_a_rate_that_falls(films, tmp_path, monke
 
 def test_another_name_is_refused():
     with pytest.raises(DernetError, match="YOLO11-n, YOLO11-s"):
-        rivals.build_rival("DINO", VIEW, 0)
+        baselines.build_baseline("DINO", VIEW, 0)

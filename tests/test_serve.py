@@ -18,7 +18,7 @@ import pytest
 from sent import film
 from smoke import run_dernet
 
-from dernet_utils.workspace import PROJECT
+from dernet_utils.core.files import PROJECT
 
 CLIENTS, SECONDS = 32, 8
 

@@ -13,10 +13,10 @@ from sklearn.metrics import roc_auc_score
 from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from dernet_utils import stats
-from dernet_utils.errors import DernetError
-from dernet_utils.evaluate import operating_point, weighted_auroc, weighted_point
-from dernet_utils.stats import Interval, bootstrap_by_study, resample_by_study
+from dernet_utils.core.errors import DernetError
+from dernet_utils.metrics import intervals, significance
+from dernet_utils.metrics.classification import operating_point, weighted_auroc, weighted_point
+from dernet_utils.metrics.intervals import Interval, bootstrap_by_study, resample_by_study
 
 
 def mean_of(values):
@@ -128,7 +128,7 @@ clustered = st.lists(
 @given(clustered, st.integers(0, 999))
 def test_bootstrap_of_auroc_equals_a_loop_over_sklearn(rows, seed):
     y, prob, studies = np.array(rows).T
-    areas = weighted_auroc(y, prob)(stats.draw_weights(studies, 20, seed))
+    areas = weighted_auroc(y, prob)(intervals.draw_weights(studies, 20, seed))
     for area, drawn in zip(areas, resample_by_study(studies, 20, seed), strict=True):
         if len(set(y[drawn])) == 2:
             assert area == pytest.approx(roc_auc_score(y[drawn], prob[drawn]), abs=1e-9)
@@ -140,7 +140,7 @@ def test_bootstrap_of_auroc_equals_a_loop_over_sklearn(rows, seed):
 @given(clustered, st.integers(0, 999))
 def test_bootstrap_of_points_equals_a_loop(rows, seed):
     y, prob, studies = np.array(rows).T
-    points = weighted_point(y, prob, 3)(stats.draw_weights(studies, 20, seed))
+    points = weighted_point(y, prob, 3)(intervals.draw_weights(studies, 20, seed))
     for number, drawn in enumerate(resample_by_study(studies, 20, seed)):
         for name, value in operating_point(y[drawn], prob[drawn], 3).items():
             assert points[name][number] == pytest.approx(value, abs=1e-12, nan_ok=True)
@@ -151,7 +151,7 @@ def test_percentile_interval_is_that_of_the_loop():
     studies = rng.integers(0, 30, 90)
     values = rng.normal(size=90)
     loop = bootstrap_by_study(mean_of(values), studies, 300, seed=3)
-    fast = stats.bootstrap(lambda w: w @ values / w.sum(axis=1), studies, 300, seed=3)
+    fast = intervals.bootstrap(lambda w: w @ values / w.sum(axis=1), studies, 300, seed=3)
     for name, value in vars(loop).items():
         assert getattr(fast, name) == pytest.approx(value, abs=1e-12)
 
@@ -168,10 +168,10 @@ def test_intervals_by_study_cover_where_those_by_film_do_not(method):
         score = 1.5 * y + np.sqrt(0.5) * (own + film)
         for unit, groups in {"study": study, "film": np.arange(len(study))}.items():
             if method == "delong":
-                found = stats.delong(y, score, groups).interval()
+                found = significance.delong(y, score, groups).interval()
             else:
                 area = weighted_auroc(y, score)
-                found = stats.bootstrap(area, groups, 200, seed, method=method)
+                found = intervals.bootstrap(area, groups, 200, seed, method=method)
             held[unit].append(found.low <= truth <= found.high)
     assert 0.93 <= np.mean(held["study"]) <= 0.97
     assert np.mean(held["film"]) < 0.90
@@ -179,7 +179,7 @@ def test_intervals_by_study_cover_where_those_by_film_do_not(method):
 
 def test_bca_interval_is_scipys():
     values = np.random.default_rng(2).lognormal(size=60)
-    ours = stats.bootstrap(
+    ours = intervals.bootstrap(
         lambda w: w @ values / w.sum(axis=1), np.arange(60), 20_000, seed=1, method="bca"
     )
     theirs = scipy_bootstrap(
@@ -187,24 +187,24 @@ def test_bca_interval_is_scipys():
     ).confidence_interval
     assert ours.low == pytest.approx(theirs.low, rel=0.02)
     assert ours.high == pytest.approx(theirs.high, rel=0.02)
-    plain = stats.bootstrap(lambda w: w @ values / w.sum(axis=1), np.arange(60), 20_000, seed=1)
+    plain = intervals.bootstrap(lambda w: w @ values / w.sum(axis=1), np.arange(60), 20_000, seed=1)
     assert ours.low > plain.low and ours.high > plain.high  # a skewed mean: both ends move up
 
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_edges_of_the_bootstrap(method):
     y, prob = np.array([0, 1, 0, 1]), np.array([0.2, 0.2, 0.2, 0.2])
-    constant = stats.bootstrap(weighted_auroc(y, prob), np.arange(4), 200, method=method)
+    constant = intervals.bootstrap(weighted_auroc(y, prob), np.arange(4), 200, method=method)
     assert constant.value == 0.5
     assert method == "bca" or constant.low == constant.high == 0.5
     assert method == "percentile" or np.isnan([constant.low, constant.high]).all()
-    one_class = stats.bootstrap(weighted_auroc([1, 1], [0.1, 0.2]), [0, 1], 50, method=method)
+    one_class = intervals.bootstrap(weighted_auroc([1, 1], [0.1, 0.2]), [0, 1], 50, method=method)
     assert np.isnan([one_class.value, one_class.low, one_class.high]).all()
     assert one_class.undefined == 50
-    one_study = stats.bootstrap(weighted_auroc(y, prob + y), np.zeros(4), 50, method=method)
+    one_study = intervals.bootstrap(weighted_auroc(y, prob + y), np.zeros(4), 50, method=method)
     assert one_study.value == 1 and one_study.n_studies == 1
     with pytest.raises(DernetError, match="percentile or bca"):
-        stats.bootstrap(weighted_auroc(y, prob), np.arange(4), method="basic")
+        intervals.bootstrap(weighted_auroc(y, prob), np.arange(4), method="basic")
 
 
 # DeLong
@@ -241,7 +241,7 @@ def delong_by_definition(y, prob):
 def test_delong_equals_its_definition(rows):
     rows = np.array(rows)
     y, prob = rows[:, 0], rows[:, 1:]
-    found = stats.delong(y, prob)
+    found = significance.delong(y, prob)
     area, covariance = delong_by_definition(y, prob)
     assert found.values == pytest.approx(area, abs=1e-12)
     assert found.covariance == pytest.approx(covariance, abs=1e-12)
@@ -256,12 +256,12 @@ def test_images_that_are_doubled_tell_delong_nothing_by_study():
     rng = np.random.default_rng(4)
     y = np.repeat([0, 1], 30)
     prob = np.column_stack([y + rng.normal(size=60), y + rng.normal(size=60)])
-    once = stats.delong(y, prob)
+    once = significance.delong(y, prob)
     studies = np.repeat(np.arange(60), 2)
-    doubled = stats.delong(np.repeat(y, 2), np.repeat(prob, 2, axis=0), studies)
+    doubled = significance.delong(np.repeat(y, 2), np.repeat(prob, 2, axis=0), studies)
     assert doubled.covariance == pytest.approx(once.covariance)
     assert doubled.p_value() == pytest.approx(once.p_value())
-    blind = stats.delong(np.repeat(y, 2), np.repeat(prob, 2, axis=0))
+    blind = significance.delong(np.repeat(y, 2), np.repeat(prob, 2, axis=0))
     assert (np.diag(blind.covariance) < np.diag(once.covariance) * 0.55).all()
 
 
@@ -271,19 +271,19 @@ def test_delong_by_study_is_the_spread_of_areas_where_studies_have_both_classes(
     for _ in range(400):
         y = rng.integers(0, 2, 240)
         prob = 0.8 * y + np.repeat(rng.normal(size=60), 4) + 0.7 * rng.normal(size=240)
-        found = stats.delong(y, prob, studies)
+        found = significance.delong(y, prob, studies)
         areas.append(found.values[0])
         variances.append(found.covariance[0, 0])
     assert np.mean(variances) == pytest.approx(np.var(areas), rel=0.2)
 
 
 def test_edges_of_delong():
-    apart = stats.delong([0, 0, 1, 1], [[0.1, 0.5], [0.2, 0.5], [0.8, 0.5], [0.9, 0.5]])
+    apart = significance.delong([0, 0, 1, 1], [[0.1, 0.5], [0.2, 0.5], [0.8, 0.5], [0.9, 0.5]])
     assert apart.values.tolist() == [1, 0.5] and apart.p_value() == 0
     assert apart.interval().low == apart.interval().high == 1
-    same = stats.delong([0, 1, 0, 1], np.full((4, 2), 0.3))
+    same = significance.delong([0, 1, 0, 1], np.full((4, 2), 0.3))
     assert same.p_value() == 1 and same.difference().value == 0
-    lonely = stats.delong([0, 0, 1], [0.1, 0.2, 0.3])  # one abnormal image has no spread
+    lonely = significance.delong([0, 0, 1], [0.1, 0.2, 0.3])  # one abnormal image has no spread
     assert lonely.values[0] == 1 and np.isnan(lonely.covariance).all()
     for y, prob, message in [
         ([1, 1], [0.1, 0.2], "both"),
@@ -292,9 +292,9 @@ def test_edges_of_delong():
         ([0, 2], [0.1, 0.2], "both"),
     ]:
         with pytest.raises(DernetError, match=message):
-            stats.delong(y, prob)
+            significance.delong(y, prob)
     with pytest.raises(DernetError, match="its study"):
-        stats.delong([0, 1], [0.1, 0.2], [1])
+        significance.delong([0, 1], [0.1, 0.2], [1])
 
 
 # Paired tests
@@ -303,31 +303,34 @@ def test_edges_of_delong():
 @given(st.lists(st.floats(-5, 5).map(lambda v: round(v, 3)), min_size=2, max_size=9))
 def test_paired_t_is_scipys_and_the_correction_makes_it_weaker(values):
     values = np.array(values)
-    found = stats.paired_t(values)
+    found = significance.paired_t(values)
     if values.std() > 1e-9:
         theirs = ttest_1samp(values, 0)
         assert found.statistic == pytest.approx(theirs.statistic)
         assert found.p == pytest.approx(theirs.pvalue)
-        assert stats.paired_t(values, 0.25).p >= found.p - 1e-12
+        assert significance.paired_t(values, 0.25).p >= found.p - 1e-12
 
 
 def test_corrected_t_by_hand():
     # Differences 1 to 5: mean 3, variance 2.5; with 1/5 + 1/4 the error is sqrt(1.125).
-    found = stats.paired_t([1, 2, 3, 4, 5], test_share=0.25)
+    found = significance.paired_t([1, 2, 3, 4, 5], test_share=0.25)
     assert found.statistic == pytest.approx(3 / np.sqrt(1.125))
     assert found.p == pytest.approx(2 * student.sf(3 / np.sqrt(1.125), 4))
 
 
 def test_equal_differences_leave_no_doubt():
-    assert stats.paired_t([0.0, 0.0]).p == 1
-    assert stats.paired_t([0.5, 0.5]).p == 0 and stats.paired_t([-0.5, -0.5]).statistic == -np.inf
+    assert significance.paired_t([0.0, 0.0]).p == 1
+    assert (
+        significance.paired_t([0.5, 0.5]).p == 0
+        and significance.paired_t([-0.5, -0.5]).statistic == -np.inf
+    )
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_mcnemar_is_statsmodels(rows):
     first, second = np.array(rows).T
-    found = stats.mcnemar(first, second)
+    found = significance.mcnemar(first, second)
     cells = [[(first & second).sum(), (first & ~second).sum()],
              [(~first & second).sum(), (~first & ~second).sum()]]  # fmt: skip
     if found.n:
@@ -340,11 +343,11 @@ def test_mcnemar_is_statsmodels(rows):
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_is_statsmodels(p):
-    assert stats.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    assert significance.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
 
 
 def test_studies_needed_reach_their_power():
-    n = stats.studies_needed(0.1, 0.6, power=0.8)
+    n = significance.studies_needed(0.1, 0.6, power=0.8)
     means = np.random.default_rng(0).normal(0.1, 0.6, (4000, n)).mean(axis=1)
     assert (np.abs(means) > norm.ppf(0.975) * 0.6 / np.sqrt(n)).mean() == pytest.approx(
         0.8, abs=0.02
@@ -354,14 +357,14 @@ def test_studies_needed_reach_their_power():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: stats.paired_t([1.0]), "at least two"),
-        (lambda: stats.paired_t([1.0, np.nan]), "at least two"),
-        (lambda: stats.paired_t([1.0, 2.0], -1), "share"),
-        (lambda: stats.mcnemar([1, 0], [1]), "same images"),
-        (lambda: stats.holm([0.5, 1.5]), "between 0 and 1"),
-        (lambda: stats.holm([np.nan]), "between 0 and 1"),
-        (lambda: stats.studies_needed(0, 1), "not 0"),
-        (lambda: stats.interval_of(np.ones(3), np.arange(2), level=1), "level"),
+        (lambda: significance.paired_t([1.0]), "at least two"),
+        (lambda: significance.paired_t([1.0, np.nan]), "at least two"),
+        (lambda: significance.paired_t([1.0, 2.0], -1), "share"),
+        (lambda: significance.mcnemar([1, 0], [1]), "same images"),
+        (lambda: significance.holm([0.5, 1.5]), "between 0 and 1"),
+        (lambda: significance.holm([np.nan]), "between 0 and 1"),
+        (lambda: significance.studies_needed(0, 1), "not 0"),
+        (lambda: intervals.interval_of(np.ones(3), np.arange(2), level=1), "level"),
     ],
 )
 def test_errors_of_tests(call, message):

@@ -10,36 +10,39 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dernet_utils import machine, triage
-from dernet_utils.errors import DernetError
-from dernet_utils.estimate import plain_epoch
-from dernet_utils.evaluate import auroc
-from dernet_utils.profiles import get_profile
-from dernet_utils.triage import (
+from dernet_utils.book.benchmark import plain_epoch
+from dernet_utils.core import machine
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.core.vocabulary import NETWORKS
+from dernet_utils.metrics.classification import auroc
+from dernet_utils.triage import training
+from dernet_utils.triage.networks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    NETWORKS,
-    Recipe,
-    Sample,
     as_input,
-    augment,
     build_network,
-    checkpoint_facts,
     count_operations,
-    draw_crops,
-    epoch_line,
-    lessons,
-    load_trained,
-    predict_triage,
+    predict_probabilities,
     receptive_field,
-    start_training,
     starting_sentence,
     starting_weights,
+)
+from dernet_utils.triage.training import (
+    Sample,
+    TriageRecipe,
+    augment,
+    checkpoint_facts,
+    draw_crops,
+    load_network,
+    start_training,
     train_epoch,
     train_triage,
+    training_batches,
+    triage_epoch_line,
 )
 
-RECIPE = Recipe(image_px=32, epochs=3, batch=8, lr=1e-3, seed=1)
+RECIPE = TriageRecipe(image_px=32, epochs=3, batch=8, lr=1e-3, seed=1)
 NETWORK = "densenet121"  # the smallest checkpoint of the three
 
 
@@ -270,12 +273,12 @@ def test_augmentation_flips_half_and_rotates_rigidly():
 
 
 def test_an_image_is_turned_at_its_detail_and_then_averaged(monkeypatch):
-    monkeypatch.setattr(triage, "ROTATION_DEG", 0.0)
-    monkeypatch.setattr(triage, "BRIGHTNESS", 0.0)
-    monkeypatch.setattr(triage, "CONTRAST", 0.0)
+    monkeypatch.setattr(training, "ROTATION_DEG", 0.0)
+    monkeypatch.setattr(training, "BRIGHTNESS", 0.0)
+    monkeypatch.setattr(training, "CONTRAST", 0.0)
     fine = bright_or_dark(8, seed=2, px=64)
-    recipe = Recipe(32, 1, 8, 1e-3, detail=2)
-    ((grey, y, _),) = lessons(fine, recipe, 0, torch.device("cpu"))
+    recipe = TriageRecipe(32, 1, 8, 1e-3, detail=2)
+    ((grey, y, _),) = training_batches(fine, recipe, 0, torch.device("cpu"))
     assert grey.shape == (8, 1, 32, 32) and sorted(y.tolist()) == sorted(fine.y.tolist())
     coarse = fine.pixels.view(8, 1, 32, 2, 32, 2).float().mean(dim=(3, 5)) / 255
     for one in grey:
@@ -296,13 +299,13 @@ def test_sample_refuses_what_is_not_grey_bytes():
 
 def test_recipe_comes_from_the_profile():
     profile = get_profile("paper")
-    assert Recipe.of(profile) == Recipe(384, 60, 16, 1e-4, 42)
+    assert TriageRecipe.of(profile) == TriageRecipe(384, 60, 16, 1e-4, 42)
 
 
 def test_learns_what_is_easy(tmp_path):
     train, validation = bright_or_dark(32, seed=0), bright_or_dark(16, seed=1)
-    trained = train_triage(NETWORK, train, validation, Recipe(32, 6, 8, 1e-3, 0), tmp_path)
-    prob = predict_triage(trained.network, validation.pixels)
+    trained = train_triage(NETWORK, train, validation, TriageRecipe(32, 6, 8, 1e-3, 0), tmp_path)
+    prob = predict_probabilities(trained.network, validation.pixels)
     assert auroc(validation.y, prob) > 0.95
     assert trained.history["train_loss"].iloc[-1] < trained.history["train_loss"].iloc[0]
 
@@ -317,7 +320,7 @@ def test_history_has_a_row_an_epoch(trained, samples):
     last = np.array(history["validation_logits"].iloc[-1])
     y = samples[1].y.numpy()
     assert auroc(y, last) == pytest.approx(history["validation_auroc"].iloc[-1], abs=0.02)
-    assert epoch_line(history.iloc[0].to_dict() | {"epoch": 1}).startswith("epoch  1")
+    assert triage_epoch_line(history.iloc[0].to_dict() | {"epoch": 1}).startswith("epoch  1")
 
 
 def test_finished_run_is_loaded_not_trained(trained, samples, folder):
@@ -330,7 +333,10 @@ def test_finished_run_is_loaded_not_trained(trained, samples, folder):
 
 
 def test_learns_crops_first_and_goes_on_where_it_was_killed(tmp_path):
-    train, recipe = films_with_places(16), Recipe(64, 1, 8, 1e-3, 0, crop_px=32, crop_epochs=2)
+    train, recipe = (
+        films_with_places(16),
+        TriageRecipe(64, 1, 8, 1e-3, 0, crop_px=32, crop_epochs=2),
+    )
 
     def kill(row):
         raise KeyboardInterrupt
@@ -341,7 +347,7 @@ def test_learns_crops_first_and_goes_on_where_it_was_killed(tmp_path):
     assert history["lr"].is_monotonic_decreasing
     # Whole films are first scored when they are about to be learnt from.
     assert history["validation_auroc"].isna().tolist() == [True, False, False]
-    assert "validation" not in epoch_line(
+    assert "validation" not in triage_epoch_line(
         json.loads(checkpoint_facts(unbroken.checkpoint)["history"])[0]
     )
     with pytest.raises(KeyboardInterrupt):
@@ -351,9 +357,9 @@ def test_learns_crops_first_and_goes_on_where_it_was_killed(tmp_path):
     with pytest.raises(DernetError, match="no lesion's place"):
         train_triage(NETWORK, Sample(train.pixels, train.y), train, recipe, tmp_path)
     with pytest.raises(DernetError, match="do not fit"):
-        train_triage(NETWORK, train, train, Recipe(64, 1, 8, 1e-3, 0, 96, 1), tmp_path)
+        train_triage(NETWORK, train, train, TriageRecipe(64, 1, 8, 1e-3, 0, 96, 1), tmp_path)
     with pytest.raises(DernetError, match="squares of 128 px"):
-        train_triage(NETWORK, train, train, Recipe(64, 1, 8, 1e-3, detail=2), tmp_path)
+        train_triage(NETWORK, train, train, TriageRecipe(64, 1, 8, 1e-3, detail=2), tmp_path)
 
 
 @pytest.mark.parametrize("change", ["image", "label", "number", "start", "place"])
@@ -366,7 +372,7 @@ def test_any_change_of_a_run_is_another_run(trained, samples, tmp_path, change):
     elif change == "label":
         y[0] = 1 - y[0]
     elif change == "number":
-        recipe = Recipe(32, 1, 8, 2e-3, 1)
+        recipe = TriageRecipe(32, 1, 8, 2e-3, 1)
     elif change == "place":
         lesions = torch.ones(1, 4)
     else:
@@ -404,14 +410,14 @@ def test_training_leaves_torch_as_it_was(samples, tmp_path):
     torch.manual_seed(11)
     expected = torch.rand(2)
     torch.manual_seed(11)
-    train_triage(NETWORK, *samples, Recipe(32, 1, 8, 1e-3, 2), tmp_path)
+    train_triage(NETWORK, *samples, TriageRecipe(32, 1, 8, 1e-3, 2), tmp_path)
     assert torch.equal(torch.rand(2), expected)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_validation_images_change_nothing(trained, samples, tmp_path):
     train, _ = samples
-    recipe = Recipe(32, 1, 8, 1e-3, 1)
+    recipe = TriageRecipe(32, 1, 8, 1e-3, 1)
     networks = [
         train_triage(NETWORK, train, bright_or_dark(4, seed), recipe, tmp_path).network
         for seed in (5, 6)
@@ -425,7 +431,7 @@ def test_training_refuses_one_class_and_another_size(samples, tmp_path):
         one = Sample(train.pixels[::2], train.y[::2])
         train_triage(NETWORK, one, validation, RECIPE, tmp_path)
     with pytest.raises(DernetError, match="64 px"):
-        train_triage(NETWORK, train, validation, Recipe(64, 1, 8, 1e-3), tmp_path)
+        train_triage(NETWORK, train, validation, TriageRecipe(64, 1, 8, 1e-3), tmp_path)
 
 
 def test_depthwise_convolutions_are_computed_in_float32():
@@ -447,13 +453,13 @@ def test_the_plain_loop_gives_the_same_lessons(samples, monkeypatch):
     fast, optimizer = start_training(NETWORK, None, RECIPE)
     plain = build_network(NETWORK, None, RECIPE.seed)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RECIPE.lr)
-    before = predict_triage(plain, judged.pixels)
+    before = predict_probabilities(plain, judged.pixels)
     for epoch in range(2):
         train_epoch(fast, optimizer, train, RECIPE, epoch)
         plain_epoch(plain, plain_optimizer, train, RECIPE, epoch)
-    after = predict_triage(plain, judged.pixels)
+    after = predict_probabilities(plain, judged.pixels)
     assert np.abs(after - before).max() > 0.05
-    assert predict_triage(fast, judged.pixels) == pytest.approx(after, abs=0.02)
+    assert predict_probabilities(fast, judged.pixels) == pytest.approx(after, abs=0.02)
 
 
 # Probabilities
@@ -462,7 +468,8 @@ def test_the_plain_loop_gives_the_same_lessons(samples, monkeypatch):
 def test_prediction_is_the_same_for_the_flipped_image(trained, samples):
     pixels = samples[1].pixels
     assert np.array_equal(
-        predict_triage(trained.network, pixels), predict_triage(trained.network, pixels.flip(-1))
+        predict_probabilities(trained.network, pixels),
+        predict_probabilities(trained.network, pixels.flip(-1)),
     )
 
 
@@ -471,18 +478,20 @@ def test_prediction_is_the_mean_of_two_sigmoids(trained, samples):
     with torch.no_grad():
         views = [trained.network(as_input(view))[:, 0] for view in (pixels, pixels.flip(-1))]
     by_hand = sum(1 / (1 + np.exp(-view.double().numpy())) for view in views) / 2
-    assert predict_triage(trained.network, pixels) == pytest.approx(by_hand, abs=1e-5)
+    assert predict_probabilities(trained.network, pixels) == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_prediction_does_not_depend_on_the_batch(trained, samples):
     pixels = samples[0].pixels
-    one, many = (predict_triage(trained.network, pixels, batch) for batch in (1, 16))
+    one, many = (predict_probabilities(trained.network, pixels, batch) for batch in (1, 16))
     assert one == pytest.approx(many, abs=1e-4) and one.shape == (16,)
     assert ((one >= 0) & (one <= 1)).all()
 
 
 def test_loaded_network_predicts_the_same(trained, samples):
-    network, history = load_trained(NETWORK, trained.checkpoint)
+    network, history = load_network(NETWORK, trained.checkpoint)
     pixels = samples[1].pixels
-    assert np.array_equal(predict_triage(network, pixels), predict_triage(trained.network, pixels))
+    assert np.array_equal(
+        predict_probabilities(network, pixels), predict_probabilities(trained.network, pixels)
+    )
     assert len(history) == RECIPE.epochs

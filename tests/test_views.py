@@ -5,11 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dernet_utils import views, yolo
-from dernet_utils.data import LESION_TYPES
-from dernet_utils.detect import export_yolo
-from dernet_utils.errors import DernetError
-from dernet_utils.views import RARE_BELOW, PasteRare, SpineDataset, check_labels, repeat_factors
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import LESION_TYPES
+from dernet_utils.detection import augment, yolo
+from dernet_utils.detection.augment import (
+    RARE_BELOW,
+    PasteRare,
+    SpineDataset,
+    check_labels,
+    repeat_factors,
+)
+from dernet_utils.detection.images import export_yolo
 
 NAMES = dict(enumerate(LESION_TYPES))
 
@@ -73,7 +79,7 @@ def test_a_rare_lesion_is_pasted_where_none_lies():
 
     def boxes(*corners):
         at = np.array(corners, np.float32).reshape(-1, 4)
-        return views.Instances(at, np.zeros((0, 1000, 2)), bbox_format="xyxy", normalized=False)
+        return augment.Instances(at, np.zeros((0, 1000, 2)), bbox_format="xyxy", normalized=False)
 
     labels = {"img": film, "instances": boxes([0, 0, 9, 9]), "cls": np.array([[2.0]])}
     pasted = PasteRare.paste(dict(labels), donor, box, kind)
@@ -96,9 +102,9 @@ def test_pasting_is_a_switch_and_takes_rare_types_only(films, tmp_path, monkeypa
     on, hyp = dataset_of(films, tmp_path / "on", paste=True)
     (paste,) = (t for t in on.transforms.transforms[0].transforms if isinstance(t, PasteRare))
     assert len(paste.rare) == sum(len(own["cls"]) for own in on.labels)  # one film each: all rare
-    monkeypatch.setattr(views, "PASTE", 1.0)
+    monkeypatch.setattr(augment, "PASTE", 1.0)
     on.set_mosaic(hyp, False)
-    views.seed_augmentations(0)
+    augment.seed_augmentations(0)
     more = sum(len(on[i]["cls"]) - len(on.labels[i]["cls"]) for i in range(6) for _ in range(5))
     assert more > 0
 

@@ -19,12 +19,14 @@ from sklearn.model_selection import StratifiedGroupKFold
 from smoke import shared
 from torch import nn
 
-from dernet_utils import cohort
-from dernet_utils.data import LESION_TYPES, Dataset, check_dataset, read_dataset, read_manifest
-from dernet_utils.evaluate import auroc
-from dernet_utils.imaging import read_grey
-from dernet_utils.render import ANGLES
-from dernet_utils.stats import bootstrap_by_study
+from dernet_utils.core.vocabulary import LESION_TYPES
+from dernet_utils.dataset.check import check_dataset
+from dernet_utils.dataset.tables import Dataset, read_dataset, read_manifest
+from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.metrics.classification import auroc
+from dernet_utils.metrics.intervals import bootstrap_by_study
+from dernet_utils.virtual import cohort
+from dernet_utils.virtual.render import ANGLES
 
 PATIENTS, SEED = 365, 2027  # not the seed of any profile
 # Boxes a class in VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021).
@@ -168,7 +170,7 @@ def _places(boxes: pd.DataFrame, film: pd.Series) -> np.ndarray:
 
 def _masked(film: pd.Series) -> np.ma.MaskedArray:
     """Read a film and cover the places of the boxes."""
-    grey = read_grey(film.path)
+    grey = read_radiograph(film.path).pixels
     cover = np.zeros(grey.shape, bool)
     for x0, y0, x1, y1 in film.places.to_numpy() * [*grey.shape[::-1], *grey.shape[::-1]]:
         cover[max(int(y0), 0) : int(np.ceil(y1)), max(int(x0), 0) : int(np.ceil(x1))] = True

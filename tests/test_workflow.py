@@ -12,10 +12,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dernet_utils import workflow
-from dernet_utils.errors import DernetError
-from dernet_utils.profiles import NETWORKS, get_profile
-from dernet_utils.workspace import PROJECT, Workspace
+from dernet_utils.book import build, graph
+from dernet_utils.book import execute as book_execute
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+from dernet_utils.core.profiles import get_profile
+from dernet_utils.core.vocabulary import NETWORKS
+from dernet_utils.core.workspace import Workspace
 
 HEAD = """# ---
 # jupyter:
@@ -74,20 +77,20 @@ def package(tmp_path: Path) -> Path:
 def test_modules_of(package: Path, tmp_path: Path, text: str, modules: set[str]):
     path = tmp_path / "chapter.py"
     path.write_text(text)
-    assert workflow.modules_of(path, package) == modules
+    assert graph.modules_of(path, package) == modules
 
 
 def test_modules_of_broken_python(package: Path, tmp_path: Path):
     path = tmp_path / "chapter.py"
     path.write_text("x = 1\ny = (")
     with pytest.raises(DernetError, match=r"chapter.py is not valid Python.*line 2"):
-        workflow.modules_of(path, package)
+        graph.modules_of(path, package)
 
 
 def test_chapters_are_in_reading_order():
-    names = workflow.chapter_names()
+    names = graph.chapter_names()
     assert names == sorted(names) and "01_data" in names
-    cores = {name: workflow.cores_for(name, 8) for name in names}
+    cores = {name: graph.cores_for(name, 8) for name in names}
     triage = ["04_densenet121", "05_efficientnetv2_s", "06_resnet50", "07_ensemble"]
     detection = ["08_yolo11", "09_losses", "10_yolo11_training", "11_other_detectors"]
     evidence = ["12_statistics", "13_explainability", "14_pipeline", "15_audit", "17_outliers"]
@@ -97,13 +100,13 @@ def test_chapters_are_in_reading_order():
 
 
 def test_the_chapters_that_train_are_known():
-    own = [name for name in workflow.chapter_names() if workflow.trains(name)]
+    own = [name for name in graph.chapter_names() if graph.trains(name)]
     assert own == ["10_yolo11_training", "13_explainability", "14_pipeline"]
 
 
 def test_what_others_wait_for_goes_first():
-    urgent = workflow.urgencies()
-    trainings = range(len(urgent), len(urgent) + len(workflow.QUICKEST_FIRST))
+    urgent = graph.urgencies()
+    trainings = range(len(urgent), len(urgent) + len(graph.QUICKEST_FIRST))
     soon = [name for name, own in urgent.items() if own > max(trainings)]
     free = ["01_data", "02_imaging", "03_protocol", "08_yolo11", "09_losses"]
     assert soon == [*free, "10_yolo11_training", "A1_virtual_radiographs"]
@@ -115,52 +118,46 @@ def test_what_others_wait_for_goes_first():
 
 
 def test_a_chapter_waits_for_the_trainings_that_it_reads():
-    assert workflow.trainings_of("06_resnet50", 2) == [("resnet50", 0), ("resnet50", 1)]
+    assert graph.trainings_of("06_resnet50", 2) == [("resnet50", 0), ("resnet50", 1)]
     every = {(network, fold) for network in NETWORKS for fold in range(3)}
-    jobs = workflow.trainings_of("07_ensemble", 3)
+    jobs = graph.trainings_of("07_ensemble", 3)
     assert set(jobs) == every and len(jobs) == 9
-    assert (
-        workflow.trainings_of("02_imaging", 2)
-        == workflow.trainings_of("10_yolo11_training", 2)
-        == []
-    )
+    assert graph.trainings_of("02_imaging", 2) == graph.trainings_of("10_yolo11_training", 2) == []
 
 
 def test_a_chapter_comes_after_those_whose_results_it_reads(tmp_path: Path):
-    assert workflow.chapters_before("11_other_detectors") == ["10_yolo11_training"]
-    assert workflow.chapters_before("10_yolo11_training") == []
-    assert (
-        workflow.chapters_before("07_ensemble") == []
-    )  # it reads the decision that it has written
+    assert graph.chapters_before("11_other_detectors") == ["10_yolo11_training"]
+    assert graph.chapters_before("10_yolo11_training") == []
+    assert graph.chapters_before("07_ensemble") == []  # it reads the decision that it has written
     before = ["07_ensemble", "10_yolo11_training", "11_other_detectors"]
-    assert workflow.chapters_before("12_statistics") == before
+    assert graph.chapters_before("12_statistics") == before
     for name in ("13_explainability", "14_pipeline"):
-        assert workflow.chapters_before(name) == ["07_ensemble", "10_yolo11_training"]
-    assert workflow.chapters_before("15_audit") == []
+        assert graph.chapters_before(name) == ["07_ensemble", "10_yolo11_training"]
+    assert graph.chapters_before("15_audit") == []
     before = ["07_ensemble", "10_yolo11_training", "14_pipeline"]
-    assert workflow.chapters_before("16_onnx") == before
-    assert workflow.chapters_before("17_outliers") == []
+    assert graph.chapters_before("16_onnx") == before
+    assert graph.chapters_before("17_outliers") == []
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
     (notebooks / "01_a.py").write_text('table.to_parquet(folder / "a.parquet", index=False)\n')
     (notebooks / "02_b.py").write_text('table.to_parquet(folder / "b.parquet")\n')
     (notebooks / "03_c.py").write_text('pd.read_parquet(folder / "a.parquet")\n')
-    assert workflow.chapters_before("03_c", tmp_path) == ["01_a"]
+    assert graph.chapters_before("03_c", tmp_path) == ["01_a"]
     (notebooks / "04_d.py").write_text("predict.write_models(workspace)\n")
     (notebooks / "05_e.py").write_text("pipeline = run_pipeline(workspace)\n")
-    assert workflow.chapters_before("05_e", tmp_path) == ["04_d"]
+    assert graph.chapters_before("05_e", tmp_path) == ["04_d"]
 
 
 def test_a_digest_knows_where_its_parts_end():
-    assert workflow._digest("ab", "c") != workflow._digest("a", "bc")
-    assert workflow._digest("ab") == workflow._digest(b"ab")
+    assert graph._digest("ab", "c") != graph._digest("a", "bc")
+    assert graph._digest("ab") == graph._digest(b"ab")
 
 
 def test_data_digest_follows_the_cohorts_numbers_only(tmp_path: Path):
     smoke = get_profile("smoke")
 
     def digest(**numbers) -> str:
-        return workflow.data_digest(Workspace(smoke.model_copy(update=numbers), tmp_path))
+        return graph.data_digest(Workspace(smoke.model_copy(update=numbers), tmp_path))
 
     assert digest(detect_epochs=9) == digest()
     assert digest(seed=1) != digest()
@@ -170,12 +167,12 @@ def test_data_digest_follows_the_cohorts_numbers_only(tmp_path: Path):
 def test_data_digest_of_a_real_folder(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DERNET_DATA", str(tiny_dataset))
     workspace = Workspace(get_profile("paper"), tiny_dataset.parent / "run")
-    before = workflow.data_digest(workspace)
+    before = graph.data_digest(workspace)
     table = tiny_dataset / "annotations" / "test.csv"
     table.touch()
-    assert workflow.data_digest(workspace) == before
+    assert graph.data_digest(workspace) == before
     table.write_text(table.read_text() + "\n")
-    assert workflow.data_digest(workspace) != before
+    assert graph.data_digest(workspace) != before
 
 
 # One chapter ------------------------------------------------------------------------------------
@@ -188,7 +185,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def execute(project: Path, workspace: Workspace, **more) -> tuple[Path, list[str]]:
     lines: list[str] = []
-    path = workflow.execute_chapter("01_x", workspace, 1, lines.append, project=project, **more)
+    path = book_execute.execute_chapter("01_x", workspace, 1, lines.append, project=project, **more)
     return path, lines
 
 
@@ -215,11 +212,11 @@ def test_chapter_is_executed_with_its_profile_and_offline(tmp_path: Path, worksp
 def test_what_measures_times_runs_as_it_comes(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ):
-    for name in workflow.COMPUTE:
+    for name in graph.TRAINING_ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    told = f"import os\nprint(sorted(set(os.environ) & {set(workflow.COMPUTE)}))"
+    told = f"import os\nprint(sorted(set(os.environ) & {set(graph.TRAINING_ENVIRONMENT)}))"
     for cells, wanted in (
-        ([told], sorted(workflow.COMPUTE)),
+        ([told], sorted(graph.TRAINING_ENVIRONMENT)),
         ([told, "if factor > 9:\n    numbers.timings"], []),
     ):
         write_chapter(tmp_path, "01_x", *cells)
@@ -279,10 +276,10 @@ def test_publish_replaces_a_book_and_nothing_else(tmp_path: Path, workspace: Wor
     html.mkdir()
     (html / "thesis.txt").write_text("mine")
     with pytest.raises(DernetError, match="something else than an earlier book"):
-        workflow.publish(workspace, html)
+        build.publish(workspace, html)
     assert (html / "thesis.txt").read_text() == "mine"
     (html / "digest.json").write_text("1")
-    workflow.publish(workspace, html)
+    build.publish(workspace, html)
     assert sorted(path.name for path in html.iterdir()) == ["digest.json", "index.html"]
 
 

@@ -1,0 +1,374 @@
+"""What a training takes on this machine: one step at full size, and two ways of it compared.
+
+The comparison is between the loop that trains the book's networks and the plainest one that gives
+the same lessons. Both tables say on which processor and from which commit they come.
+"""
+
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dernet_utils.book.graph import TRAINING_ENVIRONMENT
+from dernet_utils.book.paper import TRAIN_IMAGES
+from dernet_utils.core import machine
+from dernet_utils.core.vocabulary import LESION_TYPES, NETWORK_NAMES, NETWORKS
+from dernet_utils.core.workspace import Workspace, commit
+from dernet_utils.detection import images as detection_images
+from dernet_utils.detection import yolo
+from dernet_utils.metrics.classification import auroc
+from dernet_utils.metrics.intervals import bootstrap_by_study
+from dernet_utils.triage.crossvalidation import triage_images
+from dernet_utils.triage.networks import (
+    as_input,
+    build_network,
+    predict_probabilities,
+    starting_weights,
+)
+from dernet_utils.triage.training import (
+    Sample,
+    TriageRecipe,
+    fast_and_deterministic,
+    start_training,
+    train_epoch,
+    training_batches,
+)
+
+# isort: split
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import NUM_THREADS
+
+Say = Callable[[str], None]
+
+
+def estimate_triage(
+    workspace: Workspace, threads: int, report: Say, images: int = TRAIN_IMAGES
+) -> pd.DataFrame:
+    """Take one measured step of each network at a profile's image size and batch.
+
+    The step is taken on films of the run's own training split, read, enhanced and loaded as every
+    training's are. Each network has a process of its own, whose memory then is the step's.
+
+    Args:
+        workspace: The run; of its recipe the epochs on crops are left out.
+        threads: Threads of the libraries.
+        report: Is given a line a network.
+        images: Training images of all folds together for which hours are told; else as many as
+            VinDr-SpineXR has.
+
+    Returns:
+        One row a network, as text for a page: name, image side, batch, seconds a step, memory,
+        hours for the steps of all epochs of all folds one after the other, processor, commit.
+    """
+    recipe, folds = (
+        replace(TriageRecipe.of(workspace.profile), crop_epochs=0),
+        workspace.profile.folds,
+    )
+    steps = folds * recipe.epochs * (images * (folds - 1) // folds // recipe.batch)
+    # For the processes below: torch and glibc read them once, when they start.
+    os.environ.update(TRAINING_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)})
+    rows = []
+    for name in NETWORKS:
+        fresh = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+            seconds, memory_gb = pool.submit(measure_step, workspace, name, recipe).result()
+        row = {
+            "network": NETWORK_NAMES[name],
+            "image, px": recipe.image_px,
+            "batch": recipe.batch,
+            "seconds a step": f"{seconds:.1f}",
+            "memory, GB": f"{memory_gb:.1f}",
+            "hours for all folds": f"{seconds * steps / 3600:,.0f}",
+            **_measured_on(),
+        }
+        report(", ".join(f"{key} {value}" for key, value in row.items()))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def measure_step(workspace: Workspace, name: str, recipe: TriageRecipe) -> tuple[float, float]:
+    """Take two optimisation steps on a run's first films; measure the second.
+
+    Returns:
+        Seconds of the second step, and the most memory in GB that this process has held (on a
+        GPU, that torch has).
+    """
+    images = triage_images(workspace)
+    train = images[images["split"] == "train"]
+    both = pd.concat([rows.head(recipe.batch // 2) for _, rows in train.groupby("label")])
+    sample = Sample.load(both, recipe.train_px)
+    with fast_and_deterministic():
+        network, optimizer = start_training(name, starting_weights(name), recipe)
+        train_epoch(network, optimizer, sample, recipe, 0)
+        started = time.perf_counter()
+        train_epoch(network, optimizer, sample, recipe, 1)  # waits for the loss
+        seconds = time.perf_counter() - started
+    return seconds, _held_gb()
+
+
+def compare_loops(workspace: Workspace, image_px: int, report: Say) -> pd.DataFrame:
+    """Train each network twice on the same images, by the book's loop and by `plain_epoch`.
+
+    One epoch of crops, where the profile has any, and one of whole films, by turns: the two loops
+    see the same lessons one after the other, on the folds from 1; fold 0 judges.
+
+    Args:
+        workspace: The run.
+        image_px: Side of the images; crops keep their share of it.
+        report: Is given a line a network.
+
+    Returns:
+        One row a network, as text for a page: name, image side, seconds by each loop, their
+        ratio, the held-out AUROC by each with its 95 % interval by study, their number, processor,
+        commit.
+    """
+    recipe = TriageRecipe.of(workspace.profile)
+    crop_px = 16 * round(recipe.crop_px * image_px / recipe.image_px / 16)
+    crop_epochs = min(recipe.crop_epochs, 1)
+    recipe = replace(recipe, image_px=image_px, crop_px=crop_px, crop_epochs=crop_epochs, epochs=1)
+    images = triage_images(workspace)
+    train, held = images[images["fold"] > 0], images[images["fold"] == 0]
+    sample, judged = Sample.load(train, recipe.train_px), Sample.load(held, image_px)
+    rows = []
+    for name in NETWORKS:
+        plain, fast, seconds = _race(name, sample, recipe)
+        scores = {
+            word: _held_out(network, judged, held["study_id"], workspace)
+            for word, network in (("plain", plain), ("ours", fast))
+        }
+        row = {
+            "network": NETWORK_NAMES[name],
+            "image, px": image_px,
+            "plain, s": f"{seconds['plain']:.0f}",
+            "ours, s": f"{seconds['ours']:.0f}",
+            "plain / ours": f"{seconds['plain'] / seconds['ours']:.2f}",
+            "AUROC, plain": scores["plain"],
+            "AUROC, ours": scores["ours"],
+            "held-out films": len(held),
+            **_measured_on(),
+        }
+        report(", ".join(f"{key} {value}" for key, value in row.items()))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _race(
+    name: str, sample: Sample, recipe: TriageRecipe
+) -> tuple[nn.Module, nn.Module, dict[str, float]]:
+    """Both networks after their epochs, and the seconds that each loop took."""
+    fast, optimizer = start_training(name, None, recipe)
+    plain = build_network(name, None, recipe.seed).to(machine.device())
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=recipe.lr)
+    seconds = {"plain": 0.0, "ours": 0.0}
+    for epoch in range(recipe.crop_epochs + recipe.epochs):
+        started = time.perf_counter()
+        plain_epoch(plain, plain_optimizer, sample, recipe, epoch)
+        between = time.perf_counter()
+        with fast_and_deterministic():
+            train_epoch(fast, optimizer, sample, recipe, epoch)
+        seconds["plain"] += between - started
+        seconds["ours"] += time.perf_counter() - between
+    return plain, fast, seconds
+
+
+def plain_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Sample,
+    recipe: TriageRecipe,
+    epoch: int,
+) -> None:
+    """Give an epoch's lessons in the plainest loop: float32, and memory as torch lays it out."""
+    network.train()
+    for grey, y, lr in training_batches(train, recipe, epoch, next(network.parameters()).device):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logits = network(as_input(grey).contiguous()).squeeze(1)
+        loss = F.binary_cross_entropy_with_logits(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _held_out(network: nn.Module, judged: Sample, studies: pd.Series, workspace: Workspace) -> str:
+    y, prob = judged.y.numpy(), predict_probabilities(network, judged.pixels)
+    profile = workspace.profile
+    return format(
+        bootstrap_by_study(
+            lambda rows: auroc(y[rows], prob[rows]), studies, profile.bootstrap, profile.seed
+        ),
+        ".2f",
+    )
+
+
+def _measured_on() -> dict[str, str]:
+    return {"processor": machine.processor_name(), "commit": commit()}
+
+
+# The detector
+
+
+class StockTrainer(yolo.MosaicDecay):
+    """ultralytics' own step on the same views: its network, loss, memory layout and optimizer."""
+
+    def build_optimizer(self, *given, **named) -> torch.optim.Optimizer:
+        """Return the optimizer as ultralytics builds it."""
+        return super(yolo.MosaicDecay, self).build_optimizer(*given, **named)
+
+
+def estimate_detector(workspace: Workspace, threads: int, report: Say) -> pd.DataFrame:
+    """Take two steps of YOLO11-L at a profile's size and batch, and measure the second.
+
+    Args:
+        workspace: The run.
+        threads: Threads of the libraries.
+        report: Is given a line.
+
+    Returns:
+        One row, as text for a page: image size, batch, seconds a step, memory, hours for the steps
+        of all epochs on as many films as the run's detector learns from, processor, commit.
+    """
+    os.environ.update(TRAINING_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)})
+    recipe, films = (
+        detection_images.DetectorRecipe.of(workspace.profile),
+        len(detection_images.detection_images(workspace).training),
+    )
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        seconds, memory_gb = pool.submit(measure_detector_step, workspace, recipe).result()
+    steps = recipe.epochs * -(-films // recipe.batch)
+    row = {
+        "network": "YOLO11-L",
+        "image, px": "{} × {}".format(*recipe.input_size),
+        "batch": recipe.batch,
+        "seconds a step": f"{seconds:.1f}",
+        "memory, GB": f"{memory_gb:.1f}",
+        "films": films,
+        "hours": f"{seconds * steps / 3600:,.1f}",
+        **_measured_on(),
+    }
+    report(", ".join(f"{key} {value}" for key, value in row.items()))
+    return pd.DataFrame([row])
+
+
+def measure_detector_step(
+    workspace: Workspace, recipe: detection_images.DetectorRecipe
+) -> tuple[float, float]:
+    """Return the seconds of a second step, and the most memory in GB that the process held."""
+    with (
+        _trainer(yolo.MosaicDecay, workspace, recipe) as trainer,
+        machine.denormals_flushed(),
+    ):
+        seconds = [_step(trainer, batch) for batch in _batches(trainer, 2)][-1]
+    return seconds, _held_gb()
+
+
+def compare_steps(
+    workspace: Workspace, view: tuple[int, int], report: Say, rounds: int = 5
+) -> pd.DataFrame:
+    """Take steps of YOLO11-L by turns: ultralytics' as it comes, with all threads, and ours.
+
+    As it comes, ultralytics leaves one core of a processor to others.
+
+    Args:
+        workspace: The run; its first films with lesions are the batches.
+        view: Height and width of the input, px.
+        report: Is given a line.
+        rounds: Steps of each, after one that is not counted.
+
+    Returns:
+        One row, as text for a page: image size, batch, the median seconds of a step in each way,
+        how many times faster ours is, processor, commit.
+    """
+    recipe, every = (
+        replace(detection_images.DetectorRecipe.of(workspace.profile), view=view),
+        torch.get_num_threads(),
+    )
+    ways = {"stock": (StockTrainer, NUM_THREADS), "stock, all threads": (StockTrainer, every)}
+    ways["ours"] = (yolo.MosaicDecay, every)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with ExitStack() as opened:
+        trainers = {
+            way: opened.enter_context(_trainer(kind, workspace, recipe))
+            for way, (kind, _) in ways.items()
+        }
+        batches = {way: _batches(trainer, rounds + 1) for way, trainer in trainers.items()}
+        for _ in range(rounds + 1):
+            for way, (_, threads) in ways.items():
+                torch.set_num_threads(threads)
+                flushed = machine.denormals_flushed() if way == "ours" else nullcontext()
+                with flushed:
+                    seconds[way].append(_step(trainers[way], next(batches[way])))
+    torch.set_num_threads(every)
+    median = {way: statistics.median(taken[1:]) for way, taken in seconds.items()}
+    row = {
+        "network": "YOLO11-L",
+        "image, px": "{} × {}".format(*view),
+        "batch": recipe.batch,
+        **{f"{way}, s": f"{value:.2f}" for way, value in median.items()},
+        "stock / ours": f"{median['stock'] / median['ours']:.2f}",
+        "all threads / ours": f"{median['stock, all threads'] / median['ours']:.2f}",
+        **_measured_on(),
+    }
+    report(", ".join(f"{key} {value}" for key, value in row.items()))
+    return pd.DataFrame([row])
+
+
+@contextmanager
+def _trainer(
+    kind: type[yolo.MosaicDecay],
+    workspace: Workspace,
+    recipe: detection_images.DetectorRecipe,
+):
+    """A trainer before its first step, on a few films; its files are gone afterwards."""
+    films = detection_images.detection_images(workspace)
+    some = films.training.head(2 * recipe.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = kind(detection_images.write_training_set(some, films.boxes, recipe, Path(folder)))
+        network = yolo.build_detector(LESION_TYPES, recipe.seed)
+        if kind is StockTrainer:
+            stock = DetectionModel("yolo11l.yaml", nc=len(LESION_TYPES), verbose=False)
+            stock.load_state_dict(network.state_dict())
+            network = stock
+        trainer.model = network
+        trainer._setup_train()
+        trainer.epoch = 0
+        trainer.begin_epoch()
+        trainer.model.train()
+        yield trainer
+
+
+def _batches(trainer: yolo.MosaicDecay, steps: int) -> Iterator[dict]:
+    """Batches, prepared; all films again where they have come to an end."""
+    while steps:
+        for batch in trainer.train_loader:
+            if steps and len(batch["img"]) == trainer.batch_size:
+                steps -= 1
+                yield trainer.preprocess_batch(batch)
+
+
+def _step(trainer: yolo.MosaicDecay, batch: dict) -> float:
+    """Seconds of one optimisation step, as ultralytics' loop takes it."""
+    started = time.perf_counter()
+    loss, _ = trainer.model(batch)
+    loss.sum().backward()
+    trainer.optimizer_step()
+    return time.perf_counter() - started
+
+
+def _held_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

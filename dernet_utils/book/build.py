@@ -1,0 +1,193 @@
+"""The pages staged, built and published; whole runs, which Snakemake carries out."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from dernet_utils.book.graph import book_digest, chapter_names, data_digest
+from dernet_utils.book.progress import (
+    Say,
+    clock,
+    cores,
+    heartbeat,
+    is_disk_full,
+    shown_path,
+    without_colours,
+)
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+from dernet_utils.core.workspace import Workspace, commit
+
+# The book ---------------------------------------------------------------------------------------
+
+
+def stage_book(workspace: Workspace) -> Path:
+    """Lay out the pages and the executed chapters in ``runs/<profile>/book`` and return it.
+
+    Raises:
+        DernetError: A chapter has not been executed.
+    """
+    import yaml
+
+    stage = workspace.folder / "book"
+    shutil.rmtree(stage, ignore_errors=True)
+    shutil.copytree(PROJECT / "book", stage / "book")
+    shutil.copy(PROJECT / "_toc.yml", stage)
+    (stage / "notebooks").mkdir()
+    for name in chapter_names():
+        executed = workspace.chapters / f"{name}.ipynb"
+        if not executed.is_file():
+            raise DernetError(f"Chapter {name} has not been executed; call `dernet run` first.")
+        shutil.copy(executed, stage / "notebooks")
+    config = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))
+    config["sphinx"]["config"]["myst_substitutions"] = {
+        "profile": workspace.profile.name,
+        "commit": commit(),
+    }
+    (stage / "_config.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return stage
+
+
+def build_book(workspace: Workspace, report: Say) -> Path:
+    """Stage and build the book; return the folder of its HTML pages.
+
+    Raises:
+        DernetError: Sphinx warned or failed; the message has its lines.
+    """
+    started = time.monotonic()
+    report("book: started")
+    stage = stage_book(workspace)
+    program = str(Path(sys.executable).with_name("jupyter-book"))
+    command = [program, "build", str(stage), "-n", "-W", "--keep-going"]
+    environment = os.environ | {"NO_COLOR": "1", "PYTHONWARNINGS": "ignore"}
+    with heartbeat("book", started, report):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    log = without_colours(done.stdout + done.stderr).replace(f"{stage}/", "")
+    (workspace.folder / "book.log").write_text(log, encoding="utf-8")
+    if done.returncode != 0:
+        faults = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|rror:", line)]
+        raise DernetError(
+            f"The book was not built: its faults are below, all that Sphinx said is in "
+            f"{shown_path(workspace.folder / 'book.log')}.\n\n" + "\n".join(faults[:20])
+        )
+    html = stage / "_build" / "html"
+    (html / "digest.json").write_text(
+        json.dumps({"profile": workspace.profile.name, "digest": book_digest(workspace)})
+    )
+    report(f"book: done in {clock(started)}")
+    return html
+
+
+def publish(workspace: Workspace, html: Path) -> None:
+    """Copy the built pages to `html`, where they are not there already.
+
+    Raises:
+        DernetError: The folder holds something else than an earlier book.
+    """
+    built = workspace.folder / "book" / "_build" / "html"
+    mark = html / "digest.json"
+    if mark.is_file() and mark.read_bytes() == (built / "digest.json").read_bytes():
+        return
+    if html.exists() and not mark.is_file() and any(html.iterdir()):
+        raise DernetError(
+            f"{html} holds something else than an earlier book; name another folder or empty it."
+        )
+    fresh = html.with_name(html.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(built, fresh)
+    shutil.rmtree(html, ignore_errors=True)
+    fresh.rename(html)
+
+
+def run(workspace: Workspace, html: Path, report: Say) -> None:
+    """Bring the book up to date: data, chapters, pages; what has not changed is left alone.
+
+    Args:
+        workspace: The run.
+        html: Where the pages go.
+        report: Is given a line of progress at a time.
+
+    Raises:
+        DernetError: A step failed, or another run of this profile is under way.
+        KeyboardInterrupt: The run was interrupted; every process it started has ended.
+    """
+    data_digest(workspace)  # an unreadable data folder is told before anything starts
+    started = time.monotonic()
+    if not (workspace.data_root / "annotations" / "train.csv").is_file():
+        (workspace.folder / "prepared").unlink(missing_ok=True)  # someone deleted the cohort
+    with _only_run(workspace) as lock:
+        for target in ("prepare", "book"):
+            _snakemake(target, workspace, lock)
+        publish(workspace, html)
+    report(f"The book ({workspace.profile.name}) is {html / 'index.html'}, {clock(started)}.")
+
+
+def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
+    log = workspace.folder / f"snakemake-{target}.log"
+    command = [
+        *(sys.executable, "-m", "snakemake", target, "--snakefile", str(PROJECT / "Snakefile")),
+        *("--config", f"profile={workspace.profile.name}", "--cores", str(cores())),
+        # Digests are parameters of the rules, so these alone decide what runs again.
+        *("--rerun-triggers", "params", "--rerun-incomplete"),
+        # Ours is the lock, which a killed run cannot leave behind.
+        *("--nolock", "--nocolor", "--quiet", "host", "progress", "reason", "rules"),
+    ]
+    environment = os.environ | {"DERNET_RUNS": str(workspace.folder.parent), "DERNET_STEP": "1"}
+    # What a step reports comes by standard output; Snakemake's own words go to its log.
+    with log.open("w") as messages:
+        process = subprocess.Popen(
+            command,
+            stderr=messages,
+            env=environment,
+            cwd=workspace.folder,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],  # should this process be killed, Snakemake keeps the lock
+        )
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            _end_group(process)
+            raise
+    if code != 0:
+        if is_disk_full(None, workspace.folder):
+            raise DernetError("The disk is full; make room, and the next run continues.")
+        raise DernetError(
+            f"The run stopped at the step above (Snakemake's log is {shown_path(log)})."
+        )
+
+
+@contextmanager
+def _only_run(workspace: Workspace) -> Iterator[IO]:
+    workspace.folder.mkdir(parents=True, exist_ok=True)
+    with (workspace.folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DernetError(
+                f"Another run of the profile {workspace.profile.name!r} is under way in "
+                f"{shown_path(workspace.folder)}; wait for its end."
+            ) from error
+        yield lock
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """End a process and all that it started: asked first, then told."""
+    for number, patience_s in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return

@@ -1,0 +1,205 @@
+"""One chapter, executed by papermill in a kernel of its own."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+from dernet_utils.book.graph import TRAINING_ENVIRONMENT, chapter_names, chapter_needs
+from dernet_utils.book.progress import (
+    HEARTBEAT_S,
+    Say,
+    clock,
+    is_disk_full,
+    shown_path,
+    without_colours,
+)
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+from dernet_utils.core.workspace import Workspace
+
+# One chapter ------------------------------------------------------------------------------------
+
+
+def execute_chapter(
+    name: str,
+    workspace: Workspace,
+    threads: int,
+    report: Say,
+    parameters: dict[str, object] | None = None,
+    project: Path = PROJECT,
+) -> Path:
+    """Execute a chapter in a kernel of its own and return the executed notebook's path.
+
+    The notebook appears under its name only when every cell has run; until then, and after a
+    failure, it is ``NAME.partial.ipynb``. With `parameters` it is a trial, ``NAME.trial.ipynb``.
+
+    Args:
+        name: Chapter, such as ``02_imaging``.
+        workspace: The run; its profile is passed as the parameter `profile`.
+        threads: How many threads numerical libraries may use.
+        report: Is given a line of progress at a time.
+        parameters: Further values for the chapter's `parameters` cell.
+        project: The folder that holds `notebooks`.
+
+    Raises:
+        DernetError: There is no such chapter, a parameter is unknown, or a cell failed.
+    """
+    source = project / "notebooks" / f"{name}.py"
+    if not source.is_file():
+        raise DernetError(
+            f"There is no chapter {name!r}; there are {', '.join(chapter_names(project))}."
+        )
+    import jupytext
+
+    notebook = jupytext.read(source)
+    values = {"profile": workspace.profile.name} | (parameters or {})
+    _check_parameters(name, notebook, values)
+    # A trial with values of one's own does not replace the book's copy.
+    executed = workspace.chapters / f"{name}{'.trial' if parameters else ''}.ipynb"
+    partial = executed.with_suffix(".partial.ipynb")
+    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+    report(f"{name}: started, {cells} code cells")
+    started = time.monotonic()
+    environment = _kernel_environment(workspace, threads)
+    if chapter_needs(name).cores != "all":  # what is timed runs as it comes
+        environment |= TRAINING_ENVIRONMENT
+    job = _ChapterJob(notebook, partial, values, environment, source)
+    try:
+        job.start()
+        while not job.finished.wait(HEARTBEAT_S):
+            report(f"{name}: cell {job.cell()} of {cells}, {clock(started)}")
+    finally:
+        job.stop()
+    if job.error is not None:
+        raise _failure(name, job, partial, cells) from job.error
+    _tidy(partial)
+    partial.replace(executed)
+    report(f"{name}: done in {clock(started)}")
+    return executed
+
+
+def _check_parameters(name: str, notebook, values: dict[str, object]) -> None:
+    from papermill.inspection import inspect_notebook
+
+    known = inspect_notebook(notebook)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise DernetError(
+            f"Chapter {name} has no parameter {', '.join(unknown)}; its cell tagged `parameters` "
+            f"has {', '.join(known) or 'none'}."
+        )
+
+
+def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
+    return os.environ | {
+        "DERNET_PROFILE": workspace.profile.name,
+        "DERNET_RUNS": str(workspace.folder.parent),
+        "OMP_NUM_THREADS": str(threads),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        # The run is offline: nothing looks for newer versions, weights or fonts.
+        "YOLO_OFFLINE": "1",
+        "YOLO_CONFIG_DIR": str(workspace.folder.parent / ".ultralytics"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+class _ChapterJob(threading.Thread):
+    """Papermill in a thread, so that the main thread can tell the time and hear Ctrl-C.
+
+    nbclient takes over the signals when it runs in the main thread and reports an interrupt as
+    a kernel that died.
+    """
+
+    def __init__(self, notebook, output: Path, values: dict, environment: dict, source: Path):
+        super().__init__(daemon=True)
+        self.notebook, self.output, self.values = notebook, output, values
+        self.environment, self.source = environment, source
+        self.client = None
+        self.error: Exception | None = None
+        # Not `join`: interrupted, Python 3.11's takes a living thread for a dead one.
+        self.finished = threading.Event()
+
+    def run(self) -> None:
+        import papermill
+        from papermill.engines import papermill_engines
+
+        # Papermill takes an engine by name; ours shares the kernel's client with this thread.
+        papermill_engines.register("dernet", _engine_of(self))
+        try:
+            papermill.execute_notebook(
+                self.notebook,
+                self.output,
+                parameters=self.values,
+                engine_name="dernet",
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=self.source.parent,
+            )
+        except Exception as error:
+            self.error = error
+        finally:
+            self.finished.set()
+
+    def cell(self) -> int:
+        """Return the number of the code cell under way, counted from 1."""
+        # One of those executed is papermill's own, with the values of the parameters.
+        return max(self.client.code_cells_executed - 1, 1) if self.client is not None else 1
+
+    def stop(self) -> None:
+        """End the kernel and all that it started, where they still run."""
+        if self.finished.is_set():
+            return
+        provisioner = getattr(getattr(self.client, "km", None), "provisioner", None)
+        process = getattr(provisioner, "process", None)
+        if process is not None:
+            # The kernel leads a process group of its own, which its workers belong to.
+            os.killpg(process.pid, signal.SIGKILL)
+        self.finished.wait(10)
+
+
+def _engine_of(job: _ChapterJob) -> type:
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine
+
+    class DernetEngine(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **_):
+            job.client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None)
+            job.client.startup_timeout = 300
+            # What the kernel itself says, such as why it died.
+            with job.output.with_suffix("").with_suffix(".log").open("w") as log:
+                job.client.execute(env=job.environment, stderr=log)
+
+    return DernetEngine
+
+
+def _failure(name: str, job: _ChapterJob, partial: Path, cells: int) -> DernetError:
+    from papermill.exceptions import PapermillExecutionError
+
+    error = job.error
+    kept = f"the notebook as far as it came is {shown_path(partial)}"
+    if is_disk_full(error, partial.parent):
+        return DernetError(f"Chapter {name} stopped because the disk is full; make room; {kept}.")
+    if not isinstance(error, PapermillExecutionError):
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        return DernetError(f"Chapter {name} stopped in code cell {job.cell()}: {reason}; {kept}.")
+    trace = without_colours("\n".join(error.traceback)).strip()
+    return DernetError(
+        f"Chapter {name} failed in code cell {job.cell()} of {cells}; {kept}.\n\n{trace}"
+    )
+
+
+def _tidy(path: Path) -> None:
+    """Take papermill's notes out of a notebook: they hold times and this machine's paths."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
+    nbformat.write(notebook, path)

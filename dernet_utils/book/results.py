@@ -1,0 +1,79 @@
+"""Results of long runs, kept as small JSON in the book's folder, and how they are told apart."""
+
+import json
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+
+import pandas as pd
+
+from dernet_utils.core import machine
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+from dernet_utils.core.workspace import Workspace, commit
+
+KEPT = PROJECT / "book" / "results"
+
+
+def detector_record(
+    workspace: Workspace,
+    tables: Mapping[str, pd.DataFrame],
+    terms: pd.DataFrame,
+    films: int,
+    seconds: float,
+) -> dict:
+    """Return what a run found out about detectors, and how, fit for JSON.
+
+    Args:
+        workspace: The run.
+        tables: Of each detector, what `detection_metrics.detection_table` returns.
+        terms: A row a detector of what it was given, such as its steps; not of all.
+        films: Training films.
+        seconds: Of training.
+    """
+    given = json.loads(terms.to_json(orient="index"))
+    return {
+        "command": f"dernet run --profile {workspace.profile.name}",
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "processor": machine.processor_name(),
+        "seed": workspace.profile.seed,
+        "data": "virtual" if workspace.profile.virtual else "VinDr-SpineXR",
+        "profile": json.loads(workspace.profile.model_dump_json()),
+        "films": films,
+        "seconds": seconds,
+        "detectors": {
+            name: {**given.get(name, {}), "scores": json.loads(table.to_json(orient="index"))}
+            for name, table in tables.items()
+        },
+    }
+
+
+def keep_record(workspace: Workspace) -> Path:
+    """Keep a run's record of detectors in the book's folder, under the profile's name.
+
+    Raises:
+        DernetError: The run has none, or was made from files that differ from the commit.
+    """
+    made = workspace.tables / "detectors.json"
+    if not made.is_file():
+        raise DernetError(
+            f"{made} is written by chapter 11 and is not there: run the book with "
+            f"--profile {workspace.profile.name} first."
+        )
+    record = json.loads(made.read_text(encoding="utf-8"))
+    if "local changes" in record["commit"] or record["commit"] == "unknown":
+        raise DernetError(
+            f"The run was made from {record['commit']!r}, which nobody can go back to: commit, and "
+            "run again."
+        )
+    KEPT.mkdir(exist_ok=True)
+    kept = KEPT / f"{workspace.profile.name}-detectors.json"
+    kept.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return kept
+
+
+def kept_record(name: str) -> dict | None:
+    """Return a kept record by name, such as ``night-detectors``; None where there is none."""
+    path = KEPT / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

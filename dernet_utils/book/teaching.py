@@ -1,0 +1,35 @@
+"""How a chapter begins, and how its sentences get their numbers."""
+
+from collections.abc import Mapping
+
+from myst_nb import glue
+
+from dernet_utils.book.figures import use_style
+from dernet_utils.book.prepare import ensure_prepared
+from dernet_utils.core.workspace import Workspace, open_workspace
+
+
+def open_chapter(profile: str = "") -> Workspace:
+    """Return a run's workspace with its data prepared, and set the style of all figures.
+
+    Args:
+        profile: A name as `profiles.get_profile` takes it.
+
+    Raises:
+        DernetError: As `prepare.ensure_prepared` raises.
+    """
+    use_style()
+    workspace = open_workspace(profile)
+    ensure_prepared(workspace, print)
+    return workspace
+
+
+def glue_values(prefix: str, values: Mapping[str, object]) -> None:
+    """Hand values to a chapter's sentences, which quote them as ``{glue:text}`prefix-name```.
+
+    Args:
+        prefix: The chapter's, such as ``c03``.
+        values: Numbers and words by name.
+    """
+    for name, value in values.items():
+        glue(f"{prefix}-{name}", value, display=False)

@@ -1,0 +1,83 @@
+"""Where the project lies, and files that are written whole or not at all."""
+
+import ast
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write a file under another name and rename it, so that a killed run never leaves half of it.
+
+    Args:
+        path: The file; one that is there is replaced.
+        write: Is given the other name, in the same folder and with the same suffix.
+
+    Returns:
+        `path`.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_whole(folder / "a.txt", lambda part: part.write_text("whole")).read_text()
+    'whole'
+    >>> [path.name for path in folder.iterdir()]
+    ['a.txt']
+    """
+    path = Path(path)
+    part = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """Return the SHA-256 of some parts, hexadecimal; where one ends and the next begins counts.
+
+    >>> digest_of("ab", "c") == digest_of("a", "bc")
+    False
+    """
+    whole = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        whole.update(f"{len(content)}:".encode() + content)
+    return whole.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal, without holding it in memory."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def code_digest(path: Path) -> str:
+    """Return a digest of what a Python file does: comments and docstrings do not count.
+
+    >>> import tempfile
+    >>> first, other = (Path(tempfile.mkdtemp()) / "a.py" for _ in range(2))
+    >>> _ = first.write_text("def f(x):\\n    'Double.'\\n    return 2 * x  # twice")
+    >>> _ = other.write_text("def f(x):\\n    'Twice as much.'\\n    return 2 * x")
+    >>> code_digest(first) == code_digest(other)
+    True
+    """
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = node.body[1:] or [ast.Pass()]
+    return digest_of(ast.dump(tree))
+
+
+def modules_digest(*modules: str) -> str:
+    """Return a digest of what some modules of the package do, such as ``triage/training``."""
+    folder = PROJECT / "dernet_utils"
+    return digest_of(*(code_digest(folder / f"{module}.py") for module in modules))

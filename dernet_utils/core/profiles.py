@@ -1,0 +1,119 @@
+"""Profiles: the numbers of a run, frozen and validated.
+
+A profile changes numbers only; no chapter has a second code path.
+"""
+
+import os
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dernet_utils.core.errors import DernetError
+
+Side = Annotated[int, Field(gt=0, multiple_of=32)]
+
+
+class Profile(BaseModel):
+    """The numbers of a run.
+
+    Sizes are in pixels, epochs are passes over the training images, seeds are unsigned
+    integers. `patients` is the number of virtual patients; None means that the data are a
+    VinDr-SpineXR folder named by the environment variable ``DERNET_DATA``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    patients: int | None = Field(gt=0)
+    seed: int = Field(42, ge=0)  # paper, section 4.1
+    folds: int = Field(5, ge=2)  # paper, section 4.1
+    clip_limit: float = Field(2.0, gt=0)  # paper, section 3.1
+    tiles: int = Field(8, gt=0)  # OpenCV's default grid, 8 x 8
+    cache_px: int = Field(gt=0, description="long side of a cached image")
+    triage_px: int = Field(gt=0, multiple_of=32)
+    triage_epochs: int = Field(gt=0)
+    triage_batch: int = Field(gt=0)
+    triage_lr: float = Field(gt=0)
+    triage_detail: int = Field(1, ge=1, description="side of a training image, over triage_px")
+    triage_crop_px: int = Field(48, gt=0, multiple_of=16)
+    triage_crop_epochs: int = Field(0, ge=0, description="epochs on crops, before whole images")
+    detect_size: tuple[Side, Side] = Field(description="height and width of the input")
+    detect_epochs: int = Field(gt=0)
+    detect_batch: int = Field(gt=0)
+    detect_lr: float = Field(gt=0)
+    mosaic_until: int = Field(ge=0, description="first epoch without mosaic")
+    focal_gamma: float = Field(2.0, ge=0)  # paper, section 3.3
+    focal_alpha: float = Field(0.25, gt=0, lt=1)  # companion code
+    detect_scale: float = Field(0.5, ge=0, lt=1)  # ultralytics' own
+    detect_repeat: bool = Field(False, description="rare lesion types drawn more often")
+    detect_paste: bool = Field(False, description="rare lesion types pasted into other films")
+    baseline_seconds: float = Field(gt=0, description="training time of each detector of Table 3")
+    bootstrap: int = Field(1000, ge=100)  # paper, section 4.1
+    timings: int = Field(15, ge=2, description="rounds in which runtimes are timed by turns")
+    timed_px: int = Field(384, gt=0, multiple_of=32, description="side of triage's input there")
+    timed_size: tuple[Side, Side] = Field((640, 640), description="the detector's input there")
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the run's radiographs are virtual."""
+        return self.patients is not None
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        # Tests and continuous integration: the same networks, a step or two.
+        Profile(
+            name="smoke", patients=24, folds=3, cache_px=256,
+            triage_px=64, triage_epochs=1, triage_batch=8, triage_lr=1e-3,
+            triage_crop_px=32, triage_crop_epochs=1, triage_detail=2,
+            detect_size=(96, 64), detect_epochs=2, detect_batch=8, detect_lr=1e-3,
+            mosaic_until=2, baseline_seconds=1,
+            bootstrap=200, timings=2, timed_px=64, timed_size=(96, 64),
+        ),
+        # A person's first run: from random weights, so the learning rate is higher than the
+        # paper's, which starts from ImageNet and COCO.
+        Profile(
+            name="laptop", patients=560, folds=2, cache_px=640,
+            triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
+            triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
+            detect_size=(192, 128), detect_epochs=28, detect_batch=6, detect_lr=5e-4,
+            detect_scale=0.2, detect_repeat=True, mosaic_until=13, baseline_seconds=30,
+            focal_gamma=0.0, focal_alpha=0.5,  # cross-entropy, halved: see Deviations
+        ),
+        # A night's run on two cores: the laptop's, with more time for each detector.
+        Profile(
+            name="night", patients=560, folds=2, cache_px=640,
+            triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
+            triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
+            detect_size=(192, 128), detect_epochs=60, detect_batch=6, detect_lr=5e-4,
+            detect_scale=0.2, detect_repeat=True, mosaic_until=27, baseline_seconds=480,
+        ),
+        # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.
+        Profile(
+            name="paper", patients=None, cache_px=1280,
+            triage_px=384, triage_epochs=60, triage_batch=16, triage_lr=1e-4,
+            detect_size=(640, 640), detect_epochs=55, detect_batch=12, detect_lr=1e-4,
+            mosaic_until=25, baseline_seconds=8 * 3600,
+        ),
+    )
+}  # fmt: skip
+
+
+def get_profile(name: str = "") -> Profile:
+    """Return a profile by name.
+
+    Args:
+        name: ``smoke``, ``laptop``, ``night`` or ``paper``; empty means the environment variable
+            ``DERNET_PROFILE`` and, where that is not set, ``laptop``.
+
+    Raises:
+        DernetError: The name is none of them.
+
+    >>> get_profile("paper").triage_px
+    384
+    """
+    name = name or os.environ.get("DERNET_PROFILE", "") or "laptop"
+    if name not in PROFILES:
+        raise DernetError(f"The profile is one of {', '.join(PROFILES)}, not {name!r}.")
+    return PROFILES[name]

@@ -1,0 +1,97 @@
+"""Where a run keeps its files: ``runs/<profile>/`` and nothing outside it."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+from dernet_utils.core.profiles import Profile, get_profile
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of one run.
+
+    Attributes:
+        profile: The run's numbers.
+        folder: ``runs/<profile>``; created on first use.
+    """
+
+    profile: Profile
+    folder: Path
+
+    @property
+    def data_root(self) -> Path:
+        """The dataset: the virtual cohort, or the folder that ``DERNET_DATA`` names."""
+        if self.profile.virtual:
+            return self.folder / "cohort"
+        named = os.environ.get("DERNET_DATA", "")
+        if not named:
+            raise DernetError(
+                f"The profile {self.profile.name!r} reads VinDr-SpineXR from disk: set the "
+                "environment variable DERNET_DATA to its folder."
+            )
+        return Path(named).expanduser()
+
+    @property
+    def cache(self) -> Path:
+        """Preprocessed images."""
+        return self._made("cache")
+
+    @property
+    def weights(self) -> Path:
+        """Checkpoints and training curves."""
+        return self._made("weights")
+
+    @property
+    def models(self) -> Path:
+        """Networks as ONNX files, and their manifest."""
+        return self._made("models")
+
+    @property
+    def tables(self) -> Path:
+        """Folds, probabilities, boxes and scores, as Parquet and JSON."""
+        return self._made("tables")
+
+    @property
+    def chapters(self) -> Path:
+        """Executed notebooks."""
+        return self._made("chapters")
+
+    def _made(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def open_workspace(profile: str = "") -> Workspace:
+    """Return the workspace of a profile.
+
+    Args:
+        profile: A name as `get_profile` takes it.
+
+    The runs are kept beside the package, or in the folder that ``DERNET_RUNS`` names.
+
+    Raises:
+        DernetError: The profile is unknown.
+    """
+    chosen = get_profile(profile)
+    runs = Path(os.environ.get("DERNET_RUNS", "") or PROJECT / "runs")
+    return Workspace(chosen, runs.resolve() / chosen.name)
+
+
+def commit() -> str:
+    """Return the project's commit, short, and whether files differ from it; or ``unknown``."""
+    git = ["git", "-C", str(PROJECT)]
+    try:
+        found = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{found} with local changes" if changed else found

@@ -1,0 +1,207 @@
+"""A dataset's fingerprint and every problem; a copy without the two that have a safe answer."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import joblib
+import pandas as pd
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import (
+    ANNOTATION_COLUMNS,
+    CORNERS,
+    LESION_TYPES,
+    RARER_TYPES,
+    SPLITS,
+)
+from dernet_utils.dataset.annotations import (
+    EDGES,
+    Contents,
+    Problem,
+    box_text,
+    first_rows,
+    has_no_area,
+    image_path,
+    is_lesion,
+    is_outside,
+    read_contents,
+    sort_key,
+    table_path,
+)
+from dernet_utils.imaging.radiograph import read_bytes
+from dernet_utils.imaging.reader import decode_radiograph
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What `check_dataset` found: counts that identify the dataset, and every problem."""
+
+    fingerprint: dict
+    problems: list[Problem]
+
+
+def check_dataset(
+    root: Path, progress: Callable[[Iterable], Iterable] = iter, workers: int = 1
+) -> DatasetReport:
+    """Describe a dataset and list all its problems, those of the pixel data included.
+
+    What this finds no problem in, a run's preparation reads: both decode by `read_radiograph`.
+
+    Args:
+        root: A folder in the form of VinDr-SpineXR.
+        progress: Wraps the loop over images, as ``tqdm`` does; each is decoded, which takes up to
+            a second for a large one.
+        workers: Processes.
+
+    Returns:
+        The fingerprint (JSON-ready, per split) and the problems, ordered by file and row.
+
+    Raises:
+        DernetError: The folder has neither table, so it is no dataset at all.
+    """
+    root = Path(root)
+    contents = read_contents(root)
+    problems = list(contents.problems)
+    readable = first_rows(contents.rows).merge(contents.headers[["image_id", "split"]])
+    rows = list(readable.itertuples())
+    files = [image_path(row.split, row.image_id) for row in rows]
+    refused = joblib.Parallel(n_jobs=workers, return_as="generator")(
+        joblib.delayed(_refusal)(root / file) for file in files
+    )
+    for row, file, reason in zip(progress(rows), files, refused, strict=True):
+        if reason:
+            problems.append(Problem(row.file, row.row, f"{file} cannot be used: {reason}"))
+    fingerprint = {split: _fingerprint(contents, split) for split in SPLITS}
+    return DatasetReport(fingerprint, sorted(problems, key=sort_key))
+
+
+def _refusal(path: Path) -> str:
+    """Return why an image cannot be read, or an empty string."""
+    try:
+        decode_radiograph(read_bytes(path))
+    except DernetError as error:
+        return str(error)
+    return ""
+
+
+def _fingerprint(contents: Contents, split: str) -> dict:
+    rows = contents.rows[contents.rows["split"] == split]
+    headers = contents.headers[contents.headers["split"] == split]
+    lesions = rows.loc[is_lesion(rows), "lesion_type"]
+    boxes = lesions.replace(dict.fromkeys(RARER_TYPES, "Other lesions")).value_counts()
+    abnormal = rows.loc[is_lesion(rows), "image_id"].nunique()
+    return {
+        "images": rows["image_id"].nunique(),
+        "studies": rows["study_id"].nunique(),
+        "abnormal_images": abnormal,
+        "normal_images": rows["image_id"].nunique() - abnormal,
+        "boxes": {name: int(boxes.get(name, 0)) for name in LESION_TYPES},
+        "folded_into_other_lesions": _counts(lesions[lesions.isin(RARER_TYPES)]),
+        # The most frequent class against the rarest one present; the paper's is 46.9.
+        "imbalance_ratio": round(float(boxes.max() / boxes.min()), 1) if len(boxes) else None,
+        "height_px": _range(headers["height"]),
+        "width_px": _range(headers["width"]),
+        "transfer_syntaxes": _counts(headers["transfer_syntax"]),
+        "photometric_interpretations": _counts(headers["photometric_interpretation"]),
+        "bits_stored": _counts(headers["bits_stored"]),
+    }
+
+
+def _counts(values: pd.Series) -> dict[str, int]:
+    return {str(name): int(count) for name, count in values.value_counts().sort_index().items()}
+
+
+def _range(values: pd.Series) -> dict[str, float] | None:
+    if values.empty:
+        return None
+    return {"min": int(values.min()), "median": float(values.median()), "max": int(values.max())}
+
+
+def repair_dataset(root: Path, out: Path) -> list[str]:
+    """Write a copy of a dataset without the boxes that have no area or reach outside.
+
+    A box without area is dropped. A box that reaches outside its image is clipped to it, and
+    dropped where nothing remains. An image that had lesions and keeps none is left out of the
+    copy: a radiologist called it abnormal, so "No finding" would be a false label, and without
+    a box it says nothing about where. Every other problem stays as it is, for a person to solve.
+
+    Args:
+        root: The dataset; nothing in it is changed.
+        out: A folder that does not exist yet. It becomes a dataset of its own: cleaned tables,
+            links to the images of `root`, and ``repairs.txt`` with what is returned. Use it in
+            the place of `root`, for example as ``DERNET_DATA``.
+
+    Returns:
+        What was done, one sentence a row, with file and row of the original.
+
+    Raises:
+        DernetError: `out` exists, `root` is no dataset, or its tables lack a column or have
+            rows of the wrong length, so that a faithful copy cannot be written.
+    """
+    root, out = Path(root), Path(out)
+    if out.exists() or out.is_symlink():
+        raise DernetError(f"The repaired copy needs a new folder, but {out} exists: name another.")
+    contents = read_contents(root)
+    if contents.broken:
+        raise DernetError(
+            f"A repaired copy needs tables that can be read whole, but {contents.broken[0]}: "
+            "correct this by hand first."
+        )
+    rows, done = _repaired(contents.rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write_copy(root, rows, done, partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return done
+
+
+def _repaired(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return cleaned rows and what was done to them."""
+    clipped = rows.copy()
+    for edge, corner, side in zip(EDGES, CORNERS, ("width", "height") * 2, strict=True):
+        clipped[edge] = rows[edge].clip(lower=0, upper=rows[side])
+        moved = is_outside(rows) & (clipped[edge] != rows[edge])
+        clipped.loc[moved, corner] = clipped.loc[moved, edge].map(repr)
+    flat, outside = has_no_area(rows), is_outside(rows)
+    gone = flat | (outside & has_no_area(clipped))
+    kept = rows.loc[is_lesion(rows) & ~gone, "image_id"]
+    emptied = rows["image_id"].isin(rows.loc[gone, "image_id"]) & ~rows["image_id"].isin(kept)
+    done = []
+    for row in rows[flat | outside].itertuples():
+        if flat[row.Index]:
+            repair = "has no area: dropped"
+        elif gone[row.Index]:
+            repair = "lies outside its image: dropped"
+        else:
+            repair = f"reaches outside its image: clipped to {box_text(clipped.loc[row.Index])}"
+        done.append(f"{row.file}, row {row.row}: the box {box_text(row)} {repair}")
+    for row in first_rows(rows[emptied]).itertuples():
+        image = image_path(row.split, row.image_id)
+        done.append(f"{row.file}, row {row.row}: {image} left out, as none of its boxes remains")
+    return clipped[~gone & ~emptied], done
+
+
+def _write_copy(root: Path, rows: pd.DataFrame, done: list[str], out: Path) -> None:
+    (out / "annotations").mkdir()
+    for split in SPLITS:
+        of_split = rows[rows["split"] == split]
+        of_split[list(ANNOTATION_COLUMNS)].to_csv(
+            out / table_path(split), index=False, lineterminator="\n"
+        )
+        (out / f"{split}_images").mkdir()
+        for image_id in first_rows(of_split)["image_id"]:
+            image = image_path(split, image_id)
+            (out / image).symlink_to((root / image).resolve())
+    if (root / "manifest.json").is_file():
+        shutil.copyfile(root / "manifest.json", out / "manifest.json")
+    if (root / "twins").is_dir():
+        (out / "twins").symlink_to((root / "twins").resolve())
+    (out / "repairs.txt").write_text("".join(f"{line}\n" for line in done), encoding="utf-8")

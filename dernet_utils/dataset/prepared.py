@@ -1,0 +1,91 @@
+"""What a run's preparation leaves for all others: images and boxes as tables, enhanced images.
+
+Who reads these touches no DICOM file, checks nothing again and loads no network.
+"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import write_whole
+from dernet_utils.core.workspace import Workspace
+
+
+def write_tables(workspace: Workspace, images: pd.DataFrame, boxes: pd.DataFrame) -> None:
+    """Write ``tables/images.parquet`` and ``tables/boxes.parquet``, which all of a run read.
+
+    Paths are written relative to the dataset and the cache, so that a run's folder can be moved.
+
+    Args:
+        workspace: The run.
+        images, boxes: As `read_images` and `read_boxes` return them.
+    """
+    root, cache = workspace.data_root, workspace.cache
+    images = images.assign(
+        dicom_path=[str(Path(path).relative_to(root)) for path in images["dicom_path"]],
+        cached_path=[str(Path(path).relative_to(cache)) for path in images["cached_path"]],
+    )
+    for name, table in (("boxes", boxes), ("images", images)):
+        path = workspace.tables / f"{name}.parquet"
+        write_whole(path, lambda part, table=table: table.to_parquet(part, index=False))
+
+
+def read_images(workspace: Workspace) -> pd.DataFrame:
+    """Return a run's images as its preparation wrote them.
+
+    Returns:
+        One row an image, in the order of the CSV files, train before test: ``image_id``,
+        ``study_id``, ``series_id``, ``split``, ``abnormal``, ``boxes`` (their number), ``view``
+        (View Position of the header, empty where it has none), ``height`` and ``width`` of the
+        stored image in pixels, ``dicom_path``, ``fold`` (Int64, missing for a test image),
+        ``cached_path`` of the enhanced image, and ``scale``, cached over stored pixels.
+
+    Raises:
+        DernetError: The run has not been prepared.
+    """
+    images = _read_table(workspace, "images")
+    root, cache = workspace.data_root, workspace.cache
+    return images.assign(
+        dicom_path=[str(root / path) for path in images["dicom_path"]],
+        cached_path=[str(cache / path) for path in images["cached_path"]],
+    )
+
+
+def read_boxes(workspace: Workspace) -> pd.DataFrame:
+    """Return a run's boxes as its preparation wrote them: columns as `tables.BOXES` says.
+
+    Raises:
+        DernetError: The run has not been prepared.
+    """
+    return _read_table(workspace, "boxes")
+
+
+def _read_table(workspace: Workspace, name: str) -> pd.DataFrame:
+    path = workspace.tables / f"{name}.parquet"
+    if not path.is_file():
+        raise DernetError(
+            f"{path} is written by the run's preparation and is not there: call `dernet prepare "
+            f"--profile {workspace.profile.name}` first."
+        )
+    return pd.read_parquet(path)
+
+
+def load_cached(path: Path | str) -> np.ndarray:
+    """Read a cached image.
+
+    Returns:
+        uint8 (h, w).
+
+    Raises:
+        DernetError: The file is missing or not a PNG.
+    """
+    grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if grey is None:
+        raise DernetError(
+            f"{path} is not a cached image that can be read; run cache_images (or `dernet "
+            "prepare`) again, which makes it anew."
+        )
+    return grey

@@ -1,0 +1,130 @@
+"""A VinDr-SpineXR folder without problems, as typed tables."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pandera.pandas as pa
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, RARER_TYPES, SPLITS
+from dernet_utils.dataset.annotations import (
+    EDGES,
+    HEX_ID,
+    first_rows,
+    image_path,
+    is_lesion,
+    read_contents,
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A clean dataset.
+
+    Attributes:
+        root: Its folder.
+        images: One row an image, as `IMAGES` says; `boxes` counts those of the image.
+        boxes: One row a box, as `BOXES` says; corners in stored pixels, origin top left.
+    """
+
+    root: Path
+    images: pd.DataFrame
+    boxes: pd.DataFrame
+
+
+def _ids(*names: str) -> dict[str, pa.Column]:
+    return {name: pa.Column(str, pa.Check.str_matches(f"^{HEX_ID}$")) for name in names}
+
+
+IMAGES = pa.DataFrameSchema(
+    {
+        **_ids("image_id", "study_id", "series_id"),
+        "split": pa.Column(str, pa.Check.isin(SPLITS)),
+        "abnormal": pa.Column(bool),
+        "boxes": pa.Column(int, pa.Check.ge(0)),
+        "view": pa.Column(str),
+        "height": pa.Column(int, pa.Check.gt(0)),
+        "width": pa.Column(int, pa.Check.gt(0)),
+        "dicom_path": pa.Column(str),
+    },
+    checks=pa.Check(lambda images: images["abnormal"] == (images["boxes"] > 0)),
+    unique=["image_id"],
+    strict=True,
+    coerce=True,
+)
+BOXES = pa.DataFrameSchema(
+    {
+        **_ids("image_id", "study_id", "series_id"),
+        "split": pa.Column(str, pa.Check.isin(SPLITS)),
+        "rad_id": pa.Column(str),
+        "lesion_type": pa.Column(str, pa.Check.isin(LESION_TYPES)),
+        **{corner: pa.Column(float, pa.Check.ge(0)) for corner in CORNERS},
+    },
+    checks=[
+        pa.Check(lambda boxes: boxes["xmin"] < boxes["xmax"]),
+        pa.Check(lambda boxes: boxes["ymin"] < boxes["ymax"]),
+    ],
+    strict=True,
+    coerce=True,
+)
+
+
+def read_dataset(root: Path) -> Dataset:
+    """Read a dataset that has no problem.
+
+    Args:
+        root: A folder in the form of VinDr-SpineXR, or a copy that `repair_dataset` wrote.
+
+    Returns:
+        Images and boxes as typed tables, in the order of the CSV files, train before test.
+        Rarer lesion types are folded into "Other lesions".
+
+    Raises:
+        DernetError: The folder is no dataset, or it has a problem that its tables or headers
+            show. Pixel data are not looked at here; `check_dataset` does.
+    """
+    root = Path(root)
+    contents = read_contents(root)
+    if contents.problems:
+        count = len(contents.problems)
+        raise DernetError(
+            f"A clean dataset was expected at {root}, but {contents.problems[0]}"
+            f"{'' if count == 1 else f' (the first of {count} problems)'}: `dernet check {root}` "
+            "lists all, and with `--repair OUT` writes OUT, a dataset without boxes that have no "
+            "area or reach outside, to be used in its place."
+        )
+    rows = contents.rows
+    boxes = rows[is_lesion(rows)].reset_index(drop=True)
+    boxes["lesion_type"] = boxes["lesion_type"].replace(dict.fromkeys(RARER_TYPES, "Other lesions"))
+    boxes[list(CORNERS)] = boxes[list(EDGES)]
+    images = first_rows(rows).reset_index(drop=True)
+    images["boxes"] = images["image_id"].map(boxes["image_id"].value_counts()).fillna(0)
+    images["abnormal"] = images["boxes"] > 0
+    sizes = contents.headers[["image_id", "split", "view"]]
+    images = images.merge(sizes, on=["image_id", "split"], validate="one_to_one")
+    images["dicom_path"] = [
+        str(root / image_path(split, image_id))
+        for split, image_id in zip(images["split"], images["image_id"], strict=True)
+    ]
+    images = IMAGES.validate(images[list(IMAGES.columns)])
+    return Dataset(root, images, BOXES.validate(boxes[list(BOXES.columns)]))
+
+
+def read_manifest(root: Path) -> dict | None:
+    """Return what the virtual cohort says of itself, None for a dataset without manifest.
+
+    Args:
+        root: The dataset's folder.
+
+    Raises:
+        DernetError: ``manifest.json`` is there but is not JSON.
+    """
+    path = Path(root) / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DernetError(f"{path} should be JSON, but {error}: make the cohort again.") from error

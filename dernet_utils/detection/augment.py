@@ -1,0 +1,236 @@
+"""What the detector is shown: films with boxes, as Algorithm 1 wants them.
+
+ultralytics reads the films and turns, moves, scales and mirrors them. Added here are the paper's
+mosaic, upright views (a spine is longer than wide), two means against rare lesion types, and errors
+where ultralytics would leave a film out.
+"""
+
+import random
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.detection import offline  # noqa: F401  closes the network before ultralytics is imported
+
+# isort: split
+from ultralytics.data.augment import BaseTransform, Compose, Mosaic, RandomPerspective
+from ultralytics.data.dataset import YOLODataset
+from ultralytics.utils.instance import Instances
+
+CENTRE = (0.3, 0.7)  # paper, Algorithm 1, line 10: the mosaic's centre as a fraction of its width
+RARE_BELOW = 1.0  # of the films; a type on fewer is shown more often. Ours, for a few hundred films
+PASTE_FROM = 2.0  # repeat factor from which a lesion is pasted: a type on a quarter of the films
+PASTE = 0.3  # share of views that get a rare lesion pasted in, where that is asked for
+MARGIN = 0.25  # of a pasted lesion's surroundings, as a share of its box, faded in
+
+
+def repeat_factors(classes: Sequence[np.ndarray], types: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how often to show a lesion type, and a film, relative to once.
+
+    A type on a share f of the films gets max(1, sqrt(t / f)), t being `RARE_BELOW`, and a film the
+    largest factor of its types (Gupta et al., LVIS, 2019).
+
+    Args:
+        classes: Of each film, the numbers of its boxes' types, in any shape.
+        types: How many types there are.
+
+    Returns:
+        Factors of the types, shape (types,), 1 for one without a box; of the films, (films,).
+
+    >>> films = [np.array([0])] * 99 + [np.array([0, 1])]
+    >>> of_type, of_film = repeat_factors(films, 2)
+    >>> of_type.round(2).tolist(), of_film[-2:].round(2).tolist()
+    ([1.0, 10.0], [1.0, 10.0])
+    """
+    shows = np.zeros((len(classes), types), bool)
+    for row, own in enumerate(classes):
+        shows[row, np.ravel(own).astype(int)] = True
+    share = shows.mean(axis=0)
+    of_type = np.sqrt(RARE_BELOW / np.where(share > 0, share, RARE_BELOW)).clip(min=1)
+    return of_type, np.where(shows, of_type, 1.0).max(axis=1, initial=1.0)
+
+
+def check_labels(films: Sequence[str], types: int) -> None:
+    """Refuse label files that ultralytics would leave out with their film, or take for empty.
+
+    Args:
+        films: Image files, in a folder ``images``; the labels lie in ``labels`` beside it.
+        types: How many types there are.
+
+    Raises:
+        DernetError: A film has no label file, or a line is not a class from 0 to `types` - 1 and a
+            box within the film.
+    """
+    for film in map(Path, films):
+        path = film.parent.parent / "labels" / f"{film.stem}.txt"
+        if not path.is_file():
+            raise DernetError(
+                f"{film} has no label file {path}: a film without lesions has an empty one. Export "
+                "the films again."
+            )
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if fault := _fault(line, types):
+                raise DernetError(f"{path}, line {number}: {fault}, and {line!r} came.")
+
+
+def _fault(line: str, types: int) -> str:
+    """What is wrong with a line of a label file; nothing where nothing is."""
+    try:
+        kind, x, y, width, height = (float(value) for value in line.split())
+    except ValueError:
+        return "A line is five numbers: class, centre x and y, width and height"
+    if kind not in range(types):
+        return f"A class is a whole number from 0 to {types - 1}"
+    edges = np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+    tiny = 1e-5  # centre and size are written with six decimals
+    if not (width > 0 and height > 0 and (edges >= -tiny).all() and (edges <= 1 + tiny).all()):
+        return "A box lies within the film, in fractions of its width and height"
+    return ""
+
+
+class SpineDataset(YOLODataset):
+    """ultralytics' dataset with the paper's mosaic, upright views, and two means against rarity.
+
+    Beside ultralytics' own keys, `data` may hold ``view``: height and width of what is shown, for
+    a square of `imgsz`; ``repeat``: whether films of rare types are drawn more often; ``paste``:
+    whether rare lesions are pasted into other films.
+    """
+
+    def get_labels(self) -> list[dict]:
+        """Return what ultralytics reads, after `check_labels` has found nothing.
+
+        Of boxes that are equal in class and place, one is kept.
+        """
+        films = list(self.im_files)
+        check_labels(films, self.data["nc"])
+        labels = super().get_labels()
+        if damaged := sorted(set(films) - {own["im_file"] for own in labels}):
+            raise DernetError(f"{damaged[0]} cannot be read: export the films again.")
+        self.of_type, self.of_film = repeat_factors([own["cls"] for own in labels], self.data["nc"])
+        self.rows = np.arange(len(labels))
+        return labels
+
+    def __getitem__(self, index: int) -> dict:
+        """Return the view of a drawn film, augmented."""
+        return super().__getitem__(int(self.rows[index]))
+
+    def draw(self, rng: np.random.Generator) -> None:
+        """Draw an epoch's films: each once or, with ``repeat``, in proportion to its factor."""
+        if self.data.get("repeat"):
+            steps = (np.arange(len(self.rows)) + rng.random()) / len(self.rows)
+            self.rows = np.searchsorted(np.cumsum(self.of_film) / self.of_film.sum(), steps)
+
+    def build_transforms(self, hyp: SimpleNamespace | None = None) -> Compose:
+        """Return the augmentations, with the mosaic's centre and neighbours as the paper has them.
+
+        ultralytics draws the centre from the middle half of the canvas, and the three other
+        films from the last few it has read; here the centre is Algorithm 1's and any film serves.
+        """
+        transforms = super().build_transforms(hyp)
+        if self.augment:
+            mosaic = mosaic_of(transforms)
+            margin = -round(2 * self.imgsz * CENTRE[0])  # the canvas is 2 x 2 images wide
+            mosaic.border = (margin, margin)
+            mosaic.buffer_enabled = False
+            before = transforms.transforms[0].transforms
+            (affine,) = (t for t in before if isinstance(t, RandomPerspective))
+            affine.size = tuple(self.data.get("view", [self.imgsz] * 2))[::-1]
+            if self.data.get("paste"):
+                before.insert(0, PasteRare(self))
+        return transforms
+
+    def set_mosaic(self, hyp: SimpleNamespace, on: bool) -> None:
+        """Rebuild the augmentations with or without mosaic (Algorithm 1, lines 9 to 13)."""
+        hyp = copy(hyp)
+        hyp.mosaic = float(on)
+        self.transforms = self.build_transforms(hyp)
+
+
+def mosaic_of(transforms: Compose) -> Mosaic:
+    """Return the mosaic among ultralytics' augmentations."""
+    (mosaic,) = (t for t in transforms.transforms[0].transforms if isinstance(t, Mosaic))
+    return mosaic
+
+
+class PasteRare(BaseTransform):
+    """Paste a lesion of a rare type, with its surroundings faded in, where no lesion lies.
+
+    A lesion keeps its place in the film: a vertebra is pasted among vertebrae. Boxes have no
+    outline, so a patch is what can be moved (compare Ghiasi et al., 2021, who move outlines).
+
+    Args:
+        dataset: The films to take lesions from.
+    """
+
+    def __init__(self, dataset: SpineDataset):
+        self.dataset = dataset
+        self.rare = [
+            (film, row)
+            for film, own in enumerate(dataset.labels)
+            for row, kind in enumerate(own["cls"].ravel().astype(int))
+            if dataset.of_type[kind] >= PASTE_FROM
+        ]
+
+    def __call__(self, labels: dict) -> dict:
+        """Return the film, in `PASTE` of all cases with one lesion more."""
+        if not self.rare or random.random() >= PASTE:
+            return labels
+        film, row = random.choice(self.rare)
+        donor = self.dataset.get_image_and_label(film)
+        height, width = donor["img"].shape[:2]
+        boxes = donor["instances"]
+        boxes.convert_bbox("xyxy")
+        boxes.denormalize(width, height)
+        return self.paste(labels, donor["img"], boxes.bboxes[row], donor["cls"][row])
+
+    @staticmethod
+    def paste(labels: dict, donor: np.ndarray, box: np.ndarray, kind: np.ndarray) -> dict:
+        """Return the film with a lesion of another one pasted at the same relative place.
+
+        Args:
+            labels: ultralytics' film and boxes; left as it is where the lesion would touch another.
+            donor: The other film, shape (H, W, channels).
+            box: The lesion's corners in it, px, shape (4,).
+            kind: Its type, shape (1,).
+        """
+        target, lesions = labels["img"], labels["instances"]
+        height, width = target.shape[:2]
+        lesions.convert_bbox("xyxy")
+        lesions.denormalize(width, height)
+        around = MARGIN * np.tile(box[2:] - box[:2], 2) * [-1, -1, 1, 1]
+        left, top, right, bottom = np.round(box + around).astype(int)
+        left, top = max(left, 0), max(top, 0)
+        patch = donor[top:bottom, left:right]
+        rows, columns = patch.shape[:2]
+        middle = (box[:2] + box[2:]) / 2 / [donor.shape[1], donor.shape[0]]
+        x, y = np.round(middle * [width, height] - [columns / 2, rows / 2]).astype(int)
+        moved = box + [x - left, y - top] * 2
+        free = (lesions.bboxes[:, 2:] <= moved[:2]) | (lesions.bboxes[:, :2] >= moved[2:])
+        inside = x >= 0 and y >= 0 and x + columns <= width and y + rows <= height
+        if not inside or not free.any(axis=1).all():
+            return labels
+        fade = np.zeros((rows, columns), np.float32)
+        edge_y, edge_x = round(rows * MARGIN / 2), round(columns * MARGIN / 2)
+        fade[edge_y : rows - edge_y, edge_x : columns - edge_x] = 1
+        fade = cv2.blur(fade, (2 * edge_x + 1, 2 * edge_y + 1))[..., None]
+        place = target[y : y + rows, x : x + columns]
+        mixed = fade * patch + (1 - fade) * place
+        labels["img"] = target.copy()
+        labels["img"][y : y + rows, x : x + columns] = mixed.round().astype(target.dtype)
+        boxes = np.vstack([lesions.bboxes, moved[None]]).astype(np.float32)
+        labels["instances"] = Instances(
+            boxes, lesions.segments, bbox_format="xyxy", normalized=False
+        )
+        labels["cls"] = np.concatenate([labels["cls"], np.reshape(kind, (1, 1))])
+        return labels
+
+
+def seed_augmentations(seed: int) -> None:
+    """Seed the two generators that ultralytics' augmentations draw from, which are global."""
+    random.seed(seed)
+    np.random.seed(seed)

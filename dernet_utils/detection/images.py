@@ -1,0 +1,253 @@
+"""Where the lesions are: YOLO11-L trained on boxes, and its boxes on new films."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from torchvision.ops import box_convert
+
+from dernet_utils.core.profiles import Profile
+from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
+from dernet_utils.core.workspace import Workspace
+from dernet_utils.dataset.folds import make_folds
+from dernet_utils.dataset.prepared import load_cached, read_boxes, read_images
+from dernet_utils.detection import losses, yolo
+from dernet_utils.detection.augment import SpineDataset, seed_augmentations
+from dernet_utils.imaging.boxes import letterbox, to_letterbox
+
+FOLDS = 5  # paper, section 4.1; one is held out, at every profile
+
+
+@dataclass(frozen=True)
+class DetectorRecipe:
+    """The numbers of one training run.
+
+    Attributes:
+        input_size: Height and width of the network's input, px, multiples of 32.
+        epochs: Passes over the training images; all are made, the last one counts.
+        batch: Images a step.
+        lr: Peak of AdamW's learning rate, which then falls to a hundredth along a cosine.
+        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        gamma, alpha: Eq. 6's exponent, and its weight of a lesion; 1 - alpha is that of none.
+        scale: How much larger or smaller a training film may be shown, as a share.
+        repeat: Whether films of rare lesion types are drawn more often.
+        paste: Whether lesions of rare types are pasted into other films.
+        seed: Seed of the weights, the order of images and the augmentations.
+    """
+
+    input_size: tuple[int, int]
+    epochs: int
+    batch: int
+    lr: float
+    mosaic_until: int
+    gamma: float = losses.GAMMA
+    alpha: float = losses.ALPHA
+    scale: float = 0.5  # ultralytics' own
+    repeat: bool = False
+    paste: bool = False
+    seed: int = 42
+
+    @classmethod
+    def of(cls, profile: Profile) -> "DetectorRecipe":
+        """Return the recipe that a profile asks for."""
+        return cls(
+            profile.detect_size,
+            profile.detect_epochs,
+            profile.detect_batch,
+            profile.detect_lr,
+            profile.mosaic_until,
+            profile.focal_gamma,
+            profile.focal_alpha,
+            profile.detect_scale,
+            profile.detect_repeat,
+            profile.detect_paste,
+            profile.seed,
+        )
+
+    @property
+    def focal(self) -> dict[str, float]:
+        """What `dernet_utils.losses.focal_loss` is told."""
+        return {"gamma": self.gamma, "alpha": self.alpha}
+
+    @property
+    def shown(self) -> dict:
+        """What `dernet_utils.views.SpineDataset` is told of the views."""
+        return {"view": self.input_size, "repeat": self.repeat, "paste": self.paste}
+
+
+# Images
+
+
+@dataclass(frozen=True)
+class DetectionImages:
+    """What a run's detector learns from and is judged on.
+
+    Attributes:
+        training: Films that show a lesion, of the training studies but fold 0.
+        validation: All films of fold 0.
+        test: All films of the test split.
+        boxes: Of all films: `image_id`, `lesion_type` and corners in stored pixels.
+    """
+
+    training: pd.DataFrame
+    validation: pd.DataFrame
+    test: pd.DataFrame
+    boxes: pd.DataFrame
+
+
+def detection_images(workspace: Workspace) -> DetectionImages:
+    """Return a run's films, enhanced and cached, as chapter 10 deals them.
+
+    Raises:
+        DernetError: The dataset is not clean.
+    """
+    images = read_images(workspace)
+    learnt = images[images["split"] == "train"]
+    dealt = make_folds(learnt, FOLDS, workspace.profile.seed).set_index("image_id")["fold"]
+    fold = images["image_id"].map(dealt)
+    return DetectionImages(
+        images[(fold > 0) & images["abnormal"]],
+        images[fold == 0],
+        images[images["split"] == "test"].reset_index(drop=True),
+        read_boxes(workspace),
+    )
+
+
+def export_yolo(
+    images: pd.DataFrame, boxes: pd.DataFrame, view: tuple[int, int], folder: Path
+) -> Path:
+    """Write films and boxes in the form that YOLO trains on.
+
+    Args:
+        images: `image_id`, `cached_path`, and the stored image's `height` and `width`.
+        boxes: `image_id`, `lesion_type` and corners in stored pixels.
+        view: Height and width of the written images, px; films are letterboxed.
+        folder: Replaced where it exists.
+
+    Returns:
+        The folder of images; ``labels`` beside it holds one text file an image, with a line
+        ``class x y width height`` a box: class in the order of LESION_TYPES, centre and size as
+        fractions of the image. A film without lesions has an empty file.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    of_image = dict(list(boxes.groupby("image_id")))
+    for image in images.itertuples():
+        filled, place = letterbox(load_cached(image.cached_path), view)
+        cv2.imwrite(str(folder / "images" / f"{image.image_id}.png"), filled)
+        own = of_image.get(image.image_id, boxes.iloc[:0])
+        corners = to_letterbox(
+            own[list(CORNERS)].to_numpy(np.float64), place, image.height, image.width
+        )
+        lines = _label_lines(own["lesion_type"], corners / np.tile(view[::-1], 2))
+        (folder / "labels" / f"{image.image_id}.txt").write_text("".join(lines))
+    return folder / "images"
+
+
+def _label_lines(lesion_types: pd.Series, fractions: np.ndarray) -> list[str]:
+    centres = box_convert(torch.from_numpy(fractions), "xyxy", "cxcywh")
+    classes = [LESION_TYPES.index(name) for name in lesion_types]
+    return [
+        f"{number} " + " ".join(f"{value:.6f}" for value in row) + "\n"
+        for number, row in zip(classes, centres.tolist(), strict=True)
+    ]
+
+
+def write_training_set(
+    images: pd.DataFrame, boxes: pd.DataFrame, recipe: DetectorRecipe, folder: Path
+) -> dict:
+    """Write what a training reads, and return ultralytics' settings for it.
+
+    Args:
+        images, boxes: As `export_yolo` takes them.
+        recipe: The run's recipe.
+        folder: For the films, the list of what is trained on, and what the trainer leaves.
+    """
+    films = export_yolo(images, boxes, recipe.input_size, folder / "yolo")
+    run = yolo.write_run(folder, films, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
+    return trainer_settings(recipe, run, folder / "trainer")
+
+
+def augmented_dataset(
+    images: pd.DataFrame,
+    boxes: pd.DataFrame,
+    recipe: DetectorRecipe,
+    folder: Path,
+    mosaic: bool = False,
+) -> SpineDataset:
+    """Return films as a training shows them, each once.
+
+    Args:
+        images, boxes, folder: As `export_yolo` takes them.
+        recipe: Its view and augmentations.
+        mosaic: Whether as in an epoch with mosaic.
+    """
+    films = str(export_yolo(images, boxes, recipe.input_size, folder))
+    hyp = yolo.settings_of(trainer_settings(recipe, folder, folder))
+    data = {"names": dict(enumerate(LESION_TYPES)), "nc": len(LESION_TYPES), "channels": 3}
+    dataset = SpineDataset(
+        films, imgsz=max(recipe.input_size), augment=True, hyp=hyp, data=data | recipe.shown
+    )
+    dataset.set_mosaic(hyp, mosaic)
+    return dataset
+
+
+def augmented_images(
+    images: pd.DataFrame, boxes: pd.DataFrame, recipe: DetectorRecipe, epoch: int, folder: Path
+) -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
+    """Yield what the network may be shown of each film in an epoch.
+
+    Args:
+        images, boxes: As `export_yolo` takes them.
+        recipe: Its `mosaic_until` decides whether the epoch is one with mosaic.
+        epoch: From 1.
+        folder: Where the films are exported to; replaced where it exists.
+
+    Yields:
+        The augmented film, 8-bit, of the view's shape, and its boxes, with `lesion_type`
+        and corners in its pixels.
+    """
+    dataset = augmented_dataset(images, boxes, recipe, folder, mosaic=epoch < recipe.mosaic_until)
+    seed_augmentations(recipe.seed)
+    sides = recipe.input_size[::-1]
+    for number in range(len(dataset)):
+        view = dataset[number]
+        corners = box_convert(view["bboxes"], "cxcywh", "xyxy").numpy() * np.tile(sides, 2)
+        shown = pd.DataFrame(corners, columns=list(CORNERS))
+        shown["lesion_type"] = [LESION_TYPES[int(c)] for c in view["cls"].ravel()]
+        yield view["img"][0].numpy(), shown
+
+
+def unseen_types(training: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
+    """Return the lesion types without a box on the training films: none of them will be found."""
+    own = boxes[boxes["image_id"].isin(training["image_id"])]
+    return [name for name in LESION_TYPES if not (own["lesion_type"] == name).any()]
+
+
+def trainer_settings(recipe: DetectorRecipe, run: Path, folder: Path) -> dict:
+    """ultralytics' settings: the paper's, its companion code's, and what a short run needs."""
+    return {
+        "model": "yolo11l.yaml", "save_dir": str(folder), "data": str(run), "pretrained": False,
+        "imgsz": max(recipe.input_size), "epochs": recipe.epochs, "batch": recipe.batch,
+        "nbs": recipe.batch,  # one optimiser step a batch
+        "optimizer": "AdamW", "lr0": recipe.lr, "lrf": 0.01, "cos_lr": True,
+        "weight_decay": 5e-4,
+        "warmup_epochs": recipe.epochs * 3 / 55,  # 3 of the paper's 55 epochs
+        "warmup_bias_lr": 0.0,  # ultralytics' 0.1 is meant for SGD
+        "box": 7.5, "cls": 0.5, "dfl": 1.5,  # paper, Eq. 4
+        "mosaic": 1.0, "close_mosaic": 0,  # MosaicDecay closes it
+        "degrees": 5.0, "translate": 0.1, "scale": recipe.scale,
+        "fliplr": 0.5, "flipud": 0.0,  # no film hangs upside down
+        "copy_paste": 0.2,  # moves outlines; boxes have none, so it does nothing here
+        "hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.2,  # grey films; brightness as the classifiers'
+        "augmentations": [], "mixup": 0.0, "cutmix": 0.0,
+        "seed": recipe.seed, "deterministic": True, "workers": 0, "cache": False,
+        "amp": False,  # its check would download weights; the forward pass is bfloat16 anyway
+        "val": False, "plots": False, "patience": 0, "verbose": False, "exist_ok": True,
+    }  # fmt: skip

@@ -1,0 +1,367 @@
+"""YOLO11-L in ultralytics' own trainer, with what this book changes in it.
+
+Five changes, each small enough to read: the forward pass (channels last, bfloat16 where that is
+faster), the class term (Eq. 6), where a network without weights begins, the epoch at which mosaic
+stops, with seeds that make an epoch depend on nothing but the epochs before it, and checkpoints
+without pickled code.
+"""
+
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dernet_utils.core import machine
+from dernet_utils.core.errors import DernetError
+from dernet_utils.detection.augment import SpineDataset, seed_augmentations
+from dernet_utils.detection.losses import ALPHA, GAMMA, Assigned, focal_loss
+
+# isort: split
+from ultralytics.cfg import get_cfg
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import RANK
+from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.utils.tal import make_anchors
+from ultralytics.utils.torch_utils import intersect_dicts, unwrap_model
+
+PRIOR = 0.01  # untrained probability of a lesion (Lin et al., 2017, section 4.1)
+REACH = 1  # strides to an untrained box's edges; ours, of the order of a lesion's
+FALL = 0.7  # of a distance's logit with each stride from there: each half as probable
+CLASS_BIAS = "model.23.cv3.0.2.bias"  # its length is the number of classes
+LEAST_FIT = 0.9  # of a starting checkpoint's tensors; the class layers may be of other classes
+
+
+class Detector(DetectionModel):
+    """YOLO11 whose forward pass may run in bfloat16 while its loss stays in float32.
+
+    Attributes:
+        focal: Eq. 6's exponent and class weight: ``gamma`` and ``alpha``; else the paper's.
+    """
+
+    focal: Mapping[str, float] = MappingProxyType({"gamma": GAMMA, "alpha": ALPHA})
+
+    def loss(self, batch: dict, preds: dict | None = None) -> tuple[torch.Tensor, dict]:
+        """Return Eq. 4's three terms times the batch size, and the terms by name.
+
+        Args:
+            batch: ``img`` of shape (B, 3, H, W) in [0, 1], with ``batch_idx``, ``cls``, ``bboxes``.
+            preds: Raw predictions where they are known already.
+        """
+        if getattr(self, "criterion", None) is None:
+            self.criterion = self.init_criterion()
+        if preds is None:
+            preds = self.raw_predictions(batch["img"])
+        return self.criterion(preds, batch)
+
+    def raw_predictions(self, images: torch.Tensor) -> dict:
+        """Return the heads' outputs in float32 for images (B, 3, H, W) in [0, 1].
+
+        In training they may be computed in bfloat16.
+        """
+        images = images.contiguous(memory_format=torch.channels_last)
+        if self.training:
+            return machine.in_bfloat16(self.forward, images.device, images)
+        return self.forward(images)[1]
+
+    def answers(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what each anchor says: a box, and a probability for each type.
+
+        As ultralytics decodes them, one tensor for all maps.
+
+        Args:
+            images: Shape (B, 3, H, W), in [0, 1].
+
+        Returns:
+            Shape (B, 4 + C, anchors): centre, width and height in pixels, then probabilities.
+        """
+        preds = self.raw_predictions(images)
+        anchors, stride = (t.T for t in make_anchors(preds["feats"], self.stride, 0.5))
+        prob = preds["boxes"].unflatten(1, (4, -1)).softmax(2)
+        distance = torch.einsum("bedn,d->ben", prob, torch.arange(prob.shape[2]).to(prob))
+        low, high = anchors - distance[:, :2], anchors + distance[:, 2:]
+        boxes = torch.cat([(low + high) / 2, high - low], dim=1) * stride
+        return torch.cat([boxes, preds["scores"].sigmoid()], dim=1)
+
+    def init_criterion(self) -> v8DetectionLoss:
+        """Return ultralytics' loss, its class term Eq. 6 in place of binary cross-entropy."""
+        criterion = v8DetectionLoss(self)
+        criterion.bce = partial(focal_loss, **self.focal)
+        return criterion
+
+    def assigned(self, batch: dict) -> Assigned:
+        """Return what every anchor says of a batch, and what the assigner wants of it.
+
+        Args:
+            batch: As `loss` takes it.
+        """
+        preds, criterion = self.raw_predictions(batch["img"]), self.init_criterion()
+        anchors, stride = make_anchors(preds["feats"], criterion.stride, 0.5)
+        films, _, height, width = batch["img"].shape
+        targets = torch.cat(
+            [batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]], dim=1
+        )
+        sides = torch.tensor([width, height, width, height], device=targets.device)
+        labels, boxes = criterion.preprocess(targets, films, sides).split((1, 4), dim=2)
+        logits, edges = (preds[name].transpose(1, 2) for name in ("scores", "boxes"))
+        _, box_target, class_target, lesion, _ = criterion.assigner(
+            logits.detach().sigmoid(),
+            criterion.bbox_decode(anchors, edges.detach().contiguous()) * stride,
+            anchors * stride, labels, boxes, boxes.sum(2, keepdim=True) > 0,
+        )  # fmt: skip
+        return Assigned(
+            logits.flatten(0, 1),
+            edges.unflatten(2, (4, -1)).flatten(0, 1),
+            anchors.repeat(films, 1),
+            class_target.flatten(0, 1),
+            (box_target / stride).flatten(0, 1),
+            lesion.flatten().bool(),
+        )
+
+
+def build_detector(
+    classes: tuple[str, ...], seed: int, start: Path | None = None, scale: str = "l"
+) -> Detector:
+    """Return YOLO11 for these classes.
+
+    Args:
+        classes: Names in the order of the labels.
+        seed: Seed of the random weights.
+        start: A checkpoint whose fitting tensors replace random ones: ``.safetensors``, or
+            ultralytics' ``.pt``; None for random weights throughout.
+        scale: ultralytics' letter of the network's size; the paper's is l.
+
+    Raises:
+        DernetError: `start` is another network's, or cannot be read without running code that it
+            carries.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Detector(f"yolo11{scale}.yaml", nc=len(classes), verbose=False)
+    model.names = dict(enumerate(classes))
+    model.args = settings_of({"box": 7.5, "cls": 0.5, "dfl": 1.5})  # paper, Eq. 4
+    begin_small(model)
+    if start is not None:
+        tensors = read_start(start)
+        fitting = intersect_dicts(tensors, model.state_dict())
+        if len(fitting) < LEAST_FIT * len(tensors):
+            raise DernetError(
+                f"The checkpoint {start} should be YOLO11-L's, and {len(fitting)} of its "
+                f"{len(tensors)} tensors fit: it is another network's."
+            )
+        model.load_state_dict(fitting, strict=False)
+    return model.to(memory_format=torch.channels_last)
+
+
+def begin_small(model: Detector) -> None:
+    """Set the last biases so that untrained boxes are small and lesions rare.
+
+    ultralytics' untrained edges lie 7.5 strides away: such a box hardly meets a lesion, its soft
+    target is nearly nothing, and the terms for boxes begin slowly. Its untrained probabilities are
+    made for images of 640 px.
+    """
+    head = model.model[-1]
+    distance = torch.arange(head.reg_max)
+    with torch.no_grad():
+        for edges, classes in zip(head.cv2, head.cv3, strict=True):
+            edges[-1].bias.view(4, -1)[:] = -FALL * (distance - REACH).abs()
+            classes[-1].bias.fill_(math.log(PRIOR / (1 - PRIOR)))
+
+
+def read_start(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint without running code that it carries.
+
+    Raises:
+        DernetError: The file is missing, or needs more than ultralytics' and torch's layers.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([_layer(name) for name in needed]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = checkpoint.get("ema") or checkpoint["model"]
+        return {name: value.float() for name, value in model.state_dict().items()}
+    except Exception as error:  # every way in which a foreign file can be wrong
+        raise DernetError(
+            f"The checkpoint {path} should be YOLO11-L's tensors (.safetensors) or ultralytics' "
+            f"own .pt, and could not be read ({error}): download it again or take it away."
+        ) from error
+
+
+def _layer(name: str) -> type:
+    """The class of that name, where it is a network's layer or ultralytics' bag of settings."""
+    module, _, attribute = name.rpartition(".")
+    harmless = module.startswith(("ultralytics.nn.", "torch.nn.modules."))
+    if harmless or name == "ultralytics.utils.IterableSimpleNamespace":
+        found = getattr(importlib.import_module(module), attribute)
+        if isinstance(found, type):
+            return found
+    raise DernetError(f"it asks for {name}, which is no layer of a network")
+
+
+def settings_of(overrides: dict) -> SimpleNamespace:
+    """Return ultralytics' settings, its defaults filled in."""
+    return get_cfg(overrides=overrides)
+
+
+def write_run(
+    folder: Path,
+    films: Path,
+    classes: tuple[str, ...],
+    mosaic_until: int,
+    **shown: tuple[int, int] | bool,
+) -> Path:
+    """Write down what a run trains on, and how, for `MosaicDecay` to read.
+
+    Args:
+        folder: Where the run keeps its files.
+        films: Folder of images, with labels beside it.
+        classes: Names in the order of the labels.
+        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        shown: As `SpineDataset` takes it: ``view``, ``repeat``, ``paste``.
+
+    Returns:
+        The file.
+    """
+    path, where = folder / "run.json", str(films)
+    run = {"train": where, "val": where, "names": classes, "nc": len(classes), "channels": 3}
+    run |= {"mosaic_until": mosaic_until, **shown}
+    path.write_text(json.dumps(run), encoding="utf-8")
+    return path
+
+
+class MosaicDecay(DetectionTrainer):
+    """ultralytics' trainer with Algorithm 1, lines 8 to 15, and safe, exact checkpoints.
+
+    It is made of settings and files alone, as ultralytics makes one anew in each process where
+    several GPUs train: what `write_run` wrote, and a folder for checkpoints beside it.
+
+    Args:
+        overrides: ultralytics' settings by name; ``data`` is the file that `write_run` wrote.
+        look: Called with (epoch from 1, smoothed network) after each epoch; returns numbers that
+            join the epoch's losses in `history`.
+        progress: Called with each epoch's row of `history`, those of a resumed run included.
+        cfg, _callbacks: ultralytics' defaults, as it passes them; integrations are never called.
+    """
+
+    def __init__(
+        self,
+        overrides: dict,
+        look: Callable[[int, nn.Module], dict] = lambda epoch, network: {},
+        progress: Callable[[dict], None] = lambda row: None,
+        cfg: dict | None = None,
+        _callbacks: dict | None = None,
+    ):
+        self._look, self._progress = look, progress
+        self.history: list[dict] = []
+        threads = torch.get_num_threads()
+        super().__init__(**({"cfg": cfg} if cfg else {}), overrides=overrides)
+        torch.set_num_threads(threads)  # ultralytics leaves one core idle, of two that is half
+        self.mosaic_until = self.data["mosaic_until"]
+        self.state_file = Path(self.args.data).with_name("state.pt")
+
+    # What ultralytics would look for elsewhere, or write, or send.
+
+    def get_dataset(self) -> dict:
+        """Return what `write_run` wrote, in place of looking (and downloading) elsewhere."""
+        run = json.loads(Path(self.args.data).read_text(encoding="utf-8"))
+        return run | {"names": dict(enumerate(run["names"]))}
+
+    def run_callbacks(self, event: str) -> None:
+        """Run no integration; begin each epoch as Algorithm 1 says."""
+        if event == "on_train_epoch_start":
+            self.begin_epoch()
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None):
+        """Return the films of a folder with the paper's augmentations."""
+        return SpineDataset(
+            img_path, imgsz=self.args.imgsz, batch_size=batch, augment=mode == "train",
+            hyp=self.args, stride=32, data=self.data, task="detect", prefix="",
+        )  # fmt: skip
+
+    def validate(self) -> tuple[dict, float]:
+        """Leave validation to `look`: ultralytics' metrics are not this book's."""
+        return {}, 0.0
+
+    def final_eval(self) -> None:
+        """Leave the last evaluation to `dernet_utils.detection_metrics`."""
+
+    def save_metrics(self, metrics: dict) -> None:
+        """Add the epoch to the history: its losses, its seconds, and what `look` sees."""
+        row = {"epoch": self.epoch + 1, "mosaic": self.with_mosaic}
+        row |= {name.removesuffix("_loss"): float(value) for name, value in self.tloss.items()}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": time.time() - self.begun}
+        row |= self._look(self.epoch + 1, self.ema.ema)
+        self.history.append(row)
+        self._progress(row)
+
+    def build_optimizer(self, *given, **named) -> torch.optim.Optimizer:
+        """Return ultralytics' optimizer, all weights stepped at once."""
+        optimizer = super().build_optimizer(*given, **named)
+        for group in optimizer.param_groups:
+            group |= {"fused": True, "foreach": False}
+        return optimizer
+
+    # Algorithm 1.
+
+    @property
+    def with_mosaic(self) -> bool:
+        """Whether the current epoch is one with mosaic (Algorithm 1, line 9)."""
+        return self.epoch + 1 < self.mosaic_until
+
+    def begin_epoch(self) -> None:
+        """Set mosaic on or off, and seed: an epoch depends on the weights and its number only."""
+        self.train_loader.dataset.set_mosaic(self.args, self.with_mosaic)
+        self.begun = time.time()
+        seed = self.args.seed * 1000 + self.epoch
+        self.train_loader.dataset.draw(np.random.default_rng(seed))
+        seed_augmentations(seed + 1_000_003 * max(RANK, 0))  # each GPU sees views of its own
+        torch.manual_seed(seed)
+        self.train_loader.generator.manual_seed(seed)
+        self.train_loader.reset()
+
+    # Checkpoints: tensors and numbers only, complete or absent.
+
+    def save_model(self) -> bool:
+        """Write all that the next epoch needs."""
+        state = {
+            "epoch": self.epoch,
+            "history": self.history,
+            "model": unwrap_model(self.model).state_dict(),
+            "ema": self.ema.ema.state_dict(),
+            "updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        half_written = self.state_file.with_suffix(".tmp")
+        torch.save(state, half_written)
+        half_written.replace(self.state_file)
+        return True
+
+    def resume_training(self, ckpt: dict | None) -> None:
+        """Go on after the last finished epoch, where there is one."""
+        if not self.state_file.exists():
+            return
+        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+        unwrap_model(self.model).load_state_dict(state["model"])
+        self.ema.ema.load_state_dict(state["ema"])
+        self.ema.updates = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history, self.start_epoch = state["history"], state["epoch"] + 1
+        for row in self.history:
+            self._progress(row)
+
+
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Return the smoothed network's tensors and the history that `MosaicDecay` left."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: value.contiguous() for name, value in state["ema"].items()}, state["history"]

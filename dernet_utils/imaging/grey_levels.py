@@ -1,0 +1,106 @@
+"""From a DICOM image's stored values to 8-bit grey: modality LUT, VOI LUT or window, inversion."""
+
+import numpy as np
+import pydicom
+
+LEVELS = 256  # grey levels of an 8-bit image
+
+
+def to_grey_levels(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
+    """Take stored values to 8-bit grey."""
+    padding = _is_padding(dataset, stored)
+    fraction = _voi(dataset, _modality(dataset, stored), ~padding)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        fraction = 1 - fraction
+    return to_uint8(np.where(padding, 0.0, fraction))
+
+
+def _is_padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
+    """Return which stored values stand for "no image here" (PS3.3 C.7.5.1.1.2)."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(stored.shape, bool)
+    limit = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted((value, value if limit is None else limit))
+    return (stored >= low) & (stored <= high)
+
+
+def _modality(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
+    """Take stored values to the modality's values, float (PS3.3 C.11.1)."""
+    if dataset.get("ModalityLUTSequence"):
+        item = dataset.ModalityLUTSequence[0]
+        return _look_up(_lut_table(dataset, item), item, stored)
+    slope, intercept = (_first(dataset, "RescaleSlope"), _first(dataset, "RescaleIntercept"))
+    return stored.astype(float) * (1 if slope is None else slope) + (intercept or 0)
+
+
+def _voi(dataset: pydicom.Dataset, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Take the modality's values to fractions of the display's range (PS3.3 C.11.2)."""
+    if dataset.get("VOILUTSequence"):
+        item = dataset.VOILUTSequence[0]
+        table = _lut_table(dataset, item)
+        span = max(table.max() - table.min(), 1)
+        return _look_up((table - table.min()) / span, item, values)
+    center, width = (_first(dataset, "WindowCenter"), _first(dataset, "WindowWidth"))
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
+    narrowest = 1 if function == "LINEAR" else np.finfo(float).tiny
+    if center is not None and width is not None and width >= narrowest:
+        return _window(values, center, width, function)
+    return stretch(values, valid)
+
+
+def _window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
+    """Return the window's fractions, 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    if function == "SIGMOID":
+        # Beyond an exponent of 700 a float overflows, and the fraction has long been 0 or 1.
+        return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
+    if function == "LINEAR":
+        # The standard's default counts in steps between integers.
+        center, width = center - 0.5, width - 1
+    elif function != "LINEAR_EXACT":
+        raise ValueError(f"unknown VOI LUT function {function}")
+    if width == 0:
+        return (values > center).astype(float)
+    return np.clip((values - center) / width + 0.5, 0, 1)
+
+
+def stretch(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """Return fractions of the range from the least to the greatest valid value."""
+    chosen = values if valid is None else values[valid]
+    low, high = (chosen.min(), chosen.max()) if chosen.size else (0.0, 0.0)
+    if low == high:
+        return np.zeros(values.shape)
+    return np.clip((values - low) / (high - low), 0, 1)
+
+
+def _lut_table(dataset: pydicom.Dataset, item: pydicom.Dataset) -> np.ndarray:
+    """Return the entries of a LUT as float (N,)."""
+    data = item.LUTData
+    if isinstance(data, bytes):
+        entries = int(item.LUTDescriptor[0]) or 2**16
+        order = "<" if dataset.original_encoding[1] else ">"
+        # Entries of 8 bits may be packed two to a word.
+        data = np.frombuffer(data, "u1" if len(data) < 2 * entries else f"{order}u2")[:entries]
+    table = np.atleast_1d(np.asarray(data, float))
+    if table.size == 0:
+        raise ValueError("a LUT without entries")
+    return table
+
+
+def _look_up(table: np.ndarray, item: pydicom.Dataset, values: np.ndarray) -> np.ndarray:
+    """Map values through a table; those below its first or past its last take these."""
+    first = int(item.LUTDescriptor[1])
+    position = np.rint(values).astype(np.int64) - first
+    return table[np.clip(position, 0, table.size - 1)]
+
+
+def _first(dataset: pydicom.Dataset, keyword: str) -> float | None:
+    """Return an attribute's value, the first of several; None where absent or empty."""
+    value = dataset.get(keyword)
+    if isinstance(value, pydicom.multival.MultiValue):
+        value = value[0] if len(value) else None
+    return None if value is None or value == "" else float(value)
+
+
+def to_uint8(fraction: np.ndarray) -> np.ndarray:
+    return np.rint(fraction * (LEVELS - 1)).astype(np.uint8)

@@ -1,0 +1,163 @@
+"""The pipeline from ONNX files: ONNX Runtime or OpenVINO, and no torch."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.inference.ood import EmbeddingGate
+from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
+from dernet_utils.triage.ensemble import Decision
+
+MANIFEST = "manifest.json"
+NAMED = {
+    "made_by", "triage", "detector", "gate", "decision", "lesion_types", "score_threshold",
+    "triage_px", "detect_size", "cache_px", "clip_limit", "tiles",
+}  # fmt: skip
+SAMPLES = "samples"  # films to try, beside it
+# What runs a network, which of its files, and the arithmetic where the file leaves a choice.
+ENGINES = {
+    "onnxruntime": ("onnxruntime", "float32", "f32"),
+    "onnxruntime-int8": ("onnxruntime", "onnxruntime-int8", "f32"),
+    "openvino": ("openvino", "float32", "f32"),
+    "openvino-bfloat16": ("openvino", "float32", "bf16"),
+    "openvino-int8": ("openvino", "openvino-int8", "f32"),
+}
+Run = Callable[[np.ndarray], list[np.ndarray]]  # takes uint8 (n, 1, height, width)
+
+
+def read_export(folder: Path) -> dict:
+    """Return the manifest of exported networks.
+
+    Raises:
+        DernetError: There is no manifest, or it is none.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise DernetError(f"There is no {path}: write one with `dernet export --out {folder}`.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        missing = NAMED - manifest.keys()
+    except (ValueError, AttributeError) as error:
+        raise DernetError(f"{path} is damaged ({error}): export the networks again.") from error
+    if missing:
+        told = ", ".join(sorted(missing))
+        raise DernetError(f"{path} is damaged (it lacks {told}): export the networks again.")
+    return manifest
+
+
+def _checked(folder: Path, facts: dict) -> Path:
+    """Return a file that a manifest names, if it is the one it names."""
+    path = Path(folder) / facts["file"]
+    if path.is_file():
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]:
+                return path
+    raise DernetError(
+        f"{path} is missing or not the file that {Path(folder) / MANIFEST} names: export the "
+        "networks again."
+    )
+
+
+def open_pipeline(
+    folder: Path,
+    engine: str = "onnxruntime",
+    threads: int | None = None,
+    threshold: str = "youden",
+) -> Pipeline:
+    """Return the pipeline of exported networks.
+
+    Args:
+        folder: As `export.export_run` wrote it.
+        engine: One of `ENGINES`.
+        threads: For each network; None: all cores.
+        threshold: Name of the decision's threshold.
+
+    Raises:
+        DernetError: Another engine, a form that was not exported, a file that is not the
+            manifest's, or as `read_exported` raises.
+    """
+    if engine not in ENGINES:
+        raise DernetError(f"The engine is one of {', '.join(ENGINES)}, not {engine!r}.")
+    folder, manifest = Path(folder), read_export(folder)
+    form = ENGINES[engine][1]
+    networks = [*manifest["triage"].values(), manifest["detector"]]
+    if any(form not in network for network in networks):
+        raise DernetError(
+            f"{folder} holds no networks for {engine}: write them with `dernet export --int8 "
+            f"--out {folder}`."
+        )
+    with ThreadPoolExecutor(1) as pool:  # a file is checked while the one before it is opened
+        paths = pool.map(lambda network: _checked(folder, network[form]), networks)
+        *runs, detector = (open_network(path, engine, threads) for path in paths)
+    triage = {name: _outputs(run) for name, run in zip(manifest["triage"], runs, strict=True)}
+    return Pipeline(
+        triage,
+        lambda filled: detector(filled[None, None])[0][0],
+        Decision(**manifest["decision"]),
+        tuple(manifest["lesion_types"]),
+        manifest["score_threshold"],
+        manifest["triage_px"],
+        tuple(manifest["detect_size"]),
+        manifest["cache_px"],
+        manifest["clip_limit"],
+        manifest["tiles"],
+        threshold,
+    )
+
+
+def open_embedding_gate(folder: Path) -> tuple[str, EmbeddingGate]:
+    """Return the network whose look says whether a film is familiar, and what is.
+
+    Raises:
+        DernetError: As `read_exported` and `Familiar.load` raise.
+    """
+    facts = read_export(folder)["gate"]
+    return facts["network"], EmbeddingGate.load(_checked(folder, facts))
+
+
+def _outputs(run: Run) -> Callable[[np.ndarray], NetworkOutput]:
+    def look(square: np.ndarray) -> NetworkOutput:
+        prob, heat, embedding = run(square[None, None])
+        return NetworkOutput(float(prob[0]), heat[0], embedding[0])
+
+    return look
+
+
+def open_network(path: Path, engine: str = "onnxruntime", threads: int | None = None) -> Run:
+    """Return a function that runs an ONNX file on films and returns all its outputs.
+
+    Args:
+        path: As `export.write_onnx` or `export.quantize` wrote it.
+        engine, threads: As `open_pipeline` takes them.
+    """
+    library, _, arithmetic = ENGINES[engine]
+    if library == "onnxruntime":
+        return _onnxruntime(path, threads)
+    return _openvino(path, arithmetic, threads)
+
+
+def _onnxruntime(path: Path, threads: int | None) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    # Each network has threads of its own. As it comes, those of the network before go on asking for
+    # work after it has ended, on a core that the next one needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda films: session.run(None, {"film": films})
+
+
+def _openvino(path: Path, arithmetic: str, threads: int | None) -> Run:
+    import openvino
+
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": arithmetic}
+    if threads:
+        hints["INFERENCE_NUM_THREADS"] = threads
+    compiled = openvino.Core().compile_model(path, "CPU", hints)
+    return lambda films: [np.array(one) for one in compiled(films).values()]

@@ -1,0 +1,359 @@
+"""What a detector's answers are worth: boxes against boxes, by COCO's rules as in pycocotools."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_array
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.metrics.intervals import Interval, draw_weights, interval_of
+from dernet_utils.metrics.matching import (
+    MOST_BOXES,
+    Matches,
+    box_numbers,
+    match_boxes,
+    need_columns,
+    size_stratum,
+)
+
+RECALLS = np.linspace(0, 1, 101)  # where COCO reads the precision-recall curve
+SIZES = {"below 1 %": True, "1 % and above": False}  # of the field of view: whether small
+
+
+def precision_recall(matches: Matches) -> pd.DataFrame:
+    """Return the precision-recall curve that the average precision is the area under.
+
+    Returns:
+        101 rows, `recall` from 0 to 1, and the best `precision` at that recall or beyond; zero
+        beyond the last true box found.
+    """
+    curve = _curves(matches, np.ones((1, len(matches.truths))))[0]
+    return pd.DataFrame({"recall": RECALLS, "precision": curve})
+
+
+def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """Precision at RECALLS where film i counts weights[:, i] times, shape (draws, 101).
+
+    Only hits move the recall, and only at a hit can the precision be the best at its recall or
+    beyond, so the curve is read at the hits alone.
+    """
+    stops = np.flatnonzero(matches.hit)
+    hits = weights[:, matches.film[stops]].cumsum(1)
+    ranked = _running(matches.film, stops, weights)
+    precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    best = np.column_stack([best, np.zeros(len(best))])  # beyond the last hit
+    truths = weights @ matches.truths
+    recall = np.divide(hits, truths[:, None], out=np.zeros_like(hits), where=truths[:, None] > 0)
+    first = np.stack([row.searchsorted(RECALLS) for row in recall])
+    return np.take_along_axis(best, first, axis=1)
+
+
+def _running(film: np.ndarray, stops: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Predictions up to and with each stop where films count `weights` times.
+
+    They are counted by film between one stop and the next, once, and weighed in one sparse
+    product: many times fewer steps than a cumulative sum over all predictions for every draw.
+
+    Args:
+        film: Row of each prediction's film, surest first, shape (n,).
+        stops: Ranks to read at, rising, shape (stops,).
+        weights: Shape (draws, films).
+
+    Returns:
+        Shape (draws, stops).
+    """
+    film = film[: stops[-1] + 1 if len(stops) else 0]
+    stretch = stops.searchsorted(np.arange(len(film)))  # the stop that each one comes before
+    shape = (len(stops), weights.shape[1])
+    between = csr_array((np.ones(len(film)), (stretch, film)), shape)
+    return (between @ weights.T).cumsum(0).T
+
+
+def _areas(matches: Matches, weights: np.ndarray, chunk: int = 100) -> np.ndarray:
+    """Average precision of each row of weights (draws, films); nan without a true box."""
+    parts = [
+        _curves(matches, weights[first : first + chunk]).mean(1)
+        for first in range(0, len(weights), chunk)
+    ]
+    return np.where(weights @ matches.truths > 0, np.concatenate(parts), np.nan)
+
+
+def average_precision(
+    truth: pd.DataFrame, predictions: pd.DataFrame, lesion_type: str, iou: float = 0.5
+) -> float:
+    """Return a lesion type's average precision: COCO's mean over 101 recalls.
+
+    Args:
+        truth: `image_id`, `lesion_type`, `xmin`, `ymin`, `xmax`, `ymax`.
+        predictions: The same, and `score`; on the same films, in the same pixels.
+        lesion_type: The type to evaluate.
+        iou: Least overlap that counts as found.
+
+    Returns:
+        A number in [0, 1]; nan where the truth holds no box of the type.
+
+    Raises:
+        DernetError: As `match_boxes` raises.
+
+    >>> box = {"image_id": "a", "lesion_type": "Osteophytes", "xmin": 0, "ymin": 0, "xmax": 9,
+    ...        "ymax": 9}
+    >>> average_precision(pd.DataFrame([box]), pd.DataFrame([box | {"score": 0.7}]), "Osteophytes")
+    1.0
+    """
+    films = _films(truth, predictions)
+    matches = match_boxes(truth, predictions, lesion_type, films, iou)
+    return float(_areas(matches, np.ones((1, len(films))))[0])
+
+
+def weighted_average_precision(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    lesion_type: str,
+    films: Sequence[str],
+    iou: float = 0.5,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from weights of films, shape (draws, films), to average precisions.
+
+    For `dernet_utils.stats.bootstrap`; boxes are matched once.
+
+    Args, raises: As `match_boxes`.
+
+    Returns:
+        The function; nan for a draw without weight on a true box.
+    """
+    matches = match_boxes(truth, predictions, lesion_type, films, iou)
+    return lambda weights: _areas(matches, np.asarray(weights, np.float64))
+
+
+def _films(truth: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
+    return sorted({*truth["image_id"], *predictions["image_id"]})
+
+
+def mean_average_precision(
+    truth: pd.DataFrame, predictions: pd.DataFrame, iou: float = 0.5
+) -> tuple[float, pd.Series]:
+    """Return the mean of the average precisions of the lesion types that the truth holds.
+
+    Args:
+        truth, predictions, iou: As `average_precision` takes them.
+
+    Returns:
+        The mean, in [0, 1], nan where there is no true box; and each type's value, by name.
+
+    Raises:
+        DernetError: As `match_boxes` raises.
+    """
+    types = sorted(truth["lesion_type"].unique())
+    each = pd.Series({name: average_precision(truth, predictions, name, iou) for name in types})
+    return float(each.mean()) if types else float("nan"), each
+
+
+def coco_average_precision(
+    truth: pd.DataFrame, predictions: pd.DataFrame
+) -> tuple[float, pd.DataFrame]:
+    """Return COCO's AP@[0.5:0.95], the mean over ten overlaps, by the library faster-coco-eval.
+
+    It shares no code with this module: its column 0.5 is a second computation of
+    `average_precision`. The other nine ask how closely boxes are drawn (Lin et al., ECCV 2014).
+
+    Args:
+        truth, predictions: As `average_precision` takes them.
+
+    Returns:
+        The mean over overlaps and over the lesion types that the truth holds, in [0, 1], nan
+        where there is no true box; and each type's value, one row a type by name, one column an
+        overlap from 0.5 to 0.95.
+
+    Raises:
+        DernetError: A column is missing, a corner or a score is not a number, or a table is
+            marked with a stratum, for which `size_stratum` is read by `average_precision`.
+    """
+    # Here and not above: training a detector needs this module, and not the library.
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    _all_sizes(truth, predictions)
+    for boxes in (truth, predictions):
+        need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")
+    types = sorted(truth["lesion_type"].unique())
+    ious = pd.Index([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95], name="iou")
+    number_of = {name: number for number, name in enumerate(types, start=1)}
+    row_of = {film: row for row, film in enumerate(_films(truth, predictions), start=1)}
+
+    def annotations(boxes: pd.DataFrame, more: list[str]) -> list[dict]:
+        own = boxes[boxes["lesion_type"].isin(types)]
+        keys = zip(
+            own["image_id"], own["lesion_type"], box_numbers(own, more).tolist(), strict=True
+        )
+        return [
+            {
+                "id": number,
+                "image_id": row_of[film],
+                "category_id": number_of[name],
+                "bbox": [left, top, right - left, bottom - top],
+                "area": (right - left) * (bottom - top),
+                "iscrowd": 0,
+                **dict(zip(more, score, strict=True)),
+            }
+            for number, (film, name, (left, top, right, bottom, *score)) in enumerate(keys, 1)
+        ]
+
+    frame = {
+        "images": [{"id": row} for row in row_of.values()],
+        "categories": [{"id": number, "name": name} for name, number in number_of.items()],
+    }
+    true = COCO(frame | {"annotations": annotations(truth, [])})
+    found = COCO(frame | {"annotations": annotations(predictions, ["score"])})
+    if not types:
+        return float("nan"), pd.DataFrame(index=types, columns=ious, dtype=float)
+    run = COCOeval_faster(true, found, "bbox")
+    run.params.areaRng, run.params.areaRngLbl = [[0, np.inf]], ["all"]
+    run.params.maxDets = [MOST_BOXES]
+    run.evaluate()
+    run.accumulate()
+    precision = run.eval["precision"][:, :, :, 0, 0]  # overlap, recall, type
+    each = pd.DataFrame(precision.mean(1).T, types, ious)
+    return float(each.to_numpy().mean()), each
+
+
+def detection_table(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    images: pd.DataFrame,
+    resamples: int = 1000,
+    seed: int = 42,
+    iou: float = 0.5,
+) -> pd.DataFrame:
+    """Return each lesion type's average precision, and their mean, with 95 % intervals by study.
+
+    Predictions are matched once; a draw of studies only weighs the films anew.
+
+    Args:
+        truth, predictions, iou: As `average_precision` takes them.
+        images: `image_id` and `study_id` of every film that was searched, also those without a
+            box: they count as studies, and their false alarms count.
+        resamples: Number of bootstrap draws (paper, section 4.1: 1,000).
+        seed: Seed of the draws; one seed pairs the rows draw by draw.
+
+    Returns:
+        One row a lesion type of the truth and a last row ``mAP``, with `boxes` (true boxes) and
+        the columns of `dernet_utils.stats.Interval` as fractions of one.
+
+    Raises:
+        DernetError: As `match_boxes` and `resample_by_study` raise, or a box's film is not listed.
+    """
+    films = _searched(truth, predictions, images)
+    weights = _weights(images, resamples, seed)
+    types, boxes, areas = _all_areas(truth, predictions, films, weights, iou)
+    rows = [
+        {"boxes": count, **vars(interval_of(values, images["study_id"].to_numpy()))}
+        for count, values in zip([*boxes, sum(boxes)], areas, strict=True)
+    ]
+    return pd.DataFrame(rows, index=pd.Index([*types, "mAP"], name="lesion_type"))
+
+
+def _all_areas(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    films: list[str],
+    weights: np.ndarray,
+    iou: float,
+) -> tuple[list[str], list[int], np.ndarray]:
+    """The truth's types, their boxes, and of each type and their mean a row of areas by draw."""
+    types = sorted(truth["lesion_type"].unique())
+    matched = [match_boxes(truth, predictions, name, films, iou) for name in types]
+    areas = np.stack([_areas(matches, weights) for matches in matched])
+    present = ~np.isnan(areas)
+    mean = np.nansum(areas, axis=0) / np.where(present.any(0), present.sum(0), np.nan)
+    boxes = [int(matches.truths.sum()) for matches in matched]
+    return types, boxes, np.vstack([areas, mean])
+
+
+def mean_difference(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    others: pd.DataFrame,
+    images: pd.DataFrame,
+    resamples: int = 1000,
+    seed: int = 42,
+    iou: float = 0.5,
+    level: float = 0.95,
+) -> Interval:
+    """Return how far one detector's mean average precision lies above another's.
+
+    Both are drawn with the same studies, so that what is hard for both cancels.
+
+    Args:
+        truth, predictions, images, resamples, seed, iou: As `detection_table` takes them.
+        others: The other detector's boxes.
+        level: Coverage of the interval in (0, 1).
+
+    Raises:
+        DernetError: As `detection_table` raises.
+    """
+    films, weights = _searched(truth, predictions, images), _weights(images, resamples, seed)
+    _searched(truth, others, images)
+    first, second = (
+        _all_areas(truth, found, films, weights, iou)[2][-1] for found in (predictions, others)
+    )
+    return interval_of(first - second, images["study_id"].to_numpy(), level)
+
+
+def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+    films = list(images["image_id"])
+    if strangers := {*truth["image_id"], *predictions["image_id"]} - set(films):
+        raise DernetError(
+            f"Every box lies on a film of the list, and {len(strangers)} films are not in it: "
+            "pass all films that were searched."
+        )
+    return films
+
+
+def _weights(images: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
+    """How often each film counts: once, then as drawn by study, shape (1 + resamples, films)."""
+    drawn = draw_weights(images["study_id"].to_numpy(), resamples, seed)
+    return np.vstack([np.ones(len(images)), drawn])
+
+
+def size_table(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    images: pd.DataFrame,
+    resamples: int = 1000,
+    seed: int = 42,
+    iou: float = 0.5,
+) -> pd.DataFrame:
+    """Return `detection_table` for lesions below 1 % of the field of view, and for the others.
+
+    Args:
+        truth, predictions, resamples, seed, iou: As `detection_table` takes them.
+        images: Also `height` and `width`, in pixels.
+
+    Returns:
+        The two tables below each other, indexed by `size`, of `SIZES`, and `lesion_type`. A type
+        without a true box in a stratum has nan there, and is left out of that stratum's mean.
+
+    Raises:
+        DernetError: As `size_stratum` and `detection_table` raise.
+    """
+    tables = {
+        name: detection_table(
+            size_stratum(truth, images, small),
+            size_stratum(predictions, images, small),
+            images,
+            resamples,
+            seed,
+            iou,
+        )
+        for name, small in SIZES.items()
+    }
+    return pd.concat(tables, names=["size"])
+
+
+def _all_sizes(truth: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    if "outside" in truth or "outside" in predictions:
+        raise DernetError(
+            "All boxes are evaluated here, and a stratum is marked: pass the tables without the "
+            "column outside."
+        )

@@ -1,0 +1,192 @@
+"""What a detector's answers are worth: boxes against boxes, by COCO's rules as in pycocotools."""
+
+import numpy as np
+import pandas as pd
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.imaging.boxes import box_iou
+from dernet_utils.metrics.detection import _all_sizes, _running, _searched, _weights
+from dernet_utils.metrics.intervals import interval_of
+from dernet_utils.metrics.matching import Matches, _partners, box_numbers, match_boxes, need_columns
+
+FALSE_POSITIVES_PER_IMAGE = (
+    1 / 8,
+    1 / 4,
+    1 / 2,
+    1,
+    2,
+    4,
+    8,
+)  # a film (Setio et al., Med Image Anal 42, 2017)
+NO_LESION, NOT_FOUND = "no lesion", "not found"  # margins of `type_confusion`
+
+# Detection as a reader meets it: false alarms on a film, and one type taken for another.
+
+
+def froc_curve(
+    truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame, iou: float = 0.5
+) -> pd.DataFrame:
+    """Return the free-response curve: sensitivity against false alarms per film.
+
+    All lesion types count together, each matched for itself: a hit is of the same type. For one
+    type, pass the boxes of that type. Average precision ranks; this says what a reader would see
+    at a threshold (Bunch et al., J Appl Photogr Eng 4, 1978).
+
+    Args:
+        truth, predictions, iou: As `average_precision` takes them; types that the truth does not
+            hold give false alarms.
+        images: `image_id` of every film that was searched, also those without a box.
+
+    Returns:
+        A row for each distinct `score`, falling, where all predictions with at least that score
+        are accepted: `false_alarms_per_film`, a mean over films, 0 or more, and `sensitivity`,
+        the share of true boxes found, in [0, 1], nan where there is none. Before them a row that
+        accepts nothing, at the score inf.
+
+    Raises:
+        DernetError: As `match_boxes` raises, there is no film, or a box's film is not listed.
+    """
+    films = _searched(truth, predictions, images)
+    if not films:
+        raise DernetError("False alarms are counted per film, and no film came: list the films.")
+    matches = _all_types(truth, predictions, films, iou)
+    ends = _ends_of_scores(matches)
+    hits = matches.hit.cumsum()[ends]
+    accepted = {
+        "score": matches.score[ends],
+        "false_alarms_per_film": (ends + 1 - hits) / len(films),
+        "sensitivity": hits / (matches.truths.sum() or np.nan),
+    }
+    none = {"score": np.inf, "false_alarms_per_film": 0.0}
+    none["sensitivity"] = 0.0 if matches.truths.any() else np.nan
+    return pd.DataFrame({name: np.append(none[name], part) for name, part in accepted.items()})
+
+
+def froc_table(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    images: pd.DataFrame,
+    resamples: int = 1000,
+    seed: int = 42,
+    iou: float = 0.5,
+) -> pd.DataFrame:
+    """Return the sensitivity at given false alarms per film, with 95 % intervals by study.
+
+    It is the highest of `froc_curve` with at most that many false alarms. Every draw of studies
+    has its own threshold, as its own curve would.
+
+    Args:
+        truth, predictions, iou: As `froc_curve` takes them.
+        images, resamples, seed: As `detection_table` takes them.
+
+    Returns:
+        One row for each of `FALSE_ALARMS`, with the columns of `dernet_utils.stats.Interval` as
+        fractions of one.
+
+    Raises:
+        DernetError: As `match_boxes` and `resample_by_study` raise, or a box's film is not listed.
+    """
+    films = _searched(truth, predictions, images)
+    matches = _all_types(truth, predictions, films, iou)
+    found = _found_within(matches, _weights(images, resamples, seed))
+    rows = [vars(interval_of(values, images["study_id"].to_numpy())) for values in found.T]
+    return pd.DataFrame(
+        rows, index=pd.Index(FALSE_POSITIVES_PER_IMAGE, name="false_alarms_per_film")
+    )
+
+
+def _all_types(
+    truth: pd.DataFrame, predictions: pd.DataFrame, films: list[str], iou: float
+) -> Matches:
+    """The matches of every type in one list, surest first."""
+    types = sorted({*truth["lesion_type"], *predictions["lesion_type"]})
+    parts = [match_boxes(truth, predictions, name, films, iou) for name in types]
+    score = np.concatenate([part.score for part in parts] or [np.empty(0)])
+    order = np.argsort(-score, kind="stable")
+    return Matches(
+        np.concatenate([part.film for part in parts] or [np.empty(0, int)])[order],
+        score[order],
+        np.concatenate([part.hit for part in parts] or [np.empty(0, bool)])[order],
+        sum((part.truths for part in parts), start=np.zeros(len(films), int)),
+    )
+
+
+def _ends_of_scores(matches: Matches) -> np.ndarray:
+    """Rank of the last prediction of each distinct score: equal ones are accepted together."""
+    return np.flatnonzero(np.diff(matches.score, append=np.nan))
+
+
+def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """Sensitivity at FALSE_ALARMS where film i counts weights[:, i] times, shape (draws, 7).
+
+    Only scores that hold a hit move the sensitivity, so the curve is read at those alone.
+    """
+    ends = _ends_of_scores(matches)
+    stops = ends[np.unique(ends.searchsorted(np.flatnonzero(matches.hit)))]
+    hits = weights[:, matches.film[matches.hit]].cumsum(1)[:, matches.hit.cumsum()[stops] - 1]
+    false_alarms = _running(matches.film, stops, weights) - hits
+    allowed = weights.sum(1)[:, None] * FALSE_POSITIVES_PER_IMAGE
+    accepted = np.stack(
+        [row.searchsorted(most, "right") for row, most in zip(false_alarms, allowed, strict=True)]
+    )
+    hits = np.column_stack([np.zeros(len(hits)), hits])  # nothing accepted, nothing found
+    truths = (weights @ matches.truths)[:, None]
+    return np.take_along_axis(hits, accepted, axis=1) / np.where(truths > 0, truths, np.nan)
+
+
+def type_confusion(
+    truth: pd.DataFrame, predictions: pd.DataFrame, threshold: float, iou: float = 0.5
+) -> pd.DataFrame:
+    """Count how true boxes are named: by type, at one threshold.
+
+    Matching does not look at types: on each film the surest prediction takes the free true box
+    that it overlaps most, at least `iou`, and of equally overlapped ones one of its own type.
+
+    Args:
+        truth: `image_id`, `lesion_type` and corners.
+        predictions: The same, and `score`.
+        threshold: A prediction is accepted where its score is at least this.
+        iou: Least overlap of a match, in (0, 1].
+
+    Returns:
+        Counts of boxes. Rows are true types and a last row `NO_LESION`, the false alarms; columns
+        are found types and a last column `NOT_FOUND`, the misses. Types are those of either
+        table, in the order of the alphabet. A type's row adds up to its true boxes, its column to
+        its accepted predictions.
+
+    Raises:
+        DernetError: A column is missing, a corner or a score is not a number, or a table is
+            marked with a stratum, which a count of all boxes does not know.
+
+    >>> box = {"image_id": "a", "xmin": 0, "ymin": 0, "xmax": 9, "ymax": 9}
+    >>> truth = pd.DataFrame([box | {"lesion_type": "Osteophytes"}])
+    >>> found = pd.DataFrame([box | {"lesion_type": "Other lesions", "score": 0.7}])
+    >>> int(type_confusion(truth, found, 0.5).loc["Osteophytes", "Other lesions"])
+    1
+    """
+    _all_sizes(truth, predictions)
+    true_boxes, found_boxes = box_numbers(truth, []), box_numbers(predictions, ["score"])
+    for boxes in (truth, predictions):
+        need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")
+    true_types, found_types = truth["lesion_type"].to_numpy(), predictions["lesion_type"].to_numpy()
+    true_of = truth.groupby("image_id").indices
+    named = np.full(len(truth), NOT_FOUND, object)
+    meant = np.full(len(predictions), NO_LESION, object)
+    accepted = found_boxes[:, 4] >= threshold
+    for film, rows in predictions.groupby("image_id").indices.items():
+        rows = rows[accepted[rows]]
+        rows = rows[np.argsort(-found_boxes[rows, 4], kind="stable")]
+        own = true_of.get(film, np.empty(0, int))
+        overlaps = box_iou(found_boxes[rows, :4], true_boxes[own])
+        same = found_types[rows][:, None] == true_types[own]
+        partner = _partners(overlaps, [same, overlaps], iou)
+        rows, taken = rows[partner >= 0], own[partner[partner >= 0]]
+        named[taken], meant[rows] = found_types[rows], true_types[taken]
+    alarms = accepted & (meant == NO_LESION)
+    rows = np.concatenate([true_types, meant[alarms]])
+    columns = np.concatenate([named, found_types[alarms]])
+    types = sorted({*true_types, *found_types})
+    counts = pd.crosstab(rows, columns).reindex(
+        index=[*types, NO_LESION], columns=[*types, NOT_FOUND], fill_value=0
+    )
+    return counts.rename_axis(index="true", columns="found")

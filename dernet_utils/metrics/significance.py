@@ -1,0 +1,273 @@
+"""Intervals and tests.
+
+Images of one study resemble each other, so they are not independent observations. A bootstrap
+that draws images pretends that they are and gives intervals that are, as a rule, too narrow; this
+one draws whole studies, and DeLong's variance adds up whole studies.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats as distributions
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.metrics.intervals import Interval, checked_groups
+
+# DeLong
+
+
+@dataclass(frozen=True)
+class Areas:
+    """AUROCs of several scores of the same images, and how they vary together.
+
+    Attributes:
+        values: Shape (k,).
+        covariance: Of the values, shape (k, k).
+        n_images: Number of images.
+        n_studies: Number of groups that count as independent.
+    """
+
+    values: np.ndarray
+    covariance: np.ndarray
+    n_images: int
+    n_studies: int
+
+    def interval(self, which: int = 0, level: float = 0.95) -> Interval:
+        """Return one area with its normal interval, cut off at 0 and 1."""
+        contrast = np.zeros(len(self.values))
+        contrast[which] = 1
+        found = self._normal(contrast, level)
+        ends = {"low": max(found.low, 0.0), "high": min(found.high, 1.0)}
+        return Interval(**(vars(found) | ends))
+
+    def difference(self, first: int = 0, second: int = 1, level: float = 0.95) -> Interval:
+        """Return how far one area lies above another, with its normal interval."""
+        return self._normal(self._contrast(first, second), level)
+
+    def p_value(self, first: int = 0, second: int = 1) -> float:
+        """Return the two-sided p-value of two areas being equal.
+
+        1 where the two do not differ at all; 0 where they differ and nothing varies.
+        """
+        contrast = self._contrast(first, second)
+        apart, error = contrast @ self.values, _root(contrast @ self.covariance @ contrast)
+        if not error:
+            return float(apart == 0)
+        return float(2 * distributions.norm.sf(abs(apart) / error))
+
+    def _contrast(self, first: int, second: int) -> np.ndarray:
+        contrast = np.zeros(len(self.values))
+        contrast[first] += 1
+        contrast[second] -= 1
+        return contrast
+
+    def _normal(self, contrast: np.ndarray, level: float) -> Interval:
+        half = distributions.norm.ppf((1 + level) / 2)
+        value, error = contrast @ self.values, _root(contrast @ self.covariance @ contrast)
+        ends = float(value - half * error), float(value + half * error)
+        return Interval(float(value), *ends, self.n_images, self.n_studies, resamples=0)
+
+
+def delong(y: np.ndarray, prob: np.ndarray, groups: np.ndarray | None = None) -> Areas:
+    """Return AUROCs with their covariance, from placement values.
+
+    Without groups it is the estimator of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988),
+    by midranks; with groups that of Obuchowski (Biometrics 53, 1997), which adds placement values
+    up by group before it squares them.
+
+    Args:
+        y: Labels, shape (n,), 0 or 1.
+        prob: Scores, shape (n,) or (n, k), any monotone scale.
+        groups: What is independent, such as the study of each image, shape (n,); None for images.
+
+    Returns:
+        Areas, and a covariance of nan where fewer than two independent units bear a class.
+
+    Raises:
+        DernetError: Shapes do not fit, labels are not 0 or 1, a score is nan, or one class only.
+    """
+    y, prob = np.asarray(y), np.asarray(prob, np.float64)
+    prob = prob[:, None] if prob.ndim == 1 else prob
+    if y.ndim != 1 or prob.ndim != 2 or len(prob) != len(y) or np.isnan(prob).any():
+        raise DernetError(
+            "DeLong's variance needs a label and a score for each image, none of them nan: "
+            f"shapes {y.shape} and {prob.shape} came."
+        )
+    if not np.isin(y, (0, 1)).all() or len(np.unique(y)) < 2:
+        raise DernetError("DeLong's variance needs labels 0 and 1, and both of them.")
+    y = y.astype(bool)
+    groups = np.arange(len(y)) if groups is None else checked_groups(groups)
+    if len(groups) != len(y):
+        raise DernetError(f"Each label needs its study: {len(y)} labels, {len(groups)} studies.")
+    _, unit = np.unique(groups, return_inverse=True)
+    above, below = prob[y], prob[~y]
+    rank = distributions.rankdata(np.vstack([above, below]), axis=0)
+    v10 = (rank[: len(above)] - distributions.rankdata(above, axis=0)) / len(below)
+    v01 = 1 - (rank[len(above) :] - distributions.rankdata(below, axis=0)) / len(above)
+    values, units = v10.mean(axis=0), unit.max() + 1
+    a = _sums(v10 - values, unit[y], units) / len(above)
+    b = _sums(v01 - values, unit[~y], units) / len(below)
+    covariance = _freedom(unit[y]) * a.T @ a + _freedom(unit[~y]) * b.T @ b
+    if np.isin(unit[y], unit[~y]).any():  # a unit with images of both classes
+        covariance = covariance + _freedom(unit) * (a.T @ b + b.T @ a)
+    return Areas(values, covariance, len(y), int(units))
+
+
+def _sums(rows: np.ndarray, unit: np.ndarray, units: int) -> np.ndarray:
+    """Rows added up by unit, shape (units, k)."""
+    sums = np.zeros((units, rows.shape[1]))
+    np.add.at(sums, unit, rows)
+    return sums
+
+
+def _freedom(unit: np.ndarray) -> float:
+    """Units over units less one; nan for a single one."""
+    number = len(np.unique(unit))
+    return number / (number - 1) if number > 1 else float("nan")
+
+
+def _root(variance: float) -> float:
+    """A standard error; what rounding has put below zero is zero."""
+    return float(np.sqrt(variance if np.isnan(variance) else max(variance, 0.0)))
+
+
+# Paired tests
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A two-sided test.
+
+    Attributes:
+        statistic: Its value.
+        p: Probability of one as far from zero where there is no difference.
+        n: Pairs that it rests on.
+    """
+
+    statistic: float
+    p: float
+    n: int
+
+
+def paired_t(differences: np.ndarray, test_share: float = 0.0) -> PairedTest:
+    """Return Student's test of a mean difference of zero, as it is or corrected.
+
+    Across the folds of a cross-validation differences are not independent: two folds learn mostly
+    from the same images. Nadeau and Bengio (Machine Learning 52, 2003) enlarge the variance of the
+    mean from 1/k to 1/k + images tested / images learnt from.
+
+    Args:
+        differences: Of each pair, such as a fold, shape (k,).
+        test_share: Images tested over images learnt from in each fold, as 1/4 of five folds; 0
+            for the plain test.
+
+    Raises:
+        DernetError: Fewer than two pairs, a difference that is nan, or a share below 0.
+
+    >>> round(paired_t([1.0, 2.0, 3.0]).p, 3)
+    0.074
+    """
+    differences = np.asarray(differences, np.float64)
+    if differences.ndim != 1 or len(differences) < 2 or np.isnan(differences).any():
+        raise DernetError(
+            "A paired t-test needs at least two differences, none of them nan: "
+            f"{differences.tolist()} came."
+        )
+    if test_share < 0:
+        raise DernetError(f"A share of images is at least 0, not {test_share}.")
+    n, mean = len(differences), differences.mean()
+    error = np.sqrt(differences.var(ddof=1) * (1 / n + test_share))
+    if not error:
+        return PairedTest(float(np.sign(mean) * np.inf) if mean else 0.0, float(mean == 0), n)
+    return PairedTest(
+        float(mean / error), float(2 * distributions.t.sf(abs(mean / error), n - 1)), n
+    )
+
+
+def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
+    """Return McNemar's exact test of two classifiers being right equally often.
+
+    Only images count on which one is right and the other wrong; where there is no difference,
+    each of these is a toss of a coin (McNemar, Psychometrika 12, 1947).
+
+    Args:
+        first_right, second_right: Whether each is right on each image, shape (n,).
+
+    Returns:
+        The statistic is the images that the first alone has right less those that the second
+        alone has; n is their sum. p is 1 where there are none.
+
+    Raises:
+        DernetError: Shapes differ.
+
+    >>> mcnemar([1, 1, 1, 0], [0, 0, 1, 1])
+    PairedTest(statistic=1.0, p=1.0, n=3)
+    """
+    first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
+    if first.ndim != 1 or first.shape != second.shape:
+        raise DernetError(
+            "McNemar's test compares the same images: shapes "
+            f"{first.shape} and {second.shape} came."
+        )
+    alone, other = int((first & ~second).sum()), int((second & ~first).sum())
+    n = alone + other
+    p = distributions.binomtest(alone, n).pvalue if n else 1.0
+    return PairedTest(float(alone - other), float(p), n)
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Return p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    Rejecting those at most alpha keeps the chance of one false rejection among all at most alpha.
+
+    Args:
+        p: Shape (m,), in [0, 1].
+
+    Returns:
+        In the same order, in [0, 1], none below its own p.
+
+    Raises:
+        DernetError: A value is outside [0, 1] or nan.
+
+    >>> holm([0.04, 0.01, 0.03]).round(2).tolist()
+    [0.06, 0.03, 0.06]
+    """
+    p = np.asarray(p, np.float64)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise DernetError(f"P-values lie between 0 and 1: {p.tolist()} came.")
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+def studies_needed(
+    difference: float, deviation: float, power: float = 0.8, level: float = 0.95
+) -> int:
+    """Return how many studies show a difference with a given chance.
+
+    By the normal law: the standard error of a difference falls with the root of the number of
+    studies, and the two-sided test of that level must reject with probability `power`.
+
+    Args:
+        difference: True difference, not 0.
+        deviation: Standard error of the difference times the root of the number of studies that
+            it was estimated from.
+        power: In (0.5, 1).
+        level: One less the chance of a false alarm, in (0, 1).
+
+    Raises:
+        DernetError: A number is outside its range.
+
+    >>> studies_needed(difference=0.5, deviation=1.0)
+    32
+    """
+    if not difference or not deviation > 0 or not 0.5 < power < 1 or not 0 < level < 1:
+        raise DernetError(
+            "A number of studies needs a difference that is not 0, a deviation above 0, a power "
+            f"between 0.5 and 1 and a level between 0 and 1: {difference}, {deviation}, {power} "
+            f"and {level} came."
+        )
+    reach = distributions.norm.ppf((1 + level) / 2) + distributions.norm.ppf(power)
+    return int(np.ceil((reach * deviation / difference) ** 2))

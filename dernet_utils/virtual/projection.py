@@ -1,0 +1,342 @@
+"""From a volume to a film: the patient's shape, the rays, Beer and Lambert, the detector."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from dernet_utils.virtual.acquisition import SOURCE_MM, Paths
+from dernet_utils.virtual.donor import Donor
+from dernet_utils.virtual.lesions import Lesion
+from dernet_utils.virtual.spine import Vertebra
+
+GRID_MM = 0.7  # rays are this far apart in the plane of the spine
+STEP_MM = 1.5  # and are sampled this often along their way through the spine,
+FAR_STEP_MM = 4.0  # and this often where there is no spine: half of the time, no visible change
+NEAR_MM = 56.0  # how far from the spine's axis the finer steps reach
+MARGIN_MM = 14.0  # how far a lesion that moves tissue may carry another, or itself
+SAMPLES = 700_000  # in one go: bounds the memory, and fits the processor's cache
+MOST_ROWS = 48  # in one go: the slices that they meet make one picture, of at most 32,767 rows
+BONE_FROM = 1080.0  # HU + 1000 from which tissue counts as part bone
+BONE_SPAN = 1520.0  # to pure cortical bone, 1.92 g/cm³
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a patient's body differs from the donor's: functions of height, as tables.
+
+    Attributes:
+        z_patient_mm, z_donor_mm: Heights that correspond, increasing, shape (n,).
+        shift_x_mm, shift_y_mm: Offset of the spine at those heights (scoliosis, kyphosis).
+        turn_rad: Axial rotation at those heights.
+        girth: Width of soft tissue beside the spine, relative to the donor's.
+        bone: Mineral relative to the donor's; 0.7 is osteoporotic.
+    """
+
+    z_patient_mm: np.ndarray
+    z_donor_mm: np.ndarray
+    shift_x_mm: np.ndarray
+    shift_y_mm: np.ndarray
+    turn_rad: np.ndarray
+    girth: float
+    bone: float
+
+
+@dataclass(frozen=True)
+class View:
+    """How a film was taken.
+
+    Attributes:
+        name: ``LATERAL`` or ``AP``.
+        angle_rad: Direction of the beam: 0 from front to back, pi/2 from right to left.
+        aim_mm: Donor place (x, y, z) in the middle of the film.
+        height_mm, width_mm: Collimated field in the plane of the spine.
+        tilt_deg: Rotation of the film.
+        mirrored: Whether the film is shown from its other side.
+    """
+
+    name: str
+    angle_rad: float
+    aim_mm: np.ndarray
+    height_mm: float
+    width_mm: float
+    tilt_deg: float
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a view: rows, columns and depth steps, as half-open index ranges."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    steps: tuple[int, int]
+
+
+class Scene:
+    """One patient before the X-ray tube: the donor, a shape, and the lesions in it."""
+
+    def __init__(self, donor: Donor, spine: list[Vertebra], shape: Shape, lesions: list[Lesion]):
+        self.density, self.spacing_mm = donor.density, donor.spacing_mm
+        z, y, x = donor.density.shape
+        self.extent_mm = [
+            (n - 1) * s for n, s in zip((x, y, z), donor.spacing_mm[::-1], strict=True)
+        ]
+        self.axis = np.array([body.centre_mm for body in spine])
+        self.shape = shape
+        self.lesions = lesions
+
+    def whole(self, view: View) -> Block:
+        """Return the block of a whole view."""
+        steps = len(self._depths(view)[0])
+        return Block((0, _count(view.height_mm)), (0, _count(view.width_mm)), (0, steps))
+
+    def _depths(self, view: View) -> tuple[np.ndarray, np.ndarray]:
+        """Return where a ray is sampled, from the spine's plane, and how far apart; both in mm."""
+        sides = [(-a * self.shape.girth, (e - a) * self.shape.girth)
+                 for a, e in zip(view.aim_mm, self.extent_mm[:2], strict=False)]  # fmt: skip
+        along = [x * np.sin(view.angle_rad) - y * np.cos(view.angle_rad)
+                 for x in sides[0] for y in sides[1]]  # fmt: skip
+        # A turned box is deeper at its corners than the body, which is round.
+        before, behind = (max(0.97 * a, NEAR_MM) for a in (-min(along), max(along)))
+        middle = np.arange(-NEAR_MM, NEAR_MM, STEP_MM) + STEP_MM / 2
+        front = -NEAR_MM - np.arange(0.0, before - NEAR_MM, FAR_STEP_MM)[::-1] - FAR_STEP_MM / 2
+        back = NEAR_MM + np.arange(0.0, behind - NEAR_MM, FAR_STEP_MM) + FAR_STEP_MM / 2
+        far = [np.full(len(part), FAR_STEP_MM) for part in (front, back)]
+        apart = [far[0], np.full(len(middle), STEP_MM), far[1]]
+        return np.concatenate([front, middle, back]), np.concatenate(apart)
+
+    def donor_places(
+        self, view: View, block: Block, every: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Follow the rays of a block and return where in the donor each sample lies.
+
+        Args:
+            view: The film.
+            block: The part of it.
+            every: Take every n-th row, step and column.
+
+        Returns:
+            x, y, z in donor millimetres, each of shape (rows, steps, columns).
+        """
+        whole, shape = self.whole(view), self.shape
+        row = (np.arange(*block.rows, every) - (whole.rows[1] - 1) / 2) * -GRID_MM
+        column = (np.arange(*block.columns, every) - (whole.columns[1] - 1) / 2) * GRID_MM
+        depth = self._depths(view)[0][slice(*block.steps, every)]
+        wider = (SOURCE_MM + depth) / SOURCE_MM  # the beam is a cone
+        aim_z = np.interp(view.aim_mm[2], shape.z_donor_mm, shape.z_patient_mm)
+        height = aim_z + row[:, None] * wider  # (rows, steps)
+        z = np.interp(height, shape.z_patient_mm, shape.z_donor_mm)
+        turn = np.interp(z, shape.z_donor_mm, shape.turn_rad) + view.angle_rad
+        middle = [np.interp(z, self.axis[:, 2], self.axis[:, i]) for i in (0, 1)]
+        moved = [
+            np.interp(z, shape.z_donor_mm, table)
+            for table in (shape.shift_x_mm, shape.shift_y_mm)
+        ]  # fmt: skip
+        aim = [np.interp(view.aim_mm[2], self.axis[:, 2], self.axis[:, i]) for i in (0, 1)]
+        # Seen from the spine: how far the film's middle line passes, then turned with the body.
+        offset = [
+            np.interp(view.aim_mm[2], shape.z_donor_mm, table) + centre + target - centre
+            for table, centre, target in zip(
+                (shape.shift_x_mm, shape.shift_y_mm), aim, view.aim_mm[:2], strict=True
+            )
+        ]
+        across = torch.from_numpy((column[None, :] * wider[:, None]).astype(np.float32))
+        cos, sin = (
+            torch.from_numpy(f(turn).astype(np.float32))[..., None] for f in (np.cos, np.sin)
+        )
+        fixed = np.cos(view.angle_rad), np.sin(view.angle_rad)
+        # The beam runs to the back (-y) at angle 0 and to the left (+x) at a right angle.
+        away = [offset[i] - moved[i] - middle[i] for i in (0, 1)]
+        ahead = away[0] * fixed[1] - away[1] * fixed[0]
+        aside = away[0] * fixed[0] + away[1] * fixed[1]
+        ahead = torch.from_numpy((ahead + depth).astype(np.float32))[..., None]
+        aside = torch.from_numpy(aside.astype(np.float32))[..., None] + across
+        x, y = aside * cos + ahead * sin, aside * sin - ahead * cos
+        x, y = (_slimmer(p, self.shape.girth) for p in (x, y))
+        middle = [torch.from_numpy(m.astype(np.float32))[..., None] for m in middle]
+        z = torch.from_numpy(z.astype(np.float32))[..., None].expand_as(x)
+        return x + middle[0], y + middle[1], z
+
+    def paths(self, view: View, lesions: list[Lesion], block: Block | None = None) -> Paths:
+        """Integrate soft tissue, bone and metal along every ray of a block (default: the view)."""
+        block = block or self.whole(view)
+        apart = self._apart(view, block)
+        strips = (self._tissue(view, lesions, strip) for strip in _strips(block))
+        return _join(self._integrate(*tissue, apart) for tissue in strips)
+
+    def _apart(self, view: View, block: Block) -> Tensor:
+        """Return how far apart the samples of a block are, cm, shape (steps,)."""
+        return torch.from_numpy(self._depths(view)[1][slice(*block.steps)] / 10.0).float()
+
+    def twins(
+        self, view: View, lesions: list[Lesion], finding: list[Lesion], block: Block
+    ) -> tuple[Paths, Paths]:
+        """Integrate a block twice: with all lesions, and with all but those of one finding."""
+        others = [lesion for lesion in lesions if lesion not in finding]
+        if any(lesion.move for lesion in finding):
+            return self.paths(view, lesions, block), self.paths(view, others, block)
+        # Nothing moves: the rays, and the tissue before any lesion is put in, are the same.
+        pairs, apart = [], self._apart(view, block)
+        for strip in _strips(block):
+            density, near = self._tissue(view, lesions, strip)
+            rest = [some for some in near if some[0] not in finding]
+            both = (near, density.clone()), (rest, density)
+            pairs.append([self._integrate(tissue, some, apart) for some, tissue in both])
+        with_it, without = map(_join, zip(*pairs, strict=True))
+        return with_it, without
+
+    def shadow(
+        self, view: View, finding: list[Lesion], lesions: list[Lesion], block: Block
+    ) -> np.ndarray:
+        """Return the millimetres of a finding's regions on each ray, shape (rows, columns)."""
+        points = tuple(p.contiguous() for p in self.donor_places(view, block))
+        self._move(points, [(other, self._near(points, other)) for other in lesions if other.move])
+        solid = torch.zeros(points[0].shape)
+        for lesion in finding:
+            place = self._near(points, lesion)
+            if place:
+                share = lesion.region(tuple(p[place] for p in points))
+                solid[place] = torch.maximum(solid[place], share)
+        return _along(solid, self._apart(view, block)).numpy() * 10.0
+
+    def blocks(self, view: View, findings: list[list[Lesion]]) -> list[Block | None]:
+        """Return the part of a view that each finding covers; None where it is off the film."""
+        whole, every = self.whole(view), 4
+        points = self.donor_places(view, whole, every)
+        found = []
+        for finding in findings:
+            near = np.zeros(points[0].shape, bool)
+            for lesion in finding:
+                offset = zip(points, lesion.centre_mm, strict=True)
+                square = sum((p - float(c)) ** 2 for p, c in offset)
+                near |= (square < (lesion.size_mm + MARGIN_MM) ** 2).numpy()
+            spans = []
+            for axis, count in ((0, whole.rows[1]), (2, whole.columns[1]), (1, whole.steps[1])):
+                others = tuple(i for i in range(3) if i != axis)
+                where = np.flatnonzero(near.any(axis=others)) * every
+                if len(where):
+                    spans.append(
+                        (max(int(where[0]) - every, 0), min(int(where[-1]) + every, count))
+                    )
+            found.append(Block(*spans) if spans else None)
+        return found
+
+    def _tissue(self, view: View, lesions: list[Lesion], strip: Block) -> tuple:
+        """Sample the moved tissue on a few rows of rays.
+
+        Returns:
+            Density (rows, steps, columns), and the lesions near: each with where, and its occupancy
+            there if it changes tissue.
+        """
+        points = tuple(p.contiguous() for p in self.donor_places(view, strip))
+        near = [(lesion, self._near(points, lesion)) for lesion in lesions]
+        near = [(lesion, place) for lesion, place in near if place]
+        self._move(points, near)
+        changing = [
+            (lesion, place, lesion.region(tuple(p[place] for p in points)))
+            for lesion, place in near
+            if lesion.fill is not None or lesion.metal
+        ]
+        return torch.from_numpy(self._sample(*(p.numpy() for p in points))), changing
+
+    def _sample(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Interpolate the donor's density at places in mm; 0 outside the scan.
+
+        Two slices are sampled as pictures, which OpenCV does several times faster than a general
+        sampler of volumes, and mixed. The slices lie below one another in one tall picture; the
+        first and the last row of each is air.
+        """
+        slice_mm, row_mm, column_mm = self.spacing_mm
+        count, rows = self.density.shape[:2]
+        z = z / slice_mm
+        inside = (z >= 0.0) & (z <= count - 1)
+        lower = np.clip(np.floor(z), 0, count - 2)
+        share = (z - lower) * inside
+        first, last = int(lower.min()), int(lower.max()) + 2
+        tall = self.density[first:last].reshape(-1, self.density.shape[2])
+        across = x * np.float32(1.0 / column_mm)
+        down = np.clip(y * np.float32(1.0 / row_mm), 0.0, rows - 1.0)
+        down += (lower - first) * np.float32(rows)
+        flat = (-1, x.shape[-1])
+        below, above = (
+            cv2.remap(tall, across.reshape(flat), (down + shift).reshape(flat), cv2.INTER_LINEAR,
+                      borderMode=cv2.BORDER_CONSTANT).reshape(x.shape)
+            for shift in (np.float32(0.0), np.float32(rows))
+        )  # fmt: skip
+        below *= inside - share
+        above *= share
+        below += above
+        return below
+
+    @staticmethod
+    def _move(points: tuple, near: list) -> None:
+        """Put the places where lesions find their tissue in the stead of those they move."""
+        for lesion, place in near:
+            if lesion.move and place:
+                moved = lesion.move(tuple(p[place] for p in points))
+                for p, q in zip(points, moved, strict=True):
+                    p[place] = q
+
+    def _integrate(self, density: Tensor, near: list, apart: Tensor) -> tuple:
+        """Put lesions into the tissue, which is changed, and sum along the rays: g/cm²."""
+        metal = torch.zeros(density.shape) if any(some.metal for some, *_ in near) else None
+        for lesion, place, share in near:
+            if lesion.fill is not None:
+                density[place] += share * (lesion.fill - density[place])
+            if lesion.metal:
+                metal[place] = torch.maximum(metal[place], share * lesion.metal)  # g/cm³
+                density[place] *= 1.0 - share
+        bone = ((density - BONE_FROM) / BONE_SPAN).clamp(min=0.0)
+        soft = density.clamp(max=BONE_FROM) * (1.0 - bone).clamp(min=0.0)
+        metal = torch.zeros(bone[:, 0].shape) if metal is None else _along(metal, apart)
+        soft, bone = _along(soft, apart) / 1000.0, _along(bone, apart) * (1.92 * self.shape.bone)
+        return soft.numpy(), bone.numpy(), metal.numpy()
+
+    @staticmethod
+    def _near(points: tuple[Tensor, Tensor, Tensor], lesion: Lesion) -> tuple | None:
+        """Return the slices of a strip that hold a lesion's sphere, or None."""
+        every = 3
+        coarse = (p[::every, ::every, ::every] for p in points)
+        square = sum((p - float(c)) ** 2 for p, c in zip(coarse, lesion.centre_mm, strict=True))
+        near = (square < (lesion.reach_mm + every * STEP_MM) ** 2).numpy()
+        slices = []
+        for axis, size in enumerate(points[0].shape):
+            where = np.flatnonzero(near.any(axis=tuple({0, 1, 2} - {axis}))) * every
+            if not len(where):
+                return None
+            slices.append(
+                slice(max(int(where[0]) - every, 0), min(int(where[-1]) + 2 * every, size))
+            )
+        return tuple(slices)
+
+
+def _along(values: Tensor, apart: Tensor) -> Tensor:
+    """Integrate along the rays: (rows, steps, columns) and (steps,) give (rows, columns)."""
+    return torch.einsum("rsc,s->rc", values, apart)
+
+
+def _strips(block: Block) -> Iterator[Block]:
+    """Cut a block into strips of a few rows, each small enough to be sampled in one go."""
+    columns, steps = (high - low for low, high in (block.columns, block.steps))
+    at_once = min(max(1, SAMPLES // (columns * steps)), MOST_ROWS)
+    for start in range(block.rows[0], block.rows[1], at_once):
+        rows = (start, min(start + at_once, block.rows[1]))
+        yield Block(rows, block.columns, block.steps)
+
+
+def _join(strips: Iterable[tuple]) -> Paths:
+    """Put strips together again."""
+    return Paths(*(np.concatenate(part) for part in zip(*strips, strict=True)))
+
+
+def _count(size_mm: float) -> int:
+    return round(size_mm / GRID_MM)
+
+
+def _slimmer(offset: Tensor, girth: float) -> Tensor:
+    """Map a patient's distance from the spine to the donor's: beyond 45 mm it is scaled."""
+    return torch.lerp(offset.clamp(-45.0, 45.0), offset, 1.0 / girth)

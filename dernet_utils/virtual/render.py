@@ -1,0 +1,290 @@
+"""A planned patient's films: rendered, developed, and compared with their twins."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from dernet_utils.virtual import lesions
+from dernet_utils.virtual.acquisition import (
+    DisplayProcessing,
+    Paths,
+    expose,
+    scattered_radiation,
+    transmission,
+)
+from dernet_utils.virtual.anatomy import Anatomy
+from dernet_utils.virtual.counterfactual import Counterfactual
+from dernet_utils.virtual.lesions import Lesion
+from dernet_utils.virtual.plan import FIELD_MARGIN_MM, VERSION
+from dernet_utils.virtual.projection import GRID_MM, Block, Scene, Shape, View
+from dernet_utils.virtual.spine import Disc, Vertebra
+
+ANGLES = {"AP": 0.0, "LATERAL": 90.0, "LPO": 45.0, "RPO": -45.0}
+BOX_MARGIN_MM = 1.5  # annotators draw a little outside the lesion's edge
+PART_ON_FILM = 0.5  # least share of a lesion's shadow inside the collimated field
+LUMBAR_MM = 150.0  # from L1 to L5, over which a lordosis is spread
+TURN = 0.35  # axial rotation to lateral curvature in a scoliosis: ours, after Nash and Moe's grades
+AIR_UGY = 30.0  # behind the table and grid, for 1 mAs at 80 kVp and nobody in the beam
+
+
+class RenderedRadiograph(NamedTuple):
+    """A rendered film.
+
+    Attributes:
+        grey: 0 black to 1 white, shape (H, W).
+        mas: Tube current times exposure time that automatic exposure control took, mAs.
+        twins: For each finding of the plan, its twin; None where it is off the film.
+    """
+
+    grey: np.ndarray
+    mas: float
+    twins: list[Counterfactual | None]
+
+
+def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
+    """Turn a patient's drawn numbers into the tables that `films` reads."""
+    drawn = plan["shape"]
+    edges = [(b.point(up=-1.0)[2], b.point(up=1.0)[2]) for b in bodies]
+    knots = np.maximum.accumulate(np.array(edges).ravel())
+    knots = np.concatenate([[-120.0], knots, [knots[-1] + 60.0, knots[-1] + 220.0]])
+    factors = np.ones(len(knots))
+    factors[1 : len(knots) - 2] = drawn["proportions"][: len(knots) - 3]
+    z = np.linspace(knots[0], knots[-1], 321)
+    step = z[1] - z[0]
+    stretch = drawn["stature"] * factors[np.clip(np.searchsorted(knots, z) - 1, 0, len(knots) - 1)]
+    # Integrated from the scan's lower end, which stays in place.
+    patient = _sum(_soften(stretch, 4.0 / step), step)
+    patient -= np.interp(0.0, z, patient)
+    wave = np.sin(2 * np.pi * z / drawn["curve_mm"] + drawn["curve_phase"])
+    cobb = np.deg2rad(drawn["cobb_deg"])
+    # Curvature of the sagittal profile beside the donor's, in radians a mm.
+    low, high = (body.centre_mm[2] for body in _thorax(bodies))
+    more = np.deg2rad(drawn["kyphosis_deg"]) - _kyphosis(bodies)
+    bend = np.where((z > low) & (z < high), more / (high - low), 0.0)
+    bend -= np.where(z <= low, np.deg2rad(drawn["lordosis_deg"]) / LUMBAR_MM, 0.0)
+    slope = _sum(_soften(bend, 15.0 / step), step)
+    slope -= np.interp((low + high) / 2, z, slope)
+    sagittal = _sum(np.tan(np.clip(slope, -0.35, 0.35)), step)
+    return Shape(
+        z_patient_mm=patient,
+        z_donor_mm=z,
+        # A sine of this height has the drawn angle between its steepest places.
+        shift_x_mm=drawn["curve_mm"] / (2 * np.pi) * np.tan(cobb / 2) * wave,
+        shift_y_mm=sagittal - np.interp((low + high) / 2, z, sagittal),
+        turn_rad=TURN * cobb * wave,
+        girth=drawn["girth"],
+        bone=drawn["bone"],
+    )
+
+
+def _thorax(bodies: list[Vertebra]) -> tuple[Vertebra, Vertebra]:
+    """Return T12 and T5 or, where a donor lacks them, its lowest and its highest vertebra."""
+    named = {body.name: body for body in bodies}
+    return named.get("T12", bodies[0]), named.get("T5", bodies[-1])
+
+
+def _kyphosis(bodies: list[Vertebra]) -> float:
+    """Return the donor's angle between T5 and T12, radians."""
+    lower, upper = (np.arctan2(body.up[1], body.up[2]) for body in _thorax(bodies))
+    return float(upper - lower)
+
+
+def _soften(values: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur a table by a Gaussian of `sigma` entries; its ends go on as they are."""
+    reach = int(3 * sigma) + 1
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return np.convolve(np.pad(values, reach, "edge"), kernel / kernel.sum(), "valid")
+
+
+def _sum(values: np.ndarray, step: float) -> np.ndarray:
+    """Integrate a table by trapezia, from 0."""
+    return np.concatenate([[0.0], np.cumsum((values[1:] + values[:-1]) / 2 * step)])
+
+
+def build_finding(finding: dict, bodies: list[Vertebra], discs: list[Disc]) -> list[Lesion]:
+    """Turn a planned finding into the lesions that make it up."""
+    level, severity, form = finding["level"], finding["severity"], finding["form"]
+    match finding["type"]:
+        case "Disc space narrowing":
+            return lesions.disc_space_narrowing(discs[level], severity)
+        case "Vertebral collapse":
+            return lesions.vertebral_collapse(bodies[level], severity, form)
+        case "Spondylolysthesis":
+            return lesions.spondylolisthesis(discs[level], severity)
+        case "Foraminal stenosis":
+            return lesions.foraminal_stenosis(discs[level], severity)
+        case "Other lesions":
+            return lesions.other_lesion(bodies[level], severity, form, np.array(finding["place"]))
+        case "Surgical implant":
+            top = level + finding["count"]
+            return lesions.implant(bodies[level:top], discs[level : top - 1], form)
+        case _:
+            return lesions.osteophyte(
+                discs[level], severity, form, finding["upper"], finding["angle"]
+            )
+
+
+def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadiograph:
+    """Render one film of a patient, and each finding's twin without it.
+
+    Args:
+        plan: The patient's plan.
+        number: Which of its views.
+        anatomy: The donor.
+    """
+    drawn = plan["views"][number]
+    rng = np.random.default_rng([plan["seed"], VERSION, plan["patient"], 1 + number])
+    shape = build_shape(plan, anatomy.bodies)
+    groups = [build_finding(f, anatomy.bodies, anatomy.discs) for f in plan["findings"]]
+    everything = [lesion for group in groups for lesion in group]
+    scene = Scene(anatomy.donor, anatomy.bodies, shape, everything)
+    view = plan_to_view(drawn, anatomy.bodies)
+    paths = scene.paths(view, everything)
+    frame = _Frame(drawn)
+    arrived = transmission(
+        Paths(*(np.maximum(frame.place(p), 0.0) for p in vars(paths).values())), drawn["kvp"]
+    )
+    spacing_mm = drawn["spacing_mm"]
+    signal = expose(
+        arrived, spacing_mm, drawn["dose_ugy"], drawn["scatter"], drawn["grid_lines_px"], rng
+    )
+    developed = DisplayProcessing(signal, spacing_mm, drawn["contrast"], drawn["detail"])
+    haze = scattered_radiation(arrived, spacing_mm, drawn["scatter"])
+    mas = drawn["dose_ugy"] / (AIR_UGY * (drawn["kvp"] / 80.0) ** 2 * float(arrived.mean()))
+    twins = [
+        _counterfactual(
+            scene, view, group, everything, block, paths, haze / arrived, developed, frame
+        )
+        for group, block in zip(groups, scene.blocks(view, groups), strict=True)
+    ]
+    grey = developed.grey
+    if drawn["marker"]:
+        _put_marker(grey, drawn["name"] == "LATERAL", frame, rng)
+    grey[~frame.open] = 0.0
+    # A viewer without a window stretches a film to its range, so that range is the whole.
+    low, high = grey.min(), grey.max()
+    twins = [t and t._replace(change=t.change / (high - low)) for t in twins]
+    return RenderedRadiograph((grey - low) / (high - low), mas, twins)
+
+
+class _Frame:
+    """From the grid of rays to the film's pixels: enlarge, rotate, mirror, collimate."""
+
+    def __init__(self, drawn: dict):
+        self.drawn = drawn
+        size = (round(drawn[side] / drawn["spacing_mm"]) for side in ("height_mm", "width_mm"))
+        self.size = tuple(size)
+        self.open = np.ones(self.size, bool)  # what the collimator leaves open
+        if drawn["shutter"]:
+            top, bottom, left, right = drawn["shutter"]
+            self.open[:top] = self.open[self.size[0] - bottom :] = False
+            self.open[:, :left] = self.open[:, self.size[1] - right :] = False
+
+    def place(self, rays: np.ndarray) -> np.ndarray:
+        """Return what a film's pixels see of a picture on the grid of rays."""
+        scale = self.drawn["spacing_mm"] / GRID_MM
+        tilt = np.deg2rad(self.drawn["tilt_deg"])
+        turn = scale * np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
+        if self.drawn["mirrored"]:
+            turn[:, 0] *= -1.0
+        middle = (np.array(rays.shape[::-1]) - 1) / 2
+        offset = middle - turn @ ((np.array(self.size[::-1]) - 1) / 2)
+        matrix = np.column_stack([turn, offset])
+        flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+        return cv2.warpAffine(
+            rays.astype(np.float32), matrix, self.size[::-1], flags=flags,
+            borderMode=cv2.BORDER_REPLICATE,
+        )  # fmt: skip
+
+
+def plan_to_view(drawn: dict, bodies: list[Vertebra]) -> View:
+    """Return the geometry of a planned view."""
+    axis = np.array([body.centre_mm for body in bodies])
+    x, y = (np.interp(drawn["aim_z_mm"], axis[:, 2], axis[:, i]) for i in (0, 1))
+    across = np.deg2rad(ANGLES[drawn["name"]])
+    aim = np.array([x, y, drawn["aim_z_mm"]])
+    aim[:2] += drawn["aside_mm"] * np.array([np.cos(across), np.sin(across)])
+    angle = across + np.deg2rad(drawn["turn_deg"])
+    sides = (drawn[side] + FIELD_MARGIN_MM for side in ("height_mm", "width_mm"))
+    return View(drawn["name"], angle, aim, *sides, drawn["tilt_deg"], drawn["mirrored"])
+
+
+def _counterfactual(
+    scene: Scene,
+    view: View,
+    group: list[Lesion],
+    everything: list[Lesion],
+    block: Block | None,
+    paths: Paths,
+    haze: np.ndarray,
+    developed: DisplayProcessing,
+    frame: _Frame,
+) -> Counterfactual | None:
+    """Compare a film with its twin without one finding; None where most of it is off the film.
+
+    The mask is where rays pass through 0.8 mm or more of the finding, and at least 15 % of its
+    thickest part. The visibility is contrast to noise inside it: the root mean square of the change
+    in that quarter of the mask that changes most, for an eye is drawn by edges, over the standard
+    deviation of the twin film in the mask and 3 mm around it.
+
+    Args:
+        haze: Scattered over primary radiation at each pixel, shape (H, W).
+    """
+    if block is None:
+        return None
+    where = np.s_[block.rows[0] : block.rows[1], block.columns[0] : block.columns[1]]
+    shadow = np.zeros_like(paths.soft)
+    shadow[where] = scene.shadow(view, group, everything, block)
+    solid = shadow > max(0.8, 0.15 * shadow.max())
+    if not solid.any():
+        return None
+    mask = (frame.place(solid.astype(np.float32)) > 0.5) & frame.open
+    if mask.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 < PART_ON_FILM * solid.sum():
+        return None
+    with_it, without = map(vars, scene.twins(view, everything, group, block))
+    more = np.zeros_like(paths.soft)  # of what passes without the finding, natural logarithm
+    before = {k: v[where] for k, v in vars(paths).items()}
+    after = {k: np.maximum(before[k] + (without[k] - with_it[k]), 0.0) for k in before}
+    before = {k: np.maximum(v, 0.0) for k, v in before.items()}
+    arrive = (np.log(transmission(Paths(**p), frame.drawn["kvp"])) for p in (after, before))
+    more[where] = np.subtract(*arrive)
+    # Scatter comes from all around and stays as it is, so that it veils what lies behind metal.
+    part, change = developed.change(-np.log1p(np.expm1(frame.place(more)) / (1.0 + haze)))
+    change = change * frame.open[part]
+    here, film = mask[part], developed.grey[part]
+    if not here.any():
+        return None
+    px = 2 * round(3.0 / frame.drawn["spacing_mm"]) + 1
+    around = cv2.dilate(here.astype(np.uint8), np.ones((px, px), np.uint8)).astype(bool)
+    noise = max(float((film + change)[around].std()), 0.02)
+    most = np.sort(np.abs(change[here]))[-max(1, here.sum() // 4) :]
+    return Counterfactual(float(np.sqrt((most**2).mean())) / noise, mask, part, change)
+
+
+def find_box(shadow: np.ndarray, spacing_mm: float) -> tuple[float, float, float, float]:
+    """Return the box that an annotator would draw round a shadow, (xmin, ymin, xmax, ymax) px."""
+    rows, columns = (np.flatnonzero(shadow.any(axis=a)) for a in (1, 0))
+    margin = BOX_MARGIN_MM / spacing_mm
+    height, width = shadow.shape
+    xmin, ymin = max(columns[0] - margin, 0.0), max(rows[0] - margin, 0.0)
+    xmax, ymax = min(columns[-1] + 1 + margin, width), min(rows[-1] + 1 + margin, height)
+    return tuple(round(float(v), 2) for v in (xmin, ymin, xmax, ymax))
+
+
+def _put_marker(grey: np.ndarray, lateral: bool, frame: _Frame, rng: np.random.Generator) -> None:
+    """Lay a lead letter on the film, in a corner of the open field.
+
+    The patient's right is on a frontal or oblique film's left; a lateral one has the side that is
+    next to the detector, in any corner.
+    """
+    rows, columns = (np.flatnonzero(frame.open.any(axis=a)) for a in (1, 0))
+    size = len(rows) / 420.0
+    row = rows[0] + int(len(rows) * (0.08 if rng.random() < 0.5 else 0.96))
+    right = rng.random() < 0.5
+    column = columns[0] + int(len(columns) * (0.05 if right else 0.88))
+    letter = "R" if right and not lateral else "L"
+    lead = np.zeros(grey.shape, np.float32)
+    place, thick = (int(column), int(row)), max(1, round(2 * size))
+    cv2.putText(lead, letter, place, cv2.FONT_HERSHEY_SIMPLEX, size, 1.0, thick, cv2.LINE_AA)
+    grey += (0.97 - grey) * cv2.GaussianBlur(lead, (0, 0), 0.8)
