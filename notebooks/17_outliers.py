@@ -95,6 +95,7 @@ glue_values("c17", {
 rows = {}
 for name in ("CT_small.dcm", "MR_small.dcm", "J2K_pixelrep_mismatch.dcm"):
     data = Path(get_testdata_file(name, download=False)).read_bytes()
+    radiograph = decode_radiograph(data)
     rows[name] = " ".join(reason.text for reason in ood.header_reasons(radiograph)) or "nothing"
 sample = next(test.itertuples())
 rows["a film of the test split"] = (
