@@ -7,7 +7,6 @@ file cannot leave one out. One file for the detector.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnx
+import onnxscript.optimizer
 import torch
 from joblib import Parallel, delayed
 from onnxruntime.quantization import (
@@ -31,6 +31,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
+from dernet_utils.core.files import write_whole
 from dernet_utils.core.vocabulary import LESION_TYPES, NOTICE
 from dernet_utils.core.workspace import Workspace, commit
 from dernet_utils.dataset.prepared import load_cached
@@ -108,24 +109,73 @@ def write_onnx(network: TriageModule | DetectorModule, shape: tuple[int, int], p
 
     Args:
         network: Its weights are left as they are; its memory may be laid out anew.
-        shape: Height and width of a film, fixed in the file.
+        shape: Height and width of an image, fixed in the file.
         path: The file.
 
     Returns:
         `path`.
     """
-    outputs = ["boxes"] if isinstance(network, DetectorModule) else ["prob", "heat", "embedding"]
     network = network.eval().cpu().to(memory_format=torch.contiguous_format)
-    films = torch.zeros(2, 1, *shape, dtype=torch.uint8)
+    if isinstance(network, TriageModule):
+        outputs = ["prob", "heat", "embedding"]
+        model = _joined_folds(_trace(TriageModule(network.networks[:1]), shape, outputs), network)
+    else:
+        model = _trace(network, shape, ["boxes"])
+    model = onnxscript.optimizer.optimize(model)
+    return write_whole(path, lambda part: onnx.save(model, part))
+
+
+def _trace(network: nn.Module, shape: tuple[int, int], outputs: list[str]) -> onnx.ModelProto:
+    """Return a network's operations as torch exports them, nothing folded yet."""
+    images = torch.zeros(2, 1, *shape, dtype=torch.uint8)
     with _quiet_exporter():
         program = torch.onnx.export(
-            network, (films,), input_names=["film"], output_names=outputs, opset_version=OPSET,
+            network, (images,), input_names=["film"], output_names=outputs, opset_version=OPSET,
             dynamic_shapes={"film": {0: torch.export.Dim("n")}}, dynamo=True, verbose=False,
+            optimize=False,
         )  # fmt: skip
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    program.save(part, external_data=False)
-    part.replace(path)
-    return path
+    return program.model_proto
+
+
+def _joined_folds(first: onnx.ModelProto, network: TriageModule) -> onnx.ModelProto:
+    """Return the model of all folds, from that of the first.
+
+    Tracing a network takes a minute on some machines, and the folds' differ in their weights only.
+
+    Args:
+        first: As `_trace` returns it for the first fold alone.
+        network: All folds.
+
+    Returns:
+        A model whose ``prob`` and ``heat`` are means over folds, and whose ``embedding`` is the
+        first fold's.
+    """
+    parts = []
+    for fold, own in enumerate(network.networks):
+        part = onnx.compose.add_prefix(first, f"fold{fold}/", rename_inputs=False)
+        tensors = {f"fold{fold}/networks.0.{name}": t for name, t in own.state_dict().items()}
+        replaced = 0
+        for stored in part.graph.initializer:
+            if stored.name in tensors:
+                array = tensors[stored.name].numpy()
+                stored.CopyFrom(onnx.numpy_helper.from_array(array, stored.name))
+                replaced += 1
+        counters = sum(name.endswith("num_batches_tracked") for name in tensors)
+        if replaced < len(tensors) - counters:
+            raise RuntimeError("The exporter has renamed weights: a fold's would be lost.")
+        parts.append(part)
+    joined = parts[0]
+    for part in parts[1:]:
+        joined.graph.node.extend(part.graph.node)
+        joined.graph.initializer.extend(part.graph.initializer)
+        joined.graph.value_info.extend(part.graph.value_info)
+        joined.functions.extend(part.functions)
+    for output, wanted in zip(joined.graph.output, first.graph.output, strict=True):
+        every = [output.name.replace("fold0/", f"fold{fold}/", 1) for fold in range(len(parts))]
+        made = (every[:1], "Identity") if wanted.name == "embedding" else (every, "Mean")
+        joined.graph.node.append(onnx.helper.make_node(made[1], made[0], [wanted.name]))
+        output.name = wanted.name
+    return joined
 
 
 @contextmanager
