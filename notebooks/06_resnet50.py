@@ -58,7 +58,7 @@ network = networks.build_network("resnet50", seed=numbers.seed)
 glue_run_facts("c06", numbers, train)
 
 # %% [markdown]
-# ## A way around
+# ## The skip connection
 #
 # With more layers a network should get better; a deeper one could always copy the shallower one and let the other
 # layers do nothing. In practice deep plain chains got *worse*, even on the images that they were trained on
@@ -69,11 +69,11 @@ glue_run_facts("c06", numbers, train)
 # \mathbf{x}_{\ell+1} = \mathrm{ReLU}\big(\mathbf{x}_\ell + F_\ell(\mathbf{x}_\ell)\big).
 # $$ (eq:residual)
 #
-# The block has to learn only what should be *changed*. And when the gradient of the loss goes back to $\mathbf{x}_\ell$,
-# the sum passes it on undiminished: $\partial \mathbf{x}_{\ell+1} / \partial \mathbf{x}_\ell = I + \partial F /
-# \partial \mathbf{x}_\ell$ (where ReLU is on). A product of many such factors always contains the path $I \cdot I
-# \cdots I$, which no weight can close, except at the four blocks where a 1 × 1 convolution stands on the skip
-# connection because the shape of the maps changes.
+# The block has to learn only what should be *changed*; the input itself goes around it, by the *skip connection*. And
+# when the gradient of the loss goes back to $\mathbf{x}_\ell$, the sum passes it on undiminished: $\partial
+# \mathbf{x}_{\ell+1} / \partial \mathbf{x}_\ell = I + \partial F / \partial \mathbf{x}_\ell$ (where ReLU is on). A
+# product of many such factors always contains the path $I \cdot I \cdots I$, which no weight can close, except at the
+# four blocks where a 1 × 1 convolution stands on the skip connection because the shape of the maps changes.
 #
 # ### The bottleneck by hand
 #
@@ -163,12 +163,12 @@ glue_values("c06", {
 })
 
 # %% [markdown]
-# {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at {glue:text}`c06-px` px, and a
-# receptive field of {glue:text}`c06-reach` px: ResNet50 has more weights, more operations and a smaller receptive field
-# than DenseNet121, whose chain of windows is much longer.
+# {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at {glue:text}`c06-px` px, and
+# a receptive field of {glue:text}`c06-reach` px: ResNet50 has more weights, more operations and a smaller receptive
+# field than DenseNet121, whose chain of windows is much longer.
 
 # %% [markdown]
-# ## An experiment: the same depth, with and without
+# ## An experiment: the same depth with and without skip connections
 #
 # Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with the input added to each
 # layer's change, and measure how large the gradient still is when it has been propagated back to each layer. If each
@@ -345,7 +345,7 @@ ax.axhline(0.5, color="0.4", lw=0.8, ls=":", label="chance")
 ax.set(xlabel="stage and block left out", ylabel="AUROC", ylim=(0, 1))
 ax.legend(fontsize=8, loc="lower right")
 show_figure("c06-fig-without", fig)
-worst = max(without, key=lambda block: whole - without[block])
+worst = max(without, key=lambda name: whole - without[name])
 glue_values("c06", {
     "n-without": len(rows),
     "idle": sum(abs(whole - value) < 0.005 for value in without.values()),
