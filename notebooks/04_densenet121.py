@@ -328,8 +328,8 @@ glue_values("c04", {"parameters": f"{total:,}", "share": f"{of_resnet:.0%}"})
 # ### Operations and receptive field
 #
 # The cost of an image is counted in floating-point operations, a multiplication and an addition per weight of a
-# convolution and position of its output. And how much of the image can one output see? This *receptive field* grows by
-# $s - 1$ steps per window of side $s$, and a step is as many pixels as the product of all strides before it. Along
+# convolution and position of its output. And how much of the image can one output see? This *receptive field* grows
+# by $s - 1$ steps per window of side $s$, and a step is as many pixels as the product of all strides before it. Along
 # the longest path of DenseNet121:
 
 # %%
@@ -377,8 +377,8 @@ assert torch.isclose(line_4, by_torch) and torch.isclose(stable, by_torch)
 
 # %% [markdown]
 # Training uses the mean over a batch instead of the sum, so that the step does not grow with the batch size. The
-# gradient of the loss is remarkably simple: predicted minus true, $\partial \mathcal{L}/\partial z_i = \hat y_i - y_i$.
-# Where the network is right there is nothing to learn.
+# gradient of the loss is remarkably simple: predicted minus true, $\partial \mathcal{L}/\partial z_i = \hat y_i -
+# y_i$. Where the network is right there is nothing to learn.
 
 # %%
 by_torch.backward()
@@ -418,21 +418,21 @@ assert np.allclose(weight.detach().numpy(), theta, rtol=1e-12)
 
 # %% [markdown]
 # The learning rate follows half a cosine from the recipe's value $\eta_{max}$ to zero, large steps first and small
-# ones at the end: $\eta_t = \eta_{max} \tfrac12 (1 + \cos (\pi t / N))$, where $t$ is how many of $N$ epochs are over,
-# those on crops included. So when training turns to whole radiographs, the network already knows what a lesion looks
-# like, and the smaller steps disturb that less than large ones would.
+# ones at the end: $\eta_t = \eta_{max} \tfrac12 (1 + \cos (\pi t / N))$, where $t$ is how many of $N$ epochs are
+# over, those on crops included. So when training turns to whole radiographs, the network already knows what a lesion
+# looks like, and the smaller steps disturb that less than large ones would.
 
 # %% [markdown]
 # ## Training, fold by fold
 #
 # Everything is in place. {glue:text}`c04-start` All epochs are run and the last one counts: the companion code keeps
-# the epoch that is best on the test images, which we do not ({numref}`ex:densenet-epoch`). The held-out fold is scored
-# for the learning curve, from the last epoch on crops to the end, and decides nothing.
+# the epoch that is best on the test images, which we do not ({numref}`ex:densenet-epoch`). The held-out fold is
+# scored for the learning curve, from the last epoch on crops to the end, and decides nothing.
 #
-# `show_training`, which the next two chapters call too, trains once for each of {glue:text}`c04-folds` folds and draws
-# the learning curves. A network and a fold are one job, named by a digest of images, labels, numbers and code: a
-# finished job is loaded, an interrupted one resumes after its last finished epoch, and a cluster may run all of them
-# in parallel.
+# `show_training`, which the next two chapters call too, trains once for each of {glue:text}`c04-folds` folds and
+# draws the learning curves. A network and a fold are one job, named by a digest of images, labels, numbers and code:
+# a finished job is loaded, an interrupted one resumes after its last finished epoch, and a cluster may run all of
+# them in parallel.
 
 # %% tags=["remove-output"]
 found, last_epochs = show_training("c04", workspace, "densenet121")
@@ -463,13 +463,13 @@ last_epochs
 # %% [markdown]
 # ## The threshold, chosen out of fold
 #
-# A probability becomes a decision by a score threshold $\tau$: abnormal where $\hat y > \tau$, the $\tau_{optimal}$ of
-# line 17 in Algorithm 1. The paper does not say how it was found. We take Youden's: the $\tau$ with the largest
+# A probability becomes a decision by a score threshold $\tau$: abnormal where $\hat y > \tau$, the $\tau_{optimal}$
+# of line 17 in Algorithm 1. The paper does not say how it was found. We take Youden's: the $\tau$ with the largest
 # sensitivity + specificity − 1 {cite}`youden1950`, out of fold. The probability is the mean over the image and its
 # mirror image.
 #
-# Sensitivity is the fraction of abnormal images that are called abnormal, specificity the fraction of normal ones that
-# are called normal. To check the search, we also try every distinct probability as a threshold.
+# Sensitivity is the fraction of abnormal images that are called abnormal, specificity the fraction of normal ones
+# that are called normal. To check the search, we also try every distinct probability as a threshold.
 
 # %%
 y, prob = scored["label"].to_numpy(), scored["prob"].to_numpy()
@@ -603,8 +603,8 @@ print(f"by study {by_study:.3f}\nby image {by_image:.3f}")
 # :name: fig:densenet-examples
 # :alt: Four spine radiographs. Above, an abnormal one that was found and a normal one that was called normal. Below,
 # :  an abnormal one that was missed and a normal one that was called abnormal.
-# The most confident out-of-fold prediction of each outcome, after contrast enhancement; rings mark lesions. Out of n =
-# {glue:text}`c04-n` {glue:text}`c04-kind`, profile {glue:text}`c04-profile`.
+# The most confident out-of-fold prediction of each outcome, after contrast enhancement; rings mark lesions. Out of
+# n = {glue:text}`c04-n` {glue:text}`c04-kind`, profile {glue:text}`c04-profile`.
 # ```
 #
 # Look at {numref}`fig:densenet-examples` before reading on. Would you have seen what was missed, at this size and
@@ -682,8 +682,8 @@ glue_values("c04", {key: f"{np.nanmax(table) - np.nanmin(table):.2f}" for key, t
 results.beside_paper
 
 # %% [markdown]
-# The paper prints no interval in its Table 2, starts from ImageNet, and trains for 60 epochs. Our threshold was chosen
-# on these very images, so that sensitivity, specificity and F1 look slightly too good here; AUROC does not.
+# The paper prints no interval in its Table 2, starts from ImageNet, and trains for 60 epochs. Our threshold was
+# chosen on these very images, so that sensitivity, specificity and F1 look slightly too good here; AUROC does not.
 # {doc}`/book/deviations` lists what else differs, with reasons.
 
 # %% [markdown]
@@ -749,8 +749,8 @@ print(f"{total:,} / {thin:,} = {total / thin:.2f}")
 # ````{solution-start} ex:densenet-mirror
 # :class: dropdown
 # ````
-# One forward pass on the image alone. Whether to average is a choice like any other, so it is made on held-out images;
-# a test split that guides choices no longer measures performance on unseen images.
+# One forward pass on the image alone. Whether to average is a choice like any other, so it is made on held-out
+# images; a test split that guides choices no longer measures performance on unseen images.
 
 # %%
 with torch.no_grad():
@@ -771,8 +771,8 @@ print(f"AUROC without {without:.3f}, with {by_fold[opened_fold]:.3f}")
 # :label: ex:densenet-epoch
 #
 # A question about the method: the companion code keeps the epoch with the best AUROC on the test images. Let each
-# held-out fold play the part of the test split. How much would that choice add here to the last epoch's AUROC, and why
-# can it never be negative?
+# held-out fold play the part of the test split. How much would that choice add here to the last epoch's AUROC, and
+# why can it never be negative?
 # ```
 
 # %% [markdown]

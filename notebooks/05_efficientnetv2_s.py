@@ -154,8 +154,8 @@ with torch.no_grad():
 early.shape, late.shape
 
 # %% [markdown]
-# The number of their weights is that of {eq}`eq:mbconv`, plus two per channel of each batch normalisation and those of
-# the two small layers of squeeze and excitation.
+# The number of their weights is that of {eq}`eq:mbconv`, plus two per channel of each batch normalisation and those
+# of the two small layers of squeeze and excitation.
 
 # %%
 convolutions = [fused.conv_exp, fused.conv_pwl]
@@ -186,8 +186,8 @@ assert stages["parameters"].sum() + outside == total
 stages
 
 # %% [markdown]
-# Most parameters lie where channels are many, at the end. What about operations and the receptive field? The path from
-# input to output passes one 3 × 3 window per block; stages 2, 3, 4 and 6 halve the image in their first block.
+# Most parameters lie where channels are many, at the end. What about operations and the receptive field? The path
+# from input to output passes one 3 × 3 window per block; stages 2, 3, 4 and 6 halve the image in their first block.
 
 # %%
 way = [(3, 2)]
@@ -202,9 +202,9 @@ reach, operations
 # %% [markdown]
 # ### Cheap on paper, quick on the machine?
 #
-# Operations are not time. A depthwise convolution has so little to compute for each number it reads that the processor
-# waits for memory. Here are the convolutions of both kinds of block on the same input of 48 channels, without
-# normalisation and gates, timed alternately on this machine:
+# Operations are not time. A depthwise convolution has so little to compute for each number it reads that the
+# processor waits for memory. Here are the convolutions of both kinds of block on the same input of 48 channels,
+# without normalisation and gates, timed alternately on this machine:
 
 # %%
 pair = {
@@ -247,9 +247,9 @@ glue_values("c05", {
 #
 # ## Growing in three directions
 #
-# A network can be made deeper or wider, or be given larger images. Operations grow in proportion to depth, and with the
-# *square* of width and of resolution. Compound scaling, on which the family rests, grows all three by one exponent
-# $\varphi$,
+# A network can be made deeper or wider, or be given larger images. Operations grow in proportion to depth, and with
+# the *square* of width and of resolution. Compound scaling, on which the family rests, grows all three by one
+# exponent $\varphi$,
 #
 # $$
 # \text{depth} = \alpha^\varphi, \quad \text{width} = \beta^\varphi, \quad
@@ -345,11 +345,11 @@ results.scores.round(3)
 # %% [markdown]
 # ```{glue:figure} c05-fig-roc
 # :name: fig:efficientnet-roc
-# :alt: Receiver operating characteristic of EfficientNetV2-S out of fold with a shaded band, the diagonal of chance and
-# :  a star at the threshold.
-# Receiver operating characteristic of EfficientNetV2-S out of fold, with a pointwise 95 % band from resampled studies.
-# AUROC {glue:text}`c05-auroc`, n = {glue:text}`c05-n` {glue:text}`c05-kind` of {glue:text}`c05-n-studies` studies,
-# profile {glue:text}`c05-profile`.
+# :alt: Receiver operating characteristic of EfficientNetV2-S out of fold with a shaded band, the diagonal of chance
+# :  and a star at the threshold.
+# Receiver operating characteristic of EfficientNetV2-S out of fold, with a pointwise 95 % band from resampled
+# studies. AUROC {glue:text}`c05-auroc`, n = {glue:text}`c05-n` {glue:text}`c05-kind` of {glue:text}`c05-n-studies`
+# studies, profile {glue:text}`c05-profile`.
 # ```
 #
 # Find the star of {numref}`fig:efficientnet-roc`: it lies where the curve is farthest above the diagonal, since that
@@ -365,8 +365,8 @@ results.scores.round(3)
 # {glue:text}`c05-n` {glue:text}`c05-kind`, profile {glue:text}`c05-profile`.
 # ```
 #
-# Compare {numref}`fig:efficientnet-examples` with {numref}`fig:densenet-examples`. Where two networks err on different
-# radiographs, their vote can be better than either; {ref}`chap:ensemble` measures that.
+# Compare {numref}`fig:efficientnet-examples` with {numref}`fig:densenet-examples`. Where two networks err on
+# different radiographs, their vote can be better than either; {ref}`chap:ensemble` measures that.
 
 # %% [markdown]
 # ## Paper beside ours
@@ -380,8 +380,8 @@ results.beside_paper
 # %% [markdown]
 # ## Which channels respond to disease?
 #
-# After training, the gates of a late block can be read for each radiograph. A gate that differs between labels belongs
-# to a channel that the network opens, or closes, for abnormal radiographs.
+# After training, the gates of a late block can be read for each radiograph. A gate that differs between labels
+# belongs to a channel that the network opens, or closes, for abnormal radiographs.
 
 # %%
 trained, _ = training.load_network("tf_efficientnetv2_s", found.checkpoints[shown_fold], recipe)
@@ -429,15 +429,16 @@ glue_values("c05", {"n-gates": len(rows)})
 # ```{exercise}
 # :label: ex:efficientnet-depthwise
 #
-# By hand: for which expansion ratio $e$ does the fused block have twice the weights of MBConv, at $c = 48$ and $s = 3$?
+# By hand: for which expansion ratio $e$ does the fused block have twice the weights of MBConv, at $c = 48$ and $s =
+# 3$?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:efficientnet-depthwise
 # :class: dropdown
 # ````
-# For none: $e$ is a factor of every term of {eq}`eq:mbconv` and cancels. The ratio is $(s^2 + 1)c / (2c + s^2)$, which
-# at $c = 48$ is 480 / 105.
+# For none: $e$ is a factor of every term of {eq}`eq:mbconv` and cancels. The ratio is $(s^2 + 1)c / (2c + s^2)$,
+# which at $c = 48$ is 480 / 105.
 
 # %%
 assert all(np.isclose(fused_weights(48, e) / mbconv_weights(48, e), 480 / 105) for e in (1, 4, 6))
@@ -473,8 +474,8 @@ assert fits[-1] == 160
 # :label: ex:efficientnet-specificity
 #
 # A question about the paper: its Table 2 gives this network the lowest sensitivity and the highest specificity of the
-# three, and concludes that it "favours specificity". Is that a property of the network? Move this run's threshold until
-# its specificity is the paper's, and read off the sensitivity.
+# three, and concludes that it "favours specificity". Is that a property of the network? Move this run's threshold
+# until its specificity is the paper's, and read off the sensitivity.
 # ```
 
 # %% [markdown]

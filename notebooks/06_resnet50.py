@@ -18,9 +18,9 @@
 # # 06 · ResNet50
 #
 # :::{admonition} In this chapter
-# **You will be able to** build the bottleneck of ResNet50, show by an experiment why very deep chains are hard to train
-# without skip connections, take whole blocks out of a trained network and measure the effect, and evaluate the network
-# out of fold.
+# **You will be able to** build the bottleneck of ResNet50, show by an experiment why very deep chains are hard to
+# train without skip connections, take whole blocks out of a trained network and measure the effect, and evaluate the
+# network out of fold.
 #
 # **You need** {ref}`chap:densenet121`, for loss, step, folds and threshold.
 #
@@ -62,8 +62,8 @@ glue_run_facts("c06", numbers, train)
 #
 # With more layers a network should get better; a deeper one could always copy the shallower one and let the other
 # layers do nothing. In practice deep plain chains got *worse*, even on the images that they were trained on
-# {cite}`he2016`. Doing nothing is hard for a layer: it has to learn the identity. A residual block makes it the easiest
-# thing there is,
+# {cite}`he2016`. Doing nothing is hard for a layer: it has to learn the identity. A residual block makes it the
+# easiest thing there is,
 #
 # $$
 # \mathbf{x}_{\ell+1} = \mathrm{ReLU}\big(\mathbf{x}_\ell + F_\ell(\mathbf{x}_\ell)\big).
@@ -101,10 +101,11 @@ with torch.no_grad():
 x1.shape
 
 # %% [markdown]
-# Where training starts from random weights, the last scale $\gamma$ of a block sets how much of its change is added at
-# first. At zero, timm's choice for ResNet, 12 of the 16 blocks only pass on their input, and each gains influence
-# during training {cite}`goyal2017`; over many epochs that is the steadier start. With only a few hundred steps a value
-# in between was better on held-out radiographs ({ref}`sec:chosen`), so this book starts all of them at one half.
+# Where training starts from random weights, the last scale $\gamma$ of a block sets how much of its change is added
+# at first. At zero, timm's choice for ResNet, 12 of the 16 blocks only pass on their input, and each gains influence
+# during training {cite}`goyal2017`; over many epochs that is the steadier start. With only a few hundred steps a
+# value in between was better on held-out radiographs ({ref}`sec:chosen`), so this book starts all of them at one
+# half.
 
 # %%
 fresh = networks.build_network("resnet50", seed=numbers.seed)
@@ -115,8 +116,8 @@ assert all(one.bn3.weight.eq(0.5).all() for stage in (fresh.layer1, fresh.layer4
 #
 # A block from $c$ channels through $c/4$ has $c \cdot c/4 + 9 (c/4)^2 + c/4 \cdot c = 17 c^2 / 16$ weights in its
 # convolutions; two full 3 × 3 convolutions would have $18 c^2$. That is what the bottleneck saves. The stages have 3,
-# 4, 6 and 3 blocks. The first block of a stage also has a 1 × 1 convolution on its skip connection, since the number of
-# channels changes there.
+# 4, 6 and 3 blocks. The first block of a stage also has a 1 × 1 convolution on its skip connection, since the number
+# of channels changes there.
 
 
 # %%
@@ -163,19 +164,19 @@ glue_values("c06", {
 })
 
 # %% [markdown]
-# {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at {glue:text}`c06-px` px, and
-# a receptive field of {glue:text}`c06-reach` px: ResNet50 has more weights, more operations and a smaller receptive
-# field than DenseNet121, whose chain of windows is much longer.
+# {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at {glue:text}`c06-px` px,
+# and a receptive field of {glue:text}`c06-reach` px: ResNet50 has more weights, more operations and a smaller
+# receptive field than DenseNet121, whose chain of windows is much longer.
 
 # %% [markdown]
 # ## An experiment: the same depth with and without skip connections
 #
 # Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with the input added to each
 # layer's change, and measure how large the gradient still is when it has been propagated back to each layer. If each
-# layer shrinks the gradient by some factor, the plain chain shrinks it by that factor to the power of its depth. In the
-# other chain each change is divided by the depth; added whole, the changes would make the gradient grow instead, which
-# in ResNet50 the normalisation within each block and the 1 × 1 convolution at the start of each stage keep within
-# bounds.
+# layer shrinks the gradient by some factor, the plain chain shrinks it by that factor to the power of its depth. In
+# the other chain each change is divided by the depth; added whole, the changes would make the gradient grow instead,
+# which in ResNet50 the normalisation within each block and the 1 × 1 convolution at the start of each stage keep
+# within bounds.
 
 
 # %%
@@ -207,10 +208,10 @@ show_figure("c06-fig-gradient", fig)
 # %% [markdown]
 # ```{glue:figure} c06-fig-gradient
 # :name: fig:residual-gradient
-# :alt: Size of the gradient by layer on a logarithmic scale. With the input added it stays near one, in the plain chain
-# :  it falls by several powers of ten towards the input.
-# Size of the gradient at each layer of two untrained chains of 48 layers with the same random weights; where the input
-# is added, changes are divided by 48. The experiment does not depend on data or profile.
+# :alt: Size of the gradient by layer on a logarithmic scale. With the input added it stays near one, in the plain
+# :  chain it falls by several powers of ten towards the input.
+# Size of the gradient at each layer of two untrained chains of 48 layers with the same random weights; where the
+# input is added, changes are divided by 48. The experiment does not depend on data or profile.
 # ```
 #
 # In {numref}`fig:residual-gradient` the first layers of the plain chain receive almost no gradient, so a step of the
@@ -235,12 +236,13 @@ last_epochs
 # :name: fig:resnet-curve
 # :alt: Two panels over epochs, a colour per fold. Left, the loss on training images and on held-out ones. Right, the
 # :  AUROC on the held-out fold.
-# Learning curves of ResNet50 over {glue:text}`c06-folds` folds; epochs on crops lie on grey. Held-out losses above 1.5
-# are cut off. n = {glue:text}`c06-n` {glue:text}`c06-kind`, profile {glue:text}`c06-profile`.
+# Learning curves of ResNet50 over {glue:text}`c06-folds` folds; epochs on crops lie on grey. Held-out losses above
+# 1.5 are cut off. n = {glue:text}`c06-n` {glue:text}`c06-kind`, profile {glue:text}`c06-profile`.
 # ```
 #
 # Compare with {numref}`fig:densenet-curve`: does this network, with more than three times the parameters, overfit
-# earlier in {numref}`fig:resnet-curve`? Overfitting shows as a held-out loss that rises while the training loss falls.
+# earlier in {numref}`fig:resnet-curve`? Overfitting shows as a held-out loss that rises while the training loss
+# falls.
 
 # %% [markdown]
 # ## Performance, with intervals
@@ -259,15 +261,15 @@ scores.round(3)
 # %% [markdown]
 # ```{glue:figure} c06-fig-roc
 # :name: fig:resnet-roc
-# :alt: Receiver operating characteristic of ResNet50 out of fold with a shaded band, the diagonal of chance and a star
-# :  at the threshold.
+# :alt: Receiver operating characteristic of ResNet50 out of fold with a shaded band, the diagonal of chance and a
+# :  star at the threshold.
 # Receiver operating characteristic of ResNet50 out of fold, with a pointwise 95 % band from resampled studies. AUROC
 # {glue:text}`c06-auroc`, n = {glue:text}`c06-n` {glue:text}`c06-kind` of {glue:text}`c06-n-studies` studies, profile
 # {glue:text}`c06-profile`.
 # ```
 #
-# Find the star of {numref}`fig:resnet-roc`: it lies where the curve is farthest above the diagonal, since that distance
-# is what Youden's index measures.
+# Find the star of {numref}`fig:resnet-roc`: it lies where the curve is farthest above the diagonal, since that
+# distance is what Youden's index measures.
 #
 # ### Right and wrong predictions
 #
@@ -294,9 +296,9 @@ results.beside_paper
 # %% [markdown]
 # ## Taking blocks out
 #
-# If a block only changes its input a little, the network should still work without it. In a trained network we replace,
-# one at a time, each block that does not change the shape of its input by the identity, and score held-out radiographs
-# again.
+# If a block only changes its input a little, the network should still work without it. In a trained network we
+# replace, one at a time, each block that does not change the shape of its input by the identity, and score held-out
+# radiographs again.
 
 # %%
 trained, _ = training.load_network("resnet50", found.checkpoints[shown_fold], recipe)
@@ -363,9 +365,9 @@ glue_values("c06", {
 #
 # Removing any one of {glue:text}`c06-idle` of the twelve blocks changes the AUROC by less than 0.005
 # ({numref}`fig:resnet-without`). Removing block {glue:text}`c06-taken` costs most: the AUROC falls by
-# {glue:text}`c06-worst`, with its 95 % interval by study. The largest of twelve differences is too large by chance, and
-# the interval does not account for this choice. Where the AUROC of the whole network is near one half, the figure shows
-# nothing.
+# {glue:text}`c06-worst`, with its 95 % interval by study. The largest of twelve differences is too large by chance,
+# and the interval does not account for this choice. Where the AUROC of the whole network is near one half, the figure
+# shows nothing.
 
 # %% [markdown]
 # ## Exercises
@@ -400,16 +402,16 @@ assert len(lengths) == 2**n and lengths.mean() == n / 2
 # ```{exercise}
 # :label: ex:resnet-bottleneck
 #
-# By hand: a bottleneck from $c$ channels narrows to $c/r$. How does its number of weights depend on $r$, and which $r$
-# gives about as many as two full 3 × 3 convolutions at $c/4$ channels?
+# By hand: a bottleneck from $c$ channels narrows to $c/r$. How does its number of weights depend on $r$, and which
+# $r$ gives about as many as two full 3 × 3 convolutions at $c/4$ channels?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:resnet-bottleneck
 # :class: dropdown
 # ````
-# $2c^2/r + 9c^2/r^2$. Two full ones at $c/4$ have $18 c^2/16$, and $r = 4$ gives $17 c^2 / 16$: about as many weights,
-# with four times the channels between blocks.
+# $2c^2/r + 9c^2/r^2$. Two full ones at $c/4$ have $18 c^2/16$, and $r = 4$ gives $17 c^2 / 16$: about as many
+# weights, with four times the channels between blocks.
 
 # %%
 c = 256
@@ -424,8 +426,8 @@ assert narrow[4] == 17 * c * c // 16 and narrow[4] < 18 * (c // 4) ** 2 < narrow
 # ```{exercise}
 # :label: ex:resnet-recall
 #
-# A question about the paper: it says that ResNet50 favours recall. By how much does this run's sensitivity change when
-# the threshold moves from Youden's to the one with the best F1?
+# A question about the paper: it says that ResNet50 favours recall. By how much does this run's sensitivity change
+# when the threshold moves from Youden's to the one with the best F1?
 # ```
 
 # %% [markdown]

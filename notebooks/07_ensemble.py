@@ -91,10 +91,10 @@ pd.DataFrame(prob, columns=spoken).describe().loc[["mean", "std", "min", "max"]]
 #
 # The two sums add up to one, so the larger is the one above one half: abnormal where the score
 # $\mathcal{S}(\mathbf{x}) = \sum_m \omega_m P(y = 1 \mid \mathbf{x}; \theta_m)$ exceeds 0.5. Lines 16 and 17 of the
-# paper's Algorithm 1 compare the same $\mathcal{S}$ with a $\tau_{optimal}$ instead. We follow the algorithm, which can
-# trade sensitivity for specificity. It is called a *soft* vote because probabilities are averaged before any decision
-# is made. The paper's weights are 0.42 for DenseNet121, 0.32 for EfficientNetV2-S and 0.26 for ResNet50: the largest
-# for the network whose AUROC is the lowest of the three in its own Table 2.
+# paper's Algorithm 1 compare the same $\mathcal{S}$ with a $\tau_{optimal}$ instead. We follow the algorithm, which
+# can trade sensitivity for specificity. It is called a *soft* vote because probabilities are averaged before any
+# decision is made. The paper's weights are 0.42 for DenseNet121, 0.32 for EfficientNetV2-S and 0.26 for ResNet50: the
+# largest for the network whose AUROC is the lowest of the three in its own Table 2.
 
 # %%
 omega_paper = np.array(ensemble.PAPER_WEIGHTS)
@@ -130,9 +130,10 @@ show_figure("c07-fig-ensemble", fig)
 #
 # ## Why it can help
 #
-# If three networks erred on the same radiographs, their mean would err there too. Averaging helps only as far as their
-# errors *differ*. Take the error $e_m = P_m - y$ of each network. If all had variance $v$ and any two were correlated by
-# $r$, the mean of three would have the error variance $v (1 + 2r) / 3$: a third of $v$ at $r = 0$, all of it at $r = 1$.
+# If three networks erred on the same radiographs, their mean would err there too. Averaging helps only as far as
+# their errors *differ*. Take the error $e_m = P_m - y$ of each network. If all had variance $v$ and any two were
+# correlated by $r$, the mean of three would have the error variance $v (1 + 2r) / 3$: a third of $v$ at $r = 0$, all
+# of it at $r = 1$.
 
 # %%
 errors = prob - y[:, None]
@@ -143,8 +144,8 @@ assert np.isclose(mean_error.var(), covariance.sum() / 9)  # the rule, without e
 pd.DataFrame(correlation, spoken, spoken).round(2)
 
 # %% [markdown]
-# Part of these correlations is no property of the networks: the error on an abnormal radiograph is always negative and
-# that on a normal one always positive, for all three alike. The correlation within each label shows how far the
+# Part of these correlations is no property of the networks: the error on an abnormal radiograph is always negative
+# and that on a normal one always positive, for all three alike. The correlation within each label shows how far the
 # networks find the same radiographs hard.
 
 # %%
@@ -177,16 +178,16 @@ glue_values("c07", {
 # ```
 #
 # The mean correlation of errors is {glue:text}`c07-r`, within a label {glue:text}`c07-r-within`. On radiographs like
-# those of {numref}`fig:disagree` a vote can correct a single network; where all three agree, right or wrong, it changes
-# nothing.
+# those of {numref}`fig:disagree` a vote can correct a single network; where all three agree, right or wrong, it
+# changes nothing.
 
 # %% [markdown]
 # ## Every choice of weights
 #
 # Three weights that sum to one are a point in a triangle, whose corners are the single networks. There are 1,326 such
-# points in steps of 0.02, so we can evaluate them all. The paper chose its weights "empirically", on images that it does
-# not name. We take the weights with the least *log loss* out of fold. Log loss is smooth and convex in the weights, so
-# the grid's best point is next to the best there is; AUROC changes in steps and rewards luck.
+# points in steps of 0.02, so we can evaluate them all. The paper chose its weights "empirically", on images that it
+# does not name. We take the weights with the least *log loss* out of fold. Log loss is smooth and convex in the
+# weights, so the grid's best point is next to the best there is; AUROC changes in steps and rewards luck.
 
 # %%
 points = ensemble.simplex(3)
@@ -228,10 +229,10 @@ glue_values("c07", {
 # %% [markdown]
 # ```{glue:figure} c07-fig-simplex
 # :name: fig:simplex
-# :alt: A triangle whose corners are the three networks, coloured by the AUROC of the vote, with the paper's, equal and
-# :  fitted weights marked.
-# AUROC of the vote for every choice of weights, out of fold: a star marks the paper's, a disc equal weights, a diamond
-# those with the least log loss, {glue:text}`c07-omega` for DenseNet121, EfficientNetV2-S and ResNet50. n =
+# :alt: A triangle whose corners are the three networks, coloured by the AUROC of the vote, with the paper's, equal
+# :  and fitted weights marked.
+# AUROC of the vote for every choice of weights, out of fold: a star marks the paper's, a disc equal weights, a
+# diamond those with the least log loss, {glue:text}`c07-omega` for DenseNet121, EfficientNetV2-S and ResNet50. n =
 # {glue:text}`c07-n` {glue:text}`c07-kind`, profile {glue:text}`c07-profile`.
 # ```
 #
@@ -241,17 +242,17 @@ glue_values("c07", {
 # %% [markdown]
 # ## What a probability means
 #
-# A threshold needs only the order of the scores. A reader who sees "0.7" expects more: that of ten radiographs with 0.7,
-# seven are abnormal. *Calibration* aims at that. Temperature scaling divides the logit by one number $T$
+# A threshold needs only the order of the scores. A reader who sees "0.7" expects more: that of ten radiographs with
+# 0.7, seven are abnormal. *Calibration* aims at that. Temperature scaling divides the logit by one number $T$
 # {cite}`guo2017`,
 #
 # $$
 # \mathcal{S}_T = \sigma\big(\sigma^{-1}(\mathcal{S}) / T\big),
 # $$ (eq:temperature)
 #
-# which leaves the order as it is. *Isotonic* regression fits any rising step function instead. Evaluating either on the
-# images that it was fitted to would flatter it. So for each fold, weights, temperature and steps are fitted on the other
-# folds and evaluated on this one.
+# which leaves the order as it is. *Isotonic* regression fits any rising step function instead. Evaluating either on
+# the images that it was fitted to would flatter it. So for each fold, weights, temperature and steps are fitted on
+# the other folds and evaluated on this one.
 
 # %%
 fold = scored["fold"].to_numpy()
@@ -293,20 +294,21 @@ show_figure("c07-fig-reliability", fig)
 # %% [markdown]
 # ```{glue:figure} c07-fig-reliability
 # :name: fig:reliability
-# :alt: Fraction of abnormal radiographs against mean probability in ten bins, without calibration and with two kinds of
-# :  it, beside the diagonal.
+# :alt: Fraction of abnormal radiographs against mean probability in ten bins, without calibration and with two kinds
+# :  of it, beside the diagonal.
 # Reliability of the vote in ten bins of equal number (fewer where probabilities are equal), before and after a
 # calibration that was fitted on other folds. n = {glue:text}`c07-n` {glue:text}`c07-kind`, profile
 # {glue:text}`c07-profile`.
 # ```
 #
-# Below the diagonal of {numref}`fig:reliability` a network is overconfident of disease, above it underconfident. The mean
-# of three is as a rule underconfident, since a single network that disagrees pulls it towards the middle. The isotonic
-# curve has many steps to fit and with few images can fit chance; we had settled beforehand on the temperature, which is
-# one number. For the test split, weights and temperature are fitted on all folds.
+# Below the diagonal of {numref}`fig:reliability` a network is overconfident of disease, above it underconfident. The
+# mean of three is as a rule underconfident, since a single network that disagrees pulls it towards the middle. The
+# isotonic curve has many steps to fit and with few images can fit chance; we had settled beforehand on the
+# temperature, which is one number. For the test split, weights and temperature are fitted on all folds.
 #
-# All of this holds for the fraction of abnormal radiographs here, {glue:text}`c07-share`. In an ordinary list of patients
-# it is lower, and 0.7 no longer means seven of ten: calibrate on radiographs from the site where the network is used.
+# All of this holds for the fraction of abnormal radiographs here, {glue:text}`c07-share`. In an ordinary list of
+# patients it is lower, and 0.7 no longer means seven of ten: calibrate on radiographs from the site where the network
+# is used.
 
 # %%
 vote = ensemble.soft_vote(prob, omega)
@@ -320,8 +322,8 @@ round(temperature, 2)
 # ## Thresholds, and what they trade
 #
 # Three aims lead to three thresholds. Youden's balances sensitivity and specificity. F1 weighs true positives against
-# missed radiographs and false positives, and does not count normal radiographs that are called normal. A cautious reading
-# room fixes a sensitivity and accepts the specificity that is left.
+# missed radiographs and false positives, and does not count normal radiographs that are called normal. A cautious
+# reading room fixes a sensitivity and accepts the specificity that is left.
 
 # %%
 thresholds = {
@@ -365,22 +367,22 @@ show_figure("c07-fig-trade", fig)
 # :name: fig:trade
 # :alt: Left, sensitivity falls and specificity rises with the threshold, with three thresholds marked. Right, net
 # :  benefit of the ensemble, of calling all abnormal and of calling none.
-# Left: what the threshold trades. Right: decision curve of the vote, weighted and calibrated on the other folds, with a
-# 95 % band from resampled studies. Out of fold, n = {glue:text}`c07-n` {glue:text}`c07-kind`, profile
+# Left: what the threshold trades. Right: decision curve of the vote, weighted and calibrated on the other folds, with
+# a 95 % band from resampled studies. Out of fold, n = {glue:text}`c07-n` {glue:text}`c07-kind`, profile
 # {glue:text}`c07-profile`.
 # ```
 #
 # The right panel of {numref}`fig:trade` asks whether the network is useful at all {cite}`vickers2006`. Choosing a
-# threshold of $p$ means that one missed radiograph weighs as much as $(1 - p) / p$ false positives; *net benefit* counts
-# true positives minus false positives at that rate. The network is useful where its curve lies above both alternatives:
-# calling every radiograph abnormal, and calling none.
+# threshold of $p$ means that one missed radiograph weighs as much as $(1 - p) / p$ false positives; *net benefit*
+# counts true positives minus false positives at that rate. The network is useful where its curve lies above both
+# alternatives: calling every radiograph abnormal, and calling none.
 
 # %% [markdown]
 # ## The decision is written down
 #
-# Weights, temperature and thresholds are fixed from here on. Writing them opens the seal: until now `open_test_labels`
-# has refused, in this run too, since the set-up deleted an earlier run's decision. That seals the labels again; it cannot
-# make a person forget what was seen.
+# Weights, temperature and thresholds are fixed from here on. Writing them opens the seal: until now
+# `open_test_labels` has refused, in this run too, since the set-up deleted an earlier run's decision. That seals the
+# labels again; it cannot make a person forget what was seen.
 
 # %%
 try:
@@ -401,10 +403,10 @@ pd.Series(chosen | decision.thresholds, name="chosen").round(3).to_frame()
 # %% [markdown]
 # ## The test split, once
 #
-# A test image is scored by the networks of all {glue:text}`c07-folds` folds, since none of them was trained on it, and
-# their mean is taken. Each single network gets its own Youden threshold, also from out of fold. There a score came from
-# one network; a mean over folds varies less around the middle, so threshold and temperature may not fit it equally well.
-# The table below shows how well they do.
+# A test image is scored by the networks of all {glue:text}`c07-folds` folds, since none of them was trained on it,
+# and their mean is taken. Each single network gets its own Youden threshold, also from out of fold. There a score
+# came from one network; a mean over folds varies less around the middle, so threshold and temperature may not fit it
+# equally well. The table below shows how well they do.
 
 # %%
 test = found["densenet121"].test.drop(columns="prob")
@@ -431,9 +433,9 @@ measure(y_test, {"vote": prob_test @ omega, "calibrated": decision.prob(prob_tes
 # ### Paper beside ours: Table 2
 #
 # All numbers are in per cent, ours with 95 % intervals. The first column is the paper's, on its 2,078 test images of
-# people. The others are this run's: out of fold, where thresholds and weights were chosen, so that they look slightly too
-# good and their intervals slightly too narrow, and on the test split. The columns are of different images and may not be
-# compared with each other.
+# people. The others are this run's: out of fold, where thresholds and weights were chosen, so that they look slightly
+# too good and their intervals slightly too narrow, and on the test split. The columns are of different images and may
+# not be compared with each other.
 
 # %% tags=["hide-input"]
 compare_with_table_2(numbers, tables, tuple(TABLE_2))
@@ -457,8 +459,8 @@ glue_values("c07", {
 # %% [markdown]
 # ```{glue:figure} c07-fig-roc
 # :name: fig:ensemble-roc
-# :alt: Receiver operating characteristics of DERNet and three networks on the test split, a band around DERNet's, and a
-# :  star at its threshold.
+# :alt: Receiver operating characteristics of DERNet and three networks on the test split, a band around DERNet's, and
+# :  a star at its threshold.
 # Receiver operating characteristics on the test split, a 95 % band from resampled studies around DERNet's. n =
 # {glue:text}`c07-n-test` {glue:text}`c07-kind` of {glue:text}`c07-n-test-studies` studies, profile
 # {glue:text}`c07-profile`.
@@ -471,9 +473,9 @@ glue_values("c07", {
 # %% [markdown]
 # ## Does it matter?
 #
-# Two claims of the paper can be tested on the same images: that the vote is better than single networks, and that *these*
-# weights are needed. Both votes score the same radiographs, so their chance errors are correlated; therefore we resample
-# the *difference*, study by study.
+# Two claims of the paper can be tested on the same images: that the vote is better than single networks, and that
+# *these* weights are needed. Both votes score the same radiographs, so their chance errors are correlated; therefore
+# we resample the *difference*, study by study.
 
 
 # %%
@@ -516,13 +518,13 @@ for key, (name, d) in zip(("weights", "paper", "top", "median"), differences.ite
     glue_values("c07", {key: f"{d:+.3f}", f"{key}-verdict": sentence})
 
 # %% [markdown]
-# Against equal weights the AUROC differs by {glue:text}`c07-weights`. {glue:text}`c07-weights-verdict` Against the paper's
-# weights: {glue:text}`c07-paper`. {glue:text}`c07-paper-verdict` Against the network that was best out of fold, the harder
-# comparison: {glue:text}`c07-top`. {glue:text}`c07-top-verdict` Against the median network: {glue:text}`c07-median`.
-# {glue:text}`c07-median-verdict`
+# Against equal weights the AUROC differs by {glue:text}`c07-weights`. {glue:text}`c07-weights-verdict` Against the
+# paper's weights: {glue:text}`c07-paper`. {glue:text}`c07-paper-verdict` Against the network that was best out of
+# fold, the harder comparison: {glue:text}`c07-top`. {glue:text}`c07-top-verdict` Against the median network:
+# {glue:text}`c07-median`. {glue:text}`c07-median-verdict`
 #
-# The paper prints three weights with two decimals and no comparison with 1/3 each; the map of {numref}`fig:simplex` shows
-# how little such decimals may mean.
+# The paper prints three weights with two decimals and no comparison with 1/3 each; the map of {numref}`fig:simplex`
+# shows how little such decimals may mean.
 
 # %% [markdown]
 # ## Exercises
@@ -532,8 +534,8 @@ for key, (name, d) in zip(("weights", "paper", "top", "median"), differences.ite
 # ```{exercise}
 # :label: ex:ensemble-correlation
 #
-# By hand: the errors of three networks have equal variance $v$. At which correlation $r$ does their mean have half the
-# error variance of one?
+# By hand: the errors of three networks have equal variance $v$. At which correlation $r$ does their mean have half
+# the error variance of one?
 # ```
 
 # %% [markdown]
@@ -555,8 +557,8 @@ assert np.isclose(three.sum() / 9, 0.5)
 # ```{exercise}
 # :label: ex:ensemble-hard
 #
-# In code: let each network decide by its own threshold, and take the majority. How does this *hard* vote compare out of
-# fold with the soft one at Youden's threshold?
+# In code: let each network decide by its own threshold, and take the majority. How does this *hard* vote compare out
+# of fold with the soft one at Youden's threshold?
 # ```
 
 # %% [markdown]
@@ -581,16 +583,16 @@ both.round(3)
 # ```{exercise}
 # :label: ex:ensemble-luck
 #
-# A question about the method: choose the weights of the best AUROC *on the test split*. How much better does the AUROC
-# look than with weights from out of fold, and why does that mean nothing?
+# A question about the method: choose the weights of the best AUROC *on the test split*. How much better does the
+# AUROC look than with weights from out of fold, and why does that mean nothing?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:ensemble-luck
 # :class: dropdown
 # ````
-# The best of 1,326 numbers is at least the one that was fixed beforehand, whatever the networks can do. On new radiographs
-# the advantage would vanish.
+# The best of 1,326 numbers is at least the one that was fixed beforehand, whatever the networks can do. On new
+# radiographs the advantage would vanish.
 
 # %%
 best_on_test = max(classification.auroc(y_test, prob_test @ point) for point in points)
@@ -607,6 +609,7 @@ round(gain, 3)
 #
 # - A vote helps as far as errors differ; measure their correlation first.
 # - Weights from out-of-fold log loss: {glue:text}`c07-omega`. {glue:text}`c07-weights-verdict`
-# - Calibration aims at 0.7 meaning seven of ten; whether it does is evaluated on radiographs that it was not fitted on.
+# - Calibration aims at 0.7 meaning seven of ten; whether it does is evaluated on radiographs that it was not
+#   fitted on.
 # - Weights, temperature and thresholds were written before a test label was read. DERNet's test AUROC:
 #   {glue:text}`c07-auroc`, n = {glue:text}`c07-n-test` {glue:text}`c07-kind`.
