@@ -92,10 +92,10 @@ counts.set_axis(["images", "studies", "abnormal images"], axis=1)
 
 # %%
 recipe = training.TriageRecipe.of(numbers)
-learnt = train[train["fold"] != opened_fold]
+trained_on = train[train["fold"] != opened_fold]
 px = recipe.image_px
-sample = training.Sample.load(learnt, px)
-assert sample.pixels.shape == (len(learnt), 1, px, px)
+sample = training.Sample.load(trained_on, px)
+assert sample.pixels.shape == (len(trained_on), 1, px, px)
 assert sample.pixels.dtype == torch.uint8
 recipe
 
@@ -122,16 +122,16 @@ assert torch.allclose(x[:, 0], red, atol=1e-6)
 
 # %%
 generator = torch.Generator().manual_seed(numbers.seed)
-abnormal_rows = np.flatnonzero(learnt["label"])
+abnormal_rows = np.flatnonzero(trained_on["label"])
 shown = int(abnormal_rows[0])
-finer = training.Sample.load(learnt, recipe.train_px)
+finer = training.Sample.load(trained_on, recipe.train_px)
 augmented = F.avg_pool2d(training.augment(finer.pixels[[shown] * 5], generator), recipe.detail)
 assert augmented.shape == (5, 1, px, px)
 assert augmented.min() >= 0 and augmented.max() <= 1
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(2, 3, figsize=(7.2, 5.6))
-enhanced = load_cached(learnt["cached_path"].iloc[shown])
+enhanced = load_cached(trained_on["cached_path"].iloc[shown])
 show_radiograph(axes[0, 0], enhanced, f"enhanced, {enhanced.shape[0]} × {enhanced.shape[1]} px")
 show_radiograph(axes[0, 1], sample.pixels[shown, 0].numpy(), "resized to a square")
 for number, ax in enumerate(axes.flat[2:]):
@@ -590,9 +590,9 @@ print(f"by study {by_study:.3f}\nby image {by_image:.3f}")
 # Where the images of a study share label and score, the interval by study is the wider. Where a study contains both
 # labels, what its images have in common cancels in the comparison of pairs, and it can be narrower.
 #
-# No interval in this part of the book covers everything. It says how the result would vary with other radiographs for
-# *these* networks; another seed would have given other networks. So two networks are compared as they were trained
-# here, not as architectures.
+# No interval in this part of the book covers everything. Each says how the result would vary with other radiographs
+# for *these* networks; another seed would have given other networks. So two networks are compared as they were
+# trained here, not as architectures.
 #
 # ### Right and wrong predictions
 #
