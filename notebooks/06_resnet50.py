@@ -18,19 +18,19 @@
 # # 06 · ResNet50
 #
 # :::{admonition} In this chapter
-# **You will be able to** build the bottleneck of ResNet50, show by an experiment why very deep chains
-# do not learn without a way around, take whole blocks out of a trained network and see what
-# happens, and judge the network out of fold.
+# **You will be able to** build the bottleneck of ResNet50, show by an experiment why very deep chains are hard to
+# train without skip connections, take whole blocks out of a trained network and measure the effect, and evaluate the
+# network out of fold.
 #
 # **You need** {ref}`chap:densenet121`, for loss, step, folds and threshold.
 #
-# **It takes** twenty minutes of reading. Training took {glue:text}`c06-train-minutes` minutes of one
-# job after the other.
+# **It takes** twenty minutes of reading. Training took {glue:text}`c06-train-minutes` minutes, one job after the
+# other.
 # :::
 
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
-shown_fold = 0  # whose network loses blocks below: it held this fold out
+shown_fold = 0  # the network that loses blocks below is the one for which this fold was held out
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -38,15 +38,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dernet_utils.book import figures
+from dernet_utils.book.classifier_chapter import glue_run_facts, show_out_of_fold, show_training
 from dernet_utils.book.figures import show_figure
-from dernet_utils.book.paper import compare_with_table_2
-from dernet_utils.book.progress import epoch_bars
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core import machine
 from dernet_utils.metrics import classification, intervals
 from dernet_utils.triage import networks, training
-from dernet_utils.triage.crossvalidation import cross_validate, triage_images
+from dernet_utils.triage.crossvalidation import triage_images
 from dernet_utils.triage.networks import batch_norm
 
 # %%
@@ -57,50 +55,41 @@ train = images[images["split"] == "train"]
 recipe = training.TriageRecipe.of(numbers)
 sample = training.Sample.load(train, recipe.image_px)
 network = networks.build_network("resnet50", seed=numbers.seed)
-
-# %% tags=["remove-cell"]
-glue_values("c06", {
-    "profile": numbers.name,
-    "kind": "virtual radiographs" if numbers.virtual else "radiographs",
-    "px": recipe.image_px,
-    "folds": numbers.folds,
-    "n": len(train),
-    "n-studies": train["study_id"].nunique(),
-})
+glue_run_facts("c06", numbers, train)
 
 # %% [markdown]
-# ## A way around
+# ## The skip connection
 #
-# Stack more layers, and a network should get better; a deeper one could always copy the shallower one
-# and let the rest do nothing. In practice deep plain chains got *worse*, even on the images that
-# they learnt from {cite}`he2016`. To do nothing is hard for a layer: it has to learn the identity. A
-# residual block makes it the easiest thing there is,
+# With more layers a network should get better; a deeper one could always copy the shallower one and let the other
+# layers do nothing. In practice deep plain chains got *worse*, even on the images that they were trained on
+# {cite}`he2016`. Doing nothing is hard for a layer: it has to learn the identity. A residual block makes it the
+# easiest thing there is,
 #
 # $$
 # \mathbf{x}_{\ell+1} = \mathrm{ReLU}\big(\mathbf{x}_\ell + F_\ell(\mathbf{x}_\ell)\big).
 # $$ (eq:residual)
 #
-# The block has to learn only what is to be *changed*. And when the loss goes back to $\mathbf{x}_\ell$,
-# the sum hands it on whole: $\partial \mathbf{x}_{\ell+1} / \partial \mathbf{x}_\ell = I + \partial F /
-# \partial \mathbf{x}_\ell$ (where ReLU is on). A product of many such factors always holds the path
-# $I \cdot I \cdots I$, which no weight can close, but for the four blocks where a 1 × 1 convolution
-# stands on it because the image's shape changes.
+# The block has to learn only what should be *changed*; the input itself goes around it, by the *skip connection*. And
+# when the gradient of the loss goes back to $\mathbf{x}_\ell$, the sum passes it on undiminished: $\partial
+# \mathbf{x}_{\ell+1} / \partial \mathbf{x}_\ell = I + \partial F / \partial \mathbf{x}_\ell$ (where ReLU is on). A
+# product of many such factors always contains the path $I \cdot I \cdots I$, which no weight can close, except at the
+# four blocks where a 1 × 1 convolution stands on the skip connection because the shape of the maps changes.
 #
 # ### The bottleneck by hand
 #
-# In ResNet50 $F$ is three convolutions: 1 × 1 down to a quarter of the channels, 3 × 3 there, 1 × 1 up
-# again, each with batch normalisation as in {ref}`chap:densenet121`.
+# In ResNet50 $F$ is three convolutions: 1 × 1 down to a quarter of the channels, 3 × 3 at that width, and 1 × 1 up
+# again, each with batch normalisation as in {ref}`chap:densenet121`. We check ours against timm's as there, after one
+# pass in training mode.
 
 
 # %%
 def bottleneck(x, block):
-    """Narrow, look around, widen, add the input."""
+    """Narrow, combine neighbours, widen, add the input."""
     out = F.relu(batch_norm(F.conv2d(x, block.conv1.weight), block.bn1))
     out = F.relu(batch_norm(F.conv2d(out, block.conv2.weight, padding=1), block.bn2))
     return F.relu(x + batch_norm(F.conv2d(out, block.conv3.weight), block.bn3))
 
 
-# %%
 x = networks.as_input(sample.pixels[:4])
 with torch.no_grad():
     network.train()(x)
@@ -112,11 +101,11 @@ with torch.no_grad():
 x1.shape
 
 # %% [markdown]
-# Where training starts from random weights, the last scale $\gamma$ of a block says how much of its
-# change is there at first. At zero, timm's choice for ResNet, 12 of the 16 blocks do nothing but hand
-# on their input, and each earns its influence by training {cite}`goyal2017`; over many epochs that is
-# the steadier start. In a few hundred steps a start in between was better on held-out films
-# ({ref}`sec:chosen`), so this book starts all of them at one half.
+# Where training starts from random weights, the last scale $\gamma$ of a block sets how much of its change is added
+# at first. At zero, timm's choice for ResNet, 12 of the 16 blocks only pass on their input, and each gains influence
+# during training {cite}`goyal2017`; over many epochs that is the steadier start. With only a few hundred steps a
+# value in between was better on held-out radiographs ({ref}`sec:chosen`), so this book starts all of them at one
+# half.
 
 # %%
 fresh = networks.build_network("resnet50", seed=numbers.seed)
@@ -125,10 +114,10 @@ assert all(one.bn3.weight.eq(0.5).all() for stage in (fresh.layer1, fresh.layer4
 # %% [markdown]
 # ### Counting
 #
-# A block from $c$ channels through $c/4$ has $c \cdot c/4 + 9 (c/4)^2 + c/4 \cdot c = 17 c^2 / 16$
-# weights in its convolutions; two full 3 × 3 convolutions would have $18 c^2$. That is the
-# bottleneck's gain. The blocks number 3, 4, 6 and 3. The first of a stage also has a 1 × 1
-# convolution on the way around, since channels double there.
+# A block from $c$ channels through $c/4$ has $c \cdot c/4 + 9 (c/4)^2 + c/4 \cdot c = 17 c^2 / 16$ weights in its
+# convolutions; two full 3 × 3 convolutions would have $18 c^2$. That is what the bottleneck saves. The stages have 3,
+# 4, 6 and 3 blocks. The first block of a stage also has a 1 × 1 convolution on its skip connection, since the number
+# of channels changes there.
 
 
 # %%
@@ -148,6 +137,9 @@ def count_parameters():
 total = sum(parameter.numel() for parameter in network.parameters())
 assert count_parameters() == total
 total
+
+# %% [markdown]
+# Operations and receptive field are computed as for DenseNet121, whose longest path is set beside that of ResNet50:
 
 # %%
 way = [(7, 2), (3, 2)]
@@ -172,18 +164,19 @@ glue_values("c06", {
 })
 
 # %% [markdown]
-# {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at
-# {glue:text}`c06-px` px, and a reach of {glue:text}`c06-reach` px: more weights, more work and
-# less reach than DenseNet121, whose chain of windows is much longer.
+# {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at {glue:text}`c06-px` px,
+# and a receptive field of {glue:text}`c06-reach` px: ResNet50 has more weights, more operations and a smaller
+# receptive field than DenseNet121, whose chain of windows is much longer.
 
 # %% [markdown]
-# ## An experiment: the same depth, with and without
+# ## An experiment: the same depth with and without skip connections
 #
-# Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with the
-# input added to the change, and ask how large the gradient still is when it has come back to each
-# layer. What a layer shrinks, the plain chain shrinks to the power of its depth. The change is
-# divided by the depth; added whole, the changes make the gradient grow instead, which in ResNet50 the
-# normalisation within each block and the new start at each stage keep within bounds.
+# Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with the input added to each
+# layer's change, and measure how large the gradient still is when it has been propagated back to each layer. If each
+# layer shrinks the gradient by some factor, the plain chain shrinks it by that factor to the power of its depth. In
+# the other chain each change is divided by the depth; added whole, the changes would make the gradient grow instead,
+# which in ResNet50 the normalisation within each block and the 1 × 1 convolution at the start of each stage keep
+# within bounds.
 
 
 # %%
@@ -215,118 +208,97 @@ show_figure("c06-fig-gradient", fig)
 # %% [markdown]
 # ```{glue:figure} c06-fig-gradient
 # :name: fig:residual-gradient
-# :alt: Size of the gradient by layer on a logarithmic scale. With the input added it stays near one, in the plain chain it falls by several powers of ten towards the input.
-# Size of the gradient at each layer of two untrained chains of 48 layers with the same random weights;
-# where the input is added, changes are divided by 48. The experiment does not depend on data or
-# profile.
+# :alt: Size of the gradient by layer on a logarithmic scale. With the input added it stays near one, in the plain
+# :  chain it falls by several powers of ten towards the input.
+# Size of the gradient at each layer of two untrained chains of 48 layers with the same random weights; where the
+# input is added, changes are divided by 48. The experiment does not depend on data or profile.
 # ```
 #
-# In {numref}`fig:residual-gradient` the first layers of the plain chain hear next to nothing of the
-# loss. Real networks also normalise, which keeps sizes up in plain chains too; the way around does
-# without it.
+# In {numref}`fig:residual-gradient` the first layers of the plain chain receive almost no gradient, so a step of the
+# optimiser has next to nothing to correct them by. Real networks also normalise, which preserves the size of the
+# gradient in plain chains too; the skip connection preserves it even without normalisation.
 
 # %% [markdown]
 # ## Training, fold by fold
 #
-# Loss, step, augmentation, crops and folds are those of {ref}`chap:densenet121`; only the network is
-# another. {glue:text}`c06-start` What a job of the run has trained is loaded here; what is
+# Loss, step, augmentation, crops and folds are those of {ref}`chap:densenet121`; only the network is another, and
+# `show_training` does the work. {glue:text}`c06-start` What a job of the run has trained is loaded here; what is
 # missing is trained.
 
 # %% tags=["remove-output"]
-found = cross_validate(workspace, "resnet50", epoch_bars("resnet50", numbers))
+found, last_epochs = show_training("c06", workspace, "resnet50")
 
 # %%
-scored = found.out_of_fold
-y, prob = scored["label"].to_numpy(), scored["prob"].to_numpy()
-assert scored["image_id"].tolist() == train["image_id"].tolist()  # each image, once
-found.curves.groupby("fold").tail(1).set_index("fold").drop(columns="seconds").round(5)
-
-# %% tags=["hide-input", "remove-output"]
-show_figure("c06-fig-curve", figures.draw_learning_curves(found.curves))
-start = networks.starting_sentence("resnet50", networks.starting_weights("resnet50"))
-glue_values("c06", {
-    "start": start,
-    "train-minutes": f"{found.curves['seconds'].sum() / 60:.1f}",
-})
+last_epochs
 
 # %% [markdown]
 # ```{glue:figure} c06-fig-curve
 # :name: fig:resnet-curve
-# :alt: Two panels over epochs, a colour a fold. Left, the loss on images learnt from and held out. Right, the AUROC on the held-out fold.
-# Learning curves of ResNet50 over {glue:text}`c06-folds` folds; epochs on crops lie on grey.
-# Held-out losses above 1.5 are cut off. n = {glue:text}`c06-n` {glue:text}`c06-kind`, profile
-# {glue:text}`c06-profile`.
+# :alt: Two panels over epochs, a colour per fold. Left, the loss on training images and on held-out ones. Right, the
+# :  AUROC on the held-out fold.
+# Learning curves of ResNet50 over {glue:text}`c06-folds` folds; epochs on crops lie on grey. Held-out losses above
+# 1.5 are cut off. n = {glue:text}`c06-n` {glue:text}`c06-kind`, profile {glue:text}`c06-profile`.
 # ```
 #
-# Beside {numref}`fig:densenet-curve`: does this network, with more than three times the
-# parameters, overfit earlier in {numref}`fig:resnet-curve`? Look for held-out losses that rise
-# while the others fall.
+# Compare with {numref}`fig:densenet-curve`: does this network, with more than three times the parameters, overfit
+# earlier in {numref}`fig:resnet-curve`? Overfitting shows as a held-out loss that rises while the training loss
+# falls.
 
 # %% [markdown]
-# ## How good, and how sure
+# ## Performance, with intervals
 #
-# Threshold by Youden's index and intervals by study, both out of fold. Since the threshold was chosen
-# on these very images, sensitivity, specificity and F1 look slightly too good here; AUROC does not.
+# The threshold is Youden's and the intervals are by study, both out of fold, as in {ref}`chap:densenet121`. Since the
+# threshold was chosen on these very images, sensitivity, specificity and F1 look slightly too good here; AUROC does
+# not.
+
+# %% tags=["remove-output"]
+results = show_out_of_fold("c06", numbers, found, train)
 
 # %%
-draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
-tau = classification.youden_threshold(y, prob)
-scores = classification.classification_table(y, prob, scored["study_id"], tau, **draws)
-interval = intervals.Interval(**scores.loc["auroc"])
-assert interval.n_images == len(train) and interval.low <= interval.value <= interval.high
+scored, y, prob, scores = found.out_of_fold, results.y, results.prob, results.scores
 scores.round(3)
-
-# %% tags=["hide-input", "remove-output"]
-band = classification.roc_band(y, prob, scored["study_id"], **draws)
-point = scores["value"]
-star = {f"threshold {tau:.2f}": (point["sensitivity"], point["specificity"])}
-show_figure("c06-fig-roc", figures.draw_roc({f"AUROC {interval.value:.2f}": band}, star))
-answers = scored.assign(cached_path=train["cached_path"], lesions=train["lesions"])
-show_figure("c06-fig-examples", figures.draw_most_confident(answers, tau))
-glue_values("c06", {
-    "auroc": f"{interval:.2f}",
-})
 
 # %% [markdown]
 # ```{glue:figure} c06-fig-roc
 # :name: fig:resnet-roc
-# :alt: Receiver operating characteristic of ResNet50 out of fold with a shaded band, the diagonal of chance and a star at the threshold.
-# Receiver operating characteristic of ResNet50 out of fold, with a pointwise 95 % band from
-# resampled studies. AUROC {glue:text}`c06-auroc`, n = {glue:text}`c06-n` {glue:text}`c06-kind` of
-# {glue:text}`c06-n-studies` studies, profile {glue:text}`c06-profile`.
+# :alt: Receiver operating characteristic of ResNet50 out of fold with a shaded band, the diagonal of chance and a
+# :  star at the threshold.
+# Receiver operating characteristic of ResNet50 out of fold, with a pointwise 95 % band from resampled studies. AUROC
+# {glue:text}`c06-auroc`, n = {glue:text}`c06-n` {glue:text}`c06-kind` of {glue:text}`c06-n-studies` studies, profile
+# {glue:text}`c06-profile`.
 # ```
 #
-# Mark the star of {numref}`fig:resnet-roc`: it lies where the curve is farthest above the diagonal,
-# since that is what Youden's index measures.
+# Find the star of {numref}`fig:resnet-roc`: it lies where the curve is farthest above the diagonal, since that
+# distance is what Youden's index measures.
 #
-# ### Right and wrong
+# ### Right and wrong predictions
 #
 # ```{glue:figure} c06-fig-examples
 # :name: fig:resnet-examples
-# :alt: Four spine radiographs. Above, an abnormal one that was found and a normal one left alone. Below, an abnormal one that was missed and a normal one that raised a false alarm.
-# The surest out-of-fold answer of each kind by ResNet50; rings mark where lesions lie. Out of n =
+# :alt: Four spine radiographs. Above, an abnormal one that was found and a normal one that was called normal. Below,
+# :  an abnormal one that was missed and a normal one that was called abnormal.
+# The most confident out-of-fold prediction of each outcome by ResNet50; rings mark lesions. Out of n =
 # {glue:text}`c06-n` {glue:text}`c06-kind`, profile {glue:text}`c06-profile`.
 # ```
 #
-# Set {numref}`fig:resnet-examples` beside {numref}`fig:densenet-examples`. Where two networks err
-# on different films, a vote of them can be better than either; {ref}`chap:ensemble` measures that.
+# Compare {numref}`fig:resnet-examples` with {numref}`fig:densenet-examples`. Where two networks err on different
+# radiographs, their vote can be better than either; {ref}`chap:ensemble` measures that.
 
 # %% [markdown]
 # ## Paper beside ours
 #
-# Per cent, ours with 95 % intervals. The first column quotes the paper's Table 2, on 2,078 test
-# images of people; the second is this run's, out of fold, on other images. Neither is better or
-# worse than the other.
+# In per cent, ours with 95 % intervals. The first column quotes the paper's Table 2, on 2,078 test images of people;
+# the second is this run's, out of fold, on other images. Neither is better or worse than the other.
 
 # %% tags=["hide-input"]
-compare_with_table_2(numbers, {"out of fold": {"resnet50": scores}}, ("resnet50",))
+results.beside_paper
 
 # %% [markdown]
 # ## Taking blocks out
 #
-# If a block only changes what passes it by, the network should survive without it. In a trained
-# network we replace, one at a time, each block that does not change the image's shape by the
-# identity, and score held-out films again.
+# If a block only changes its input a little, the network should still work without it. In a trained network we
+# replace, one at a time, each block that does not change the shape of its input by the identity, and score held-out
+# radiographs again.
 
 # %%
 trained, _ = training.load_network("resnet50", found.checkpoints[shown_fold], recipe)
@@ -336,7 +308,7 @@ x = networks.as_input(sample.pixels[rows].to(machine.device()))
 
 @torch.no_grad()
 def score():
-    """Probabilities of the films as they are, without their mirror images."""
+    """Probabilities of the radiographs as they are, without their mirror images."""
     return trained(x).squeeze(1).sigmoid().cpu().numpy()
 
 
@@ -348,19 +320,19 @@ for number in (1, 2, 3, 4):
         probs[f"{number}.{position + 1}"] = score()
         stage[position] = taken
 assert len(probs) == 12
-assert np.array_equal(score(), prob_whole)  # all blocks are in their places again
+assert np.array_equal(score(), prob_whole)  # all blocks are in their positions again
 
 
 # %%
 def fall(prob_without):
-    """What leaving a block out takes from the AUROC, with its interval by study."""
+    """By how much leaving a block out lowers the AUROC, with the interval by study."""
 
     def statistic(picked):
-        y_drawn = y[rows][picked]
-        return classification.auroc(y_drawn, prob_whole[picked]) - classification.auroc(
-            y_drawn, prob_without[picked]
-        )
+        labels = y[rows][picked]
+        with_block, without_block = prob_whole[picked], prob_without[picked]
+        return classification.auroc(labels, with_block) - classification.auroc(labels, without_block)
 
+    draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
     return intervals.bootstrap_by_study(statistic, scored["study_id"].iloc[rows], **draws)
 
 
@@ -375,53 +347,51 @@ ax.axhline(0.5, color="0.4", lw=0.8, ls=":", label="chance")
 ax.set(xlabel="stage and block left out", ylabel="AUROC", ylim=(0, 1))
 ax.legend(fontsize=8, loc="lower right")
 show_figure("c06-fig-without", fig)
+worst = max(without, key=lambda name: whole - without[name])
 glue_values("c06", {
     "n-without": len(rows),
-})
-taken = max(without, key=lambda name: whole - without[name])
-idle = sum(abs(whole - value) < 0.005 for value in without.values())
-glue_values("c06", {
-    "idle": idle,
-    "taken": taken,
-    "worst": f"{fall(probs[taken]):+.2f}",
+    "idle": sum(abs(whole - value) < 0.005 for value in without.values()),
+    "taken": worst,
+    "worst": f"{fall(probs[worst]):+.2f}",
 })
 
 # %% [markdown]
 # ```{glue:figure} c06-fig-without
 # :name: fig:resnet-without
 # :alt: A bar for each of twelve blocks with the AUROC of the network without it, beside a line for the whole network.
-# AUROC of the trained network with one block replaced by the identity. n =
-# {glue:text}`c06-n-without` held-out {glue:text}`c06-kind`, profile {glue:text}`c06-profile`.
+# AUROC of the trained network with one block replaced by the identity. n = {glue:text}`c06-n-without` held-out
+# {glue:text}`c06-kind`, profile {glue:text}`c06-profile`.
 # ```
 #
-# {glue:text}`c06-idle` of the twelve blocks move the AUROC by less than 0.005 when they are gone
-# ({numref}`fig:resnet-without`). Block {glue:text}`c06-taken` costs most, {glue:text}`c06-worst` with its 95 %
-# interval by study. The largest of twelve is too large by chance, and the interval does not know that
-# it was picked. Where the whole network stands near one half, the figure says nothing.
+# Removing any one of {glue:text}`c06-idle` of the twelve blocks changes the AUROC by less than 0.005
+# ({numref}`fig:resnet-without`). Removing block {glue:text}`c06-taken` costs most: the AUROC falls by
+# {glue:text}`c06-worst`, with its 95 % interval by study. The largest of twelve differences is too large by chance,
+# and the interval does not account for this choice. Where the AUROC of the whole network is near one half, the figure
+# shows nothing.
 
 # %% [markdown]
 # ## Exercises
 #
-# Change the chapter first: call `gradient_sizes(around=False, gain=1.6)` in a new cell. What a layer
-# stretches, the plain chain stretches to the power of its depth; what does the other chain do?
+# Change the chapter first: call `gradient_sizes(around=False, gain=1.6)` in a new cell. If each layer enlarges the
+# gradient, the plain chain enlarges it by that factor to the power of its depth; what does the other chain do?
 #
 # ```{exercise}
 # :label: ex:resnet-paths
 #
-# By hand: unroll {eq}`eq:residual` without its ReLU over $n$ blocks. How many ways lead from input to
-# output, and through how many blocks does the average one pass?
+# By hand: unroll {eq}`eq:residual` without its ReLU over $n$ blocks. How many paths lead from input to output, and
+# through how many blocks does the average one pass?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:resnet-paths
 # :class: dropdown
 # ````
-# At each block a way goes through $F$ or around it: $2^n$ ways, of mean length $n / 2$. Taking one
-# block out closes half of them; the other half still works.
+# At each block a path goes through $F$ or around it: $2^n$ paths, of mean length $n / 2$. Taking one block out closes
+# half of them; the other half still works.
 
 # %%
 n = 16
-lengths = np.array([bin(way).count("1") for way in range(2**n)])
+lengths = np.array([bin(path).count("1") for path in range(2**n)])
 assert len(lengths) == 2**n and lengths.mean() == n / 2
 
 # %% [markdown]
@@ -432,16 +402,16 @@ assert len(lengths) == 2**n and lengths.mean() == n / 2
 # ```{exercise}
 # :label: ex:resnet-bottleneck
 #
-# By hand: a bottleneck from $c$ channels narrows to $c/r$. How do its weights depend on $r$, and which
-# $r$ gives as many as two full 3 × 3 convolutions at $c/4$ channels?
+# By hand: a bottleneck from $c$ channels narrows to $c/r$. How does its number of weights depend on $r$, and which
+# $r$ gives about as many as two full 3 × 3 convolutions at $c/4$ channels?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:resnet-bottleneck
 # :class: dropdown
 # ````
-# $2c^2/r + 9c^2/r^2$. Two full ones at $c/4$ have $18 c^2/16$, and $r = 4$ gives $17 c^2 / 16$:
-# about the same work, at four times the channels for what is handed on.
+# $2c^2/r + 9c^2/r^2$. Two full ones at $c/4$ have $18 c^2/16$, and $r = 4$ gives $17 c^2 / 16$: about as many
+# weights, with four times the channels between blocks.
 
 # %%
 c = 256
@@ -456,17 +426,16 @@ assert narrow[4] == 17 * c * c // 16 and narrow[4] < 18 * (c // 4) ** 2 < narrow
 # ```{exercise}
 # :label: ex:resnet-recall
 #
-# A question to the paper: it says that ResNet50 favours recall. By how much does this run's
-# sensitivity change when the threshold moves from Youden's to the one of the best F1?
+# A question about the paper: it says that ResNet50 favours recall. By how much does this run's sensitivity change
+# when the threshold moves from Youden's to the one with the best F1?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:resnet-recall
 # :class: dropdown
 # ````
-# For calibrated scores the best F1 lies at a threshold of half that F1, as a rule below Youden's: F1
-# gives no credit for normal films left alone. Recall follows the threshold at least as much as the
-# architecture.
+# For calibrated scores the best F1 lies at a threshold of half that F1, as a rule below Youden's: F1 does not count
+# normal radiographs that are called normal. Recall depends on the threshold at least as much as on the architecture.
 
 # %%
 by_f1 = classification.operating_point(y, prob, classification.f1_threshold(y, prob))
@@ -480,7 +449,7 @@ by_f1["sensitivity"] - scores.loc["sensitivity", "value"]
 # %% [markdown]
 # ## Takeaways
 #
-# - A residual block learns a change to what passes it by; to do nothing is easy for it.
-# - The sum hands the gradient on whole, so that depth does not silence the first layers.
-# - With a block taken out there is still a way through; what that costs is measured.
+# - A residual block learns a change to its input; doing nothing is easy for it.
+# - The sum passes the gradient on undiminished, so that the first layers are trained in deep networks too.
+# - With a block taken out there is still a path through the network; what that costs is measured.
 # - AUROC {glue:text}`c06-auroc` out of fold on {glue:text}`c06-n` {glue:text}`c06-kind`.
