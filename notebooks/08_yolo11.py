@@ -22,8 +22,8 @@
 # attention from their parts, state how much of an image a prediction can depend on and how much it does depend on,
 # and judge from that whether small lesions are within reach.
 #
-# **You need** {ref}`chap:data` for boxes and lesion types, and {ref}`chap:densenet121` for convolutions,
-# batch normalisation and receptive fields.
+# **You need** {ref}`chap:data` for boxes and lesion types, and {ref}`chap:densenet121` for convolutions, batch
+# normalisation and receptive fields.
 #
 # **It takes** half an hour of reading; the code runs in about a minute on two cores. Nothing is trained.
 # :::
@@ -64,19 +64,19 @@ H, W = recipe.input_size
 paper_size = get_profile("paper").detect_size
 
 # %% [markdown]
-# {ref}`chap:yolo11-training` trains the paper's detector, YOLO11-L {cite}`jocher2024`. Before that we
-# take it apart, with one question in mind: how does it turn one radiograph into boxes, and can it detect small
-# lesions? The paper {cite}`dernet` states that it has a cross-stage partial Darknet backbone, blocks of partial
-# self-attention and a path aggregation network, and that it is designed for lesions that cover less than one per
-# cent of the field of view. Here we look at what the ultralytics library builds under that name.
+# {ref}`chap:yolo11-training` trains the paper's detector, YOLO11-L {cite}`jocher2024`. Before that we take it apart,
+# with one question in mind: how does it turn one radiograph into boxes, and can it detect small lesions? The paper
+# {cite}`dernet` states that it has a cross-stage partial Darknet backbone, blocks of partial self-attention and a
+# path aggregation network, and that it is designed for lesions that cover less than one per cent of the field of
+# view. Here we look at what the ultralytics library builds under that name.
 #
 # ## A network drawn from its code
 #
 # The weights on this page are {glue:text}`c08-weights`. The chapter therefore shows how the network is built, not
 # what it has learnt. Its input is a radiograph fitted into a rectangle of $H \times W$ px, in this run
 # {glue:text}`c08-px`, in the paper {glue:text}`c08-paper-px`; the rest of the rectangle is grey. With random weights,
-# signals fade or grow from layer to layer. So at each input size used here, we first pass a few images
-# through the network so that batch normalisation can estimate its means and variances. No weight changes.
+# signals fade or grow from layer to layer. So at each input size used here, we first pass a few images through the
+# network so that batch normalisation can estimate its means and variances. No weight changes.
 
 
 # %%
@@ -103,8 +103,8 @@ settle(network, as_input(some, (H, W)))
 assert all(map(torch.equal, before, network.parameters()))
 
 # %% [markdown]
-# The network is a list of layers. In `f`, each layer records which outputs it takes: −1 is the layer before it, and
-# a list of two means that two paths meet. That is enough to pass an image through it, layer by layer.
+# The network is a list of layers. In `f`, each layer records which outputs it takes: −1 is the layer before it, and a
+# list of two means that two paths meet. That is enough to pass an image through it, layer by layer.
 
 
 # %%
@@ -166,15 +166,15 @@ show_figure("c08-fig-layers", draw.draw_layers(network, maps, (H, W)))
 # ```
 #
 # The *backbone* ({numref}`fig:yolo11-layers`, left) halves the map five times, by convolutions of stride 2. After
-# each but the first, a *cross-stage partial* stage (C3k2) refines the map. The backbone ends in spatial
-# pyramid pooling (SPPF) and attention (C2PSA). Its last map says well what is present, but poorly where. The *neck*
-# carries that information back up to finer maps, as a feature pyramid does {cite}`lin2017a`, and then down
-# once more. The second pass is path aggregation {cite}`liu2018`: it gives the coarse maps a short path to the
-# precise positions in the fine map. Where paths meet, maps are concatenated along their channels. Predictions come
-# from three feature maps. Each has two *heads* that share no weights: one for the box, one for the class.
+# each but the first, a *cross-stage partial* stage (C3k2) refines the map. The backbone ends in spatial pyramid
+# pooling (SPPF) and attention (C2PSA). Its last map says well what is present, but poorly where. The *neck* carries
+# that information back up to finer maps, as a feature pyramid does {cite}`lin2017a`, and then down once more. The
+# second pass is path aggregation {cite}`liu2018`: it gives the coarse maps a short path to the precise positions in
+# the fine map. Where paths meet, maps are concatenated along their channels. Predictions come from three feature
+# maps. Each has two *heads* that share no weights: one for the box, one for the class.
 #
-# What does each part contain, and what does it cost? A convolution uses each of its weights in one multiply-add
-# per position of its output; attention adds matrix products.
+# What does each part contain, and what does it cost? A convolution uses each of its weights in one multiply-add per
+# position of its output; attention adds matrix products.
 
 
 # %%
@@ -216,9 +216,9 @@ assert costs["weights"].sum() == sum(p.numel() for p in network.parameters())
 #
 # ### From three maps to boxes
 #
-# Each cell of each map gives 64 numbers for a box, 16 for each of four edges, and one for each
-# lesion type. The softmax of 16 numbers is a distribution over the distances 0 to 15. Its mean is the distance from
-# the cell's centre to the edge, in strides ({ref}`chap:losses` explains why).
+# Each cell of each map gives 64 numbers for a box, 16 for each of four edges, and one for each lesion type. The
+# softmax of 16 numbers is a distribution over the distances 0 to 15. Its mean is the distance from the cell's centre
+# to the edge, in strides ({ref}`chap:losses` explains why).
 
 # %%
 distance = raw["boxes"].view(4, 16, -1).softmax(1).mul(torch.arange(16.0)[:, None]).sum(1)
@@ -235,9 +235,8 @@ assert torch.allclose(raw["scores"][0].sigmoid(), decoded[0, 4:])
 # That is all: one image in, and as many boxes out as {eq}`eq:anchors` counts, which non-maximum suppression then
 # thins by their scores. There is no search, and no region is processed twice.
 #
-# Where does training begin? The last bias of each head is set by hand. Before training, an edge lies
-# about one stride from the centre, and each lesion type has a probability near {glue:text}`c08-prior`
-# ({ref}`chap:losses`).
+# Where does training begin? The last bias of each head is set by hand. Before training, an edge lies about one stride
+# from the centre, and each lesion type has a probability near {glue:text}`c08-prior` ({ref}`chap:losses`).
 
 # %%
 if start is None:
@@ -250,11 +249,11 @@ glue_values("c08", {"prior": yolo.PRIOR})
 # %% [markdown]
 # ## A stage by hand
 #
-# More than half of the weights are in C3k2 stages. Their idea is *cross-stage partial* {cite}`wang2020`: only some
-# of the channels go through the expensive convolutions, and the rest bypass them. A 1 × 1 convolution
-# mixes the channels, and its output is split into halves. One half is kept; the other goes through a sequence of
-# blocks. All intermediate results are concatenated and mixed again. At scale *l* the blocks are such splits
-# themselves, around pairs of 3 × 3 convolutions with a residual sum.
+# More than half of the weights are in C3k2 stages. Their idea is *cross-stage partial* {cite}`wang2020`: only some of
+# the channels go through the expensive convolutions, and the rest bypass them. A 1 × 1 convolution mixes the
+# channels, and its output is split into halves. One half is kept; the other goes through a sequence of blocks. All
+# intermediate results are concatenated and mixed again. At scale *l* the blocks are such splits themselves, around
+# pairs of 3 × 3 convolutions with a residual sum.
 
 
 # %%
@@ -284,9 +283,9 @@ assert layers["weights"][layers["layer"] == "C3k2"].sum() > layers["weights"].su
 # Our stage equals the library's. A 3 × 3 convolution inside it works on a quarter of the stage's channels, and so has
 # one sixteenth of the weights that a convolution on all channels would need.
 #
-# *Spatial pyramid pooling* {cite}`he2015` takes, at each position, the largest value in windows of several
-# sizes, so that each position also represents its wider surroundings. SPPF gets these windows from three 5 × 5
-# poolings in a row: two in a row cover 9 × 9, three 13 × 13.
+# *Spatial pyramid pooling* {cite}`he2015` takes, at each position, the largest value in windows of several sizes, so
+# that each position also represents its wider surroundings. SPPF gets these windows from three 5 × 5 poolings in a
+# row: two in a row cover 9 × 9, three 13 × 13.
 
 # %%
 pyramid = network.model[9]
@@ -301,10 +300,9 @@ assert torch.allclose(pyramid.cv2(torch.cat([once, *windows], dim=1)), maps[9], 
 # %% [markdown]
 # ## Attention
 #
-# A convolution mixes neighbours with weights that are fixed after training. *Attention*
-# {cite}`vaswani2017` mixes all positions, with weights that depend on the input. Each of $n$ positions has
-# a query, a row of $Q$ ($n \times d_k$), a key, a row of $K$, and a value, a row of $V$
-# ($n \times d_v$). The paper's Eq. 3:
+# A convolution mixes neighbours with weights that are fixed after training. *Attention* {cite}`vaswani2017` mixes all
+# positions, with weights that depend on the input. Each of $n$ positions has a query, a row of $Q$ ($n \times d_k$),
+# a key, a row of $K$, and a value, a row of $V$ ($n \times d_v$). The paper's Eq. 3:
 #
 # $$
 # \mathrm{Attention}(Q, K, V) = \mathrm{softmax}\Big( \frac{Q K^T}{\sqrt{d_k}} \Big) V .
@@ -328,9 +326,9 @@ def attention_by_loops(Q, K, V):
 
 
 # %% [markdown]
-# Two positions with $d_k = 4$, so that the root is 2. The product of the first query with the first key is
-# $2 \log 3$, divided by 2 it is $\log 3$; with the second key it is 0. The exponentials are 3 and 1, the weights ¾
-# and ¼, and the values 4 and 8 average to 5. The second query matches both keys equally: 6.
+# Two positions with $d_k = 4$, so that the root is 2. The product of the first query with the first key is $2 \log
+# 3$, divided by 2 it is $\log 3$; with the second key it is 0. The exponentials are 3 and 1, the weights ¾ and ¼, and
+# the values 4 and 8 average to 5. The second query matches both keys equally: 6.
 
 # %%
 Q = [[2 * math.log(3), 0, 0, 0], [0, 0, 0, 0]]
@@ -357,9 +355,9 @@ assert torch.allclose(attention(q, k, v), F.scaled_dot_product_attention(q, k, v
 # ### Why the root
 #
 # The paper calls $d_k$ the scaling factor; it is the length of queries and keys, and the products are divided by its
-# root. A sum of $d_k$ products of independent numbers with variance 1 has variance $d_k$. Without the division,
-# long queries would give large products, softmax would put nearly all weight on one position, and almost no gradient
-# would reach the others. Divided by $\sqrt{d_k}$, the variance is 1 at any length:
+# root. A sum of $d_k$ products of independent numbers with variance 1 has variance $d_k$. Without the division, long
+# queries would give large products, softmax would put nearly all weight on one position, and almost no gradient would
+# reach the others. Divided by $\sqrt{d_k}$, the variance is 1 at any length:
 
 # %% tags=["remove-output"]
 lengths = [2, 4, 8, 16, 32, 64, 128, 256]
@@ -428,16 +426,16 @@ assert torch.allclose(by_hand, maps[10], atol=1e-4)
 assert kept.shape == attending.shape == (1, maps[9].shape[1] // 2, *maps[9].shape[2:])
 
 # %% [markdown]
-# Of all this only the weighted mean is Eq. 3. `qkv`, `pe`, `proj`, `ffn`, the two residual sums, the split and
-# the mixing at both ends are ordinary convolutions and additions.
+# Of all this only the weighted mean is Eq. 3. `qkv`, `pe`, `proj`, `ffn`, the two residual sums, the split and the
+# mixing at both ends are ordinary convolutions and additions.
 #
 # ## Attention on a radiograph
 #
 # Which positions receive weight from the position of a lesion? We use the paper's input size of
 # {glue:text}`c08-paper-px` px, where the map of stride 32 has {glue:text}`c08-map-paper` positions (at this run's
 # {glue:text}`c08-px` px it has {glue:text}`c08-map`). From the weight matrix we take the row of the cell that holds
-# the centre of the image's largest box. Weights are in units of $1/n$: 1 is the weight of every position if all
-# were equal.
+# the centre of the image's largest box. Weights are in units of $1/n$: 1 is the weight of every position if all were
+# equal.
 
 # %%
 own = all_boxes[all_boxes["image_id"] == radiograph["image_id"]]
@@ -490,15 +488,15 @@ glue_values("c08", {
 # {glue:text}`c08-look-places` positions, {glue:text}`c08-look-nearest` to {glue:text}`c08-look-farthest` px from the
 # querying cell, and the largest weight of all is {glue:text}`c08-look-most` times the uniform one. If the network's
 # weights are random, so is the preference of a head: the figure then shows the mechanism, not knowledge. A trained
-# head may have learnt to compare a vertebra with its neighbours, as a radiologist does. That would have to be
-# shown, and a map of attention weights alone does not show that the prediction depends on it.
+# head may have learnt to compare a vertebra with its neighbours, as a radiologist does. That would have to be shown,
+# and a map of attention weights alone does not show that the prediction depends on it.
 #
 # ### What it costs
 #
-# Every position attends to every position, so the cost of the products grows with $n^2$. At
-# {glue:text}`c08-paper-px` px there are {glue:text}`c08-map-paper` = {glue:text}`c08-places-paper` positions at
-# stride 32, at this run's {glue:text}`c08-px` px {glue:text}`c08-map` = {glue:text}`c08-places`. The cost of
-# convolutions grows with $n$. Both depend on the input's area alone, not on its shape.
+# Every position attends to every position, so the cost of the products grows with $n^2$. At {glue:text}`c08-paper-px`
+# px there are {glue:text}`c08-map-paper` = {glue:text}`c08-places-paper` positions at stride 32, at this run's
+# {glue:text}`c08-px` px {glue:text}`c08-map` = {glue:text}`c08-places`. The cost of convolutions grows with $n$. Both
+# depend on the input's area alone, not on its shape.
 
 # %% tags=["hide-input", "remove-output"]
 by_all_conv = by_conv.sum() - by_products
@@ -536,26 +534,26 @@ glue_values("c08", {
 #   Two rising lines over the side of a square input on logarithmic axes, convolutions above and the products of
 #   attention far below but twice as steep.
 # ---
-# Multiply-adds per image. The architecture does not depend on data or profile; dotted lines mark the
-# sides of squares of the area of this run's input and of the paper's.
+# Multiply-adds per image. The architecture does not depend on data or profile; dotted lines mark the sides of squares
+# of the area of this run's input and of the paper's.
 # ```
 #
 # At the paper's size the products are {glue:text}`c08-products-share` of all multiply-adds
-# ({numref}`fig:attention-cost`); they would equal the convolutions only at a side of {glue:text}`c08-equal-px`
-# px. Attention is this cheap because it works on the coarsest map, which has few positions. The price is that each
-# of these positions is 32 px wide.
+# ({numref}`fig:attention-cost`); they would equal the convolutions only at a side of {glue:text}`c08-equal-px` px.
+# Attention is this cheap because it works on the coarsest map, which has few positions. The price is that each of
+# these positions is 32 px wide.
 #
 # ## Receptive fields
 #
-# An output depends on a square of the input, its *receptive field*. Each window of side $k$ increases its side $r$
-# by $k - 1$ steps of the map that it reads, a step being $j$ pixels. For layer $\ell$, of stride $s_\ell$,
+# An output depends on a square of the input, its *receptive field*. Each window of side $k$ increases its side $r$ by
+# $k - 1$ steps of the map that it reads, a step being $j$ pixels. For layer $\ell$, of stride $s_\ell$,
 #
 # $$
 # r_\ell = \max_{i \to \ell} r_i + (k_\ell - 1)\, j, \qquad j_\ell = s_\ell\, j ,
 # $$ (eq:field)
 #
-# where $i$ runs over its inputs, up-sampling halves the step, and the longest path within a stage counts. Through
-# Eq. 3 the field is the whole image, so we leave it out and keep only its convolutions.
+# where $i$ runs over its inputs, up-sampling halves the step, and the longest path within a stage counts. Through Eq.
+# 3 the field is the whole image, so we leave it out and keep only its convolutions.
 
 
 # %%
@@ -661,8 +659,8 @@ for key, i in {"early": 4, "fine": 16, "middle": 19, "coarse": 22}.items():
 # weights of the network: {glue:text}`c08-weights`; profile {glue:text}`c08-profile`.
 # ```
 #
-# In the backbone, at stride 8, 90 % of the gradient lies in a square of {glue:text}`c08-eff-early` px,
-# where {eq}`eq:field` allows {glue:text}`c08-field-early`. For the prediction map of the same stride the square has
+# In the backbone, at stride 8, 90 % of the gradient lies in a square of {glue:text}`c08-eff-early` px, where
+# {eq}`eq:field` allows {glue:text}`c08-field-early`. For the prediction map of the same stride the square has
 # {glue:text}`c08-eff-fine` px, for those of strides 16 and 32 {glue:text}`c08-eff-middle` and
 # {glue:text}`c08-eff-coarse`, in inputs of {glue:text}`c08-field-px` px ({numref}`fig:fields`). That is the effect of
 # the neck: it brings the context of the coarse maps to the fine one. Training changes these fields.
@@ -723,8 +721,8 @@ glue_values("c08", {
 #   paper's, against vertical lines at 8, 16 and 32 pixels.
 # ---
 # Sides of training boxes by lesion type, smallest median first, in this run's network (filled) and at the paper's
-# size (hollow), against the strides of the three maps. n = {glue:text}`c08-boxes` boxes on
-# {glue:text}`c08-kind`; profile {glue:text}`c08-profile`.
+# size (hollow), against the strides of the three maps. n = {glue:text}`c08-boxes` boxes on {glue:text}`c08-kind`;
+# profile {glue:text}`c08-profile`.
 # ```
 #
 # Of {glue:text}`c08-boxes` boxes {glue:text}`c08-small` are small. The type with the smallest median is
@@ -733,12 +731,12 @@ glue_values("c08", {
 # {glue:text}`c08-smallest-cells-paper` at {glue:text}`c08-paper-px` px. {glue:text}`c08-below` of all boxes are
 # narrower than one cell here, and {glue:text}`c08-below-paper` at the paper's size ({numref}`fig:box-sides`).
 #
-# So the second half of the question has two answers. *Enough context* is no difficulty: at
-# {glue:text}`c08-paper-px` px the field of the finest prediction map is {glue:text}`c08-larger` times as wide as the
-# median box. *Enough resolution* depends on the lesion's side compared with the stride. A lesion within one cell is
-# not lost, because the cell's {glue:text}`c08-fine-channels` channels can encode what is inside. But two lesions in
-# one cell share its prediction, and after three convolutions of stride 2 a detail of a few pixels has either
-# been encoded in channels or is gone. More pixels per millimetre help, and their cost grows with the square.
+# So the second half of the question has two answers. *Enough context* is no difficulty: at {glue:text}`c08-paper-px`
+# px the field of the finest prediction map is {glue:text}`c08-larger` times as wide as the median box. *Enough
+# resolution* depends on the lesion's side compared with the stride. A lesion within one cell is not lost, because the
+# cell's {glue:text}`c08-fine-channels` channels can encode what is inside. But two lesions in one cell share its
+# prediction, and after three convolutions of stride 2 a detail of a few pixels has either been encoded in channels or
+# is gone. More pixels per millimetre help, and their cost grows with the square.
 
 # %% [markdown]
 # ## Paper beside ours
@@ -762,13 +760,13 @@ rows = {
 pd.DataFrame(rows, index=["paper", "this edition"]).T
 
 # %% [markdown]
-# The paper calls its network customised and its neck optimised, and does not say what was changed. We train
-# the library's YOLO11-L as it is.
+# The paper calls its network customised and its neck optimised, and does not say what was changed. We train the
+# library's YOLO11-L as it is.
 #
 # ## Exercises
 #
-# Change the chapter first: set `field_px = 160` in the parameters and run all cells. Which of the fields
-# are now cut off by the edge of the input?
+# Change the chapter first: set `field_px = 160` in the parameters and run all cells. Which of the fields are now cut
+# off by the edge of the input?
 #
 # ```{exercise}
 # :label: ex:yolo11-same-keys
@@ -782,8 +780,8 @@ pd.DataFrame(rows, index=["paper", "this edition"]).T
 # :class: dropdown
 # ````
 # All products of a query are equal, so all weights are $1/n$, and each position receives the mean of the values,
-# whatever its query. If one key matches far better, softmax gives it all the weight, and the position receives
-# that value alone.
+# whatever its query. If one key matches far better, softmax gives it all the weight, and the position receives that
+# value alone.
 
 # %%
 q, v = torch.randn(1, 4, generator=generator), torch.randn(6, 3, generator=generator)
@@ -800,8 +798,8 @@ assert torch.allclose(attention(q, one_key, v), v[2], atol=1e-6)
 # ```{exercise}
 # :label: ex:yolo11-shuffled
 #
-# In code: shuffle the positions of the map that C2PSA attends to. Show that Eq. 3 gives the same values in the
-# new order, that the whole block does not, and name the part that makes the difference.
+# In code: shuffle the positions of the map that C2PSA attends to. Show that Eq. 3 gives the same values in the new
+# order, that the whole block does not, and name the part that makes the difference.
 # ```
 
 # %% [markdown]
@@ -837,19 +835,19 @@ assert torch.allclose(block(shuffle(given)), shuffle(block(given)), atol=1e-4)
 # :label: ex:yolo11-finer
 #
 # A question to the paper: if the network is designed for small lesions, should it not also predict from a map of
-# stride 4? State what that would bring and cost in cells, for this run's boxes, and what you would
-# measure before you believe in it.
+# stride 4? State what that would bring and cost in cells, for this run's boxes, and what you would measure before you
+# believe in it.
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:yolo11-finer
 # :class: dropdown
 # ````
-# Boxes of 4 to 8 px, if there are any, would cover a whole cell again, and the new map would have four times as
-# many cells as the finest one now. Whether more lesions are found is another matter: nearly all of the
-# new cells must predict "none", and the map of stride 4 lies early in the network, where features are still simple.
-# One would train both, on the same folds and seeds and for the same time, and compare the average precision of small
-# boxes, with intervals over studies.
+# Boxes of 4 to 8 px, if there are any, would cover a whole cell again, and the new map would have four times as many
+# cells as the finest one now. Whether more lesions are found is another matter: nearly all of the new cells must
+# predict "none", and the map of stride 4 lies early in the network, where features are still simple. One would train
+# both, on the same folds and seeds and for the same time, and compare the average precision of small boxes, with
+# intervals over studies.
 
 # %%
 now, more = (sum(math.prod(paper_size) // s**2 for s in steps) for steps in ((8, 16, 32), (4,)))

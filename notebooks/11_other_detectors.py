@@ -19,21 +19,19 @@
 #
 # ```{admonition} In this chapter
 # :class: tip
-# **You will be able to** distinguish the three families of detectors in the paper's Table 3 by how
-# they propose, select and suppress boxes, carry out each of the three steps by hand, and state what a fair
-# comparison of detectors must keep equal.
+# **You will be able to** distinguish the three families of detectors in the paper's Table 3 by how they propose,
+# select and suppress boxes, carry out each of the three steps by hand, and state what a fair comparison of detectors
+# must keep equal.
 #
-# **You need** {ref}`chap:losses` for overlap and {ref}`chap:yolo11-training` for training and average
-# precision.
+# **You need** {ref}`chap:losses` for overlap and {ref}`chap:yolo11-training` for training and average precision.
 #
-# **It takes** twenty minutes to read. At the profile `laptop` six detectors train for less than a
-# minute each.
+# **It takes** twenty minutes to read. At the profile `laptop` six detectors train for less than a minute each.
 # ```
 #
-# The paper's Table 3 compares YOLO11-L with six other detectors, whose numbers come from elsewhere:
-# other code, other training times, other starting weights {cite}`dernet`. Such a table cannot show
-# *why* one row is above another. Here we take the detectors that a maintained library offers, and train them with one
-# loop, on the same images, for the same time.
+# The paper's Table 3 compares YOLO11-L with six other detectors, whose numbers come from elsewhere: other code, other
+# training times, other starting weights {cite}`dernet`. Such a table cannot show *why* one row is above another. Here
+# we take the detectors that a maintained library offers, and train them with one loop, on the same images, for the
+# same time.
 
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
@@ -84,26 +82,25 @@ glue_values("c11", {
 # %% [markdown]
 # ## Three families
 #
-# All detectors here turn an image into feature maps with a convolutional backbone and output boxes that have
-# a class and a score. They differ in between.
+# All detectors here turn an image into feature maps with a convolutional backbone and output boxes that have a class
+# and a score. They differ in between.
 #
-# *Two stages.* Faster R-CNN {cite}`ren2015` lays a grid of *anchors*, boxes of a few sizes and
-# aspect ratios, over the image. A first small network predicts for each anchor whether it contains an object and how
-# it should be moved. The best few hundred regions are cut out of the maps, and a second network classifies each.
+# *Two stages.* Faster R-CNN {cite}`ren2015` lays a grid of *anchors*, boxes of a few sizes and aspect ratios, over
+# the image. A first small network predicts for each anchor whether it contains an object and how it should be moved.
+# The best few hundred regions are cut out of the maps, and a second network classifies each.
 #
-# *One stage.* RetinaNet {cite}`lin2017` classifies the anchors at once, in one pass. It therefore has
-# tens of thousands of anchors without an object, for which its authors introduced the focal loss.
-# YOLO11 {cite}`jocher2024` does without anchors of several sizes: each cell makes one prediction.
+# *One stage.* RetinaNet {cite}`lin2017` classifies the anchors at once, in one pass. It therefore has tens of
+# thousands of anchors without an object, for which its authors introduced the focal loss. YOLO11 {cite}`jocher2024`
+# does without anchors of several sizes: each cell makes one prediction.
 #
 # *A set.* DETR and related detectors {cite}`carion2020` have a fixed number of *queries*, each of which predicts one
-# box, and compare the set of predictions with the set of lesions as a whole. RT-DETR {cite}`zhao2024` is the
-# member of that family in the library we use; the paper's table has another, DINO.
+# box, and compare the set of predictions with the set of lesions as a whole. RT-DETR {cite}`zhao2024` is the member
+# of that family in the library we use; the paper's table has another, DINO.
 #
 # ### Anchors, by hand
 #
-# An anchor of area $a^2$ and height to width ratio $r$ is $a\sqrt{r}$ high and $a / \sqrt{r}$ wide.
-# The network predicts four numbers $(t_x, t_y, t_w, t_h)$, which shift the anchor's centre and scale its
-# sides {cite}`ren2015`:
+# An anchor of area $a^2$ and height to width ratio $r$ is $a\sqrt{r}$ high and $a / \sqrt{r}$ wide. The network
+# predicts four numbers $(t_x, t_y, t_w, t_h)$, which shift the anchor's centre and scale its sides {cite}`ren2015`:
 #
 # ```{math}
 # :label: eq:anchor-moves
@@ -115,8 +112,8 @@ glue_values("c11", {
 # \end{aligned}
 # ```
 #
-# So four zeros mean the anchor itself, and one unit of $t_x$ is the width of the anchor. The exponential keeps
-# sides positive, whatever the network predicts.
+# So four zeros mean the anchor itself, and one unit of $t_x$ is the width of the anchor. The exponential keeps sides
+# positive, whatever the network predicts.
 
 
 # %%
@@ -143,9 +140,9 @@ assert np.allclose(sides, [anchor(32, r) for r in (0.5, 1.0, 2.0)], atol=1)  # i
 # %% [markdown]
 # ### Suppression, by hand
 #
-# Neighbouring anchors, or cells, predict the same lesion. *Non-maximum suppression* goes through the
-# boxes of a type in order of falling score. It keeps a box if it overlaps none of the boxes kept so far by more than
-# IoU 0.5, so of several boxes at one lesion only the most confident remains.
+# Neighbouring anchors, or cells, predict the same lesion. *Non-maximum suppression* goes through the boxes of a type
+# in order of falling score. It keeps a box if it overlaps none of the boxes kept so far by more than IoU 0.5, so of
+# several boxes at one lesion only the most confident remains.
 
 
 # %%
@@ -169,17 +166,17 @@ assert suppressed(some, scores) == by_library.tolist() and 0 < len(by_library) <
 # %% [markdown]
 # ### A set against a set, by hand
 #
-# A detector of the third family needs no suppression if it is trained to make one prediction per lesion.
-# For that, predictions and lesions are paired before the loss is computed: among all pairings, the one with
-# the smallest sum of costs,
+# A detector of the third family needs no suppression if it is trained to make one prediction per lesion. For that,
+# predictions and lesions are paired before the loss is computed: among all pairings, the one with the smallest sum of
+# costs,
 #
 # $$
 # \hat\sigma = \arg\min_{\sigma} \sum_{i} C_{i, \sigma(i)},
 # $$ (eq:set-matching)
 #
 # where $C_{ij}$ measures how badly prediction $j$ fits lesion $i$ in class and position {cite}`carion2020`. All
-# predictions without a partner should predict "no lesion". The Hungarian method finds this pairing exactly;
-# for three lesions and five predictions one can also try all sixty.
+# predictions without a partner should predict "no lesion". The Hungarian method finds this pairing exactly; for three
+# lesions and five predictions one can also try all sixty.
 
 # %%
 C = rng.uniform(0, 1, (3, 5))
@@ -190,8 +187,8 @@ assert len(tried) == 60 and tuple(columns) == sigma_hat
 assert np.isclose(C[rows, columns].sum(), tried[sigma_hat])
 
 # %% [markdown]
-# A greedy pairing, which gives each lesion in turn its best free prediction, costs at least as much, because an
-# early lesion may take the prediction that a later one needs more.
+# A greedy pairing, which gives each lesion in turn its best free prediction, costs at least as much, because an early
+# lesion may take the prediction that a later one needs more.
 
 
 # %%
@@ -211,20 +208,19 @@ pd.Series({"smallest sum": tried[sigma_hat], "greedy": greedy(C)}).round(3)
 # %% [markdown]
 # ## Equal terms
 #
-# What should be equal in a comparison of detectors? Not the number of epochs: one epoch of one detector may cost
-# as much as ten of another. Here we keep equal
+# What should be equal in a comparison of detectors? Not the number of epochs: one epoch of one detector may cost as
+# much as ten of another. Here we keep equal
 #
-# - the images: the {glue:text}`c11-training` that show a lesion, of the training studies without
-#   fold 0, as {ref}`chap:yolo11-training` used them;
+# - the images: the {glue:text}`c11-training` that show a lesion, of the training studies without fold 0, as
+#   {ref}`chap:yolo11-training` used them;
 # - their presentation: {glue:text}`c11-px` px, with the same rotations, shifts and flips, no mosaic;
 # - the start: random weights;
-# - the time: {glue:text}`c11-seconds` of training each, on the same cores, in steps of
-#   {glue:text}`c11-batch` images;
+# - the time: {glue:text}`c11-seconds` of training each, on the same cores, in steps of {glue:text}`c11-batch` images;
 # - the suppression, IoU 0.5, and the test: {glue:text}`c11-test` {glue:text}`c11-kind` of
 #   {glue:text}`c11-test-studies` studies, once.
 #
-# The learning rate is not equal, and none is tuned: all detectors have AdamW with the profile's peak, multiplied by
-# a factor. It is 1 for YOLO11 and smallest for the transformer, which follows the order of the authors' own rates.
+# The learning rate is not equal, and none is tuned: all detectors have AdamW with the profile's peak, multiplied by a
+# factor. It is 1 for YOLO11 and smallest for the transformer, which follows the order of the authors' own rates.
 
 # %%
 names = baselines.BASELINES
@@ -232,8 +228,8 @@ factors = pd.Series({name: baselines.LR_SHARE.get(name, 1.0) for name in names})
 pd.DataFrame({"peak of the learning rate": recipe.lr * factors})
 
 # %% [markdown]
-# The loop is as simple as possible. It reads the clock before each step, and the learning rate falls along a
-# cosine of the time spent:
+# The loop is as simple as possible. It reads the clock before each step, and the learning rate falls along a cosine
+# of the time spent:
 
 # %% tags=["hide-input"]
 source = inspect.getsource(baselines.train_baseline)
@@ -241,9 +237,9 @@ body = source[source.index("    network, device") :]
 Markdown(f"```python\n{inspect.cleandoc(body)}\n```")
 
 # %% [markdown]
-# "The same time" hides how well a library uses a processor. All convolutions run in
-# bfloat16 where that is faster, as YOLO11-L's do. A detector with faster code takes more steps, and that is
-# one of its advantages; the table below gives the number of steps.
+# "The same time" hides how well a library uses a processor. All convolutions run in bfloat16 where that is faster, as
+# YOLO11-L's do. A detector with faster code takes more steps, and that is one of its advantages; the table below
+# gives the number of steps.
 
 # %% tags=["remove-output"]
 runs = {}
@@ -295,15 +291,14 @@ show_figure("c11-fig-map", draw_intervals(means, chapter_10, label, (0, None)))
 #   A dot with an interval for each detector's mean average precision, and a diamond for YOLO11-L after its longer
 #   training.
 # ---
-# Mean average precision on the test split with 95 % intervals by study: six detectors after
-# {glue:text}`c11-seconds` of training each (dots), and YOLO11-L after the training of {ref}`chap:yolo11-training`
-# (diamond). n = {glue:text}`c11-truth` boxes on {glue:text}`c11-test` {glue:text}`c11-kind`,
-# profile {glue:text}`c11-profile`.
+# Mean average precision on the test split with 95 % intervals by study: six detectors after {glue:text}`c11-seconds`
+# of training each (dots), and YOLO11-L after the training of {ref}`chap:yolo11-training` (diamond). n =
+# {glue:text}`c11-truth` boxes on {glue:text}`c11-test` {glue:text}`c11-kind`, profile {glue:text}`c11-profile`.
 # ```
 #
-# Overlapping intervals in {numref}`fig:other-detectors` do not show that two detectors are equal: both
-# are evaluated on the same studies, and an easy or a difficult study affects both. So we compute the difference on
-# each resample of studies, YOLO11-L's mean minus the other's, both after the same training time.
+# Overlapping intervals in {numref}`fig:other-detectors` do not show that two detectors are equal: both are evaluated
+# on the same studies, and an easy or a difficult study affects both. So we compute the difference on each resample of
+# studies, YOLO11-L's mean minus the other's, both after the same training time.
 
 # %%
 ours = runs["YOLO11-L"].found
@@ -334,16 +329,16 @@ text += f" The highest mean of all rows is that of {best}, {top['value']:.3f}."
 glue_values("c11", {"verdict": text})
 
 # %% [markdown]
-# {glue:text}`c11-verdict` Five comparisons are made at once, without correction for multiple testing; treat a
-# narrow margin with corresponding caution. A detector that has seen the images for a fraction of an epoch has
-# not been beaten; its training has hardly begun. From random weights small networks learn first, and that is what
-# a short training time measures. The next section shows a longer one.
+# {glue:text}`c11-verdict` Five comparisons are made at once, without correction for multiple testing; treat a narrow
+# margin with corresponding caution. A detector that has seen the images for a fraction of an epoch has not been
+# beaten; its training has hardly begun. From random weights small networks learn first, and that is what a short
+# training time measures. The next section shows a longer one.
 #
 # ## A longer run, kept
 #
-# The profile `night` trains each detector for longer and gives YOLO11 the paper's focal loss. It is run once;
-# its results are then kept in the book's folder of results, with the command, the commit, the date,
-# the machine and the seed. They are shown here next to the present run, and never mixed with it.
+# The profile `night` trains each detector for longer and gives YOLO11 the paper's focal loss. It is run once; its
+# results are then kept in the book's folder of results, with the command, the commit, the date, the machine and the
+# seed. They are shown here next to the present run, and never mixed with it.
 
 # %% tags=["hide-input"]
 night = kept_record("night-detectors")
@@ -375,8 +370,8 @@ assert json.loads(path.read_text())["detectors"].keys() == tables.keys()
 # %% [markdown]
 # ## Paper beside ours
 #
-# The paper's rows were measured on VinDr-SpineXR, with pretrained weights. The others are this run's.
-# Data and resources differ, so a difference between the two tables is not a finding.
+# The paper's rows were measured on VinDr-SpineXR, with pretrained weights. The others are this run's. Data and
+# resources differ, so a difference between the two tables is not a finding.
 
 # %% tags=["hide-input"]
 columns = [*LESION_TYPES, "mAP"]
@@ -393,8 +388,8 @@ here = pd.DataFrame.from_dict(here, orient="index", columns=heads)
 here.rename_axis(f"this run: {kind}, AP@0.5 (%)").map("{:.1f}".format).replace("nan", "–")
 
 # %% [markdown]
-# {numref}`fig:other-detectors` has the intervals of this run's means. Four of the paper's rows have no
-# counterpart here.
+# {numref}`fig:other-detectors` has the intervals of this run's means. Four of the paper's rows have no counterpart
+# here.
 #
 # | row | why it is not run here |
 # |---|---|
@@ -405,21 +400,20 @@ here.rename_axis(f"this run: {kind}, AP@0.5 (%)").map("{:.1f}".format).replace("
 #
 # ## Exercises
 #
-# Change the chapter first: set `iou_match = 0.3` in the parameters and run all cells; nothing is trained
-# again. Which detectors gain most, and what was wrong with their boxes?
+# | VinDr-SpineXR | its baseline is a detector gated by a classifier; weights and data may not be passed on |
+# detectors gain most, and what was wrong with their boxes?
 #
 # ```{exercise}
 # :label: ex:other-hand
-# By hand: an anchor is centred at (100, 80), 40 wide and 20 high. The network predicts
-# $(0.1, -0.5, 0, \ln 1.5)$. Where is the box?
+# By hand: an anchor is centred at (100, 80), 40 wide and 20 high. The network predicts $(0.1, -0.5, 0, \ln 1.5)$.
+# Where is the box?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:other-hand
 # :class: dropdown
 # ````
-# By {eq}`eq:anchor-moves` its centre is $(100 + 4, 80 - 10)$, its width stays 40 and its height
-# becomes 30.
+# By {eq}`eq:anchor-moves` its centre is $(100 + 4, 80 - 10)$, its width stays 40 and its height becomes 30.
 
 # %%
 assert np.allclose(moved((100, 80, 40, 20), (0.1, -0.5, 0, np.log(1.5))), (104, 70, 40, 30))
@@ -431,8 +425,8 @@ assert np.allclose(moved((100, 80, 40, 20), (0.1, -0.5, 0, np.log(1.5))), (104, 
 # %% [markdown]
 # ```{exercise}
 # :label: ex:other-greedy
-# In code: how often does the greedy pairing miss the smallest sum, for three lesions and five predictions with
-# random costs, and by how much on average?
+# In code: how often does the greedy pairing miss the smallest sum, for three lesions and five predictions with random
+# costs, and by how much on average?
 # ```
 
 # %% [markdown]
@@ -454,18 +448,16 @@ print(f"in {(more > 1e-12).mean():.0%} of cases, by {more[more > 1e-12].mean():.
 # %% [markdown]
 # ```{exercise}
 # :label: ex:other-question
-# Question the method: the paper takes the other rows of its Table 3 from earlier publications. Name
-# three things that may differ between rows besides the detector, and state in which direction each would shift the
-# result.
+# Question the method: the paper takes the other rows of its Table 3 from earlier publications. Name three things that
+# may differ between rows besides the detector, and state in which direction each would shift the result.
 # ```
 #
 # ```{solution} ex:other-question
 # :class: dropdown
-# Starting weights: more pretraining raises the result. Image size: small lesions gain from a larger one.
-# Images that are searched: behind a gate that removes normal images there are fewer false positives, and
-# precision rises. Tuning: a new method is tuned on the data at hand, the others were
-# tuned elsewhere. Choosing the best epoch on the test split raises the result of whoever does it. All of these
-# favour the new row, and none of them is the architecture.
+# Starting weights: more pretraining raises the result. Image size: small lesions gain from a larger one. Images that
+# are searched: behind a gate that removes normal images there are fewer false positives, and precision rises. Tuning:
+# a new method is tuned on the data at hand, the others were tuned elsewhere. Choosing the best epoch on the test
+# split raises the result of whoever does it. All of these favour the new row, and none of them is the architecture.
 # ```
 #
 # ## Takeaways
@@ -474,4 +466,5 @@ print(f"in {(more > 1e-12).mean():.0%} of cases, by {more[more > 1e-12].mean():.
 #   by set matching), and suppressed.
 # - Equal epochs are not equal terms. State what is kept equal, and report what is not.
 # - Evaluate a difference between two detectors on the same studies, resample by resample.
-# - A short training time from random weights measures how fast a detector learns at first, not how good it can become.
+# - A short training time from random weights measures how fast a detector learns at first, not how good it can
+#   become.
