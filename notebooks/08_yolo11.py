@@ -20,7 +20,7 @@
 # :::{admonition} In this chapter
 # **You will be able to** follow a radiograph through YOLO11-L from pixels to boxes, rebuild its stages and its
 # attention from their parts, state how much of an image a prediction can depend on and how much it does depend on,
-# and judge from that whether small lesions are within reach.
+# and judge from that whether it can detect small lesions.
 #
 # **You need** {ref}`chap:data` for boxes and lesion types, and {ref}`chap:densenet121` for convolutions, batch
 # normalisation and receptive fields.
@@ -588,9 +588,9 @@ def touched(y, x):
 noise = torch.rand(1, 3, 128, 128, generator=generator).requires_grad_()
 rows_and_columns = touched(network.model[:3](noise)[..., 16, 16], noise).nonzero()
 assert (rows_and_columns.amax(0) - rows_and_columns.amin(0) + 1).tolist() == [r[2], r[2]]
-asks = torch.randn(1, psa.c, 6, 6, generator=generator).requires_grad_()
-assert touched(attention_block(asks, block)[..., 0, 0], asks).all()
-assert touched(attention_block(asks, block, with_eq_3=False)[..., 0, 0], asks).sum() == 4
+queried = torch.randn(1, psa.c, 6, 6, generator=generator).requires_grad_()
+assert touched(attention_block(queried, block)[..., 0, 0], queried).all()
+assert touched(attention_block(queried, block, with_eq_3=False)[..., 0, 0], queried).sum() == 4
 fields = pd.DataFrame({"stride": [j[i] for i in heads.f], "field, px": [r[i] for i in heads.f]})
 assert (fields["field, px"] > max(paper_size)).all()
 fields.set_index("stride").T

@@ -149,7 +149,7 @@ sides = torch.linspace(4, 60, 113)
 width, height = torch.meshgrid(sides, sides, indexing="xy")
 centred = torch.stack([-width, -height, width, height], dim=-1) / 2
 surface = losses.complete_iou_loss(centred, torch.tensor([-10.0, -10.0, 10.0, 10.0]))
-best = np.unravel_index(surface.argmin(), surface.shape)
+best = np.unravel_index(int(surface.argmin()), surface.shape)
 assert width[best] == height[best] == side and surface.min() < 1e-5
 
 # %% tags=["hide-input", "remove-output"]

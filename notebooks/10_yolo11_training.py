@@ -498,10 +498,10 @@ show_figure("c10-fig-found", draw.draw_found(some, truth, accepted))
 common = truth["lesion_type"].value_counts().idxmax()
 order = test["image_id"].tolist()
 matches = match_boxes(truth, found, common, order, iou_match)
-hits, curve = 0, []
+true_positives, curve = 0, []
 for rank, hit in enumerate(matches.hit, start=1):
-    hits += hit
-    curve.append((hits / matches.truths.sum(), hits / rank))  # recall, precision
+    true_positives += hit
+    curve.append((true_positives / matches.truths.sum(), true_positives / rank))  # recall, precision
 best = [max([p for r, p in curve if r >= level], default=0) for level in metrics.RECALLS]
 AP = np.mean(best)
 assert np.isclose(AP, metrics.average_precision(truth, found, common, iou_match))

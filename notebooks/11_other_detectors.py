@@ -342,8 +342,8 @@ glue_values("c11", {"verdict": text})
 
 # %% tags=["hide-input"]
 night = kept_record("night-detectors")
-told = ("command", "commit", "date", "processor", "seed", "films", "seconds", "remark")
-shown = {key: night[key] for key in told if key in night} if night else {"night": "not yet run"}
+fields = ("command", "commit", "date", "processor", "seed", "films", "seconds", "remark")
+shown = {key: night[key] for key in fields if key in night} if night else {"night": "not yet run"}
 pd.Series(shown, name="the kept run").rename({"films": "images"}).to_frame().style
 
 # %% tags=["hide-input"]
