@@ -266,7 +266,7 @@ def draw_found(images: pd.DataFrame, truth: pd.DataFrame, found: pd.DataFrame) -
     """Draw images with their true boxes above and the predicted ones below.
 
     Args:
-        images: A column each: `image_id`, `cached_path`, and `scale`, cached over stored pixels.
+        images: One per column: `image_id`, `cached_path`, and `scale`, cached over stored pixels.
         truth, found: Boxes in stored pixels.
     """
     width = 2.3 * len(images)
@@ -325,8 +325,8 @@ def draw_froc(false_positives: pd.Series, sensitivity: pd.Series, points: pd.Dat
     """Draw a free-response curve with intervals at its seven working points.
 
     Args:
-        false_positives: Per image, of the curve.
-        sensitivity: At these.
+        false_positives: Per image, along the curve.
+        sensitivity: Along the curve, in [0, 1].
         points: What `metrics.froc.froc_table` returns.
     """
     fig, ax = plt.subplots(figsize=(6.2, 3.6))
@@ -345,7 +345,7 @@ def draw_examples(
     """Draw three rows of four patches round boxes, one of each lesion type first.
 
     Args:
-        rows: By title, the boxes to show, the first ones first; a title may have none.
+        rows: By title, the boxes to show, in order of preference; a title may have none.
         images: `image_id`, `cached_path`, and `scale`, cached over stored pixels.
         truth: True boxes, drawn with full lines, in stored pixels.
         found: Predicted boxes, drawn dashed.
