@@ -18,19 +18,19 @@
 # # 09 · Three losses
 #
 # :::{admonition} In this chapter
-# **You will be able to** write down what YOLO11-L minimises, term by term, say why overlap alone
-# cannot teach a box that misses, what the focal loss does to the many places where nothing is, and
-# why an edge may be a distribution.
+# **You will be able to** write down what YOLO11-L minimises, term by term, explain why overlap alone cannot train a
+# box that misses its lesion, what the focal loss does to the many anchors without a lesion, and why an edge
+# may be predicted as a distribution.
 #
-# **You need** {ref}`chap:data` for boxes and lesion types, {ref}`chap:yolo11` for the places that answer,
-# and derivatives of one variable.
+# **You need** {ref}`chap:data` for boxes and lesion types, {ref}`chap:yolo11` for the cells that predict,
+# and derivatives of functions of one variable.
 #
 # **It takes** twenty-five minutes of reading; the code runs in about a minute on two cores.
 # :::
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
-films_at_once = 6  # of the batch that losses are counted on
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
+images_at_once = 6  # of the batch on which losses are evaluated
 
 # %% tags=["hide-input"]
 from functools import partial
@@ -46,44 +46,35 @@ from dernet_utils.book.figures import show_figure
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
 from dernet_utils.dataset.prepared import read_boxes, read_images
-from dernet_utils.detection import images as detection_images
 from dernet_utils.detection import losses, yolo
+from dernet_utils.detection.images import DetectorRecipe, augmented_images
 
-# %%
 workspace = open_chapter(profile)
 images, all_boxes = read_images(workspace), read_boxes(workspace)
-learnt = images[(images["split"] == "train") & images["abnormal"]]
-recipe = detection_images.DetectorRecipe.of(workspace.profile)
+training = images[(images["split"] == "train") & images["abnormal"]]
+recipe = DetectorRecipe.of(workspace.profile)
 H, W = recipe.input_size
-
-# %% tags=["remove-cell"]
 glue_values("c09", {
-    "profile": workspace.profile.name,
-    "px": f"{H} × {W}",
-})
-kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
-glue_values("c09", {
-    "kind": kind,
-    "films": films_at_once,
-})
+    "profile": workspace.profile.name, "px": f"{H} × {W}", "images": images_at_once,
+    "kind": "virtual radiographs" if workspace.profile.virtual else "radiographs",
+})  # fmt: skip
 
 # %% [markdown]
-# {ref}`chap:yolo11-training` trains the detector on a sum of three terms, {eq}`eq:total-loss`: where a
-# box lies, what it holds, and how sharp its edges are. This chapter takes the three apart. Each is
-# written in a few lines, checked against a case that can be computed by hand, and drawn.
+# {ref}`chap:yolo11-training` trains the detector on a sum of three terms, {eq}`eq:total-loss`: one for the
+# position of a box, one for its class, and one for its edges. This chapter takes the three apart. Each is
+# written in a few lines, checked against a case that can be computed by hand, and plotted.
 #
 # ## A box that misses
 #
-# How good is a box? The usual answer is the *intersection over union* with the true one,
+# How good is a box? The usual measure is the *intersection over union* with the true box,
 #
 # $$
 # \mathrm{IoU} = \frac{|\mathbf{b} \cap \mathbf{b}^{gt}|}{|\mathbf{b} \cup \mathbf{b}^{gt}|} .
 # $$ (eq:iou)
 #
-# It is 1 for equal boxes and does not care for their size in millimetres. As a teacher it has a flaw:
-# as soon as two boxes do not meet it is 0, however far apart they are, and a network that is told 0
-# everywhere does not know which way to go. *Complete IoU* {cite}`zheng2020` adds two terms, the
-# paper's Eq. 5:
+# It is 1 for equal boxes and does not depend on their size in millimetres. As a training signal it has a flaw:
+# as soon as two boxes do not overlap it is 0, however far apart they are, so its gradient is zero and does not show
+# the network in which direction to move. *Complete IoU* {cite}`zheng2020` adds two terms, the paper's Eq. 5:
 #
 # ```{math}
 # :label: eq:ciou
@@ -95,8 +86,8 @@ glue_values("c09", {
 # ```
 #
 # $\rho$ is the distance between the two centres and $c$ the diagonal of the smallest box around both, so
-# the middle term lies between 0 and 1 and falls as the centres approach. $v$ compares the proportions
-# of the boxes; its weight $\alpha$ is small as long as they hardly overlap, for then place matters more
+# the middle term lies between 0 and 1 and falls as the centres approach. $v$ compares the aspect ratios
+# of the boxes; its weight $\alpha$ is small as long as they hardly overlap, because position then matters more
 # than shape. By hand, for two squares:
 
 
@@ -117,7 +108,6 @@ def ciou_loss(b, g):
     return 1 - iou(b, g) + rho_2 / c_2 + alpha * v
 
 
-# %%
 true = np.array([0.0, 0.0, 2.0, 2.0])
 # They share 2 of 6, their centres are 1 apart, and the box round both is 3 x 2.
 beside = true + np.array([1, 0, 1, 0])
@@ -127,9 +117,9 @@ v = 4 / np.pi**2 * (np.arctan(1) - np.arctan(4)) ** 2
 assert np.isclose(ciou_loss(flat, true), 1 - 2 / 6 + v**2 / (1 - 2 / 6 + v))
 
 # %% [markdown]
-# `losses.complete_iou_loss` is the same for many boxes at once, and can be differentiated. The factor
-# $\alpha$ is taken for a constant when it is: it says how much the shape should count, and is not itself
-# to be learnt away.
+# `losses.complete_iou_loss` computes the same for many boxes at once, and is differentiable. When gradients are
+# taken, the factor $\alpha$ is treated as a constant: it sets how much the shape should count, and is not itself
+# to be minimised.
 
 # %%
 generator = torch.Generator().manual_seed(workspace.profile.seed)
@@ -140,7 +130,7 @@ one_by_one = [ciou_loss(*pair) for pair in zip(b.double().numpy(), g.double().nu
 assert np.allclose(at_once, one_by_one, atol=1e-4)
 
 # %% [markdown]
-# Slide a box of 20 × 20 pixels away from its true place, and change its sides at the right place:
+# We slide a box of 20 × 20 pixels away from its true position, and then vary its sides at the right position:
 
 # %%
 side = 20.0
@@ -155,12 +145,11 @@ slope_overlap, slope_ciou = (
 apart = shift.detach() > side + 0.1
 assert (slope_overlap[apart] == 0).all() and (slope_ciou[apart] > 0).all()
 
-# %%
 sides = torch.linspace(4, 60, 113)
 width, height = torch.meshgrid(sides, sides, indexing="xy")
 centred = torch.stack([-width, -height, width, height], dim=-1) / 2
 surface = losses.complete_iou_loss(centred, torch.tensor([-10.0, -10.0, 10.0, 10.0]))
-best = np.unravel_index(surface.argmin(), surface.shape)
+best = np.unravel_index(int(surface.argmin()), surface.shape)
 assert width[best] == height[best] == side and surface.min() < 1e-5
 
 # %% tags=["hide-input", "remove-output"]
@@ -184,63 +173,61 @@ show_figure("c09-fig-ciou", fig)
 
 # %% [markdown]
 # ```{glue:figure} c09-fig-ciou
-# :name: fig:ciou
-# :alt: Three panels. Left, loss against shift: one less overlap is flat beyond 20 pixels, complete IoU goes on rising. Middle, the slopes: the first is zero beyond 20 pixels. Right, a surface over width and height with its lowest point at 20 by 20.
-# Complete IoU of a box of 20 × 20 px. Left and middle: moved sideways, loss and slope. Right: at the
-# right place with other sides; the cross is the true size. The figure does not depend on data or
-# profile.
+# ---
+# name: fig:ciou
+# alt: >-
+#   Three panels. Left, loss against shift: one minus the overlap is flat beyond 20 pixels, complete IoU goes on
+#   rising. Middle, the slopes: the first is zero beyond 20 pixels. Right, a surface over width and height with its
+#   lowest point at 20 by 20.
+# ---
+# Complete IoU of a box of 20 × 20 px. Left and middle: shifted sideways, loss and slope. Right: at the
+# right position with other sides; the cross is the true size. The figure does not depend on data or profile.
 # ```
 #
-# In {numref}`fig:ciou` the overlap falls silent at 20 pixels, where the boxes part. Complete IoU still
-# has a slope there, gentle but of the right sign. On the right the loss falls from all sides to the true
+# In {numref}`fig:ciou` the overlap has no slope beyond 20 pixels, where the boxes part. Complete IoU still
+# has a slope there, small but of the right sign. On the right the loss falls from all sides towards the true
 # size, more gently along the two lines where one side is right already.
 #
 # ### What one pixel costs
 #
-# IoU has no unit, and that cuts both ways. Move a square of side $s$ by one pixel: it keeps $s(s-1)$ of
-# $s(s+1)$, and $\mathrm{IoU} = (s-1)/(s+1)$. A small lesion forgives nothing.
+# IoU has no unit, so an error of one pixel matters more for a small box than for a large one. Shift a square of side
+# $s$ by one pixel: the intersection is $s(s-1)$, the union $s(s+1)$, and $\mathrm{IoU} = (s-1)/(s+1)$. For a small
+# lesion, even an error of one pixel is expensive.
 
 # %%
-boxes = all_boxes[all_boxes["image_id"].isin(learnt["image_id"])]
-films = images.set_index("image_id").loc[boxes["image_id"]]
-gain = np.minimum(H / films["height"], W / films["width"]).to_numpy()  # of the letterbox
+boxes = all_boxes[all_boxes["image_id"].isin(training["image_id"])]
+image_of = images.set_index("image_id").loc[boxes["image_id"]]
+gain = np.minimum(H / image_of["height"], W / image_of["width"]).to_numpy()  # of the letterbox
 area = (boxes["xmax"] - boxes["xmin"]) * (boxes["ymax"] - boxes["ymin"])
 side_px = np.sqrt(area) * gain  # of a square of the same area, in the network's pixels
-per_type = side_px.groupby(boxes["lesion_type"]).median().reindex(LESION_TYPES)
+by_type = side_px.groupby(boxes["lesion_type"]).median().reindex(LESION_TYPES)
 s = side_px.median()
 one_px = (s - 1) / (s + 1)
 square = torch.tensor([0.0, 0.0, 8.0, 8.0])
 assert np.isclose(iou((square + torch.tensor([1.0, 0, 1, 0])).numpy(), square.numpy()), 7 / 9)
-per_type.round(1)
-
-# %% tags=["remove-cell"]
-glue_values("c09", {
-    "side": f"{s:.1f}",
-    "one-px": f"{one_px:.2f}",
-    "boxes": f"{len(boxes):,}",
-})
+glue_values("c09", {"side": f"{s:.1f}", "one-px": f"{one_px:.2f}", "boxes": f"{len(boxes):,}"})
+by_type.round(1).rename("median side, px")
 
 # %% [markdown]
 # At {glue:text}`c09-px` px the median of this run's {glue:text}`c09-boxes` training boxes has the area
-# of a square of side {glue:text}`c09-side` px, and one pixel beside it leaves an IoU of
-# {glue:text}`c09-one-px`. Half is needed to count as found. That is why the resolution of the input
-# matters more to this detector than most of its other numbers.
-
-# %% [markdown]
-# ## Many places, few lesions
+# of a square of side {glue:text}`c09-side` px, and an error of one pixel leaves an IoU of
+# {glue:text}`c09-one-px`. At least 0.5 is needed to count as found. That is why the resolution of the input
+# matters more to this detector than most of its other settings.
 #
-# Each anchor also says how probable each of the seven types is. Nearly always the answer is "none". With
-# binary cross-entropy, $-\log p_t$, where $p_t$ is the probability that was given to what is true,
-# thousands of small losses add up and may drown the few large ones. The *focal loss* {cite}`lin2017`,
-# the paper's Eq. 6, turns them down:
+# ## Many anchors, few lesions
+#
+# Each anchor also predicts a probability for each of the seven types. Nearly always the right answer is "none". With
+# binary cross-entropy, $-\log p_t$, where $p_t$ is the predicted probability of the true class,
+# thousands of small losses add up and may outweigh the few large ones. The *focal loss* {cite}`lin2017`,
+# the paper's Eq. 6, reduces them:
 #
 # $$
 # \mathcal{L}_{Focal} = -\alpha_t (1 - p_t)^\gamma \log p_t .
 # $$ (eq:focal)
 #
-# What is already right with $p_t = 0.9$ counts a hundredth of what it did, at the paper's
-# $\gamma = 2$; what is wrong keeps nearly all of its weight. $\alpha_t$ is 0.25 for a lesion and 0.75 for
-# none: the exponent has turned "none" down so far that lesions would now be too loud.
+# At the paper's $\gamma = 2$, a prediction that is already right with $p_t = 0.9$ keeps one hundredth of its loss; a
+# wrong one keeps nearly all of it. $\alpha_t$ is 0.25 for a lesion and 0.75 for no lesion: the exponent has
+# reduced the negatives so far that lesions would now dominate.
 
 # %%
 assert np.isclose((1 - 0.9) ** 2, 0.01)
@@ -253,7 +240,7 @@ assert torch.allclose(losses.focal_loss(z, one), for_lesion)
 assert torch.allclose(losses.focal_loss(z, zero), for_none)
 
 # %% [markdown]
-# Learning follows the gradient rather than the loss. With respect to the logit $z$ of a lesion
+# Training follows the gradient rather than the loss. With respect to the logit $z$ of a lesion
 # ($p_t = p = \sigma(z)$) it is, by the product rule and $p' = p(1 - p)$,
 #
 # $$
@@ -274,27 +261,30 @@ p = np.linspace(0.005, 0.995, 200)
 for gamma, dash in ((0, ":"), (1, "--"), (2, "-"), (5, "-.")):
     left.plot(p, -((1 - p) ** gamma) * np.log(p), dash, label=f"γ = {gamma}")
     right.plot(p, (1 - p) ** gamma * (1 - p - gamma * p * np.log(p)), dash)
-left.set(xlabel="probability of the truth", ylabel="loss", ylim=(0, 4))
-right.set(xlabel="probability of the truth", ylabel="size of the gradient", ylim=(0, 1.5))
+left.set(xlabel="probability of the true class", ylabel="loss", ylim=(0, 4))
+right.set(xlabel="probability of the true class", ylabel="size of the gradient", ylim=(0, 1.5))
 left.legend(fontsize=8)
 show_figure("c09-fig-focal", fig)
 
 # %% [markdown]
 # ```{glue:figure} c09-fig-focal
-# :name: fig:focal
-# :alt: Two panels against the probability of the truth. Left, four losses that fall to zero, the larger gamma the sooner. Right, the size of their gradients, likewise.
+# ---
+# name: fig:focal
+# alt: >-
+#   Two panels against the probability of the true class. Left, four losses that fall to zero, the larger gamma the
+#   sooner. Right, the size of their gradients, likewise.
+# ---
 # Focal loss and the size of its gradient with respect to the logit, without $\alpha_t$, for four
-# exponents; $\gamma = 0$ is cross-entropy, the paper has 2. The figure does not depend on data or
-# profile.
+# exponents; $\gamma = 0$ is cross-entropy, the paper has 2. The figure does not depend on data or profile.
 # ```
 #
-# A second difficulty is of YOLO11's making. Its targets are not 0 and 1 but *soft*: an anchor that is
-# assigned to a lesion shall say how well its present box fits, 0.3 or 0.8. {eq}`eq:focal` does not tell
-# what $p_t$ is then. With a target $t$ we take $|t - p|$ for $1 - p_t$, cross-entropy with $t$ for
-# $-\log p_t$, and the mean over both answers for $\alpha_t$. For $t$ of 0 and 1 this is the equation, and
-# for any other the least loss is nothing, at $p = t$. Without $\alpha_t$ it is the *quality focal loss* of
-# the authors who proposed the third term {cite}`li2020`. Another way to generalise, to take the mean
-# over both answers for $p_t$ too, has its least loss elsewhere:
+# A second difficulty is specific to YOLO11. Its targets are not 0 and 1 but *soft*: the target of an anchor that is
+# assigned to a lesion is a measure of how well its present box fits, for example 0.3 or 0.8. {eq}`eq:focal` does not
+# define $p_t$ for such a target. With a target $t$ we use $|t - p|$ for $1 - p_t$, cross-entropy with $t$ for
+# $-\log p_t$, and for $\alpha_t$ the mean of both values, weighted by $t$ and $1 - t$. For $t$ of 0 and 1 this is the
+# equation, and for any other $t$ the smallest loss is zero, at $p = t$. Without $\alpha_t$ it is the *quality focal
+# loss* of the authors who proposed the third term {cite}`li2020`. Another generalisation, which uses such a weighted
+# mean for $p_t$ too, has its minimum elsewhere:
 
 # %%
 t = torch.tensor(0.3, dtype=torch.float64)
@@ -306,29 +296,28 @@ at_least, at_least_by_mean = (
     prob[loss.argmin()] for loss in (losses.focal_loss(logits, t.expand_as(logits)), by_mean)
 )
 assert abs(at_least - t) < 1e-3 < abs(at_least_by_mean - t)
-glue_values("c09", {
-    "soft": f"{float(at_least_by_mean):.2f}",
-})
+glue_values("c09", {"soft": f"{float(at_least_by_mean):.2f}"})
 
 # %% [markdown]
-# For a target of 0.3 that one would teach the network to say {glue:text}`c09-soft`.
-
-# %% [markdown]
-# ### Counted on films
+# For a target of 0.3, that form would train the network to predict {glue:text}`c09-soft`.
 #
-# How many places, how few lesions? We show the untrained network {glue:text}`c09-films` training films
-# as the last epoch does, without mosaic, and ask the assigner which anchors shall answer.
+# ### Counted on images
+#
+# How many anchors, how few lesions? We pass {glue:text}`c09-images` training images through the untrained network,
+# augmented as in the last epoch, without mosaic, and run the assigner, which decides which anchors are responsible
+# for a lesion.
 
 # %%
 network = yolo.build_detector(LESION_TYPES, recipe.seed).train()
 folder = workspace.cache / "yolo-losses"
-shown = learnt.head(films_at_once)
-views = list(detection_images.augmented_images(shown, all_boxes, recipe, recipe.epochs + 1, folder))
-truth = pd.concat([found.assign(film=row) for row, (_, found) in enumerate(views)])
+some = training.head(images_at_once)
+augmented = list(augmented_images(some, all_boxes, recipe, recipe.epochs + 1, folder))
+truth = pd.concat([own.assign(row=row) for row, (_, own) in enumerate(augmented)])
+pixels = torch.stack([torch.tensor(grey) for grey, _ in augmented])
 corners = torch.tensor(truth[list(CORNERS)].to_numpy(np.float32)) / torch.tensor([W, H] * 2)
 batch = {
-    "img": torch.stack([torch.tensor(grey) for grey, _ in views])[:, None].repeat(1, 3, 1, 1) / 255,
-    "batch_idx": torch.tensor(truth["film"].to_numpy(np.float32)),
+    "img": pixels[:, None].repeat(1, 3, 1, 1) / 255,
+    "batch_idx": torch.tensor(truth["row"].to_numpy(np.float32)),
     "cls": torch.tensor([[float(LESION_TYPES.index(name))] for name in truth["lesion_type"]]),
     "bboxes": box_convert(corners, "xyxy", "cxcywh"),
 }
@@ -337,33 +326,28 @@ batch = {
 with torch.no_grad():
     given = network.assigned(batch)
 anchors, taken = len(given.lesion), int(given.lesion.sum())
-assert anchors == len(views) * sum((H // stride) * (W // stride) for stride in (8, 16, 32))
+assert anchors == len(some) * sum((H // stride) * (W // stride) for stride in (8, 16, 32))
 assert (given.class_target[~given.lesion] == 0).all() and taken >= 1
 kinds = truth["lesion_type"].value_counts().reindex(LESION_TYPES, fill_value=0)
-places = given.box_target[given.lesion]
-assert (places[:, 2:] > places[:, :2]).all()
+targets = given.box_target[given.lesion]
+assert (targets[:, 2:] > targets[:, :2]).all()
+glue_values("c09", {
+    "anchors": f"{anchors:,}", "taken": f"{taken:,}", "batch-boxes": len(truth),
+    "odds": f"{(anchors - taken) / taken:.0f}",
+})  # fmt: skip
 pd.Series({"anchors": anchors, "with a lesion": taken, "boxes": len(truth), **kinds})
 
-# %% tags=["remove-cell"]
-glue_values("c09", {
-    "anchors": f"{anchors:,}",
-    "taken": f"{taken:,}",
-    "odds": f"{(anchors - taken) / taken:.0f}",
-    "batch-boxes": len(truth),
-})
-
 # %% [markdown]
-# Of {glue:text}`c09-anchors` anchors {glue:text}`c09-taken` have one of {glue:text}`c09-batch-boxes` boxes
-# to answer for, one to {glue:text}`c09-odds` others. This is the imbalance that the focal loss is made
-# for. The paper's 46.9 : 1 is another one, between the commonest lesion type and the rarest; each type is
-# a yes or no of its own, and a rare type's few anchors are hardly helped when all of the "none" is
-# turned down alike.
+# Of {glue:text}`c09-anchors` anchors, {glue:text}`c09-taken` are assigned to one of {glue:text}`c09-batch-boxes`
+# boxes, one for every {glue:text}`c09-odds` others. This is the imbalance for which the focal loss was designed.
+# The paper's 46.9 : 1 is a different one, between the commonest lesion type and the rarest. Each type is
+# a binary decision of its own, and reducing all negatives alike hardly helps the few anchors of a rare type.
 #
-# The targets are soft, and that has a consequence at the start. As ultralytics begins, a network is
-# undecided about each edge: its distribution over 16 distances, the last section's matter, is flat, with
-# a mean of 7.5 strides. Boxes 15 strides wide hardly fit any lesion, so hardly any answer should be
-# yes. Ours begins with edges about one stride away and, as the focal loss's authors advise, with
-# a probability of 0.01 for each type. There is more to learn from the first step on:
+# The targets are soft, and that matters at the start of training. As ultralytics initialises it, a network is
+# undecided about each edge: its distribution over 16 distances, the subject of the last section, is flat, with
+# a mean of 7.5 strides. Boxes 15 strides wide hardly fit any lesion, so hardly any target is far from zero.
+# Our network starts with edges about one stride away and, as the authors of the focal loss advise, with
+# a probability of 0.01 for each type. It therefore receives larger targets from the first step on:
 
 
 # %%
@@ -385,8 +369,8 @@ pd.DataFrame(
 ).round(3)
 
 # %% [markdown]
-# What pulls at the network? We add up the sizes of the gradients at the class logits, and ask how much of
-# the sum comes from answers that should be "none".
+# Which outputs drive the training? We add up the absolute gradients at the class logits, and compute which
+# fraction of the sum comes from negatives, that is, from outputs whose target is zero.
 
 
 # %%
@@ -394,33 +378,33 @@ def cross_entropy(logits, target):
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
-def share_of_none(given, loss):
-    """How much of the pull at the class logits comes from answers that should be none."""
+def from_negatives(given, loss):
+    """Fraction of the absolute gradient at the class logits that comes from negatives."""
     logits = given.class_logits.detach().requires_grad_()
-    (pull,) = torch.autograd.grad(loss(logits, given.class_target).sum(), logits)
-    return float(pull.abs()[given.class_target == 0].sum() / pull.abs().sum())
+    (gradient,) = torch.autograd.grad(loss(logits, given.class_target).sum(), logits)
+    return float(gradient.abs()[given.class_target == 0].sum() / gradient.abs().sum())
 
 
-shares = {loss.__name__: share_of_none(given, loss) for loss in (cross_entropy, losses.focal_loss)}
-assert all(0 <= share <= 1 for share in shares.values())
-shares
+fractions = {loss.__name__: from_negatives(given, loss) for loss in (cross_entropy, losses.focal_loss)}
+assert all(0 <= fraction <= 1 for fraction in fractions.values())
+pd.Series(fractions, name="fraction of the gradient from negatives").to_frame()
 
 # %% [markdown]
-# How it goes on is for an experiment.
+# How this changes during training has to be tried out.
 #
 # ### An experiment: with and without
 #
-# Two networks start from the same weights and look at the same {glue:text}`c09-films` films for a few
+# Two networks start from the same weights and train on the same {glue:text}`c09-images` images for a few
 # steps, one with the focal loss, one with cross-entropy as its class term; the rest of
-# {eq}`eq:total-loss` is the same. The loss is the one of this chapter, `losses.total_loss`. We follow two numbers: the
-# probability that anchors with a lesion give to its type, and the share of the pull that comes from
-# none. It is a look at the mechanism on films that are learnt from; it does not tell which loss finds
-# more lesions on others.
+# {eq}`eq:total-loss` is the same. The loss is this chapter's `losses.total_loss`. We follow two numbers: the
+# probability that anchors with a lesion predict for its type, and the fraction of the gradient that comes from
+# negatives. The experiment shows the mechanism on training images; it does not show which loss finds
+# more lesions on other images.
 
 
 # %%
 def short_training(class_loss, steps=16):
-    """Probability at lesions and share of none, before each step and after the last."""
+    """Probability at lesions and fraction from negatives, before each step and after the last."""
     network = yolo.build_detector(LESION_TYPES, recipe.seed).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     rows = []
@@ -428,7 +412,7 @@ def short_training(class_loss, steps=16):
         given = network.assigned(batch)
         own = given.class_target > 0
         prob = given.class_logits.detach().sigmoid()[own].mean()
-        rows.append({"prob": float(prob), "none": share_of_none(given, class_loss)})
+        rows.append({"prob": float(prob), "negatives": from_negatives(given, class_loss)})
         terms = losses.total_loss(given, class_loss=class_loss)
         optimizer.zero_grad()
         sum(terms.values()).backward()
@@ -438,10 +422,8 @@ def short_training(class_loss, steps=16):
 
 # %%
 torch.manual_seed(workspace.profile.seed)
-runs = {
-    "focal loss": short_training(losses.focal_loss),
-    "cross-entropy": short_training(cross_entropy),
-}
+trials = {"focal loss": losses.focal_loss, "cross-entropy": cross_entropy}
+runs = {name: short_training(class_loss) for name, class_loss in trials.items()}
 start = [run["prob"].iloc[0] for run in runs.values()]
 assert np.isclose(*start)  # they start from the same weights
 assert all(run.notna().all(axis=None) for run in runs.values())
@@ -450,76 +432,80 @@ assert all(run.notna().all(axis=None) for run in runs.values())
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.9))
 for (name, run), dash in zip(runs.items(), ("-", "--"), strict=True):
     left.semilogy(run["prob"], dash, label=name)
-    right.plot(run["none"], dash)
-left.set(xlabel="steps taken", ylabel="probability at lesions")
-right.set(xlabel="steps taken", ylabel="share of the pull from none", ylim=(0, 1.02))
+    right.plot(run["negatives"], dash)
+left.set(xlabel="training steps", ylabel="probability at lesions")
+right.set(xlabel="training steps", ylabel="fraction of the gradient\nfrom negatives", ylim=(0, 1.02))
 left.legend(fontsize=8)
 show_figure("c09-fig-experiment", fig)
 last = {name: run.iloc[-1] for name, run in runs.items()}
 glue_values("c09", {
     "prob-focal": f"{last['focal loss']['prob']:.3f}",
     "prob-entropy": f"{last['cross-entropy']['prob']:.3f}",
-    "none-focal": f"{last['focal loss']['none']:.0%}",
-    "none-entropy": f"{last['cross-entropy']['none']:.0%}",
+    "none-focal": f"{last['focal loss']['negatives']:.0%}",
+    "none-entropy": f"{last['cross-entropy']['negatives']:.0%}",
 })
 
 # %% [markdown]
 # ```{glue:figure} c09-fig-experiment
-# :name: fig:focal-experiment
-# :alt: Two panels over steps, a line each for the focal loss and cross-entropy. Left, the probability that anchors with a lesion give to its type, on a logarithmic scale. Right, the share of the gradient that comes from answers that should be none.
+# ---
+# name: fig:focal-experiment
+# alt: >-
+#   Two panels over training steps, a line each for the focal loss and cross-entropy. Left, the probability that
+#   anchors with a lesion predict for its type, on a logarithmic scale. Right, the fraction of the gradient that
+#   comes from negatives.
+# ---
 # The first steps of YOLO11-L from random weights, with the focal loss and with cross-entropy as its class
-# term. n = {glue:text}`c09-films` {glue:text}`c09-kind` of the training split, the same at each step;
+# term. n = {glue:text}`c09-images` {glue:text}`c09-kind` of the training split, the same at each step;
 # one seed; profile {glue:text}`c09-profile`.
 # ```
 #
-# After the last step in {numref}`fig:focal-experiment` anchors with a lesion give its type
+# After the last step in {numref}`fig:focal-experiment`, anchors with a lesion predict its type with a probability of
 # {glue:text}`c09-prob-focal` with the focal loss and {glue:text}`c09-prob-entropy` with cross-entropy;
-# {glue:text}`c09-none-focal` and {glue:text}`c09-none-entropy` of the pull come from none. A focal loss is
-# also a small one: with $\alpha_t = 0.25$ and the paper's $\lambda_{cls} = 0.5$ the class term may fall far
-# behind the other two. What it does to what is found after a short run from random weights was measured
+# {glue:text}`c09-none-focal` and {glue:text}`c09-none-entropy` of the gradient come from negatives. A focal loss is
+# also a small one: with $\alpha_t = 0.25$ and the paper's $\lambda_{cls} = 0.5$ the class term may become much
+# smaller than the other two. Its effect on the lesions found after a short run from random weights was measured
 # when the profile `laptop` was set: {ref}`sec:chosen`.
-
-# %% [markdown]
-# ## An edge that is not one line
+#
+# ## An edge as a distribution
 #
 # The third term is about the box again. Instead of one number, YOLO11 predicts for each edge a
 # distribution over the distances 0, 1, …, 15, in units of the anchor's stride, and takes its mean.
-# The *distribution focal loss* {cite}`li2020` wants the two whole numbers around the true
-# distance $y$, in proportion:
+# The *distribution focal loss* {cite}`li2020` rewards probability at the two whole numbers around the true
+# distance $y$, in proportion to their closeness:
 #
 # $$
 # \mathcal{L}_{DFL} = -(y_{i+1} - y) \log S_i - (y - y_i) \log S_{i+1},
 # \qquad y_i \le y < y_{i+1} .
 # $$ (eq:dfl)
 #
-# $S_i$ is the probability of distance $y_i$. The paper wants it for edges that are blurred, as an
-# osteophyte's are. An edge at 3.2 should get 0.8 at 3 and 0.2 at 4, whose mean is 3.2.
+# $S_i$ is the probability of distance $y_i$. The paper uses this loss for blurred edges, such as
+# an osteophyte's. An edge at 3.2 should get 0.8 at 3 and 0.2 at 4, whose mean is 3.2.
 
 # %%
-said = torch.full((16,), 1e-9, dtype=torch.float64)
-said[3], said[4] = 0.8, 0.2
+exact = torch.full((16,), 1e-9, dtype=torch.float64)
+exact[3], exact[4] = 0.8, 0.2
 edge = torch.tensor(3.2, dtype=torch.float64)
-assert torch.isclose((said * torch.arange(16)).sum(), edge, atol=1e-6)
-least = losses.distribution_focal_loss(said.log(), edge)
+assert torch.isclose((exact * torch.arange(16)).sum(), edge, atol=1e-6)
+least = losses.distribution_focal_loss(exact.log(), edge)
 entropy = -(0.8 * np.log(0.8) + 0.2 * np.log(0.2))
-assert np.isclose(float(least), entropy, atol=1e-6)  # between two bins it is never nothing
-spread = torch.exp(-0.5 * ((torch.arange(16) - 3.2) / 1.5).double() ** 2)
+assert np.isclose(float(least), entropy, atol=1e-6)  # between two bins it is never zero
+spread, wide = (
+    torch.exp(-0.5 * ((torch.arange(16) - 3.2) / by).double() ** 2) for by in (1.5, 2.5)
+)
 assert losses.distribution_focal_loss(spread.log(), edge) > least
 
-# %%
 distance = torch.linspace(0, 12, 241, dtype=torch.float64)
-wide = torch.exp(-0.5 * ((torch.arange(16) - 3.2) / 2.5).double() ** 2)
 curves = {
     name: losses.distribution_focal_loss(dist.log().expand(len(distance), 16), distance)
-    for name, dist in {"0.8 and 0.2": said, "spread by 1.5": spread, "spread by 2.5": wide}.items()
+    for name, dist in {"0.8 and 0.2": exact, "spread by 1.5": spread, "spread by 2.5": wide}.items()
 }
-far, near = (np.abs(distance.numpy() - place).argmin() for place in (9.0, 3.2))
+far, near = (np.abs(distance.numpy() - at).argmin() for at in (9.0, 3.2))
 assert curves["0.8 and 0.2"][near] < curves["spread by 1.5"][near] < curves["spread by 2.5"][near]
 assert curves["0.8 and 0.2"][far] > curves["spread by 1.5"][far] > curves["spread by 2.5"][far]
 
 # %% tags=["hide-input", "remove-output"]
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.9))
-for number, (dist, dash) in enumerate(((said, "-"), (spread, "--"), (wide, ":"))):
+for number, (dist, dash) in enumerate(((exact, "-"), (spread, "--"), (wide, ":"))):
     left.plot(dist / dist.sum(), dash, marker="os^"[number], ms=4)
 for (name, curve), dash in zip(curves.items(), ("-", "--", ":"), strict=True):
     right.plot(distance, curve, dash, label=name)
@@ -532,23 +518,27 @@ show_figure("c09-fig-dfl", fig)
 
 # %% [markdown]
 # ```{glue:figure} c09-fig-dfl
-# :name: fig:dfl
-# :alt: Left, three distributions over distances around 3.2, the first on two whole numbers only. Right, their losses against the true distance: the sharper the distribution, the lower the loss at 3.2 and the steeper it rises away from it.
-# Three ways to say that an edge lies 3.2 strides away, and what each costs by where it truly lies; the
-# upright line is at 3.2. The figure does not depend on data or profile.
+# ---
+# name: fig:dfl
+# alt: >-
+#   Left, three distributions over distances around 3.2, the first on two whole numbers only. Right, their losses
+#   against the true distance: the sharper the distribution, the lower the loss at 3.2 and the steeper it rises away
+#   from it.
+# ---
+# Three predictions of an edge at 3.2 strides, and the loss of each against the true distance; the
+# vertical line is at 3.2. The figure does not depend on data or profile.
 # ```
 #
-# To be sharp is cheapest where one is right and dearest where one is wrong ({numref}`fig:dfl`). An edge on
-# which readers would disagree is better said broadly, and the width of the distribution is a
-# measure of that doubt which a single number could not give.
-
-# %% [markdown]
+# A sharp distribution has the lowest loss where it is right and the highest where it is wrong ({numref}`fig:dfl`).
+# For an edge on which readers would disagree a broad distribution is better, and its width is a
+# measure of that uncertainty which a single number could not give.
+#
 # ## The sum
 #
-# What is trained must be {eq}`eq:total-loss`. On the batch above, from the same assignments, our three
-# terms against the trainer's, both with the exponent and the class weight of this run
-# ({glue:text}`c09-gamma` and {glue:text}`c09-alpha`). The paper's focal loss in the middle term, and
-# cross-entropy, stand beside.
+# The loss used in training must be {eq}`eq:total-loss`. On the batch above, with the same assignments, we compare our
+# three terms with the trainer's, both with the exponent and the class weight of this run
+# ({glue:text}`c09-gamma` and {glue:text}`c09-alpha`). The last two columns have the paper's focal loss, and
+# cross-entropy, as the class term.
 
 # %%
 assert (network.args.box, network.args.cls, network.args.dfl) == (7.5, 0.5, 1.5)
@@ -565,36 +555,27 @@ for name, value in trained.items():
 terms = {"trainer": trained, "by hand": ours}
 terms |= {"with the paper's focal loss": focal, "with cross-entropy": entropy}
 terms = pd.DataFrame(terms).astype(float)
-terms.round(3)
-
-# %% tags=["remove-cell"]
 parts = terms["with the paper's focal loss"] / terms["with the paper's focal loss"].sum()
 glue_values("c09", {
-    "gamma": f"{recipe.gamma:g}",
-    "alpha": f"{recipe.alpha:g}",
-    "box-share": f"{parts['box']:.0%}",
-    "class-share": f"{parts['cls']:.0%}",
-})
+    "gamma": f"{recipe.gamma:g}", "alpha": f"{recipe.alpha:g}",
+    "box-share": f"{parts['box']:.0%}", "class-share": f"{parts['cls']:.0%}",
+})  # fmt: skip
+terms.round(3)
 
 # %% [markdown]
-# With the paper's focal loss, {glue:text}`c09-box-share` of this untrained network's sum is about the
-# place of boxes and {glue:text}`c09-class-share` about what they hold.
-
-# %% [markdown]
+# With the paper's focal loss, {glue:text}`c09-box-share` of this untrained network's sum comes from the
+# positions of boxes and {glue:text}`c09-class-share` from their classes.
+#
 # ## Paper beside ours
 #
-# Numbers of the losses. Neither column is a result.
+# Settings of the losses. Neither column is a result.
 
 # %% tags=["hide-input"]
+class_term = "focal loss" if recipe.gamma else "cross-entropy, weighted by class"
 pd.DataFrame(
     {
         "paper": ["7.5, 0.5, 1.5", "2.0", "0.25 (companion code)", "focal loss"],
-        "this edition": [
-            "7.5, 0.5, 1.5",
-            f"{recipe.gamma}",
-            f"{recipe.alpha}",
-            "focal loss" if recipe.gamma else "cross-entropy, weighed by class",
-        ],
+        "this edition": ["7.5, 0.5, 1.5", f"{recipe.gamma}", f"{recipe.alpha}", class_term],
     },
     index=["weights of box, class, DFL", "focusing exponent", "class weight", "class term"],
 )
@@ -602,22 +583,23 @@ pd.DataFrame(
 # %% [markdown]
 # ## Exercises
 #
-# Change the chapter first: set `films_at_once = 2` in the parameters and run all. Which of the counts
-# change, and which shares hardly?
+# Change the chapter first: set `images_at_once = 2` in the parameters and run all cells. Which of the counts
+# change, and which fractions hardly change?
 #
 # ```{exercise}
 # :label: ex:losses-touch
 #
 # By hand: two squares of side 1 touch along an edge. What is their complete IoU loss, and what does it
-# become when one is moved away to infinity?
+# approach when one is moved away to infinity?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:losses-touch
 # :class: dropdown
 # ````
-# They share nothing, their centres are 1 apart, and the box round both has the squared diagonal
-# $1 + 4$: $1 + 1/5$. Far away centres and corners are the same distance apart, and the loss nears 2.
+# They share nothing, their centres are 1 apart, and the box around both has the squared diagonal
+# $1 + 4$: the loss is $1 + 1/5$. Far away, the distances between centres and between corners are nearly the same, and
+# the loss approaches 2.
 
 # %%
 unit = np.array([0.0, 0.0, 1.0, 1.0])
@@ -632,26 +614,28 @@ assert np.isclose(ciou_loss(unit + np.array([1e6, 0, 1e6, 0]), unit), 2, atol=1e
 # ```{exercise}
 # :label: ex:losses-even
 #
-# In code: all anchors without a lesion say $p = 0.01$, all with one say $0.3$, and there are 200 times
-# as many of the first. From which $\gamma$ on do lesions pull harder than none, without $\alpha_t$?
+# In code: all anchors without a lesion predict $p = 0.01$, all with one predict $0.3$, and there are 200 times
+# as many of the first. Above which $\gamma$ is the total gradient of the lesions larger than that of the negatives,
+# without $\alpha_t$?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:losses-even
 # :class: dropdown
 # ````
-# The pull of one answer with probability $p_t$ of the truth is $(1 - p_t)^\gamma (1 - p_t - \gamma p_t \log
-# p_t)$, by {eq}`eq:focal-gradient`.
+# The gradient of one output with probability $p_t$ of its true class has the size $(1 - p_t)^\gamma (1 - p_t -
+# \gamma p_t \log p_t)$, by {eq}`eq:focal-gradient`.
 
 
 # %%
-def pull(p_t, gamma):
+def gradient_size(p_t, gamma):
     return (1 - p_t) ** gamma * (1 - p_t - gamma * p_t * np.log(p_t))
 
 
 gammas = np.arange(0, 3, 0.01)
-from_gamma = gammas[np.argmax(pull(0.3, gammas) > 200 * pull(0.99, gammas))]
-assert pull(0.3, 0) < 200 * pull(0.99, 0) and 0 < from_gamma < 1
+lesions, negatives = gradient_size(0.3, gammas), 200 * gradient_size(0.99, gammas)
+from_gamma = gammas[np.argmax(lesions > negatives)]
+assert lesions[0] < negatives[0] and 0 < from_gamma < 1
 print(f"from gamma = {from_gamma:.2f}")
 
 # %% [markdown]
@@ -663,20 +647,20 @@ print(f"from gamma = {from_gamma:.2f}")
 # :label: ex:losses-precision
 #
 # A question to the paper: it sets the weights "to prioritize geometric precision". Do they, measured by
-# what each term contributes to the sum? Use the table above, with cross-entropy and with the focal loss.
+# the contribution of each term to the sum? Use the table above, with cross-entropy and with the focal loss.
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:losses-precision
 # :class: dropdown
 # ````
-# A weight alone says nothing: terms have sizes of their own. What counts is weight times term, and it
-# changes as training goes on. The columns' shares for an untrained network:
+# A weight alone does not answer this, because the terms differ in size. What counts is weight times term, and it
+# changes during training. Fractions of the sum for an untrained network:
 
 # %%
-shares_of_sum = terms / terms.sum()
-assert np.allclose(shares_of_sum.sum(), 1)
-shares_of_sum.round(2)
+of_sum = terms / terms.sum()
+assert np.allclose(of_sum.sum(), 1)
+of_sum.round(2)
 
 # %% [markdown]
 # ````{solution-end}
@@ -685,9 +669,9 @@ shares_of_sum.round(2)
 # %% [markdown]
 # ## Takeaways
 #
-# - Overlap says nothing about boxes that do not meet; the distance of the centres does.
-# - At {glue:text}`c09-px` px one pixel decides much of the overlap of a small lesion.
-# - The focal loss turns down what is easy: here {glue:text}`c09-anchors` anchors for
+# - Overlap gives no signal for boxes that do not meet; the distance of their centres does.
+# - At {glue:text}`c09-px` px a single pixel changes the overlap of a small lesion considerably.
+# - The focal loss reduces the weight of easy predictions: here {glue:text}`c09-anchors` anchors face
 #   {glue:text}`c09-batch-boxes` boxes. It does not balance rare against common types.
-# - An edge may be a distribution; where it is sharp it must be right.
-# - The sum of the three, weighted, is what is trained, and a cell of this page checks it.
+# - An edge may be predicted as a distribution; a sharp distribution must be right.
+# - Training minimises the weighted sum of the three, and a cell of this page checks it.
