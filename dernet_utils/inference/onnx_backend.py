@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dernet_utils.core.errors import DernetError
+from dernet_utils.core.workspace import Workspace
 from dernet_utils.inference.ood import EmbeddingGate
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
 from dernet_utils.triage.ensemble import Decision
@@ -28,6 +29,21 @@ ENGINES = {
     "openvino-int8": ("openvino", "openvino-int8", "f32"),
 }
 Run = Callable[[np.ndarray], list[np.ndarray]]  # takes uint8 (n, 1, height, width)
+
+
+def require_export(workspace: Workspace) -> Path:
+    """Return the folder of a run's exported networks.
+
+    Raises:
+        DernetError: They have not been exported yet.
+    """
+    if not (workspace.models / MANIFEST).is_file():
+        name = workspace.profile.name
+        raise DernetError(
+            f"The profile {name!r} has no exported networks yet: `make book PROFILE={name}` trains "
+            "and exports them."
+        )
+    return workspace.models
 
 
 def read_export(folder: Path) -> dict:

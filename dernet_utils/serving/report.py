@@ -30,6 +30,17 @@ def as_record(prediction: Prediction) -> dict:
     }
 
 
+def as_text(record: dict) -> str:
+    """Return a file's prediction as lines of text: the decision, then one line per box.
+
+    Args:
+        record: As `service.predict_file` returns it.
+    """
+    line = "{file}: {decision}, score {score:.3f}, threshold {threshold:.3f}"
+    box = "  {lesion_type} {score:.2f} at {xmin:.0f}, {ymin:.0f} to {xmax:.0f}, {ymax:.0f}"
+    return "\n".join([line.format(**record), *(box.format(**one) for one in record["boxes"])])
+
+
 def draw_prediction(
     grey: np.ndarray, prediction: Prediction, overridden: Sequence[str] = ()
 ) -> np.ndarray:
