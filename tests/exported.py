@@ -29,8 +29,8 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def network_that_looks(name, seed=1):
-    """An untrained network whose head is not zero."""
+def untrained_network(name, seed=1):
+    """Return an untrained network whose head is not zero, so that images differ in probability."""
     network = build_network(name, seed=seed)
     with torch.no_grad():
         network.get_classifier().weight.normal_(generator=torch.Generator().manual_seed(seed))
@@ -40,14 +40,14 @@ def network_that_looks(name, seed=1):
 @pytest.fixture(scope="session")
 def networks():
     seeds = {name: (1,) for name in NETWORKS} | {"resnet50": (1, 2)}
-    return {name: [network_that_looks(name, one) for one in own] for name, own in seeds.items()}
+    return {name: [untrained_network(name, one) for one in folds] for name, folds in seeds.items()}
 
 
 @pytest.fixture(scope="session")
 def detector():
     made = build_detector(LESION_TYPES, 3)
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():  # boxes of every kind and place
+    with torch.no_grad():  # boxes of every class, anywhere
         for branch in (*made.model[-1].cv2, *made.model[-1].cv3):
             branch[-1].weight.normal_(std=0.5, generator=generator)
     return made.eval()
@@ -58,12 +58,17 @@ def exported(networks, detector, tmp_path_factory) -> Path:
     """A folder as `export_run` leaves it, of untrained networks."""
 
     def make(folder: Path) -> None:
-        shown = {"resnet50": list(squares(8, (PX, PX))[:, 0])}  # the one that is quantised
+        calibration = {"resnet50": list(squares(8, (PX, PX))[:, 0])}  # only this one is quantised
         jobs = [
-            (export.TriageModule(own), (PX, PX), folder / f"{name}.onnx", shown.get(name, []))
-            for name, own in networks.items()
+            (
+                export.TriageModule(folds),
+                (PX, PX),
+                folder / f"{name}.onnx",
+                calibration.get(name, []),
+            )
+            for name, folds in networks.items()
         ]
-        *written, found = export.write_each(
+        *written, detector_files = export.write_each(
             [*jobs, (export.DetectorModule(detector), SIZE, folder / "yolo11l.onnx", [])]
         )
         triage = dict(zip(networks, written, strict=True))
@@ -72,11 +77,11 @@ def exported(networks, detector, tmp_path_factory) -> Path:
             "thresholds": {"youden": 0.0, "shut": 1.0}, "fitted_on": 10,
         }  # fmt: skip
         embeddings = onnx_backend.open_network(folder / "resnet50.onnx")(squares(8, (PX, PX)))[2]
-        seen = fit_embedding_gate(embeddings, embeddings).save(folder / "gate.npz")
-        gate = {"network": "resnet50", "file": seen.name, "sha256": digest(seen)}
+        path = fit_embedding_gate(embeddings, embeddings).save(folder / "gate.npz")
+        gate = {"network": "resnet50", "file": path.name, "sha256": digest(path)}
         manifest = {
             "made_by": "dernet-utils test", "profile": "test", "virtual": True,
-            "triage": triage, "detector": found, "gate": gate, "decision": decision,
+            "triage": triage, "detector": detector_files, "gate": gate, "decision": decision,
             "lesion_types": LESION_TYPES,
             "score_threshold": 0.001, "triage_px": PX, "detect_size": SIZE, "cache_px": 128,
             "clip_limit": 2.0, "tiles": 8,
@@ -88,6 +93,6 @@ def exported(networks, detector, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def service(exported) -> InferenceService:
-    """The untrained networks behind a guard whose last layer lets all through."""
+    """The untrained networks behind checks whose embedding gate accepts every image."""
     made = InferenceService.open(exported, threads=1)
     return replace(made, gate=replace(made.gate, limit=np.inf))

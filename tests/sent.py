@@ -1,4 +1,4 @@
-"""Files as a client sends them: a radiograph of nobody, in each form."""
+"""Files as a client uploads them: a synthetic radiograph in each form, of an invented patient."""
 
 from io import BytesIO
 
@@ -8,16 +8,16 @@ import pydicom
 
 
 def grey(height=300, width=200, seed=0):
-    """A picture as smooth, and as full of greys, as a radiograph."""
+    """Return a picture as smooth, and with as many grey levels, as a radiograph; uint8."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    shown = 200 * np.exp(-3 * x**2) + 30 * np.sin(9 * y) + rng.normal(0, 3, (height, width))
-    return shown.clip(0, 255).astype(np.uint8)
+    levels = 200 * np.exp(-3 * x**2) + 30 * np.sin(9 * y) + rng.normal(0, 3, (height, width))
+    return levels.clip(0, 255).astype(np.uint8)
 
 
-def film(seed=0, **header) -> bytes:
-    """A DICOM radiograph."""
-    shown = grey(seed=seed)
+def dicom(seed=0, **header) -> bytes:
+    """Return a DICOM radiograph's bytes; keywords set or replace elements of its header."""
+    pixels = grey(seed=seed)
     made = pydicom.Dataset()
     made.file_meta = pydicom.dataset.FileMetaDataset()
     made.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -29,22 +29,23 @@ def film(seed=0, **header) -> bytes:
     made.PatientSex, made.StudyID, made.AccessionNumber = "F", "1", ""
     made.StudyDate, made.StudyTime, made.ReferringPhysicianName = "20260101", "120000", ""
     made.Modality, made.BodyPartExamined = "DX", "LSPINE"
-    made.Rows, made.Columns = shown.shape
+    made.Rows, made.Columns = pixels.shape
     made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"
     made.BitsAllocated = made.BitsStored = 8
     made.HighBit, made.PixelRepresentation = 7, 0
-    made.PixelData = shown.tobytes()
+    made.PixelData = pixels.tobytes()
     for name, value in header.items():
         setattr(made, name, value)
     return written(made)
 
 
 def written(made: pydicom.Dataset) -> bytes:
-    """A data set as the bytes of a file."""
+    """Return a data set as the bytes of a file."""
     stream = BytesIO()
     pydicom.dcmwrite(stream, made, enforce_file_format=True)
     return stream.getvalue()
 
 
-def encoded(ending=".png", picture=None):
+def encoded(ending=".png", picture=None) -> bytes:
+    """Return a picture, by default `grey()`, as the bytes of a PNG or JPEG."""
     return cv2.imencode(ending, grey() if picture is None else picture)[1].tobytes()

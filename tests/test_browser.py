@@ -1,4 +1,4 @@
-"""The page, used as a person would use it, in headless Chromium."""
+"""The web page, used as a person uses it, in headless Chromium."""
 
 import base64
 import json
@@ -16,17 +16,18 @@ import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
-from sent import encoded, film, grey
+from sent import dicom, encoded, grey
 
+from dernet_utils.core.vocabulary import NOTICE
 from dernet_utils.inference import onnx_backend
 from dernet_utils.serving import web
 
 
 @pytest.fixture(scope="module")
 def address(service, exported, tmp_path_factory) -> Iterator[str]:
-    """A running server."""
+    """The address of a running server."""
     samples = tmp_path_factory.mktemp("samples")
-    (samples / "virtual-1.dcm").write_bytes(film(seed=3))
+    (samples / "virtual-1.dcm").write_bytes(dicom(seed=3))
     about = onnx_backend.read_export(exported)
     application = web.make_app(service, about, samples=samples)
     with socket.socket() as free:
@@ -53,61 +54,60 @@ def browser():
 
 @pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["desktop", "phone"])
 def page(request, browser, address) -> Iterator[Page]:
-    """The page, watched: no error, and no request to anywhere else."""
+    """The page; the test fails on a script error or a request to another server."""
     width, scheme = request.param
     opened = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-    asked, errors = [], []
-    opened.on("request", lambda one: asked.append(one.url))
+    urls, errors = [], []
+    opened.on("request", lambda one: urls.append(one.url))
     opened.on("pageerror", lambda error: errors.append(str(error)))
     opened.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
     opened.goto(address)
     opened.locator("#about", has_text="profile test").wait_for()
     yield opened
-    # A file that is no picture, and a request that a test does not let through.
-    wanted = ("the server responded with a status of 422", "net::ERR_FAILED")
-    assert [text for text in errors if not any(one in text for one in wanted)] == []
-    assert all(url.startswith((address, "blob:", "data:")) for url in asked), asked
+    # Of a file that is no image, and of a request that a test aborts.
+    expected = ("the server responded with a status of 422", "net::ERR_FAILED")
+    assert [text for text in errors if not any(one in text for one in expected)] == []
+    assert all(url.startswith((address, "blob:", "data:")) for url in urls), urls
     opened.close()
 
 
 def upload(page: Page, *files: tuple[str, bytes]) -> None:
-    """Choose files, and wait until all are answered."""
-    before = page.locator("#films li").count()
+    """Choose files, and wait until all are analysed."""
+    before = page.locator("#radiographs li").count()
     page.set_input_files(
         "#files",
         [{"name": n, "mimeType": "application/octet-stream", "buffer": d} for n, d in files],
     )
-    page.locator("#films li").nth(before + len(files) - 1).wait_for()
+    page.locator("#radiographs li").nth(before + len(files) - 1).wait_for()
     page.wait_for_selector("#progress", state="hidden", timeout=60_000)
 
 
 def picture_of(page: Page) -> np.ndarray:
-    """What the canvas shows."""
+    """Return what the canvas shows, uint8 (h, w, 3)."""
     url = page.evaluate("document.getElementById('canvas').toDataURL()")
     data = base64.b64decode(url.removeprefix("data:image/png;base64,"))
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
 
 
-def test_each_form_is_shown_with_its_answer(page):
-    upload(page, ("a.dcm", film()), ("b.png", encoded()), ("c.jpg", encoded(".jpg")))
-    assert page.locator("#films small").all_text_contents()[0].startswith("abnormal, score")
+def test_each_form_is_shown_with_its_result(page):
+    upload(page, ("a.dcm", dicom()), ("b.png", encoded()), ("c.jpg", encoded(".jpg")))
+    assert page.locator("#radiographs small").all_text_contents()[0].startswith("abnormal, score")
     for number in range(3):
-        page.locator("#films button").nth(number).click()
+        page.locator("#radiographs button").nth(number).click()
         assert page.locator("#decision").text_content() == "Abnormal"
         assert page.locator("#scores .bar").count() == 4
         assert page.locator("#boxes tr").count() > 0
-        dicom = page.locator("#reports .dicom").first
-        (dicom.wait_for(), page.wait_for_timeout(100))
-        assert dicom.is_disabled() == (number > 0)
+        buttons = page.locator("#reports .dicom").all()
+        assert [button.is_disabled() for button in buttons] == [number > 0] * 2
 
 
 def test_dragging_changes_the_window_and_buttons_the_view(page):
     upload(page, ("a.png", encoded()))
-    page.locator("#least").fill("1")  # without boxes
+    page.locator("#minimum").fill("1")  # without boxes
     first = picture_of(page)
     page.locator("#canvas").evaluate("canvas => canvas.scrollIntoView({block: 'center'})")
-    place = page.locator("#canvas").bounding_box()
-    middle = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+    box = page.locator("#canvas").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(*middle)
     page.mouse.down()
     page.mouse.move(middle[0] - 80, middle[1] - 60, steps=4)
@@ -120,7 +120,7 @@ def test_dragging_changes_the_window_and_buttons_the_view(page):
     page.locator("#invert").click()
     assert picture_of(page)[first > 200].mean() < 60
     page.locator("#invert").click()
-    page.locator("#closer").click()
+    page.locator("#zoom-in").click()
     page.locator("input[value=pan]").check()
     page.mouse.move(*middle)
     page.mouse.down()
@@ -135,7 +135,7 @@ def test_dragging_changes_the_window_and_buttons_the_view(page):
 
 
 def test_boxes_are_switched_by_type_and_confidence(page):
-    upload(page, ("a.dcm", film()))
+    upload(page, ("a.dcm", dicom()))
     rows = page.locator("#boxes tr").count()
     shown = picture_of(page)
     first = page.locator("#types label").first
@@ -145,30 +145,29 @@ def test_boxes_are_switched_by_type_and_confidence(page):
     assert page.locator("#boxes tr").count() == rows - of_kind
     assert (picture_of(page) != shown).any()
     first.locator("input").check()
-    page.locator("#least").fill("1")
+    page.locator("#minimum").fill("1")
     assert page.locator("#boxes tr").count() == 0
 
 
-def test_no_lesion_is_not_the_same_as_not_looked_for(page):
-    upload(page, ("chest.dcm", film(BodyPartExamined="CHEST")))
-    answers = iter(("abnormal", "normal"))
+def test_no_lesion_found_differs_from_a_detector_not_run(page):
+    upload(page, ("chest.dcm", dicom(BodyPartExamined="CHEST")))
+    decisions = iter(("abnormal", "normal"))
 
-    def answer(route):
-        route.fulfill(json=route.fetch().json() | {"decision": next(answers), "boxes": []})
+    def respond(route):
+        route.fulfill(json=route.fetch().json() | {"decision": next(decisions), "boxes": []})
 
-    page.route("**/api/v1/analyse*override=true", answer)
+    page.route("**/api/v1/analyse*override=true", respond)
     page.locator("#override").click()
-    page.locator("#none", has_text="found none").wait_for()
+    page.locator("#none", has_text="found no lesions").wait_for()
     assert page.locator("#boxes-part").is_hidden()
-    upload(page, ("chest.dcm", film(BodyPartExamined="CHEST")))
-    page.locator("#films button").nth(1).click()
+    upload(page, ("chest.dcm", dicom(BodyPartExamined="CHEST")))
+    page.locator("#radiographs button").nth(1).click()
     page.locator("#override").click()
-    page.locator("#none", has_text="Not looked for").wait_for()
+    page.locator("#none", has_text="not run").wait_for()
 
 
 def test_every_report_is_downloaded(page, tmp_path):
-    upload(page, ("a.dcm", film()))
-    page.locator("#reports .dicom:not([disabled])").first.wait_for()
+    upload(page, ("a.dcm", dicom()))
     for form in ("html", "json", "sr", "sc"):
         with page.expect_download() as waiting:
             page.locator(f"#reports [data-form={form}]").click()
@@ -176,7 +175,7 @@ def test_every_report_is_downloaded(page, tmp_path):
         waiting.value.save_as(path)
         data = path.read_bytes()
         if form == "html":
-            assert b"<!doctype html>" in data and b"not for diagnosis" in data
+            assert b"<!doctype html>" in data and NOTICE.encode() in data
         elif form == "json":
             assert json.loads(data)["decision"] == "abnormal"
         else:
@@ -186,28 +185,29 @@ def test_every_report_is_downloaded(page, tmp_path):
 def test_a_rejection_is_shown_and_overridden(page):
     photo = np.dstack([grey(), grey(seed=1) // 2, grey()])
     upload(page, ("photo.png", encoded(picture=photo)), ("words.txt", b"no picture at all"))
-    assert page.locator("#films small").all_text_contents()[0] == "rejected"
-    assert "Not an image" in page.locator("#films small").all_text_contents()[1]
-    page.locator("#films button").first.click()
-    assert "in colour" in page.locator("#reasons").text_content()
-    assert page.locator("#verdict").is_hidden()
+    states = page.locator("#radiographs small").all_text_contents()
+    assert states[0] == "rejected" and states[1].endswith(".") and "DICOM" in states[1]
+    page.locator("#radiographs button").first.click()
+    assert "colour" in page.locator("#reasons").text_content()
+    assert page.locator("#prediction").is_hidden()
     page.locator("#override").click()
-    page.locator("#verdict").wait_for()
-    assert "overrode" in page.locator("#overridden").text_content()
+    page.locator("#prediction").wait_for()
+    warning = page.locator("#overridden")
+    assert warning.is_visible() and "colour" in warning.text_content()
 
 
-def test_a_film_chosen_while_it_waits_is_shown_when_it_is_answered(page):
+def test_a_radiograph_chosen_while_it_waits_is_shown_when_it_is_analysed(page):
     held = []
     page.route("**/api/v1/analyse*", lambda route: held.append(route))
     files = [(f"{name}.png", encoded()) for name in "abc"]
     page.set_input_files(
         "#files", [{"name": n, "mimeType": "image/png", "buffer": d} for n, d in files]
     )
-    last = page.locator("#films button").nth(2)
+    last = page.locator("#radiographs button").nth(2)
     last.focus()
     page.keyboard.press("Enter")
     for number in range(3):
-        assert page.locator("#viewer").is_hidden() and page.locator("#answer").is_hidden()
+        assert page.locator("#viewer").is_hidden() and page.locator("#result").is_hidden()
         while len(held) == number:
             page.wait_for_timeout(20)
         held[number].continue_()
@@ -217,40 +217,41 @@ def test_a_film_chosen_while_it_waits_is_shown_when_it_is_answered(page):
     assert last.evaluate("button => button === document.activeElement")  # the focus has stayed
     page.unroute("**/api/v1/analyse*")
     upload(page, ("d.png", encoded()))
-    assert page.locator("#films button").nth(3).get_attribute("aria-current") == "true"
+    assert page.locator("#radiographs button").nth(3).get_attribute("aria-current") == "true"
 
 
 def test_an_override_that_fails_leaves_the_rejection(page):
-    upload(page, ("chest.dcm", film(BodyPartExamined="CHEST")))
+    upload(page, ("chest.dcm", dicom(BodyPartExamined="CHEST")))
     gone = {"status": 422, "json": {"error": "Gone."}}
     page.route("**/api/v1/analyse*override=true", lambda route: route.fulfill(**gone))
     page.locator("#override").click()
     page.locator("#status", has_text="Gone.").wait_for()
-    assert page.locator("#rejection").is_visible() and page.locator("#verdict").is_hidden()
+    assert page.locator("#rejection").is_visible() and page.locator("#prediction").is_hidden()
     page.unroute("**/api/v1/analyse*override=true")
     page.locator("#override").click()
-    page.locator("#verdict").wait_for()
+    page.locator("#prediction").wait_for()
     assert page.locator("#decision").evaluate("title => title === document.activeElement")
 
 
-def test_what_failed_is_not_called_answered(page):
+def test_failed_files_are_not_counted_as_analysed(page):
     upload(page, ("a.png", encoded()), ("words.dcm", b"no picture at all"))
-    told = page.locator("#status").text_content()
-    assert told.startswith("1 of 2 films answered. words.dcm: Not an image")
+    assert page.locator("#status").text_content().startswith("1 of 2 ")
+    assert "words.dcm: " in page.locator("#status").text_content()
     page.route("**/api/v1/analyse*", lambda route: route.abort())
     upload(page, ("b.png", encoded()))
-    assert "could not be sent" in page.locator("#status").text_content()
+    status = page.locator("#status").text_content()
+    assert status.startswith("0 of 1 ") and "could not be sent" in status
 
 
-def test_two_clicks_ask_for_one_heat_map(page):
+def test_two_clicks_request_one_heat_map(page):
     upload(page, ("a.png", encoded()), ("b.png", encoded()))
     held = []
     page.route("**/api/v1/analyse?heat=true*", lambda route: held.append(route))
-    films = page.locator("#films button")
-    films.nth(0).click()
+    buttons = page.locator("#radiographs button")
+    buttons.nth(0).click()
     page.locator("#heat").click()
-    films.nth(1).click()
-    films.nth(0).click()
+    buttons.nth(1).click()
+    buttons.nth(0).click()
     page.locator("#heat").dispatch_event("click")
     page.evaluate("document.getElementById('heat').disabled = false")
     page.locator("#heat").click()
@@ -259,20 +260,20 @@ def test_two_clicks_ask_for_one_heat_map(page):
     assert len(held) == 1
 
 
-def test_an_override_is_listed_wherever_one_looks(page):
-    upload(page, ("chest.dcm", film(BodyPartExamined="CHEST")), ("b.png", encoded()))
-    page.locator("#films button").nth(0).click()
+def test_an_override_is_listed_while_another_radiograph_is_shown(page):
+    upload(page, ("chest.dcm", dicom(BodyPartExamined="CHEST")), ("b.png", encoded()))
+    page.locator("#radiographs button").nth(0).click()
     held = []
     page.route("**/api/v1/analyse*override=true", lambda route: held.append(route))
     page.locator("#override").click()
-    page.locator("#films button").nth(1).click()
+    page.locator("#radiographs button").nth(1).click()
     held[0].continue_()
-    page.locator("#films small", has_text="score").nth(1).wait_for()
+    page.locator("#radiographs small", has_text="score").nth(1).wait_for()
 
 
 def test_the_browser_keeps_its_keys(page):
     upload(page, ("a.png", encoded()))
-    page.locator("#least").fill("1")
+    page.locator("#minimum").fill("1")
     first = picture_of(page)
     page.locator("#canvas").press("Control+i")
     assert (picture_of(page) == first).all()
@@ -280,20 +281,20 @@ def test_the_browser_keeps_its_keys(page):
     assert (picture_of(page) != first).any()
 
 
-def test_a_film_to_try(page):
+def test_a_sample_radiograph(page):
     page.locator("#samples summary").click()
     page.locator("#sample-list button").first.click()
-    page.locator("#films small", has_text="score").wait_for(timeout=60_000)
+    page.locator("#radiographs small", has_text="score").wait_for(timeout=60_000)
 
 
-def test_no_barrier_is_found(page):
-    upload(page, ("a.dcm", film()))
+def test_axe_finds_no_accessibility_violation(page):
+    upload(page, ("a.dcm", dicom()))
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
 
 
 def test_the_keyboard_reaches_everything(page):
-    upload(page, ("a.dcm", film()))
+    upload(page, ("a.dcm", dicom()))
     reached = set()
     page.locator("body").press("Tab")
     for _ in range(40):
@@ -301,4 +302,4 @@ def test_the_keyboard_reaches_everything(page):
             page.evaluate("document.activeElement.id || document.activeElement.textContent")
         )
         page.keyboard.press("Tab")
-    assert {"files", "canvas", "level", "window", "invert", "heat", "reset", "least"} <= reached
+    assert {"files", "canvas", "level", "window", "invert", "heat", "reset", "minimum"} <= reached

@@ -1,4 +1,4 @@
-"""The command line: every end is one sentence and an exit code, never a traceback."""
+"""The command line: each command ends in a sentence and an exit code, never in a traceback."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_help_answers_at_once_and_loads_nothing_heavy():
+def test_help_loads_nothing_heavy():
     code = (
         "import sys; from dernet_utils import cli; "
         "print([m for m in ('torch', 'pandas', 'cv2', 'papermill') if m in sys.modules])"
@@ -44,6 +44,11 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         "train",
         "estimate",
         "speed",
+        "record",
+        "predict",
+        "export",
+        "serve",
+        "node",
         "build",
         "run",
     ):
@@ -54,7 +59,8 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
 def test_unknown_profile(command: list[str]):
     code, out, err = call(*command, "--profile", "desktop")
     assert code == 1 and out == ""
-    assert err == "The profile is one of smoke, laptop, night, paper, not 'desktop'.\n"
+    assert "'desktop'" in err and "smoke, laptop, night, paper" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_paper_profile_without_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -117,7 +123,9 @@ def test_cohort_does_not_overwrite(tmp_path: Path):
     ("number", "words"),
     [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EACCES, "access is denied")],
 )
-def test_the_machine_refuses(monkeypatch: pytest.MonkeyPatch, number: int, words: str):
+def test_an_error_of_the_machine_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, number: int, words: str
+):
     def refuse(*_, **__):
         raise OSError(number, "no", "some/file")
 
@@ -126,7 +134,7 @@ def test_the_machine_refuses(monkeypatch: pytest.MonkeyPatch, number: int, words
     assert code == 1 and words in err and "some/file" in err and len(err.splitlines()) == 1
 
 
-def test_a_full_disk_that_a_library_told_in_words_only(monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_recognised_in_a_librarys_message(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_, **__):
         raise OSError("With tag (7FE0,0010) got exception: [Errno 28] No space left on device")
 
@@ -135,7 +143,7 @@ def test_a_full_disk_that_a_library_told_in_words_only(monkeypatch: pytest.Monke
     assert code == 1 and "disk is full" in err and len(err.splitlines()) == 1
 
 
-def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
     def fail(*_, **__):
         raise OSError(errno.EBADF, "a bug")
 
@@ -150,8 +158,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(check, "check_dataset", interrupt)
     code, _, err = call("check", "anything")
-    assert code == 130
-    assert err == "Interrupted; the next call continues where this one stopped.\n"
+    assert code == 130 and err.startswith("Interrupted") and len(err.splitlines()) == 1
 
 
 def test_an_error_with_brackets_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch):
@@ -183,11 +190,11 @@ def test_parameter_without_value():
 
 def test_unknown_chapter_and_parameter(tmp_path: Path):
     done = run_dernet("chapter", "99_nothing", "--profile", "smoke", DERNET_RUNS=str(tmp_path))
-    assert done.returncode == 1 and "There is no chapter '99_nothing'" in done.stderr
+    assert done.returncode == 1 and "99_nothing" in done.stderr
     done = run_dernet(
         *("chapter", "02_imaging", "--profile", "smoke", "-p", "clip=8"), DERNET_RUNS=str(tmp_path)
     )
-    assert done.returncode == 1 and "has no parameter clip;" in done.stderr
+    assert done.returncode == 1 and "parameter clip" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -195,7 +202,7 @@ def test_unknown_chapter_and_parameter(tmp_path: Path):
 def test_a_signal_ends_a_command_that_ignored_it_from_its_shell(number: int):
     code = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-        "from dernet_utils import cli, donor; "
+        "from dernet_utils import cli; from dernet_utils.virtual import donor; "
         "donor.fetch_donor = lambda: (print('ready', flush=True), time.sleep(60)); cli.main()"
     )
     process = subprocess.Popen(
@@ -209,7 +216,7 @@ def test_a_signal_ends_a_command_that_ignored_it_from_its_shell(number: int):
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and time.monotonic() - started < 10
-    assert err == "Interrupted; the next call continues where this one stopped.\n"
+    assert err.startswith("Interrupted") and len(err.splitlines()) == 1
 
 
 def test_estimate_takes_a_step_of_each_network(smoke_book: Path, tmp_path: Path):
@@ -244,7 +251,7 @@ def test_the_detectors_step_is_measured_too(command: str, smoke_book: Path, tmp_
 
 
 def measured(command: str, smoke_book: Path, folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The table that a command writes from a finished run, and the lines it tells it in."""
+    """Return the table that a command writes for a finished run, and the lines that it prints."""
     out = folder / "table.csv"
     runs = str(smoke_book / "runs")
     done = run_dernet(command, "--profile", "smoke", "--out", str(out), DERNET_RUNS=runs)

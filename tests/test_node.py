@@ -1,4 +1,4 @@
-"""Films in by C-STORE, reports out to a peer; the peer here is pynetdicom's own."""
+"""The DICOM node: images in by C-STORE, reports out to a peer; here the peer is pynetdicom's."""
 
 import logging
 import threading
@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import CTImageStorage, DigitalXRayImageStorageForPresentation
-from sent import film
+from sent import dicom
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.serving.dicom_node import REPORTS, Node, Peer
@@ -17,27 +17,27 @@ from dernet_utils.serving.dicom_report import read_report
 
 @pytest.fixture
 def archive():
-    """A peer that takes reports, and what it took."""
-    taken, came = [], threading.Event()
+    """A peer that accepts reports, the reports, and an event that is set when two have come."""
+    reports, both = [], threading.Event()
 
     def take(event):
-        taken.append(pydicom.dcmread(BytesIO(event.encoded_dataset())))
-        if len(taken) == 2:
-            came.set()
+        reports.append(pydicom.dcmread(BytesIO(event.encoded_dataset())))
+        if len(reports) == 2:
+            both.set()
         return 0x0000
 
     entity = AE(ae_title="ARCHIVE")
-    for report in REPORTS:
-        entity.add_supported_context(report)
+    for sop_class in REPORTS:
+        entity.add_supported_context(sop_class)
     server = entity.start_server(
         ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, take)]
     )
-    yield Peer("ARCHIVE", "127.0.0.1", server.server_address[1]), taken, came
+    yield Peer("ARCHIVE", "127.0.0.1", server.server_address[1]), reports, both
     server.shutdown()
 
 
 def send(node, data):
-    """Send a film to a node, as a modality would; return the status."""
+    """Send an image to a node, as a modality does; return the status."""
     entity = AE(ae_title="MODALITY")
     entity.add_requested_context(DigitalXRayImageStorageForPresentation)
     entity.add_requested_context(CTImageStorage)
@@ -48,15 +48,21 @@ def send(node, data):
     return status.Status
 
 
-def test_a_film_comes_in_and_two_reports_go_out(service, archive, caplog):
-    peer, taken, came = archive
+def logged(caplog):
+    """Return the messages of the node itself, without those of pynetdicom."""
+    name = "dernet_utils.serving.dicom_node"
+    return [record.getMessage() for record in caplog.records if record.name == name]
+
+
+def test_an_image_comes_in_and_two_reports_go_out(service, archive, caplog):
+    peer, reports, both = archive
     with caplog.at_level(logging.INFO), Node(service, "test", peer, port=0) as node:
-        assert send(node, film()) == 0x0000
-        assert came.wait(60)
-    report, capture = taken
-    source = pydicom.dcmread(BytesIO(film()))
-    answer = service.analyse(film()).answer
-    assert read_report(report)["score"] == pytest.approx(answer.score, abs=1e-6)
+        assert send(node, dicom()) == 0x0000
+        assert both.wait(60)
+    report, capture = reports
+    source = pydicom.dcmread(BytesIO(dicom()))
+    prediction = service.analyse(dicom()).prediction
+    assert read_report(report)["score"] == pytest.approx(prediction.score, abs=1e-6)
     assert report.StudyInstanceUID == capture.StudyInstanceUID == source.StudyInstanceUID
     assert capture.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
     assert source.SOPInstanceUID in caplog.text
@@ -64,32 +70,34 @@ def test_a_film_comes_in_and_two_reports_go_out(service, archive, caplog):
         assert secret not in caplog.text
 
 
-def test_a_film_that_is_none_gets_no_report(service, archive, caplog):
-    peer, taken, came = archive
+def test_a_rejected_or_unreadable_image_gets_no_report(service, archive, caplog):
+    peer, reports, both = archive
     with Node(service, "test", peer, port=0) as node:
-        assert send(node, film(BodyPartExamined="CHEST")) == 0x0000
-        assert send(node, film(PhotometricInterpretation="PALETTE COLOR")) == 0x0000
-        assert send(node, film(seed=2)) == 0x0000  # and the node goes on
-        assert came.wait(60)
-    assert len(taken) == 2
-    assert "was rejected by the header" in caplog.text and "cannot be read" in caplog.text
+        assert send(node, dicom(BodyPartExamined="CHEST")) == 0x0000
+        assert send(node, dicom(PhotometricInterpretation="PALETTE COLOR")) == 0x0000
+        assert send(node, dicom(seed=2)) == 0x0000  # and the node goes on
+        assert both.wait(60)
+    assert len(reports) == 2
+    warnings = logged(caplog)
+    assert len(warnings) == 2 and all(line.startswith("2.25.1000") for line in warnings)
+    assert "header" in warnings[0] and "dicom.py" in warnings[1]  # which check, and where it failed
     assert "CHEST" not in caplog.text
 
 
 @pytest.mark.parametrize("title", ["", "TOO-LONG-FOR-A-TITLE"])
-def test_a_title_that_is_none_is_told(service, title):
-    with pytest.raises(DernetError, match="1 to 16 characters"):
+def test_an_invalid_title_is_refused(service, title):
+    with pytest.raises(DernetError, match="16 characters"):
         Node(service, "test", Peer("A", "127.0.0.1", 9), title)
 
 
-def test_a_peer_that_is_not_there_is_named(service, caplog):
+def test_the_log_names_an_image_without_reports_and_the_unreachable_peer(service, caplog):
     with Node(service, "test", Peer("NOBODY", "127.0.0.1", 9), port=0) as node:
-        assert send(node, film()) == 0x0000
-    told = "2.25.1000 got no report. NOBODY at 127.0.0.1:9 does not take reports."
-    assert told in caplog.text
+        assert send(node, dicom()) == 0x0000
+    (line,) = logged(caplog)
+    assert line.startswith("2.25.1000") and "NOBODY at 127.0.0.1:9" in line
 
 
-def test_a_sender_that_stays_does_not_hold_the_node(service, archive):
+def test_an_idle_sender_does_not_keep_the_node_running(service, archive):
     entity = AE(ae_title="MODALITY")
     entity.add_requested_context(DigitalXRayImageStorageForPresentation)
     with Node(service, "test", archive[0], port=0) as node:
@@ -101,7 +109,7 @@ def test_a_sender_that_stays_does_not_hold_the_node(service, archive):
 
 def test_a_port_in_use_is_named(service, archive):
     peer = archive[0]
-    with pytest.raises(DernetError, match="cannot listen there: Address already in use"):
+    with pytest.raises(DernetError, match=f"{peer.port}: Address already in use"):
         Node(service, "test", peer, port=peer.port).__enter__()
 
 

@@ -1,4 +1,4 @@
-"""The node beside a real archive: Orthanc, from Debian's packages, on loopback."""
+"""The node with a real archive: Orthanc, from Debian's packages, on loopback."""
 
 import json
 import socket
@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
-from sent import film
+from sent import dicom
 
 from dernet_utils.serving.dicom_node import Node, Peer
 from dernet_utils.serving.dicom_report import read_report
@@ -40,37 +40,37 @@ class Orthanc:
         }  # fmt: skip
         path = folder / "orthanc.json"
         path.write_text(json.dumps(settings))
-        self._said = (folder / "orthanc.log").open("w+")
+        self._log = (folder / "orthanc.log").open("w+")
         self._process = subprocess.Popen(
-            ["/usr/sbin/Orthanc", path], stdout=self._said, stderr=subprocess.STDOUT
+            ["/usr/sbin/Orthanc", path], stdout=self._log, stderr=subprocess.STDOUT
         )
 
     def __enter__(self) -> "Orthanc":
         for _ in range(300):
             try:
-                self.ask("system")
+                self.request("system")
                 return self
             except OSError:
                 time.sleep(0.1)
         self.__exit__()
-        raise AssertionError(Path(self._said.name).read_text())
+        raise AssertionError(Path(self._log.name).read_text())
 
     def __exit__(self, *error: object) -> None:
         self._process.terminate()
         self._process.wait(30)
-        self._said.close()
+        self._log.close()
 
-    def ask(self, path: str, sent: bytes | None = None) -> bytes:
-        """The body of its answer; OSError where there is none, or it is not 200."""
-        with urllib.request.urlopen(self._url + path, sent, timeout=60) as answer:
-            return answer.read()
+    def request(self, path: str, data: bytes | None = None) -> bytes:
+        """Return the response's body; OSError if there is none, or its status is not 200."""
+        with urllib.request.urlopen(self._url + path, data, timeout=60) as response:
+            return response.read()
 
     def instances(self, sop_class: str) -> list[str]:
-        """Its own names of the instances of a SOP class."""
+        """Return its identifiers of the instances of a SOP class."""
         return [
             name
-            for name in json.loads(self.ask("instances"))
-            if self.ask(f"instances/{name}/metadata/SopClassUid").decode() == sop_class
+            for name in json.loads(self.request("instances"))
+            if self.request(f"instances/{name}/metadata/SopClassUid").decode() == sop_class
         ]
 
 
@@ -84,31 +84,32 @@ def archive(service, tmp_path):
         yield orthanc
 
 
-def test_an_archive_sends_a_film_and_gets_its_reports(archive, service, tmp_path):
-    source = pydicom.dcmread(BytesIO(film()))
-    stored = json.loads(archive.ask("instances", film()))["ID"]
-    archive.ask("modalities/dernet/store", stored.encode())
+def test_an_archive_sends_an_image_and_gets_its_reports(archive, service, tmp_path):
+    source = pydicom.dcmread(BytesIO(dicom()))
+    stored = json.loads(archive.request("instances", dicom()))["ID"]
+    archive.request("modalities/dernet/store", stored.encode())
     for _ in range(600):
-        if len(json.loads(archive.ask("instances"))) == 3:
+        if len(json.loads(archive.request("instances"))) == 3:
             break
         time.sleep(0.1)
 
     (report,), (capture,) = archive.instances(SR), archive.instances(CAPTURE)
-    study = json.loads(archive.ask(f"instances/{stored}/study"))["ID"]
-    inside = json.loads(archive.ask(f"studies/{study}/instances"))
+    study = json.loads(archive.request(f"instances/{stored}/study"))["ID"]
+    inside = json.loads(archive.request(f"studies/{study}/instances"))
     assert {one["ID"] for one in inside} == {stored, report, capture}
     for name in (report, capture):
         path = tmp_path / f"{name}.dcm"
-        path.write_bytes(archive.ask(f"instances/{name}/file"))
+        path.write_bytes(archive.request(f"instances/{name}/file"))
         checked = subprocess.run(["dciodvfy", path], capture_output=True, text=True)
         assert "Error" not in checked.stdout + checked.stderr
 
-    told = pydicom.dcmread(tmp_path / f"{report}.dcm")
-    read, answer = read_report(told), service.analyse(film()).answer
-    assert read["score"] == pytest.approx(answer.score, abs=1e-6)
-    assert len(read["boxes"]) == len(answer.boxes) > 0
-    assert told.PatientID == source.PatientID and told.StudyInstanceUID == source.StudyInstanceUID
+    stored_report = pydicom.dcmread(tmp_path / f"{report}.dcm")
+    contents, prediction = read_report(stored_report), service.analyse(dicom()).prediction
+    assert contents["score"] == pytest.approx(prediction.score, abs=1e-6)
+    assert len(contents["boxes"]) == len(prediction.boxes) > 0
+    assert stored_report.PatientID == source.PatientID
+    assert stored_report.StudyInstanceUID == source.StudyInstanceUID
 
-    shown = np.frombuffer(archive.ask(f"instances/{capture}/preview"), np.uint8)
-    picture = cv2.imdecode(shown, cv2.IMREAD_COLOR)  # drawn by Orthanc, not by us
+    preview = np.frombuffer(archive.request(f"instances/{capture}/preview"), np.uint8)
+    picture = cv2.imdecode(preview, cv2.IMREAD_COLOR)  # rendered by Orthanc
     assert picture.shape[0] >= source.Rows and np.ptp(picture) > 100

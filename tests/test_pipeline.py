@@ -1,4 +1,4 @@
-"""Phase III of Algorithm 1: score, gate, boxes; and the command that asks it."""
+"""Phase III of Algorithm 1: score, decision, boxes; and the command `dernet predict`."""
 
 import json
 import shutil
@@ -25,74 +25,78 @@ from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.inference import pipeline, torch_backend
 from dernet_utils.inference.pipeline import NetworkOutput
 from dernet_utils.serving import report
-from dernet_utils.triage.crossvalidation import cross_validate
-from dernet_utils.triage.ensemble import Decision, read_decision
+from dernet_utils.triage.crossvalidation import cross_validate, read_decision
+from dernet_utils.triage.ensemble import Decision
 
 DECISION = Decision(("a", "b"), (0.75, 0.25), 1.0, {"youden": 0.5}, 10)
 
 
 def raw_boxes(*boxes):
-    """Of each box: centre x and y, width, height, type, probability; other types get nothing."""
+    """Return a detector's output; each box: centre x and y, width, height, class, probability."""
     raw = np.zeros((11, len(boxes)))
-    for column, (*place, kind, prob) in enumerate(boxes):
-        raw[:4, column] = place
-        raw[4 + kind, column] = prob
+    for anchor, (*size, lesion_class, prob) in enumerate(boxes):
+        raw[:4, anchor] = size
+        raw[4 + lesion_class, anchor] = prob
     return raw
 
 
 def toy(a=0.8, b=0.6, boxes=((50, 40, 20, 10, 2, 0.9),)):
-    asked = []
+    """Return a pipeline of constant functions, and the inputs that its detector gets."""
+    inputs = []
 
     def detector(filled):
-        asked.append(filled)
+        inputs.append(filled)
         return raw_boxes(*boxes)
 
     made = pipeline.Pipeline(
         {"a": lambda square: NetworkOutput(a), "b": lambda square: NetworkOutput(b)},
         detector, DECISION, LESION_TYPES, 0.1, 32, (96, 64), 96, 2.0, 8,
     )  # fmt: skip
-    return made, asked
+    return made, inputs
 
 
-def film(height=192, width=128):
+def noise(height=192, width=128):
     return np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
 
 
-def test_an_abnormal_film_gets_its_boxes_in_stored_pixels():
-    made, asked = toy()
-    answer = made.answer(film())
-    assert answer.score == pytest.approx(0.75 * 0.8 + 0.25 * 0.6) and answer.abnormal
-    assert answer.network_probs == {"a": 0.8, "b": 0.6}
-    assert asked[0].shape == (96, 64) and asked[0].dtype == np.uint8
-    (box,) = answer.boxes.itertuples()
+def test_an_abnormal_image_gets_its_boxes_in_stored_pixels():
+    made, inputs = toy()
+    prediction = made.predict(noise())
+    assert prediction.score == pytest.approx(0.75 * 0.8 + 0.25 * 0.6) and prediction.abnormal
+    assert prediction.network_probs == {"a": 0.8, "b": 0.6}
+    assert inputs[0].shape == (96, 64) and inputs[0].dtype == np.uint8
+    (box,) = prediction.boxes.itertuples()
     assert box.lesion_type == "Osteophytes" and box.score == 0.9
-    # The view shows the film at half its size, without a margin.
+    # The detector's input is the image at half its size, without a margin.
     assert [box.xmin, box.ymin, box.xmax, box.ymax] == [80, 70, 120, 90]
 
 
-def test_a_normal_film_gets_none_and_the_detector_is_not_asked():
-    made, asked = toy(a=0.4, b=0.5)
-    answer = made.answer(film())
-    assert not answer.abnormal and not asked
-    assert list(answer.boxes.columns) == ["lesion_type", *CORNERS, "score"] and answer.boxes.empty
-    at_threshold = toy(a=0.5, b=0.5)[0].answer(film())
+def test_a_normal_image_has_no_boxes_and_the_detector_is_not_run():
+    made, inputs = toy(a=0.4, b=0.5)
+    prediction = made.predict(noise())
+    assert not prediction.abnormal and not inputs
+    assert (
+        list(prediction.boxes.columns) == ["lesion_type", *CORNERS, "score"]
+        and prediction.boxes.empty
+    )
+    at_threshold = toy(a=0.5, b=0.5)[0].predict(noise())
     assert not at_threshold.abnormal  # line 17: exceeds
 
 
 def test_a_detector_that_finds_nothing():
     for boxes in ((), ((50, 40, 20, 10, 2, 0.05),)):
-        answer = toy(boxes=boxes)[0].answer(film())
-        assert answer.abnormal and answer.boxes.empty
-        record = report.as_record(answer)
+        prediction = toy(boxes=boxes)[0].predict(noise())
+        assert prediction.abnormal and prediction.boxes.empty
+        record = report.as_record(prediction)
         assert record["decision"] == "abnormal" and record["boxes"] == []
-        assert report.draw_prediction(film(), answer).shape[1] == 128
+        assert report.draw_prediction(noise(), prediction).shape[1] == 128
 
 
 def test_networks_and_threshold_are_those_of_the_decision():
     made, _ = toy()
-    with pytest.raises(DernetError, match="weighed for a, b"):
+    with pytest.raises(DernetError, match="a, b"):
         replace(made, triage={"b": made.triage["b"], "a": made.triage["a"]})
-    with pytest.raises(DernetError, match="one of youden"):
+    with pytest.raises(DernetError, match="youden"):
         replace(made, threshold="f1")
 
 
@@ -104,7 +108,7 @@ def test_networks_and_threshold_are_those_of_the_decision():
         max_size=30, unique_by=lambda box: box[5],
     )
 )  # fmt: skip
-def test_suppression_is_torchvisions(boxes):
+def test_suppression_agrees_with_torchvision(boxes):
     raw = raw_boxes(*[(*box[:5], box[5] / 10**6) for box in boxes])
     corners, classes, scores = imaging_boxes.non_maximum_suppression(raw, 0.3)
     theirs = box_convert(torch.from_numpy(raw[:4].T), "cxcywh", "xyxy")
@@ -116,18 +120,31 @@ def test_suppression_is_torchvisions(boxes):
     assert scores == pytest.approx(prob[anchors[kept], kinds[kept]].numpy())
 
 
-def test_at_most_so_many_boxes():
+def test_the_number_of_boxes_is_limited():
     many = [(10 * k, 5, 4, 4, 0, 0.9 - k / 1000) for k in range(400)]
-    assert (
-        len(imaging_boxes.non_maximum_suppression(raw_boxes(*many), 0.01)[2])
-        == imaging_boxes.MAX_BOXES
-    )
+    scores = imaging_boxes.non_maximum_suppression(raw_boxes(*many), 0.01)[2]
+    assert len(scores) == imaging_boxes.MAX_BOXES
 
 
-def test_an_overlay_shows_the_film_the_boxes_and_the_decision():
-    grey = film(2000, 1500)
-    answer = toy()[0].answer(grey)
-    drawn = report.draw_prediction(grey, answer)
+def test_the_pipeline_suppresses_with_the_numpy_function(monkeypatch):
+    """The same one as is compared with torchvision above, so that a server needs no torch."""
+    assert pipeline.non_maximum_suppression is imaging_boxes.non_maximum_suppression
+    thresholds = []
+
+    def suppress(raw, score_threshold):
+        thresholds.append(score_threshold)
+        return imaging_boxes.non_maximum_suppression(raw, score_threshold)
+
+    monkeypatch.setattr(pipeline, "non_maximum_suppression", suppress)
+    near = ((50, 40, 20, 10, 2, 0.9), (51, 40, 20, 10, 2, 0.8), (51, 40, 20, 10, 3, 0.7))
+    boxes = toy(boxes=near)[0].predict(noise()).boxes
+    assert thresholds == [0.1] and boxes["score"].tolist() == [0.9, 0.7]
+
+
+def test_an_overlay_shows_the_image_the_boxes_and_the_decision():
+    grey = noise(2000, 1500)
+    prediction = toy()[0].predict(grey)
+    drawn = report.draw_prediction(grey, prediction)
     assert drawn.dtype == np.uint8 and drawn.shape[1] == 960 and drawn.shape[0] > 1280
     coloured = (drawn.max(axis=2).astype(int) - drawn.min(axis=2)) > 60
     assert coloured[:1280].any() and not coloured[1280:].any()
@@ -135,17 +152,17 @@ def test_an_overlay_shows_the_film_the_boxes_and_the_decision():
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (600, 2000), (2000, 900)])
-def test_an_overlay_tells_of_an_override_in_full(shape):
-    grey, reasons = film(*shape), ["The header says that the modality is CT.", "It is in colour."]
-    answer = toy()[0].answer(grey)
-    plain, told = (report.draw_prediction(grey, answer, given) for given in ((), reasons))
-    assert told.shape[1] == plain.shape[1] and told.shape[0] > plain.shape[0]
-    below = round(shape[0] * min(1, report.OVERLAY_PX / max(shape)))  # the film
-    written = (told[below:] > 100).any(axis=2)
+def test_an_overlay_states_an_override_in_full(shape):
+    grey, reasons = noise(*shape), ["The header says that the modality is CT.", "It is in colour."]
+    prediction = toy()[0].predict(grey)
+    plain, overridden = (report.draw_prediction(grey, prediction, given) for given in ((), reasons))
+    assert overridden.shape[1] == plain.shape[1] and overridden.shape[0] > plain.shape[0]
+    below = round(shape[0] * min(1, report.OVERLAY_PX / max(shape)))  # the image's height
+    written = (overridden[below:] > 100).any(axis=2)
     assert written.any() and not written[:, -2:].any()  # no line runs off the edge
 
 
-# A run's own networks
+# --- A run's own networks ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +170,7 @@ def workspace(smoke_book: Path) -> Workspace:
     return Workspace(get_profile("smoke"), smoke_book / "runs" / "smoke")
 
 
-def test_the_pipeline_says_what_the_tables_say(workspace: Workspace):
+def test_the_pipeline_agrees_with_the_tables(workspace: Workspace):
     made, images = torch_backend.run_pipeline(workspace), read_dataset(workspace.data_root).images
     tables = {name: cross_validate(workspace, name).test.set_index("image_id") for name in NETWORKS}
     found = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
@@ -163,15 +180,15 @@ def test_the_pipeline_says_what_the_tables_say(workspace: Workspace):
     for one in some.itertuples():
         grey = read_radiograph(one.path).pixels
         enhanced = made.enhance(grey)
-        answer = made.predict_enhanced(enhanced, grey.shape)
+        prediction = made.predict_enhanced(enhanced, grey.shape)
         for name in NETWORKS:
-            assert answer.network_probs[name] == pytest.approx(
+            assert prediction.network_probs[name] == pytest.approx(
                 tables[name].loc[one.image_id, "prob"], abs=1e-5
             )
         prob = [[tables[name].loc[one.image_id, "prob"] for name in NETWORKS]]
-        assert answer.score == pytest.approx(decision.prob(np.array(prob))[0], abs=1e-5)
+        assert prediction.score == pytest.approx(decision.prob(np.array(prob))[0], abs=1e-5)
         own = found[(found["image_id"] == one.image_id) & (found["score"] > 0.0012)]
-        ours = made.find(enhanced, grey.shape)
+        ours = made.detect(enhanced, grey.shape)
         ours = ours[ours["score"] > 0.0012].head(len(own))
         assert ours["score"].to_numpy() == pytest.approx(own["score"].head(len(ours)), abs=1e-4)
 
@@ -185,9 +202,9 @@ def predicted(smoke_book: Path, *arguments: str):
 def test_predict_reads_all_three_forms(smoke_book: Path, workspace: Workspace, tmp_path: Path):
     dicom = Path(read_dataset(workspace.data_root).images["path"].iloc[0])
     grey = read_radiograph(dicom).pixels
-    for name in ("film.png", "film.jpg"):
+    for name in ("image.png", "image.jpg"):
         cv2.imwrite(str(tmp_path / name), grey)
-    files = [str(dicom), str(tmp_path / "film.png"), str(tmp_path / "film.jpg")]
+    files = [str(dicom), str(tmp_path / "image.png"), str(tmp_path / "image.jpg")]
     done = predicted(smoke_book, *files, "--json", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
@@ -201,23 +218,25 @@ def test_predict_reads_all_three_forms(smoke_book: Path, workspace: Workspace, t
         assert record["decision"] == "abnormal" or record["boxes"] == []
 
 
-def test_predict_answers_what_it_can_and_says_what_it_cannot(
+def test_predict_analyses_the_readable_files_and_names_the_others(
     smoke_book: Path, workspace: Workspace, tmp_path: Path
 ):
     good = Path(read_dataset(workspace.data_root).images["path"].iloc[0])
-    bad, other = tmp_path / "notes.png", tmp_path / "b" / "film.dicom"
-    bad.write_text("not a film")
+    bad, other = tmp_path / "notes.png", tmp_path / "b" / "image.dicom"
+    bad.write_text("no image")
     other.parent.mkdir()
     shutil.copy(good, other)
-    shutil.copy(good, tmp_path / "film.dicom")
-    files = [str(bad), str(tmp_path / "film.dicom"), str(other)]
+    shutil.copy(good, tmp_path / "image.dicom")
+    files = [str(bad), str(tmp_path / "image.dicom"), str(other)]
     done = predicted(smoke_book, *files, "--out", str(tmp_path / "out"))
     assert done.returncode == 1
-    assert "notes.png: not an image" in done.stderr and "another file of that name" in done.stderr
-    assert "2 of 3 files could not be answered" in done.stderr and "Traceback" not in done.stderr
-    assert "film.dicom: " in done.stdout and "threshold" in done.stdout
+    failed = done.stderr.splitlines()
+    assert failed[0].startswith(f"{bad}: ") and failed[1].startswith(f"{other}: ")
+    assert "2 of 3" in failed[2] and "Traceback" not in done.stderr
+    (line,) = [one for one in done.stdout.splitlines() if not one.startswith(" ")]
+    assert line.startswith(files[1])
 
 
-def test_predict_without_a_run_says_what_to_do(tmp_path: Path):
+def test_predict_without_a_run_names_the_remedy(tmp_path: Path):
     done = run_dernet("predict", "x.png", "--profile", "smoke", DERNET_RUNS=str(tmp_path))
     assert done.returncode == 1 and "dernet run --profile smoke" in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from sent import film
+from sent import dicom
 from smoke import run_dernet
 
 from dernet_utils.core.files import PROJECT
@@ -43,89 +44,90 @@ def server(runs):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    told = process.stdout.readline()
-    assert told.startswith("Serving on http://127.0.0.1:"), told
-    yield process, f"{told.split()[2].rstrip('.')}/api/v1/"
+    line = process.stdout.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert found, line
+    yield process, f"{found[0]}/api/v1/"
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=30)[0]
-    assert process.returncode == 0 and not said, said
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0 and not output, output
 
 
 def post(url, data):
-    """Status and body of an answer, whatever the status."""
+    """Return a response's status, body and headers, whatever the status."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data)) as answer:
-            return answer.status, answer.read(), answer.headers
+        with urllib.request.urlopen(urllib.request.Request(url, data)) as response:
+            return response.status, response.read(), response.headers
     except urllib.error.HTTPError as refused:
         return refused.code, refused.read(), refused.headers
 
 
 def megabytes(process) -> float:
-    """Memory that a process holds."""
+    """Return the memory that a process holds, MB."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1000
 
 
 def test_many_clients_at_once(server):
-    """Each answer is right, or a request to come back; memory does not grow."""
+    """Each response is right or asks to retry later; memory does not grow."""
     process, address = server
     url = f"{address}analyse?override=true"
-    wanted = json.loads(post(url, film())[1])
-    said, stop = [], time.monotonic() + SECONDS
+    expected = json.loads(post(url, dicom())[1])
+    responses, stop = [], time.monotonic() + SECONDS
 
-    def ask():
+    def send():
         while time.monotonic() < stop:
-            status, body, headers = post(url, film())
-            said.append((status, body, headers))
+            status, body, headers = post(url, dicom())
+            responses.append((status, body, headers))
             if status == 503:
                 time.sleep(0.2)
 
     for _ in range(8):
-        post(url, film())
+        post(url, dicom())
     before = megabytes(process)
-    clients = [threading.Thread(target=ask) for _ in range(CLIENTS)]
+    clients = [threading.Thread(target=send) for _ in range(CLIENTS)]
     for client in clients:
         client.start()
     for client in clients:
         client.join()
-    assert {status for status, *_ in said} <= {200, 503}
-    right = [json.loads(body) for status, body, _ in said if status == 200]
-    assert len(right) > 5 and all(one == wanted for one in right)
-    busy = [headers for status, _, headers in said if status == 503]
-    assert all(int(headers["Retry-After"]) > 0 for headers in busy)
+    assert {status for status, *_ in responses} <= {200, 503}
+    results = [json.loads(body) for status, body, _ in responses if status == 200]
+    assert len(results) > 5 and all(one == expected for one in results)
+    busy = [headers for status, _, headers in responses if status == 503]
+    assert busy and all(int(headers["Retry-After"]) > 0 for headers in busy)
     assert megabytes(process) < before + 100
 
 
 @pytest.mark.parametrize("path", ["analyse", "analyse-batch"])
-def test_who_sends_far_too_much_hears_so(server, path):
+def test_an_upload_far_beyond_the_limit_is_refused(server, path):
     status, body, _ = post(f"{server[1]}{path}", bytes(200 * 10**6))
-    assert status == 413 and "larger than 100 MB" in json.loads(body)["error"]
+    assert status == 413 and "100 MB" in json.loads(body)["error"]
 
 
-def test_a_batch_that_has_begun_is_not_sent_away(server):
-    """While single films are told to come back, every file of a batch gets its answer."""
+def test_a_batch_that_has_begun_is_finished(server):
+    """While single files are refused as too many, every file of a batch is analysed."""
     _, address = server
     single, stop = f"{address}analyse?override=true", threading.Event()
 
-    def ask():
+    def send():
         while not stop.is_set():
-            post(single, film())
+            post(single, dicom())
 
-    clients = [threading.Thread(target=ask) for _ in range(CLIENTS)]
+    clients = [threading.Thread(target=send) for _ in range(CLIENTS)]
     boundary, parts = "together", b""
     for number in range(4):
         head = f'Content-Disposition: form-data; name="files"; filename="{number}"'
-        parts += f"--{boundary}\r\n{head}\r\n\r\n".encode() + film(seed=number) + b"\r\n"
+        parts += f"--{boundary}\r\n{head}\r\n\r\n".encode() + dicom(seed=number) + b"\r\n"
     request = urllib.request.Request(
         f"{address}analyse-batch?override=true",
         parts + f"--{boundary}--\r\n".encode(),
         {"Content-Type": f"multipart/form-data; boundary={boundary}"},
     )
-    with urllib.request.urlopen(request) as answer:
-        first = answer.readline()
+    with urllib.request.urlopen(request) as response:
+        first = response.readline()
         for client in clients:
             client.start()
-        lines = [json.loads(line) for line in (first, *answer)]
+        lines = [json.loads(line) for line in (first, *response)]
     stop.set()
     for client in clients:
         client.join()
@@ -133,26 +135,24 @@ def test_a_batch_that_has_begun_is_not_sent_away(server):
     assert all("score" in line for line in lines)
 
 
-def test_a_client_that_hangs_up_leaves_its_place(server):
+def test_a_client_that_disconnects_frees_its_place(server):
     _, address = server
-    place = urllib.parse.urlsplit(address)
-    head = (
-        f"POST {place.path}analyse HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 9999\r\n\r\n"
-    )
+    url = urllib.parse.urlsplit(address)
+    head = f"POST {url.path}analyse HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Length: 9999\r\n\r\n"
     for _ in range(CLIENTS):
-        with socket.create_connection((place.hostname, place.port)) as gone:
-            gone.sendall(head.encode() + film()[:2000])
-    patience = time.monotonic() + 10
-    while (status := post(f"{address}analyse", film())[0]) == 503:
-        assert time.monotonic() < patience
+        with socket.create_connection((url.hostname, url.port)) as client:
+            client.sendall(head.encode() + dicom()[:2000])
+    deadline = time.monotonic() + 10
+    while (status := post(f"{address}analyse", dicom())[0]) == 503:
+        assert time.monotonic() < deadline
     assert status == 200
 
 
 def test_no_name_is_printed(server):
-    """Libraries warn of a name without its parts; that the server prints nothing is seen above."""
+    """Libraries warn of names without parts; the fixture asserts that the server prints nothing."""
     _, address = server
     for form in ("sr", "sc"):
-        data = film(PatientName="Roe", PatientSex="Roe, too long for a code")
+        data = dicom(PatientName="Roe", PatientSex="Roe, too long for a code")
         assert post(f"{address}report/{form}?override=true", data)[0] == 200
 
 
@@ -160,12 +160,12 @@ def test_a_port_in_use_is_named(server, runs):
     port = server[1].split(":")[2].split("/")[0]
     again = run_dernet("serve", "--profile", "smoke", "--port", port, DERNET_RUNS=str(runs))
     assert again.returncode == 1
-    assert again.stderr.startswith("The server cannot listen there: Address already in use")
-    assert port in again.stderr and again.stderr.endswith("Try another --port.\n")
+    assert f"127.0.0.1:{port}: Address already in use" in again.stderr
+    assert "--port" in again.stderr and "Traceback" not in again.stderr
 
 
-def test_what_is_needed_is_said(tmp_path):
+def test_missing_networks_and_a_missing_token_are_refused(tmp_path):
     none = run_dernet("serve", "--profile", "smoke", DERNET_RUNS=str(tmp_path))
-    assert none.returncode == 1 and "`make book PROFILE=smoke` trains and" in none.stderr
+    assert none.returncode == 1 and "make book PROFILE=smoke" in none.stderr
     open_to_all = run_dernet("serve", "--host", "0.0.0.0", DERNET_RUNS=str(tmp_path))
     assert open_to_all.returncode == 2 and "DERNET_TOKEN" in open_to_all.stderr

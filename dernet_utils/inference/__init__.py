@@ -1,5 +1,5 @@
-"""Algorithm 1, Phase III, behind one `pipeline`: from torch checkpoints or from ONNX files.
+"""Algorithm 1, Phase III, as one `pipeline` over torch checkpoints or ONNX files.
 
-`ood` tells radiographs of a spine from other files; `export` writes the ONNX files. What a server
-needs (`pipeline`, `onnx_backend`, `ood`) imports no torch.
+`ood` detects files that are no radiograph of a spine; `export` writes the ONNX files. What a server
+needs (`pipeline`, `onnx_backend`, `ood`) does not import torch.
 """

@@ -1,7 +1,7 @@
-"""A run's networks as ONNX files, with a manifest that says all that a pipeline needs.
+"""A run's networks as ONNX files, with a manifest of everything else that a pipeline needs.
 
-One file a triage network: all folds' networks and the mirrored film in it, so that a reader of the
-file cannot leave one out. One file for the detector.
+One file per triage network: it holds the networks of all folds and also runs the mirrored image,
+so that a user of the file cannot leave one out. One file for the detector.
 """
 
 import hashlib
@@ -47,15 +47,16 @@ from dernet_utils.triage.networks import as_input
 from dernet_utils.triage.training import load_network, load_pixels
 
 OPSET = 20
-EARLY = 1  # of a network's stages, from 0: its maps are a quarter as wide as the film
-SMALLEST = 1e-12  # a map whose sum is below it is one of zeros
-CALIBRATION_IMAGES = 64  # training films from which int8's scales are taken; ours
-GATE_NETWORK = "resnet50"  # whose early maps say whether a film is like those learnt from; ours
-SAMPLE_IMAGES = 6  # films to try
-QUANTIZED = ["Conv"]  # nearly all of the arithmetic; what follows the last maps stays in float32
-# Operations whose outputs an engine leaves as they are. ONNX Runtime knows a convolution of
-# integers by rounding on both sides. OpenVINO joins a convolution, its activation and the next
-# one's rounding into one; a rounding before the activation parts them, for time and digits.
+EARLY = 1  # index of the stage for embeddings: its maps are a quarter as wide as the image
+SMALLEST = 1e-12  # a map with a smaller sum counts as zero
+CALIBRATION_IMAGES = 64  # training images that set the scales of int8; ours
+GATE_NETWORK = "resnet50"  # its embedding is checked by the out-of-distribution gate; ours
+SAMPLE_IMAGES = 6  # sample radiographs for users without their own
+QUANTIZED = ["Conv"]  # nearly all of the arithmetic; the layers after the last maps stay in float32
+# Operations whose outputs are not quantised for an engine. ONNX Runtime recognises an integer
+# convolution by quantisation of both input and output. OpenVINO fuses a convolution with its
+# activation and the next quantisation; one before the activation would prevent that, which costs
+# time and precision.
 INT8 = {"onnxruntime-int8": [], "openvino-int8": QUANTIZED}
 
 
@@ -67,15 +68,15 @@ class TriageModule(nn.Module):
         self.networks = nn.ModuleList(networks)
 
     def forward(self, film: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `pipeline.Look` holds.
+        """Return the parts of `pipeline.NetworkOutput`.
 
         Args:
-            film: uint8, shape (n, 1, px, px).
+            film: Images, uint8, shape (n, 1, px, px).
 
         Returns:
-            Probability of abnormal, the mean over folds, and over the film and its mirror image,
-            shape (n,); Grad-CAM, each fold's with a sum of 1, their mean, shape (n, h, w); and the
-            means of the first fold's early maps, shape (n, D).
+            Probability of abnormal, the mean over folds, and over the image and its mirror image,
+            shape (n,); Grad-CAM, the mean of the folds' maps, each with a sum of 1, shape
+            (n, h, w); and the means of the first fold's early maps, shape (n, D).
         """
         both = as_input(torch.cat([film, film.flip(-1)]))
         prob, heat, embeddings = [], [], []
@@ -83,7 +84,7 @@ class TriageModule(nn.Module):
             maps, (early,) = network.forward_intermediates(both, indices=[EARLY])
             prob.append(network.forward_head(maps).sigmoid().unflatten(0, (2, -1))[..., 0])
             upright = maps.unflatten(0, (2, -1))[0]
-            # Average and one linear layer follow: the gradient is that layer's weight, up to h w.
+            # Pooling and one linear layer follow: the gradient is that layer's weight, up to h w.
             own = torch.einsum("k,nkij->nij", network.get_classifier().weight[0], upright).relu()
             heat.append(own / own.sum(dim=(1, 2), keepdim=True).clamp(min=SMALLEST))
             embeddings.append(early.unflatten(0, (2, -1))[0].mean(dim=(2, 3)))
@@ -91,25 +92,26 @@ class TriageModule(nn.Module):
 
 
 class DetectorModule(nn.Module):
-    """The detector as `pipeline.Pipeline` asks it."""
+    """The detector as `pipeline.Pipeline` runs it."""
 
     def __init__(self, detector: Detector):
         super().__init__()
         self.detector = detector
 
     def forward(self, film: Tensor) -> Tensor:
-        """Return what `yolo.Detector.answers` says of films, uint8 (n, 1, H, W)."""
+        """Return what `yolo.Detector.answers` returns for images, uint8 (n, 1, H, W)."""
         return self.detector.answers((film.float() / 255).expand(-1, 3, -1, -1))
 
 
 def write_onnx(network: TriageModule | DetectorModule, shape: tuple[int, int], path: Path) -> Path:
-    """Write a network as ONNX: ``film`` comes in, uint8 (n, 1, height, width), for any n.
+    """Write a network as ONNX.
 
-    Out come ``prob``, ``heat`` and ``embedding``, or ``boxes``.
+    The input is ``film``, uint8 (n, 1, height, width) for any n; the outputs are ``prob``,
+    ``heat`` and ``embedding``, or ``boxes``.
 
     Args:
-        network: Its weights are left as they are; its memory may be laid out anew.
-        shape: Height and width of an image, fixed in the file.
+        network: Its weights stay the same; their memory layout may change.
+        shape: Height and width of the input, px, fixed in the file.
         path: The file.
 
     Returns:
@@ -180,7 +182,7 @@ def _joined_folds(first: onnx.ModelProto, network: TriageModule) -> onnx.ModelPr
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep back what torch says of anchors in ultralytics' head that our answers do not read."""
+    """Suppress torch's warnings on anchors in ultralytics' head, which our outputs do not use."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -193,20 +195,20 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def quantize(path: Path, films: Iterable[np.ndarray]) -> dict[str, Path]:
-    """Write an ONNX file's convolutions in 8-bit integers, weights with a scale a channel.
+    """Quantise an ONNX file's convolutions to 8-bit integers, with one weight scale per channel.
 
     Args:
         path: As `write_onnx` wrote it.
-        films: Training films as the network sees them, uint8 (height, width); the ranges of all
-            maps on them become the scales.
+        films: Training images of the network's input size, uint8 (height, width); the ranges of
+            the feature maps on them become the scales.
 
     Returns:
-        A file beside `path` for each engine of `INT8`.
+        The file of each engine of `INT8`, beside `path`.
     """
     written = {engine: path.with_suffix(f".{engine}.onnx") for engine in INT8}
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         folded, ranges = Path(folder) / "folded.onnx", Path(folder) / "ranges.json"
-        # Batch normalisation must be in the convolutions before they are rounded.
+        # Batch normalisation must be folded into the convolutions before they are quantised.
         quant_pre_process(path, folded, skip_symbolic_shape=True)
         for engine, out in written.items():
             part = Path(folder) / out.name
@@ -222,35 +224,35 @@ def quantize(path: Path, films: Iterable[np.ndarray]) -> dict[str, Path]:
 
 
 class _CalibrationImages(CalibrationDataReader):
-    def __init__(self, films: Iterable[np.ndarray]):
-        self._films = iter(films)
+    def __init__(self, images: Iterable[np.ndarray]):
+        self._images = iter(images)
 
     def get_next(self) -> dict | None:
-        film = next(self._films, None)
-        return None if film is None else {"film": film[None, None]}
+        image = next(self._images, None)
+        return None if image is None else {"film": image[None, None]}
 
 
 def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
-    """Write a run's networks as ONNX, and the manifest that `runtime.open_pipeline` reads.
+    """Write a run's networks as ONNX, and the manifest that `onnx_backend.open_pipeline` reads.
 
     Args:
         workspace: The run; its chapter on the pipeline has been executed.
-        out: A folder, made where it is not there; files of an export before are replaced.
-        int8: Whether each network is written in 8-bit integers too.
+        out: The folder, created if missing; files of an earlier export are replaced.
+        int8: Whether each network is also written in 8-bit integers.
 
     Returns:
-        The manifest.
+        The manifest's path.
 
     Raises:
         DernetError: The run has no pipeline yet, or a checkpoint is missing.
     """
     models, numbers, folder = read_models(workspace), workspace.profile, workspace.weights
     out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST).unlink(missing_ok=True)  # what it says is no longer so
+    (out / MANIFEST).unlink(missing_ok=True)  # it does not describe the new files
     shown = _calibration(workspace) if int8 else []
     px, size = numbers.triage_px, numbers.detect_size
-    squares = [cv2.resize(film, (px, px), interpolation=cv2.INTER_AREA) for film in shown]
-    filled = [letterbox(film, size)[0] for film in shown]
+    squares = [cv2.resize(image, (px, px), interpolation=cv2.INTER_AREA) for image in shown]
+    filled = [letterbox(image, size)[0] for image in shown]
     jobs = [
         (
             TriageModule([load_network(name, folder / one)[0] for one in own]),
@@ -288,21 +290,22 @@ def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
 
 
 def training_embeddings(workspace: Workspace, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the embeddings of training films that a file's first network learnt from, and others.
+    """Return the embeddings of the training split, for the gate, by a file's first network.
 
     Args:
         workspace: The run.
         path: A triage network as `write_onnx` wrote it.
 
     Returns:
-        Shape (n, D) of the films of all folds but the first; (m, D) of the first fold's.
+        Shape (n, D), of the images of all folds but the first, on which that network was trained;
+        shape (m, D), of the first fold's, which were held out.
     """
     images = triage_images(workspace)
     training = images[images["split"] == "train"]
     pixels = load_pixels(training["cached_path"], workspace.profile.triage_px).numpy()
     parts = np.array_split(pixels, max(1, len(pixels) // 16))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        early = Path(folder) / path.name  # the part of the network that they come from
+        early = Path(folder) / path.name  # the part of the network that computes embeddings
         onnx.utils.extract_model(path, early, ["film"], ["embedding"])
         run = open_network(early)
         embeddings = np.concatenate([run(part)[0] for part in parts])
@@ -311,7 +314,7 @@ def training_embeddings(workspace: Workspace, path: Path) -> tuple[np.ndarray, n
 
 
 def _calibration(workspace: Workspace) -> list[np.ndarray]:
-    """Enhanced films of the training split, drawn by the run's seed."""
+    """Return enhanced images of the training split, drawn with the run's seed."""
     training = detection_images(workspace).training
     some = min(CALIBRATION_IMAGES, len(training))
     return [
@@ -321,27 +324,27 @@ def _calibration(workspace: Workspace) -> list[np.ndarray]:
 
 
 def _copy_samples(workspace: Workspace, folder: Path) -> None:
-    """Copy virtual films of the test split, to be tried by who has none."""
+    """Copy virtual radiographs of the test split, for users who have none of their own."""
     folder.mkdir(exist_ok=True)
-    for number, film in enumerate(
+    for number, image in enumerate(
         detection_images(workspace).test.head(SAMPLE_IMAGES).itertuples(), start=1
     ):
-        path = workspace.data_root / "test_images" / f"{film.image_id}.dicom"
+        path = workspace.data_root / "test_images" / f"{image.image_id}.dicom"
         shutil.copyfile(path, folder / f"virtual-{number}.dcm")
 
 
 def write_each(jobs: Sequence[tuple]) -> list[dict[str, dict[str, str]]]:
-    """Write several networks beside one another, on as many cores as torch may use.
+    """Write several networks in parallel, on as many cores as torch may use.
 
     Args:
-        jobs: Of each network what `write_all` takes.
+        jobs: The arguments of `write_all`, for each network.
 
     Returns:
-        What it returns, in the same order.
+        The results of `write_all`, in the same order.
     """
     beside = min(len(jobs), torch.get_num_threads())
     with warnings.catch_warnings():
-        # joblib replaces a process that has grown, as these do, and warns of it.
+        # joblib replaces a process whose memory has grown, as these do, and warns of it.
         warnings.filterwarnings("ignore", message="A worker stopped")
         return Parallel(n_jobs=beside)(delayed(write_all)(*job) for job in jobs)
 
@@ -352,7 +355,15 @@ def write_all(
     path: Path,
     shown: list[np.ndarray],
 ) -> dict[str, dict[str, str]]:
-    """Write a network in each form; return file and digest of each."""
+    """Write a network in each form.
+
+    Args:
+        network, shape, path: As `write_onnx` takes them.
+        shown: Calibration images, as `quantize` takes them; empty: only float32 is written.
+
+    Returns:
+        ``file`` and ``sha256`` of each form, by name.
+    """
     files = {"float32": write_onnx(network, shape, path)}
     if len(shown):
         files |= quantize(path, shown)

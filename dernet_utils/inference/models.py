@@ -1,4 +1,4 @@
-"""A run's trained networks as a pipeline, and what it says of files."""
+"""Which checkpoints make up a run's pipeline: the record that chapter 14 writes."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,20 @@ from dernet_utils.core.workspace import Workspace
 def write_models(
     workspace: Workspace, triage: dict[str, list[Path]], detector: Path, score_threshold: float
 ) -> Path:
-    """Write down which checkpoints make up a run's pipeline, for `run_pipeline`.
+    """Record which checkpoints make up a run's pipeline, for `run_pipeline` and `export_run`.
 
     Args:
         workspace: The run.
-        triage: Of each network, its checkpoints, one a fold.
+        triage: Each network's checkpoints, one per fold.
         detector: The detector's checkpoint.
-        score_threshold: From which a box is reported, chosen without the test split.
+        score_threshold: Least score of a reported box, chosen without the test split.
+
+    Returns:
+        The record's path, ``tables/pipeline.json`` in the run's folder.
     """
     path = workspace.tables / "pipeline.json"
     record = {
-        "triage": {name: [Path(one).name for one in own] for name, own in triage.items()},
+        "triage": {name: [Path(one).name for one in folds] for name, folds in triage.items()},
         "detector": Path(detector).name,
         "score_threshold": score_threshold,
     }
@@ -29,15 +32,19 @@ def write_models(
 
 
 def read_models(workspace: Workspace) -> dict:
-    """Return what `write_models` wrote: ``triage``, ``detector`` and ``score_threshold``.
+    """Return the record that `write_models` wrote.
+
+    Returns:
+        ``triage``: checkpoint names per network; ``detector``: a checkpoint name;
+        ``score_threshold``.
 
     Raises:
-        DernetError: It was not written yet.
+        DernetError: It does not exist yet.
     """
     path = workspace.tables / "pipeline.json"
     if not path.is_file():
         raise DernetError(
-            f"{path} is written by the chapter on the pipeline and is not there: run the book "
-            f"first, with `dernet run --profile {workspace.profile.name}`."
+            f"There is no {path}, which chapter 14 writes: run the book first, with "
+            f"`dernet run --profile {workspace.profile.name}`."
         )
     return json.loads(path.read_text(encoding="utf-8"))

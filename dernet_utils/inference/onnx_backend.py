@@ -1,4 +1,4 @@
-"""The pipeline from ONNX files: ONNX Runtime or OpenVINO, and no torch."""
+"""The pipeline of exported ONNX files, run by ONNX Runtime or OpenVINO, without torch."""
 
 import hashlib
 import json
@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from dernet_utils.core.errors import DernetError
+from dernet_utils.core.workspace import Workspace
 from dernet_utils.inference.ood import EmbeddingGate
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
 from dernet_utils.triage.ensemble import Decision
 
 MANIFEST = "manifest.json"
-NAMED = {
+MANIFEST_KEYS = {
     "made_by", "triage", "detector", "gate", "decision", "lesion_types", "score_threshold",
     "triage_px", "detect_size", "cache_px", "clip_limit", "tiles",
 }  # fmt: skip
-SAMPLES = "samples"  # films to try, beside it
-# What runs a network, which of its files, and the arithmetic where the file leaves a choice.
+SAMPLES = "samples"  # folder of sample radiographs, beside the manifest
+# Of each engine: the runtime, which of a network's files it runs, the inference precision.
 ENGINES = {
     "onnxruntime": ("onnxruntime", "float32", "f32"),
     "onnxruntime-int8": ("onnxruntime", "onnxruntime-int8", "f32"),
@@ -30,28 +31,46 @@ ENGINES = {
 Run = Callable[[np.ndarray], list[np.ndarray]]  # takes uint8 (n, 1, height, width)
 
 
+def require_export(workspace: Workspace) -> Path:
+    """Return the folder of a run's exported networks.
+
+    Raises:
+        DernetError: They have not been exported yet.
+    """
+    if not (workspace.models / MANIFEST).is_file():
+        name = workspace.profile.name
+        raise DernetError(
+            f"The profile {name!r} has no exported networks yet: `make book PROFILE={name}` trains "
+            "and exports them."
+        )
+    return workspace.models
+
+
 def read_export(folder: Path) -> dict:
     """Return the manifest of exported networks.
 
+    Args:
+        folder: As `export.export_run` wrote it.
+
     Raises:
-        DernetError: There is no manifest, or it is none.
+        DernetError: The manifest is missing or damaged.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise DernetError(f"There is no {path}: write one with `dernet export --out {folder}`.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        missing = NAMED - manifest.keys()
+        missing = MANIFEST_KEYS - manifest.keys()
     except (ValueError, AttributeError) as error:
         raise DernetError(f"{path} is damaged ({error}): export the networks again.") from error
     if missing:
-        told = ", ".join(sorted(missing))
-        raise DernetError(f"{path} is damaged (it lacks {told}): export the networks again.")
+        names = ", ".join(sorted(missing))
+        raise DernetError(f"{path} is damaged (it lacks {names}): export the networks again.")
     return manifest
 
 
 def _checked(folder: Path, facts: dict) -> Path:
-    """Return a file that a manifest names, if it is the one it names."""
+    """Return the path of a file that the manifest names; refuse one with another digest."""
     path = Path(folder) / facts["file"]
     if path.is_file():
         with path.open("rb") as file:
@@ -74,12 +93,12 @@ def open_pipeline(
     Args:
         folder: As `export.export_run` wrote it.
         engine: One of `ENGINES`.
-        threads: For each network; None: all cores.
+        threads: Of each network; None: as many as there are cores.
         threshold: Name of the decision's threshold.
 
     Raises:
-        DernetError: Another engine, a form that was not exported, a file that is not the
-            manifest's, or as `read_exported` raises.
+        DernetError: The engine is unknown, its files were not exported, a file differs from the
+            manifest's, or as `read_export` raises.
     """
     if engine not in ENGINES:
         raise DernetError(f"The engine is one of {', '.join(ENGINES)}, not {engine!r}.")
@@ -88,13 +107,15 @@ def open_pipeline(
     networks = [*manifest["triage"].values(), manifest["detector"]]
     if any(form not in network for network in networks):
         raise DernetError(
-            f"{folder} holds no networks for {engine}: write them with `dernet export --int8 "
+            f"{folder} has no networks for {engine}: export them with `dernet export --int8 "
             f"--out {folder}`."
         )
-    with ThreadPoolExecutor(1) as pool:  # a file is checked while the one before it is opened
+    with ThreadPoolExecutor(1) as pool:  # checks a file while the one before it is loaded
         paths = pool.map(lambda network: _checked(folder, network[form]), networks)
         *runs, detector = (open_network(path, engine, threads) for path in paths)
-    triage = {name: _outputs(run) for name, run in zip(manifest["triage"], runs, strict=True)}
+    triage = {
+        name: _triage_function(run) for name, run in zip(manifest["triage"], runs, strict=True)
+    }
     return Pipeline(
         triage,
         lambda filled: detector(filled[None, None])[0][0],
@@ -111,34 +132,41 @@ def open_pipeline(
 
 
 def open_embedding_gate(folder: Path) -> tuple[str, EmbeddingGate]:
-    """Return the network whose look says whether a film is familiar, and what is.
+    """Return the name of the network whose embedding the gate checks, and the gate.
+
+    Args:
+        folder: As `export.export_run` wrote it.
 
     Raises:
-        DernetError: As `read_exported` and `Familiar.load` raise.
+        DernetError: As `read_export` and `EmbeddingGate.load` raise, or the gate's file differs
+            from the manifest's.
     """
     facts = read_export(folder)["gate"]
     return facts["network"], EmbeddingGate.load(_checked(folder, facts))
 
 
-def _outputs(run: Run) -> Callable[[np.ndarray], NetworkOutput]:
-    def look(square: np.ndarray) -> NetworkOutput:
+def _triage_function(run: Run) -> Callable[[np.ndarray], NetworkOutput]:
+    def run_one(square: np.ndarray) -> NetworkOutput:
         prob, heat, embedding = run(square[None, None])
         return NetworkOutput(float(prob[0]), heat[0], embedding[0])
 
-    return look
+    return run_one
 
 
 def open_network(path: Path, engine: str = "onnxruntime", threads: int | None = None) -> Run:
-    """Return a function that runs an ONNX file on films and returns all its outputs.
+    """Return a function that runs an ONNX file.
 
     Args:
         path: As `export.write_onnx` or `export.quantize` wrote it.
         engine, threads: As `open_pipeline` takes them.
+
+    Returns:
+        A function of images, uint8 (n, 1, height, width); it returns all outputs of the file.
     """
-    library, _, arithmetic = ENGINES[engine]
+    library, _, precision = ENGINES[engine]
     if library == "onnxruntime":
         return _onnxruntime(path, threads)
-    return _openvino(path, arithmetic, threads)
+    return _openvino(path, precision, threads)
 
 
 def _onnxruntime(path: Path, threads: int | None) -> Run:
@@ -146,18 +174,18 @@ def _onnxruntime(path: Path, threads: int | None) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # Each network has threads of its own. As it comes, those of the network before go on asking for
-    # work after it has ended, on a core that the next one needs.
+    # Each network has its own threads. By default those of the previous network keep spinning when
+    # it has finished, on a core that the next one needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda films: session.run(None, {"film": films})
+    return lambda images: session.run(None, {"film": images})
 
 
-def _openvino(path: Path, arithmetic: str, threads: int | None) -> Run:
+def _openvino(path: Path, precision: str, threads: int | None) -> Run:
     import openvino
 
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": arithmetic}
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if threads:
         hints["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino.Core().compile_model(path, "CPU", hints)
-    return lambda films: [np.array(one) for one in compiled(films).values()]
+    return lambda images: [np.array(one) for one in compiled(images).values()]

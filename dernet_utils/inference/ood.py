@@ -1,7 +1,7 @@
-"""Is a file a radiograph of a spine at all? Three layers, each with a reason a person understands.
+"""Out-of-distribution (OOD) checks: is a file a radiograph of a spine at all?
 
-The header, where there is one; the picture, by a few numbers; and what a network makes of it: how
-far its embedding lies from those of training films.
+Three layers, each with a reason in words: the DICOM header, if there is one; a few statistics of
+the pixels; and how far a network's embedding of the image lies from those of its training images.
 """
 
 from dataclasses import dataclass, replace
@@ -17,107 +17,108 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.radiograph import Radiograph
 from dernet_utils.inference.pipeline import NetworkOutput
 
-MODALITIES = ("CR", "DX", "RG")  # PS3.3 C.7.3.1.1.1: those in which films of a spine come
-WORK_PX = 512  # long side at which a picture is judged
-DIMENSIONS = 64  # of the embedding, the training films' most telling ones; ours
-RIDGE = 1e-3  # of the mean variance, added to each: a direction without any would count for all
+MODALITIES = ("CR", "DX", "RG")  # of radiographs of a spine (PS3.3 C.7.3.1.1.1)
+WORK_PX = 512  # long side at which smoothness and flatness are measured
+DIMENSIONS = 64  # principal directions kept of the embedding; ours
+RIDGE = 1e-3  # of the mean variance, added to each: else a direction without variance dominates
 
 
 class Reason(NamedTuple):
-    """Why a file is no radiograph of a spine.
+    """Why a file may be no radiograph of a spine.
 
     Attributes:
         layer: ``header``, ``picture`` or ``network``.
-        text: A sentence.
+        text: A sentence for the user.
     """
 
     layer: str
     text: str
 
 
-# Header
+# --- Header -----------------------------------------------------------------------------------
 
 
 def header_reasons(radiograph: Radiograph) -> list[Reason]:
-    """Return what a DICOM header says against its image; nothing of other files.
-
-    A header without modality or body part says nothing.
+    """Return why a DICOM header is not that of a spine radiograph.
 
     Args:
         radiograph: As `imaging.reader` reads it.
 
+    Returns:
+        Empty for a PNG or JPEG, and for a header without modality and body part.
+
     Raises:
-        DernetError: An element is malformed.
+        DernetError: One of these elements is malformed.
     """
     if radiograph.header is None:
         return []
     try:
-        told, part = (
-            _terms(radiograph.header, keyword) for keyword in ("Modality", "BodyPartExamined")
-        )
-    except Exception as error:  # pydicom converts values when asked, and raises what it likes
+        modalities = _terms(radiograph.header, "Modality")
+        parts = _terms(radiograph.header, "BodyPartExamined")
+    except Exception as error:  # pydicom converts values on access, and raises many types
         raise DernetError(
             "the DICOM header's modality or body part is malformed; export the image again."
         ) from error
     reasons = []
-    if told and not any(modality in MODALITIES for modality in told):
-        known = ", ".join(MODALITIES)
-        text = f"Its modality is {' and '.join(told)}; a radiograph's is one of {known}."
+    if modalities and not any(modality in MODALITIES for modality in modalities):
+        accepted = ", ".join(MODALITIES)
+        text = f"The modality is {' and '.join(modalities)}, not one of {accepted}."
         reasons.append(Reason("header", text))
-    if part and not any(map(_of_the_spine, part)):
-        text = f"The body part examined is {' and '.join(part)}, not the spine."
+    if parts and not any(map(_is_spine, parts)):
+        text = f"The body part examined is {' and '.join(parts)}, not the spine."
         reasons.append(Reason("header", text))
     return reasons
 
 
 def _terms(header: pydicom.Dataset, keyword: str) -> list[str]:
-    """The values of an element, in capitals; none where it is empty."""
+    """Return the values of an element in capitals; empty if there are none."""
     value = header.get(keyword) or ""
     values = value if isinstance(value, MultiValue) else [value]
-    return [term for term in (str(own).strip().upper() for own in values) if term]
+    return [term for term in (str(one).strip().upper() for one in values) if term]
 
 
-def _of_the_spine(part: str) -> bool:
-    """Whether a body part is of the spine: PS3.16 Annex L's terms, and what is made of them."""
+def _is_spine(part: str) -> bool:
+    """Return whether a body part is of the spine: PS3.16 Annex L's terms and common variants."""
     return "SPINE" in part or part in ("SACRUM", "COCCYX", "SPINAL", "LUMBAR", "THORACOLUMBAR")
 
 
-# Picture
+# --- Picture -----------------------------------------------------------------------------------
 
 
 class Limit(NamedTuple):
-    """Between which ends a number of a picture lies, if it is a radiograph."""
+    """The closed range of a statistic for radiographs, and the reason if it lies outside."""
 
     low: float
     high: float
     text: str
 
 
-# Wide of all that the training films of a virtual cohort show; chapter 17 has both in a table.
+# With a wide margin around the training images of a virtual cohort; chapter 17 tabulates both.
 LIMITS = {
-    "short_side": Limit(128, np.inf, "Its short side has {:.0f} px, and needs at least 128."),
-    "elongation": Limit(1, 8, "It is {:.0f} times as long as wide."),
-    "colour": Limit(0, 0.02, "{:.0%} of it is in colour."),
-    "range": Limit(60, 255, "Nearly all of it lies within {:.0f} grey levels of 256."),
-    "levels": Limit(64, 256, "It has {:.0f} grey levels; a radiograph has more than 64."),
-    "paper": Limit(0, 0.35, "{:.0%} of it is one bright grey, as a page or a screen is."),
-    "flat": Limit(0, 0.55, "{:.0%} of it is perfectly even, as only drawn pictures are."),
-    "smoothness": Limit(0.8, 1, "Neighbouring pixels agree by {:.2f} only, as in noise."),
+    "short_side": Limit(128, np.inf, "The short side is {:.0f} px; at least 128 px are needed."),
+    "elongation": Limit(1, 8, "The long side is {:.0f} times the short side; at most 8 is normal."),
+    "colour": Limit(0, 0.02, "{:.0%} of the pixels are in colour."),
+    "range": Limit(60, 255, "98% of the pixels lie within {:.0f} of 256 grey levels."),
+    "levels": Limit(64, 256, "It has {:.0f} grey levels; a radiograph has at least 64."),
+    "paper": Limit(0, 0.35, "{:.0%} of the pixels have one bright grey, as in a document."),
+    "flat": Limit(0, 0.55, "{:.0%} of the pixels equal their neighbours, as in drawings."),
+    "smoothness": Limit(0.8, 1, "Neighbouring pixels correlate by only {:.2f}, as in noise."),
 }
 
 
 def picture_facts(radiograph: Radiograph) -> dict[str, float]:
-    """Return numbers by which a radiograph can be told from other pictures.
+    """Return statistics that separate radiographs from other pictures.
 
     Args:
         radiograph: As `imaging.reader` reads it.
 
     Returns:
         ``short_side`` in px; ``elongation``, the long side over the short one; ``colour``, the
-        share of coloured pixels; ``range`` from the 1st to the 99th percentile and ``levels``, of
-        256; ``paper``, the share of the commonest grey above 127; ``flat``, the share of pixels
-        between black and white that equal their left and upper neighbour; ``smoothness``, the
-        correlation of neighbours, 1 where all are equal.
+        fraction of coloured pixels; ``range`` from the 1st to the 99th percentile, and number of
+        ``levels``, of 256; ``paper``, the fraction of the most frequent grey level above 127;
+        ``flat``, the fraction of pixels that equal their left and upper neighbour and are neither
+        the darkest nor the brightest; ``smoothness``, the correlation of neighbours in [-1, 1],
+        1 if all are equal.
     """
     grey = radiograph.pixels
     sides = sorted(grey.shape)
@@ -127,9 +128,9 @@ def picture_facts(radiograph: Radiograph) -> dict[str, float]:
     counts = np.bincount(grey.ravel(), minlength=256)
     low, high = np.searchsorted(counts.cumsum(), np.array([0.01, 0.99]) * grey.size)
     nearest = cv2.resize(grey, size, interpolation=cv2.INTER_NEAREST)
-    middle = nearest[1:, 1:]
-    even = (middle == nearest[:-1, 1:]) & (middle == nearest[1:, :-1])
-    even &= (nearest.min() < middle) & (middle < nearest.max())
+    inner = nearest[1:, 1:]
+    flat = (inner == nearest[:-1, 1:]) & (inner == nearest[1:, :-1])
+    flat &= (nearest.min() < inner) & (inner < nearest.max())
     return {
         "short_side": float(sides[0]),
         "elongation": sides[1] / sides[0],
@@ -137,7 +138,7 @@ def picture_facts(radiograph: Radiograph) -> dict[str, float]:
         "range": float(high - low),
         "levels": float((counts > 0).sum()),
         "paper": float(counts[128:].max() / grey.size),
-        "flat": float(even.mean()),
+        "flat": float(flat.mean()),
         "smoothness": _smoothness(small.astype(float)),
     }
 
@@ -149,7 +150,7 @@ def _smoothness(grey: np.ndarray) -> float:
 
 
 def picture_reasons(facts: dict[str, float]) -> list[Reason]:
-    """Return which facts of a picture lie outside `LIMITS`.
+    """Return a reason for each statistic outside `LIMITS`.
 
     Args:
         facts: As `picture_facts` returns them.
@@ -158,7 +159,7 @@ def picture_reasons(facts: dict[str, float]) -> list[Reason]:
     >>> picture_reasons(facts)
     []
     >>> picture_reasons(facts | {"colour": 0.7})[0].text
-    '70% of it is in colour.'
+    '70% of the pixels are in colour.'
     """
     return [
         Reason("picture", limit.text.format(facts[name]))
@@ -167,19 +168,20 @@ def picture_reasons(facts: dict[str, float]) -> list[Reason]:
     ]
 
 
-# Network
+# --- Network -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EmbeddingGate:
-    """Which embeddings are like those of training films (Lee et al., NeurIPS 2018).
+    """Accepts embeddings that lie near those of training images (Lee et al., NeurIPS 2018).
 
     Attributes:
-        centre: Mean of the training films' embeddings, shape (D,).
-        scale: Standard deviation of each of their numbers, shape (D,).
-        axes: First directions of what is centred and scaled, each divided by its spread, (D, d).
-        rest: Spread of what lies outside these directions.
-        limit: An embedding farther than this is of no radiograph of a spine.
+        centre: Mean of the training embeddings, shape (D,).
+        scale: Standard deviation of each component, shape (D,).
+        axes: First principal directions of the centred and scaled embeddings, each divided by its
+            standard deviation, shape (D, d).
+        rest: Standard deviation outside these directions.
+        limit: An image whose embedding lies farther away is out of distribution.
     """
 
     centre: np.ndarray
@@ -189,10 +191,10 @@ class EmbeddingGate:
     limit: float
 
     def distance(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return Mahalanobis distances, shape (n,), of embeddings, shape (n, D).
+        """Return the Mahalanobis distances, shape (n,), of embeddings, shape (n, D).
 
-        Inside the training films' first directions each counts in its own spread; all that lies
-        outside counts in one common spread.
+        Each principal direction is scaled by its own standard deviation; what lies outside all of
+        them is scaled by one common standard deviation.
         """
         away = (np.asarray(embeddings, float) - self.centre) / self.scale
         inside = away @ self.axes
@@ -201,18 +203,22 @@ class EmbeddingGate:
         return np.sqrt((inside**2).sum(axis=1) + outside.clip(0) / self.rest**2)
 
     def reasons(self, output: NetworkOutput) -> list[Reason]:
-        """Return what a network's output says against a film."""
+        """Return why an image is out of distribution; empty if it is not.
+
+        Args:
+            output: The network's output for the image, with its embedding.
+        """
         (distance,) = self.distance(output.embedding[None])
         if distance <= self.limit:
             return []
         text = (
-            f"To the network it looks like none of the radiographs that it learnt from: "
-            f"{distance / self.limit:.1f} times as far from them as any may be."
+            f"Unlike the training images: the network's embedding lies {distance / self.limit:.1f} "
+            "times as far from theirs as the limit allows."
         )
         return [Reason("network", text)]
 
     def save(self, path: Path) -> Path:
-        """Write it as npz."""
+        """Write the gate as npz and return its path."""
         np.savez(path, **{name: np.asarray(value) for name, value in vars(self).items()})
         return path
 
@@ -236,20 +242,20 @@ class EmbeddingGate:
 def fit_embedding_gate(
     learnt: np.ndarray, held_out: np.ndarray, rejected: float = 0.025
 ) -> EmbeddingGate:
-    """Return which embeddings are like those of training films.
+    """Fit the gate to training images and set its limit on held-out ones.
 
     Args:
-        learnt: Embeddings of films that the network learnt from, shape (n, D).
-        held_out: Of training films that it did not learn from, shape (m, D).
-        rejected: Share of the latter that may lie beyond the limit.
+        learnt: Embeddings of images that the network was trained on, shape (n, D).
+        held_out: Embeddings of images of the training split that it was not trained on, (m, D).
+        rejected: Fraction of the latter that may lie beyond the limit, in [0, 1].
 
     Raises:
-        DernetError: There are too few films.
+        DernetError: There are too few images.
     """
     learnt, held_out = np.asarray(learnt, float), np.asarray(held_out, float)
     if len(learnt) < 3 or not len(held_out):
         raise DernetError(
-            f"Outliers are told from at least 3 films learnt from and 1 held out, not "
+            f"The embedding gate needs at least 3 training images and 1 held-out image, not "
             f"{len(learnt)} and {len(held_out)}."
         )
     centre, scale = learnt.mean(axis=0), learnt.std(axis=0)
@@ -257,10 +263,10 @@ def fit_embedding_gate(
     _, spread, directions = np.linalg.svd((learnt - centre) / scale, full_matrices=False)
     variance = spread**2 / (len(learnt) - 1)
     kept = min(DIMENSIONS, len(learnt) // 2)
-    least = RIDGE * variance.mean() or 1.0  # where all films look the same
+    least = RIDGE * variance.mean() or 1.0  # if all embeddings are equal
     axes = directions[:kept].T / np.sqrt(variance[:kept] + least)
     outside = max(learnt.shape[1] - kept, 1)
     rest = np.sqrt(variance[kept:].sum() / outside + least)
-    found = EmbeddingGate(centre, scale, axes, float(rest), np.inf)
-    limit = float(np.quantile(found.distance(held_out), 1 - rejected))
-    return replace(found, limit=limit)
+    gate = EmbeddingGate(centre, scale, axes, float(rest), np.inf)
+    limit = float(np.quantile(gate.distance(held_out), 1 - rejected))
+    return replace(gate, limit=limit)

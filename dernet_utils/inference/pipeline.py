@@ -1,30 +1,32 @@
-"""Algorithm 1, Phase III: a film's score, the gate, and boxes where it opens.
+"""Algorithm 1, Phase III: a radiograph's score, the decision, and boxes if it is abnormal.
 
-Networks come in as functions, so that whatever runs them, and what has no torch, can use this.
+The networks are passed in as functions, so that the pipeline is the same whatever runs them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from dernet_utils.core.errors import DernetError
+from dernet_utils.core.vocabulary import CORNERS
 from dernet_utils.imaging.boxes import from_letterbox, letterbox, non_maximum_suppression
 from dernet_utils.imaging.enhance import preprocess
 from dernet_utils.triage.ensemble import Decision
 
 
 class NetworkOutput(NamedTuple):
-    """What a network makes of a film.
+    """A triage network's output for one image.
 
     Attributes:
         prob: Probability of abnormal, in [0, 1].
-        heat: Where it outputs, float (h, w), at least 0, with a sum of 1 or 0 (Grad-CAM); None where
-            nobody asked.
-        embedding: Means of its early maps, float (D,); None likewise.
+        heat: Grad-CAM, float (h, w), at least 0, with a sum of 1, or 0 if it is empty; None if the
+            backend does not compute it.
+        embedding: Means of its early feature maps, float (D,); None likewise.
     """
 
     prob: float
@@ -34,14 +36,14 @@ class NetworkOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the pipeline says of a film.
+    """The pipeline's output for one image.
 
     Attributes:
         score: DERNet's calibrated probability of abnormal, in [0, 1].
-        network_probs: Of each network, its probability before the vote.
-        threshold: A film is abnormal where its score exceeds it.
-        boxes: `lesion_type`, `xmin` … `ymax` in stored pixels, `score`; the surest first. Empty for
-            a film that is not abnormal, and where the detector found nothing.
+        network_probs: Each network's probability before the vote, in [0, 1].
+        threshold: The image is abnormal if its score exceeds this.
+        boxes: `lesion_type`, `xmin` … `ymax` in stored pixels, `score` in [0, 1]; the most
+            confident first. Empty if the image is normal or the detector found nothing.
     """
 
     score: float
@@ -57,19 +59,24 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """From a radiograph to an answer.
+    """From a radiograph to a prediction.
 
     Attributes:
-        triage: Each network by name: takes the film, uint8 (triage_px, triage_px).
-        detector: Takes the film, uint8 of the view's shape, and returns of each anchor centre,
-            width and height in its pixels, then a probability a lesion type: (4 + C, anchors).
+        triage: Each network by name: a function of the enhanced image, uint8 (triage_px,
+            triage_px).
+        detector: A function of the letterboxed image, uint8 of `detect_size`. It returns for each
+            anchor the centre, width and height in px of that input, then one probability per
+            lesion type: (4 + C, anchors).
         decision: Weights, calibration and thresholds, chosen out of fold.
         lesion_types: Names in the detector's order.
-        score_threshold: A box is reported from this probability on.
-        triage_px: Side of the square that triage sees.
-        detect_size: Height and width of what the detector sees.
-        cache_px, clip_limit, tiles: As `imaging.preprocess` takes them.
+        score_threshold: Least score of a reported box, in [0, 1].
+        triage_px: Side of the triage networks' square input, px.
+        detect_size: Height and width of the detector's input, px.
+        cache_px, clip_limit, tiles: As `imaging.enhance.preprocess` takes them.
         threshold: Name of the decision's threshold.
+
+    Raises:
+        DernetError: The networks are not the decision's, or it has no threshold of this name.
     """
 
     triage: Mapping[str, Callable[[np.ndarray], NetworkOutput]]
@@ -87,8 +94,8 @@ class Pipeline:
     def __post_init__(self) -> None:
         if tuple(self.triage) != self.decision.networks:
             raise DernetError(
-                f"The vote was weighed for {', '.join(self.decision.networks)}, and the networks "
-                f"are {', '.join(self.triage)}: choose weights for these."
+                f"The vote's weights are for {', '.join(self.decision.networks)}, but the networks "
+                f"are {', '.join(self.triage)}: fit weights for these."
             )
         if self.threshold not in self.decision.thresholds:
             raise DernetError(
@@ -97,35 +104,38 @@ class Pipeline:
             )
 
     def predict(self, grey: np.ndarray) -> Prediction:
-        """Return the answer for a film as `imaging.read_radiograph` returns it, uint8 (H, W).
+        """Return the prediction for a radiograph.
 
-        The detector is asked only where the gate opens.
+        The detector is run only if triage calls the image abnormal.
+
+        Args:
+            grey: The image's `Radiograph.pixels`, uint8 (H, W).
         """
         return self.predict_enhanced(self.enhance(grey), grey.shape)
 
     def enhance(self, grey: np.ndarray) -> np.ndarray:
-        """Return the film as the cache of a run holds it: CLAHE, then smaller."""
+        """Return an image as the cache of a run holds it: CLAHE, then scaled down; uint8 (h, w)."""
         return preprocess(grey, self.cache_px, self.clip_limit, self.tiles)
 
     def predict_enhanced(self, enhanced: np.ndarray, stored: tuple[int, int]) -> Prediction:
-        """Return the answer for an enhanced film.
+        """Return the prediction for an enhanced image.
 
         Args:
             enhanced: As `enhance` returns it.
-            stored: Height and width of the film as it is stored; boxes are in its pixels.
+            stored: Height and width of the stored image, px; boxes are in its pixels.
         """
         return self.decide(self.run_triage(enhanced), enhanced, stored)
 
     def run_triage(self, enhanced: np.ndarray) -> dict[str, NetworkOutput]:
-        """Return what each network makes of an enhanced film."""
-        side = (self.triage_px, self.triage_px)
-        square = cv2.resize(enhanced, side, interpolation=cv2.INTER_AREA)
-        return {name: ask(square) for name, ask in self.triage.items()}
+        """Return each triage network's output for an enhanced image."""
+        size = (self.triage_px, self.triage_px)
+        square = cv2.resize(enhanced, size, interpolation=cv2.INTER_AREA)
+        return {name: run(square) for name, run in self.triage.items()}
 
     def decide(
         self, outputs: Mapping[str, NetworkOutput], enhanced: np.ndarray, stored: tuple[int, int]
     ) -> Prediction:
-        """Return the answer for an enhanced film that the networks have looked at: lines 16 to 22.
+        """Return the prediction from the triage networks' outputs: lines 16 to 22.
 
         Args:
             outputs: As `run_triage` returns them.
@@ -134,14 +144,17 @@ class Pipeline:
         network_probs = {name: float(output.prob) for name, output in outputs.items()}
         score = float(self.decision.prob(np.array([list(network_probs.values())]))[0])
         threshold = self.decision.thresholds[self.threshold]
-        found = self.detect(enhanced, stored) if score > threshold else self._table([], [], [])
-        return Prediction(score, network_probs, threshold, found)
+        boxes = self.detect(enhanced, stored) if score > threshold else self._table([], [], [])
+        return Prediction(score, network_probs, threshold, boxes)
 
     def heat(self, outputs: Mapping[str, NetworkOutput]) -> np.ndarray:
-        """Return DERNet's heat map: the networks' maps, weighed as the vote, float (h, w).
+        """Return DERNet's heat map: the networks' maps with the vote's weights, float (h, w).
+
+        Args:
+            outputs: As `run_triage` returns them.
 
         Raises:
-            DernetError: These networks give no maps.
+            DernetError: The backend computes no heat maps.
         """
         maps = [output.heat for output in outputs.values()]
         if any(one is None for one in maps):
@@ -149,14 +162,20 @@ class Pipeline:
         return np.tensordot(self.decision.weights, np.stack(maps), axes=1)
 
     def detect(self, enhanced: np.ndarray, stored: tuple[int, int]) -> pd.DataFrame:
-        """Return the boxes of an enhanced film, whatever triage says of it: line 18."""
-        filled, place = letterbox(enhanced, self.detect_size)
-        corners, classes, scores = non_maximum_suppression(
-            self.detector(filled), self.score_threshold
-        )
-        return self._table(from_letterbox(corners, place, *stored), classes, scores)
+        """Return the boxes of an enhanced image, whatever triage predicts: line 18.
 
-    def _table(self, corners, classes, scores) -> pd.DataFrame:
+        Args:
+            enhanced, stored: As `predict_enhanced` takes them.
+
+        Returns:
+            As `Prediction.boxes`.
+        """
+        filled, position = letterbox(enhanced, self.detect_size)
+        raw = self.detector(filled)
+        corners, classes, scores = non_maximum_suppression(raw, self.score_threshold)
+        return self._table(from_letterbox(corners, position, *stored), classes, scores)
+
+    def _table(self, corners: ArrayLike, classes: Iterable[int], scores: ArrayLike) -> pd.DataFrame:
         table = pd.DataFrame({"lesion_type": [self.lesion_types[number] for number in classes]})
-        table[["xmin", "ymin", "xmax", "ymax"]] = np.reshape(corners, (-1, 4))
+        table[list(CORNERS)] = np.reshape(corners, (-1, 4))
         return table.assign(score=np.asarray(scores, np.float64))

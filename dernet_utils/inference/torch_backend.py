@@ -1,13 +1,15 @@
-"""A run's trained networks as a pipeline, and what it says of files."""
+"""The pipeline of a run's own checkpoints, run by torch."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 
 from dernet_utils.core.vocabulary import LESION_TYPES, NETWORKS
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.detection.training import load_detector
+from dernet_utils.detection.yolo import Detector
 from dernet_utils.inference.models import read_models
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
 from dernet_utils.triage.crossvalidation import read_decision
@@ -22,6 +24,10 @@ def run_pipeline(workspace: Workspace, threshold: str = "youden") -> Pipeline:
         workspace: The run.
         threshold: Name of the decision's threshold.
 
+    Returns:
+        Its triage networks average the probabilities of their folds, and give neither heat maps
+        nor embeddings.
+
     Raises:
         DernetError: The run has no pipeline yet, or a checkpoint is missing.
     """
@@ -32,23 +38,9 @@ def run_pipeline(workspace: Workspace, threshold: str = "youden") -> Pipeline:
         for name in NETWORKS
     }
     detector = load_detector(folder / record["detector"])[0]
-    device = next(detector.parameters()).device
-
-    def asked(own: list) -> Callable[[np.ndarray], NetworkOutput]:
-        return lambda square: NetworkOutput(
-            np.mean(
-                [predict_probabilities(one, torch.from_numpy(square)[None, None])[0] for one in own]
-            )
-        )
-
-    @torch.no_grad()
-    def answers(filled: np.ndarray) -> np.ndarray:
-        shown = torch.from_numpy(filled).to(device)[None, None].float() / 255
-        return detector.answers(shown.expand(-1, 3, -1, -1))[0].cpu().numpy()
-
     return Pipeline(
-        {name: asked(own) for name, own in networks.items()},
-        answers,
+        {name: _triage_function(folds) for name, folds in networks.items()},
+        _detector_function(detector),
         read_decision(workspace),
         LESION_TYPES,
         record["score_threshold"],
@@ -59,3 +51,22 @@ def run_pipeline(workspace: Workspace, threshold: str = "youden") -> Pipeline:
         profile.tiles,
         threshold,
     )
+
+
+def _triage_function(folds: list[nn.Module]) -> Callable[[np.ndarray], NetworkOutput]:
+    def run(square: np.ndarray) -> NetworkOutput:
+        pixels = torch.from_numpy(square)[None, None]
+        return NetworkOutput(np.mean([predict_probabilities(one, pixels)[0] for one in folds]))
+
+    return run
+
+
+def _detector_function(detector: Detector) -> Callable[[np.ndarray], np.ndarray]:
+    device = next(detector.parameters()).device
+
+    @torch.no_grad()
+    def run(filled: np.ndarray) -> np.ndarray:
+        image = torch.from_numpy(filled).to(device)[None, None].float() / 255
+        return detector.answers(image.expand(-1, 3, -1, -1))[0].cpu().numpy()
+
+    return run

@@ -1,7 +1,7 @@
-"""A node on a hospital's network: films come in by C-STORE, reports go out to a peer.
+"""A DICOM node: it receives radiographs by C-STORE and sends the reports on them to a peer.
 
-A film that comes in is kept in memory until its reports are sent, or could not be: then it is named
-in the log by its SOP instance UID, and by nothing that says whose it is.
+A received image is kept in memory until its reports are sent or have failed. The log names it by
+its SOP instance UID and by nothing that identifies the patient.
 """
 
 import logging
@@ -40,14 +40,14 @@ SYNTAXES = [
     pydicom.uid.JPEG2000Lossless,
     pydicom.uid.RLELossless,
 ]
-WAITING = 32  # films that may wait to be answered
-PATIENCE_S = 30  # with a peer that does not pick up
+MAX_WAITING = 32  # images that wait for analysis
+CONNECT_TIMEOUT_S = 30  # to a peer
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000  # PS3.4 B.2.3
 log = logging.getLogger(__name__)
 
 
 class Peer(NamedTuple):
-    """Where reports go: application entity title, address, port."""
+    """Where the reports are sent: application entity (AE) title, address, port."""
 
     title: str
     host: str
@@ -58,30 +58,33 @@ class Peer(NamedTuple):
         """Read ``TITLE@host:port``.
 
         Raises:
-            DernetError: The text is another.
+            DernetError: The text has another form.
 
         >>> Peer.parse("ORTHANC@127.0.0.1:4242").port
         4242
         """
-        title, _, place = text.partition("@")
-        host, _, port = place.rpartition(":")
+        title, _, address = text.partition("@")
+        host, _, port = address.rpartition(":")
         if not (title and len(title) <= 16 and host and port.isdigit() and 0 < int(port) < 2**16):
             raise DernetError(
-                f"A peer is TITLE@host:port, such as ORTHANC@127.0.0.1:4242, not {text}."
+                f"A peer is given as TITLE@host:port, such as ORTHANC@127.0.0.1:4242, not {text!r}."
             )
         return cls(title, host, int(port))
 
 
 class Node:
-    """Receives films, answers them one by one, and sends the reports; a context manager.
+    """Receives images, analyses them one by one, and sends the reports; a context manager.
 
     Args:
-        service: Answers each film.
+        service: Analyses each image.
         version: Of the networks, for the reports.
-        peer: Who gets the reports.
-        title: The node's application entity title.
-        port: Where it listens, on `host`; 0 for any free one.
-        host: 127.0.0.1, unless others are to reach it.
+        peer: Receives the reports.
+        title: The node's application entity title, 1 to 16 ASCII characters.
+        port: Where it listens on `host`; 0 for any free port.
+        host: 127.0.0.1, unless other machines are to reach it.
+
+    Raises:
+        DernetError: The title is none; on entering the context, the port is in use.
     """
 
     def __init__(
@@ -98,33 +101,35 @@ class Node:
             self._entity = AE(ae_title=title)
         except ValueError as error:
             raise DernetError(
-                f"A node's title has 1 to 16 characters of ASCII, and {title!r} has not."
+                f"A node's title has 1 to 16 characters of ASCII; {title!r} does not."
             ) from error
         self._entity.add_supported_context(Verification)
-        for film in RADIOGRAPHS:
-            self._entity.add_supported_context(film, SYNTAXES)
-        for report in REPORTS:
-            self._entity.add_requested_context(report)
+        for sop_class in RADIOGRAPHS:
+            self._entity.add_supported_context(sop_class, SYNTAXES)
+        for sop_class in REPORTS:
+            self._entity.add_requested_context(sop_class)
         self._address = (host, port)
-        self._entity.connection_timeout = PATIENCE_S
-        self._films: queue.Queue[tuple[str, bytes] | None] = queue.Queue(WAITING)
+        self._entity.connection_timeout = CONNECT_TIMEOUT_S
+        self._received: queue.Queue[tuple[str, bytes] | None] = queue.Queue(MAX_WAITING)
         self._closing = False
         self._worker = threading.Thread(target=self._work, name="dernet-node")
 
     @property
     def port(self) -> int:
-        """Where the node listens."""
+        """The port on which the node listens."""
         return self._server.server_address[1]
 
     def __enter__(self) -> "Node":
-        handlers = [(evt.EVT_C_STORE, self._take), (evt.EVT_C_ECHO, lambda event: SUCCESS)]
+        handlers = [(evt.EVT_C_STORE, self._receive), (evt.EVT_C_ECHO, lambda event: SUCCESS)]
         try:
             self._server = self._entity.start_server(
                 self._address, block=False, evt_handlers=handlers
             )
         except OSError as error:
-            told = f"The node cannot listen there: {error.strerror}. Try another --port."
-            raise DernetError(told) from error
+            host, port = self._address
+            raise DernetError(
+                f"The node cannot listen on {host}:{port}: {error.strerror}. Try another --port."
+            ) from error
         self._worker.start()
         return self
 
@@ -134,65 +139,66 @@ class Node:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._closing = True  # from here on no film is taken in
+        self._closing = True  # from here on no image is accepted
         self._server.shutdown()
         for association in self._server.active_associations:
-            association.abort()  # a sender that stays would keep the process alive
-        self._films.put(None)  # after the films that wait
+            association.abort()  # an idle sender would keep the process alive
+        self._received.put(None)  # the end, after the images that wait
         self._worker.join()
 
-    def _take(self, event: Event) -> int:
-        """Queue a film that was sent; say so, or that there is no room."""
+    def _receive(self, event: Event) -> int:
+        """Queue an image and return the DICOM status: success, or why it was not accepted."""
         if self._closing:
             return OUT_OF_RESOURCES
         uid = str(event.request.AffectedSOPInstanceUID)
         try:
-            self._films.put_nowait((uid, event.encoded_dataset()))
+            self._received.put_nowait((uid, event.encoded_dataset()))
         except queue.Full:
             return OUT_OF_RESOURCES
         except Exception as error:
-            log.error("%s could not be taken in (%s).", uid, where_raised(error))
+            log.error("%s: could not be received (%s).", uid, where_raised(error))
             return CANNOT_UNDERSTAND
         return SUCCESS
 
     def _work(self) -> None:
-        while (waiting := self._films.get()) is not None:
-            uid, data = waiting
+        while (received := self._received.get()) is not None:
+            uid, data = received
             try:
-                self._answer(uid, data)
+                self._process(uid, data)
             except DernetError as error:
-                log.warning("%s got no report. %s", uid, error)
-            except Exception as error:  # one film must not end the node
-                log.error("%s got no report (%s).", uid, where_raised(error))
+                log.warning("%s: no report sent. %s", uid, error)
+            except Exception as error:  # one image must not end the node
+                log.error("%s: no report sent (%s).", uid, where_raised(error))
 
-    def _answer(self, uid: str, data: bytes) -> None:
+    def _process(self, uid: str, data: bytes) -> None:
+        """Analyse an image and send its reports, or log why there are none."""
         try:
-            done = self._service.analyse(data)
-        except DernetError as error:  # its words may quote the header
-            log.warning("%s cannot be read, and no report was sent (%s).", uid, where_raised(error))
+            analysis = self._service.analyse(data)
+        except DernetError as error:  # its message may quote the header
+            log.warning("%s: no report sent, cannot be read (%s).", uid, where_raised(error))
             return
-        if done.rejected:  # the reasons may, too
-            layers = " and the ".join(dict.fromkeys(reason.layer for reason in done.reasons))
-            log.warning("%s was rejected by the %s, and no report was sent.", uid, layers)
+        if analysis.rejected:  # the reasons may quote it, too
+            layers = " and ".join(dict.fromkeys(reason.layer for reason in analysis.reasons))
+            log.warning("%s: no report sent, rejected by the %s check.", uid, layers)
             return
-        header = done.radiograph.header
+        radiograph, prediction = analysis.radiograph, analysis.prediction
         reports = [
-            structured_report(header, done.prediction, self._version[:64]),
-            secondary_capture(header, done.radiograph.pixels, done.prediction),
+            structured_report(radiograph.header, prediction, self._version[:64]),
+            secondary_capture(radiograph.header, radiograph.pixels, prediction),
         ]
         self._send(reports)
-        log.info("%s was answered.", uid)
+        log.info("%s: reports sent to %s.", uid, self._peer.title)
 
     def _send(self, reports: list[pydicom.Dataset]) -> None:
         peer = self._peer
         association = self._entity.associate(peer.host, peer.port, ae_title=peer.title)
         if not association.is_established:
-            raise DernetError(f"{peer.title} at {peer.host}:{peer.port} does not take reports.")
+            raise DernetError(f"{peer.title} at {peer.host}:{peer.port} does not accept reports.")
         try:
             for report in reports:
                 status = association.send_c_store(report)
                 if not status or status.Status != SUCCESS:
-                    told = f"status {status.Status:04X}" if status else "no answer"
-                    raise DernetError(f"{peer.title} refused a report ({told}).")
+                    reason = f"status {status.Status:04X}" if status else "no response"
+                    raise DernetError(f"{peer.title} refused a report ({reason}).")
         finally:
             association.release()

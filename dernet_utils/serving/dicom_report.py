@@ -1,13 +1,14 @@
-"""An answer as DICOM objects that refer to the film: a structured report, a secondary capture.
+"""A prediction as DICOM objects that refer to the image: a structured report, a secondary capture.
 
-Both carry the film's patient and study, and say that an algorithm made them for research. The
+Both carry the image's patient and study, and state that an algorithm made them for research. The
 report follows template TID 1500 (PS3.16): DERNet's probability, then a group for each box. The
-private coding scheme 99DERNET names the lesion types, which no public scheme has as the dataset
-means them.
+private coding scheme 99DERNET names the lesion types, because no public scheme defines them as the
+dataset does.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from io import BytesIO
 
 import cv2
@@ -28,18 +29,18 @@ MAKER, MODEL = "dernet-utils", "DERNet and YOLO11-L"
 SCHEME = "99DERNET"
 SCHEME_UID = "2.25.228134109838106742108331741283561123951"
 REPORT_SERIES, CAPTURE_SERIES = 9001, 9002
-MUST_SAY = (
+REQUIRED = (  # of a report's patient and study, empty where unknown
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
     "StudyTime", "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
-PROBABILITY = CodedConcept("PROB", SCHEME, "Probability of an abnormal film")
+PROBABILITY = CodedConcept("PROB", SCHEME, "Probability of an abnormal radiograph")
 CONFIDENCE = CodedConcept("CONF", SCHEME, "Confidence of the detector")
 REJECTED = CodedConcept("REJECTION", SCHEME, "Rejection overridden by a person")
 RATIO = CodedConcept("1", "UCUM", "no units")
 
 
 def lesion_concept(lesion_type: str) -> CodedConcept:
-    """Return the code of a lesion type: its name, as far as sixteen characters reach.
+    """Return the code of a lesion type: its name, cut to the sixteen characters of a code value.
 
     >>> lesion_concept("Surgical implant").value
     'SURGICAL_IMPLANT'
@@ -48,34 +49,34 @@ def lesion_concept(lesion_type: str) -> CodedConcept:
 
 
 @contextmanager
-def _carrying() -> Iterator[None]:
-    """Say in a sentence, without its values, that a header cannot be carried over."""
+def _header_errors() -> Iterator[None]:
+    """Turn an unexpected error into a sentence that quotes none of the header's values."""
     try:
         yield
     except DernetError:
         raise
-    except Exception as error:  # highdicom and pydicom raise what they like, and quote names
+    except Exception as error:  # highdicom and pydicom raise many types, and quote names
         raise DernetError(
-            "The DICOM header cannot be carried into a report "
-            f"({type(error).__name__}): export the image again, in the standard's form."
+            "The DICOM header cannot be copied into a report "
+            f"({type(error).__name__}): export the image again, in standard-conformant DICOM."
         ) from None
 
 
-@_carrying()
+@_header_errors()
 def structured_report(
     header: pydicom.Dataset, prediction: Prediction, version: str, overridden: tuple[str, ...] = ()
 ) -> pydicom.Dataset:
-    """Return a Comprehensive SR, TID 1500, of an answer.
+    """Return a Comprehensive SR, TID 1500, of a prediction.
 
     Args:
-        header: Of the DICOM image that was analysed; without its pixel data, or with them.
-        prediction: What the pipeline says of it; boxes in the image's pixels.
-        version: Of the algorithm.
-        overridden: Reasons against the image that a person set aside.
+        header: The analysed DICOM image's, with or without its pixel data; it is not changed.
+        prediction: The pipeline's for this image; boxes in the image's pixels.
+        version: Of the algorithm, at most 64 characters.
+        overridden: Reasons for a rejection that the user overrode.
 
     Raises:
-        DernetError: The image lacks what a report must refer to, or has it in a form that none
-            can carry.
+        DernetError: The header lacks what a report must refer to, or has it in a form that a
+            report cannot hold.
     """
     source = _source(header)
     algorithm = hd.sr.AlgorithmIdentification(
@@ -90,7 +91,7 @@ def structured_report(
     context = hd.sr.ObservationContext(observer_device_context=device)
     image = hd.sr.SourceImageForRegion(source.SOPClassUID, source.SOPInstanceUID)
     whole = hd.sr.MeasurementsAndQualitativeEvaluations(
-        hd.sr.TrackingIdentifier(uid=hd.UID(), identifier="whole film"),
+        hd.sr.TrackingIdentifier(uid=hd.UID(), identifier="whole image"),
         algorithm_id=algorithm,
         finding_type=codes.SCT.Abnormal if prediction.abnormal else codes.DCM.NoAbnormality,
         source_images=[
@@ -140,18 +141,18 @@ def structured_report(
     return report
 
 
-@_carrying()
+@_header_errors()
 def secondary_capture(
     header: pydicom.Dataset,
     grey: np.ndarray,
     prediction: Prediction,
     overridden: tuple[str, ...] = (),
 ) -> pydicom.Dataset:
-    """Return a colour Secondary Capture of the film with its boxes.
+    """Return a colour Secondary Capture of the radiograph with its boxes.
 
     Args:
         header, prediction, overridden: As `structured_report` takes them.
-        grey: The film as `imaging.decode_radiograph` returns it, uint8 (H, W).
+        grey: The image's `Radiograph.pixels`, uint8 (H, W).
 
     Raises:
         DernetError: As `structured_report` raises.
@@ -164,7 +165,7 @@ def secondary_capture(
         photometric_interpretation="RGB",
         bits_allocated=8,
         coordinate_system="PATIENT",
-        patient_orientation=("L", "F"),  # highdicom asks for one; what is known comes below
+        patient_orientation=("L", "F"),  # highdicom requires one; the image's own is set below
         series_instance_uid=hd.UID(),
         series_number=CAPTURE_SERIES,
         sop_instance_uid=hd.UID(),
@@ -174,10 +175,10 @@ def secondary_capture(
         series_description=NOTICE[:64],
     )
     capture.BurnedInAnnotation = "YES"
-    capture.DerivationDescription = "Boxes and decision of an algorithm drawn on the film"
+    capture.DerivationDescription = "Boxes and decision of an algorithm drawn on the radiograph"
     capture.PatientOrientation = source.get("PatientOrientation")
     capture.BodyPartExamined = source.get("BodyPartExamined") or "SPINE"
-    if source.get("Laterality"):  # of a paired part, which a spine is not
+    if source.get("Laterality"):  # set for paired body parts only
         capture.Laterality = source.Laterality
     item = pydicom.Dataset()
     item.ReferencedSOPClassUID = source.SOPClassUID
@@ -187,7 +188,15 @@ def secondary_capture(
 
 
 def read_report(report: pydicom.Dataset) -> dict:
-    """Return what a structured report of ours says: ``score``, and ``boxes``, one dict each."""
+    """Return the contents of a structured report made by `structured_report`.
+
+    Args:
+        report: The Comprehensive SR.
+
+    Returns:
+        ``score``, in [0, 1], and ``boxes``: of each a dict of ``lesion_type``, ``score`` and
+        ``xmin`` … ``ymax`` in the image's pixels.
+    """
     content = hd.sr.ComprehensiveSR.from_dataset(report).content
     (whole,) = content.get_image_measurement_groups()
     (score,) = whole.get_measurements(name=PROBABILITY)
@@ -204,25 +213,26 @@ def read_report(report: pydicom.Dataset) -> dict:
 
 
 def _source(header: pydicom.Dataset) -> pydicom.Dataset:
-    """The header, what a report must say of patient and study empty where it is silent."""
+    """Return a copy of a header in UTF-8, with every element that a report requires."""
     needed = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
     if missing := [name for name in needed if not header.get(name)]:
         raise DernetError(
-            f"The DICOM header lacks {', '.join(missing)}, which a report must refer to: send the "
-            "image as the device made it."
+            f"The DICOM header lacks {', '.join(missing)}, which a report must refer to: use the "
+            "original image from the device."
         )
     source = pydicom.Dataset()
-    source.update({e.tag: e for e in header if e.keyword != "PixelData"})
+    # Copies, since decoding changes elements: the next report is made from the same header.
+    source.update({e.tag: deepcopy(e) for e in header if e.keyword != "PixelData"})
     source.file_meta = header.file_meta
     source.decode()
-    source.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, which carries what any other does
-    for name in MUST_SAY:
-        setattr(source, name, _carried(source, name))
+    source.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, which holds every other set's characters
+    for name in REQUIRED:
+        setattr(source, name, _standard_value(source, name))
     return source
 
 
-def _carried(source: pydicom.Dataset, name: str) -> object:
-    """A value that a report must have; None where there is none, or none in the standard's form."""
+def _standard_value(source: pydicom.Dataset, name: str) -> object:
+    """Return an element's value; None if it is missing or does not conform to the standard."""
     value = source.get(name)
     if isinstance(value, MultiValue):
         value = value[0] if value else None
@@ -240,10 +250,10 @@ def encode(report: pydicom.Dataset) -> bytes:
     """Return a report as a DICOM file's bytes.
 
     Raises:
-        DernetError: It holds a value that cannot be written.
+        DernetError: A value cannot be written.
     """
     stream = BytesIO()
-    with _carrying():
+    with _header_errors():
         pydicom.dcmwrite(stream, report, enforce_file_format=True)
     return stream.getvalue()
 

@@ -1,4 +1,4 @@
-"""An answer as others want it: JSON, a picture, a page to print."""
+"""A prediction for other programs and for people: a JSON record, an overlay, a printable page."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,20 @@ from html import escape
 import cv2
 import numpy as np
 
-from dernet_utils.core.vocabulary import LESION_STYLE, NETWORK_NAMES, NOTICE
+from dernet_utils.core.vocabulary import CORNERS, LESION_STYLE, NETWORK_NAMES, NOTICE
 from dernet_utils.inference.pipeline import Prediction
 
-OVERLAY_PX = 1280  # long side of an overlay at most
-STROKE = 500  # pixels of its long side to one of a line's width
+OVERLAY_PX = 1280  # maximal long side of an overlay
+STROKE = 500  # pixels of its long side per pixel of line width
 
 
 def as_record(prediction: Prediction) -> dict:
-    """Return an answer as plain numbers, text and lists, fit for JSON."""
+    """Return a prediction as plain numbers, text and lists, ready for JSON.
+
+    Returns:
+        ``score`` and ``threshold`` in [0, 1], ``decision`` (``abnormal`` or ``normal``),
+        ``networks`` (probability by name), ``boxes`` (a dict per box, as in `Prediction.boxes`).
+    """
     return {
         "score": prediction.score,
         "threshold": prediction.threshold,
@@ -25,68 +30,74 @@ def as_record(prediction: Prediction) -> dict:
     }
 
 
+def as_text(record: dict) -> str:
+    """Return a file's prediction as lines of text: the decision, then one line per box.
+
+    Args:
+        record: As `service.predict_file` returns it.
+    """
+    line = "{file}: {decision}, score {score:.3f}, threshold {threshold:.3f}"
+    box = "  {lesion_type} {score:.2f} at {xmin:.0f}, {ymin:.0f} to {xmax:.0f}, {ymax:.0f}"
+    return "\n".join([line.format(**record), *(box.format(**one) for one in record["boxes"])])
+
+
 def draw_prediction(
     grey: np.ndarray, prediction: Prediction, overridden: Sequence[str] = ()
 ) -> np.ndarray:
-    """Return the film with its boxes and decision drawn on it.
+    """Return the radiograph with its boxes and decision drawn on it.
 
     Args:
-        grey: The film as `imaging.read_radiograph` returns it, uint8 (H, W).
-        prediction: The pipeline's.
-        overridden: Reasons against the film that a person set aside.
+        grey: The image's `Radiograph.pixels`, uint8 (H, W).
+        prediction: The pipeline's for this image.
+        overridden: Reasons for a rejection that the user overrode.
 
     Returns:
-        Colours in OpenCV's order, uint8 (h, w, 3), at most 1,280 pixels long, with a line of
-        text below the film.
+        Colours in OpenCV's order, uint8 (h, w, 3): the image, at most 1,280 pixels long, and
+        below it lines of text.
     """
     scale = min(1.0, OVERLAY_PX / max(grey.shape))
     size = tuple(max(1, round(side * scale)) for side in grey.shape[::-1])
-    picture = cv2.cvtColor(cv2.resize(grey, size, interpolation=cv2.INTER_AREA), cv2.COLOR_GRAY2BGR)
+    small = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
+    picture = cv2.cvtColor(small, cv2.COLOR_GRAY2BGR)
     stroke = max(1, round(max(size) / STROKE))
-    write = {"fontFace": cv2.FONT_HERSHEY_SIMPLEX, "lineType": cv2.LINE_AA, "thickness": stroke}
-    small = 0.4 * stroke
+    font = {"fontFace": cv2.FONT_HERSHEY_SIMPLEX, "lineType": cv2.LINE_AA}
+    font_scale = 0.4 * stroke
     for box in prediction.boxes[::-1].itertuples():
         hue = LESION_STYLE[box.lesion_type][0].lstrip("#")
         colour = tuple(int(hue[at : at + 2], 16) for at in (4, 2, 0))
         corners = np.array([box.xmin, box.ymin, box.xmax, box.ymax]) * scale
         left, top, right, bottom = corners.round().astype(int).tolist()
         cv2.rectangle(picture, (left, top), (right, bottom), colour, stroke)
-        place = (left, max(top - 2 * stroke, 12 * stroke))
+        position = (left, max(top - 2 * stroke, 12 * stroke))
         text = f"{box.lesion_type} {box.score:.2f}"
-        cv2.putText(
-            picture,
-            text,
-            place,
-            fontScale=small,
-            color=(0, 0, 0),
-            **write | {"thickness": 3 * stroke},
-        )
-        cv2.putText(picture, text, place, fontScale=small, color=colour, **write)
-    word = "abnormal" if prediction.abnormal else "normal"
+        for shade, thickness in (((0, 0, 0), 3 * stroke), (colour, stroke)):  # outlined in black
+            style = {"fontScale": font_scale, "color": shade, "thickness": thickness}
+            cv2.putText(picture, text, position, **font, **style)
+    decision = "abnormal" if prediction.abnormal else "normal"
     lines = [
-        f"DERNet: {word}, score {prediction.score:.2f}, threshold {prediction.threshold:.2f}",
+        f"DERNet: {decision}, score {prediction.score:.2f}, threshold {prediction.threshold:.2f}",
         NOTICE,
     ]
     width = picture.shape[1] - 8 * stroke
-    fit = min(small, width / max(_text_width(line, 1.0) for line in lines))
+    fit = min(font_scale, width / max(_text_width(line, 1.0) for line in lines))
     if overridden:
-        told = "Rejection overridden by a person: " + " ".join(overridden)
-        lines[1:1] = _wrapped(told, width, fit)
-    write["thickness"] = max(1, round(fit / 0.4))
+        warning = "Rejection overridden by the user: " + " ".join(overridden)
+        lines[1:1] = _wrapped(warning, width, fit)
+    style = {"fontScale": fit, "color": (255, 255, 255), "thickness": max(1, round(fit / 0.4))}
     below = np.zeros((16 * stroke * len(lines) + 8 * stroke, picture.shape[1], 3), np.uint8)
     for number, line in enumerate(lines):
-        at = (4 * stroke, 16 * stroke * (number + 1))
-        cv2.putText(below, line, at, fontScale=fit, color=(255, 255, 255), **write)
+        position = (4 * stroke, 16 * stroke * (number + 1))
+        cv2.putText(below, line, position, **font, **style)
     return np.vstack([picture, below])
 
 
 def _text_width(text: str, scale: float) -> int:
-    """Width in pixels of a line in the overlay's letters."""
+    """Return the width of a line in the overlay's font, px."""
     return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0]
 
 
 def _wrapped(text: str, width: int, scale: float) -> list[str]:
-    """A text in lines of at most this width, px, as far as its words allow."""
+    """Return a text in lines of at most this width, px; a longer word gets a line of its own."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -100,37 +111,37 @@ def _wrapped(text: str, width: int, scale: float) -> list[str]:
 def html_page(
     grey: np.ndarray, prediction: Prediction, about: Mapping, overridden: Sequence[str] = ()
 ) -> str:
-    """Return an answer as a page of HTML that stands by itself, to be printed.
+    """Return a prediction as a self-contained page of HTML, to be printed.
 
     Args:
-        grey, prediction, overridden: As `draw_answer` takes them.
-        about: The manifest of the networks, as `runtime.read_exported` returns it.
+        grey, prediction, overridden: As `draw_prediction` takes them.
+        about: The manifest of the networks, as `onnx_backend.read_export` returns it.
     """
     picture = cv2.imencode(".png", draw_prediction(grey, prediction, overridden))[1].tobytes()
-    shown = base64.b64encode(picture).decode()
-    word = "abnormal" if prediction.abnormal else "normal"
+    encoded = base64.b64encode(picture).decode()
+    decision = "abnormal" if prediction.abnormal else "normal"
     probs = [
         (NETWORK_NAMES.get(name, name), prob) for name, prob in prediction.network_probs.items()
     ]
     scores = [("DERNet", prediction.score), *probs]
-    corners = ("xmin", "ymin", "xmax", "ymax")
     boxes = [
-        (box.lesion_type, f"{box.score:.2f}", *(f"{getattr(box, edge):.0f}" for edge in corners))
+        (box.lesion_type, f"{box.score:.2f}", *(f"{getattr(box, edge):.0f}" for edge in CORNERS))
         for box in prediction.boxes.itertuples()
     ]
     height, width = grey.shape
-    no_boxes = "none found" if prediction.abnormal else "not looked for"
+    no_boxes = "None found." if prediction.abnormal else "The detector was not run."
     warning = ""
     if overridden:
-        told = escape(" ".join(overridden))
-        warning = f"<p class=warning>A person overrode the rejection of this file. {told}</p>"
-    learnt = " They learnt from virtual radiographs only." if about.get("virtual") else ""
+        reasons = escape(" ".join(overridden))
+        warning = f"<p class=warning>The user overrode the rejection of this file. {reasons}</p>"
+    trained = " Trained on virtual radiographs only." if about.get("virtual") else ""
     return PAGE.format(
-        notice=NOTICE, shown=shown, word=word, warning=warning, width=width, height=height,
+        notice=NOTICE, picture=encoded, decision=decision, warning=warning,
+        width=width, height=height,
         threshold=f"{prediction.threshold:.3f}",
         scores=_rows([(name, f"{value:.3f}") for name, value in scores]),
         boxes=_rows(boxes) or f"<tr><td colspan=6>{no_boxes}</td></tr>",
-        made_by=escape(str(about.get("made_by", ""))) + "." + learnt,
+        made_by=escape(str(about.get("made_by", ""))) + "." + trained,
     )  # fmt: skip
 
 
@@ -152,16 +163,17 @@ table {{ border-collapse: collapse; margin: .5rem 0 1rem; }}
 th, td {{ text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ccc; }}
 .notice, .warning {{ color: #9a3b20; font-weight: 600; }}
 </style>
-<h1>Spine radiograph: {word}</h1>
+<h1>Spine radiograph: {decision}</h1>
 <p class=notice>{notice}.</p>
 {warning}
-<img src="data:image/png;base64,{shown}" alt="The film with the boxes of the table below.">
-<h2>Probability of abnormal</h2>
+<img src="data:image/png;base64,{picture}" alt="The radiograph with the boxes listed below.">
+<h2>Probability of abnormality</h2>
 <table>{scores}</table>
-<p>Above {threshold} DERNet calls a film abnormal, and the detector is asked.</p>
+<p>A radiograph is called abnormal above the score threshold of {threshold}; only then is the
+detector run.</p>
 <h2>Lesions</h2>
-<table><tr><th>type<th>confidence<th>left<th>top<th>right<th>bottom</tr>{boxes}</table>
-<p>Places in pixels of the film, {width} × {height}.</p>
+<table><tr><th>Class<th>Confidence<th>Left<th>Top<th>Right<th>Bottom</tr>{boxes}</table>
+<p>Coordinates in pixels of the radiograph, {width} × {height}.</p>
 <footer><p>{made_by}</p></footer>
 </html>
 """

@@ -1,4 +1,4 @@
-"""A file from anywhere, examined: read, judged by the guard, and answered where it passes."""
+"""One uploaded file from its bytes to its prediction: read once, checked, and then analysed."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from dernet_utils.inference.ood import (
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline, Prediction
 from dernet_utils.serving.report import as_record, draw_prediction
 
-# These quote header values in what they warn of, names among them: none may reach a server's log.
+# Their warnings quote header values, patients' names among them: none may reach a server's log.
 for library in ("pydicom", "highdicom"):
     logging.getLogger(library).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=library)
@@ -30,13 +30,13 @@ for library in ("pydicom", "highdicom"):
 
 @dataclass(frozen=True)
 class Analysis:
-    """What came of a file.
+    """The result for one file; whatever reports on it needs nothing else of the file.
 
     Attributes:
         radiograph: The file, as `imaging.reader` reads it.
-        reasons: What speaks against its being a radiograph of a spine.
-        outputs: What each network makes of it.
-        prediction: None for a file that was rejected.
+        reasons: Why it may not be a radiograph of a spine; empty if nothing speaks against it.
+        outputs: Each triage network's output; empty if the file was rejected before inference.
+        prediction: None if the file was rejected.
     """
 
     radiograph: Radiograph
@@ -46,23 +46,23 @@ class Analysis:
 
     @property
     def rejected(self) -> bool:
-        """Whether there is no answer."""
+        """Whether there is no prediction."""
         return self.prediction is None
 
     @property
     def overridden(self) -> tuple[str, ...]:
-        """Reasons that a person set aside."""
+        """Reasons for a rejection that the user overrode."""
         return tuple(reason.text for reason in self.reasons) if self.prediction else ()
 
 
 @dataclass(frozen=True)
 class InferenceService:
-    """A pipeline with its guard before it.
+    """A pipeline with the out-of-distribution checks in front of it.
 
     Attributes:
-        pipeline: As `runtime.open_pipeline` returns it.
-        gate_network: Name of the network whose embedding the gate reads.
-        gate: Tells whether an image is like those that the networks were trained on.
+        pipeline: As `onnx_backend.open_pipeline` returns it.
+        gate_network: Name of the triage network whose embedding the gate checks.
+        gate: Whether an image is like those that the networks were trained on.
     """
 
     pipeline: Pipeline
@@ -70,23 +70,32 @@ class InferenceService:
     gate: EmbeddingGate
 
     @classmethod
-    def open(cls, folder: Path, engine: str = "onnxruntime", threads: int | None = None):
-        """Return the service of exported networks, as `onnx_backend.open_pipeline` takes them."""
+    def open(
+        cls, folder: Path, engine: str = "onnxruntime", threads: int | None = None
+    ) -> "InferenceService":
+        """Return the service of exported networks.
+
+        Args:
+            folder, engine, threads: As `onnx_backend.open_pipeline` takes them.
+
+        Raises:
+            DernetError: As `onnx_backend.open_pipeline` and `open_embedding_gate` raise.
+        """
         return cls(open_pipeline(folder, engine, threads), *open_embedding_gate(folder))
 
     def analyse(self, data: bytes, override: bool = False) -> Analysis:
-        """Return what comes of a DICOM, PNG or JPEG file.
+        """Run the checks and, if they pass, inference on a DICOM, PNG or JPEG file.
 
         Args:
-            data: The file's bytes.
-            override: Whether a person wants an answer whatever speaks against the file.
+            data: The file's bytes; they are parsed once, here.
+            override: Whether inference is run even if a check rejects the file.
 
         Raises:
-            DernetError: The file cannot be read as a grey picture.
+            DernetError: The file cannot be read as a grey-scale image.
         """
         radiograph = decode_radiograph(data)
         reasons = [*header_reasons(radiograph), *picture_reasons(picture_facts(radiograph))]
-        if reasons and not override:  # no network need look
+        if reasons and not override:  # without running a network
             return Analysis(radiograph, tuple(reasons), {}, None)
         enhanced = self.pipeline.enhance(radiograph.pixels)
         outputs = self.pipeline.run_triage(enhanced)
@@ -98,30 +107,30 @@ class InferenceService:
 
 
 def predict_file(pipeline: Pipeline, path: Path, out: Path | None = None) -> dict:
-    """Ask a pipeline about a file, and keep its answer.
+    """Run a pipeline on a file and, if asked, save its prediction.
 
     Args:
-        pipeline: As `run_pipeline` returns it.
+        pipeline: As `torch_backend.run_pipeline` returns it.
         path: A DICOM, PNG or JPEG file.
-        out: Where ``<name of the file>.json`` and ``.overlay.png`` go; made where it is not there.
+        out: Folder for ``<file name>.json`` and ``<file name>.overlay.png``; created if missing.
 
     Returns:
-        ``file``, and what `as_record` returns.
+        ``file`` and the entries of `report.as_record`.
 
     Raises:
-        DernetError: The file cannot be read, or its answer would replace another one.
+        DernetError: The file cannot be read, or its prediction would replace another file's.
     """
     grey = read_radiograph(path).pixels
     prediction = pipeline.predict(grey)
     record = {"file": str(path), **as_record(prediction)}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        kept, drawn = out / f"{path.name}.json", out / f"{path.name}.overlay.png"
-        if kept.exists() and json.loads(kept.read_text(encoding="utf-8"))["file"] != str(path):
+        saved, overlay = out / f"{path.name}.json", out / f"{path.name}.overlay.png"
+        if saved.exists() and json.loads(saved.read_text(encoding="utf-8"))["file"] != str(path):
             raise DernetError(
-                f"{path}: {kept} holds the answer for another file of that name; choose another "
-                "folder with --out."
+                f"{path}: {saved} holds the prediction for another file of that name; choose "
+                "another folder with --out."
             )
-        kept.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        cv2.imwrite(str(drawn), draw_prediction(grey, prediction))
+        saved.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        cv2.imwrite(str(overlay), draw_prediction(grey, prediction))
     return record

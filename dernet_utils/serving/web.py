@@ -1,7 +1,7 @@
-"""The web interface: a page, and the same as an API under ``/api/v1``.
+"""The web interface: a page, and the same functions as an API under ``/api/v1``.
 
-Nothing that is sent is kept, on disk or in a log: a file lives in memory until it is answered. One
-film is answered at a time; a few may wait, and who comes after them is told to come back.
+Nothing that is uploaded is kept, on disk or in a log: a file lives in memory until its response is
+sent. One file is analysed at a time; a few requests may wait, and further ones get status 503.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ from dernet_utils.inference.onnx_backend import SAMPLES, read_export
 from dernet_utils.serving.report import as_record, html_page
 from dernet_utils.serving.service import Analysis, InferenceService
 
-WEB = Path(__file__).with_name("web")
-MOST_BYTES = 100 * 2**20  # of a request; a large radiograph has 20
-MOST_FILES = 64  # of a batch
-WAITING = 8  # requests that may wait for the one that is answered
-MOST_BYTES_HELD = 2 * MOST_BYTES  # of all requests that are inside
-MOST_DROPPED = 10 * MOST_BYTES  # read of a request that is refused
+STATIC = Path(__file__).with_name("static")
+MAX_BYTES = 100 * 2**20  # of a request; a large radiograph has 20 MB
+MAX_FILES = 64  # of a batch
+MAX_WAITING = 8  # requests that wait for the one being processed
+MAX_BYTES_HELD = 2 * MAX_BYTES  # of all admitted requests together
+MAX_BYTES_DRAINED = 10 * MAX_BYTES  # read of a refused request, so that its client hears why
 RETRY_S = 2
-STALLED_S = 30  # without a part of a file that is being sent
+UPLOAD_TIMEOUT_S = 30  # without a new part of an upload
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 class RequestRefused(Exception):
-    """A request that cannot be answered, with the status and the sentence to say so."""
+    """A request that is refused, with its HTTP status, the sentence for the client and headers."""
 
     def __init__(self, status: int, sentence: str, **headers: str):
         super().__init__(sentence)
@@ -64,40 +64,40 @@ class RequestRefused(Exception):
 
 
 class RequestQueue:
-    """Lets one film be answered at a time, and few requests, and few bytes, wait."""
+    """Lets one file be analysed at a time, and limits the requests and bytes that wait."""
 
     def __init__(self) -> None:
-        self._inside, self._held, self._turn = 0, 0, asyncio.Lock()
+        self._requests, self._held, self._turn = 0, 0, asyncio.Lock()
 
     async def admit(self, request: Request) -> None:
-        """Let a request in.
+        """Return if there is room for a request.
 
         Raises:
-            Refused: It is too large, or too many are inside, or too much.
+            RequestRefused: It is too large, or too many requests or bytes are waiting.
         """
         length = _length(request)
-        room = self._inside <= WAITING and self._held + length <= MOST_BYTES_HELD
-        if room and length <= MOST_BYTES:
+        room = self._requests <= MAX_WAITING and self._held + length <= MAX_BYTES_HELD
+        if room and length <= MAX_BYTES:
             return
         async for _ in _parts(request):
             pass  # dropped
         raise RequestRefused(
-            503, "Busy: too many films are waiting. Send yours again in a moment.",
+            503, "Busy: too many radiographs are waiting. Try again in a moment.",
             **{"Retry-After": str(RETRY_S)},
         )  # fmt: skip
 
     @asynccontextmanager
     async def place(self, request: Request) -> AsyncIterator[None]:
-        """Count a request as inside."""
+        """Count a request, and its bytes, as admitted while the context lasts."""
         length = _length(request)
-        self._inside, self._held = self._inside + 1, self._held + length
+        self._requests, self._held = self._requests + 1, self._held + length
         try:
             yield
         finally:
-            self._inside, self._held = self._inside - 1, self._held - length
+            self._requests, self._held = self._requests - 1, self._held - length
 
     async def run(self, work: Callable, *given: object) -> object:
-        """Return what a function returns, run when its turn comes, beside the event loop."""
+        """Return what a function returns, run in a thread when its turn comes."""
         async with self._turn:
             return await run_in_threadpool(work, *given)
 
@@ -109,11 +109,13 @@ def open_app(
 
     Args:
         workspace: The run; its networks are exported.
-        engine: As `runtime.open_pipeline` takes it.
-        token, host: As `make_app` takes token and hosts; an address for all stands for any name.
+        engine: As `onnx_backend.open_pipeline` takes it.
+        token: As `make_app` takes it.
+        host: Address at which the server listens: it becomes an allowed host name beside the
+            local ones; an address for all interfaces allows any name.
 
     Raises:
-        DernetError: As `runtime.open_pipeline` raises.
+        DernetError: As `onnx_backend.open_pipeline` raises.
     """
     folder = workspace.models
     service, samples = InferenceService.open(folder, engine), folder / SAMPLES
@@ -132,37 +134,37 @@ def make_app(
     """Return the web application.
 
     Args:
-        service: Answers each request.
-        about: The manifest of its networks.
-        token: Asked of every request to the API where it is not empty.
-        hosts: Names under which the server may be called; among them an asterisk: any.
-        samples: A folder of films to try.
+        service: Analyses the files.
+        about: The manifest of its networks, as `onnx_backend.read_export` returns it.
+        token: Required of every request to the API; empty: none is.
+        hosts: Host names under which the server may be addressed; an asterisk allows any.
+        samples: A folder of radiographs to try.
     """
     app = FastAPI(
         title="DERNet", version=__version__, description=NOTICE, docs_url=None, redoc_url=None,
         openapi_url="/api/v1/openapi.json",
     )  # fmt: skip
-    desk = RequestQueue()
-    offered = {path.name: path for path in sorted(samples.iterdir())} if samples else {}
+    waiting = RequestQueue()
+    sample_paths = {path.name: path for path in sorted(samples.iterdir())} if samples else {}
 
     @app.middleware("http")
-    async def guard(request: Request, call_next: Callable) -> Response:
-        if not {"*", _called(request)} & {host.lower() for host in hosts}:
-            # A page elsewhere whose name was made to point here must not reach the films.
-            response = JSONResponse({"error": "This server has another name."}, 400)
-        elif token and request.url.path.startswith("/api/") and not _has(token, request):
-            refused = {"error": "The token is missing or wrong."}
-            response = JSONResponse(refused, 401, {"WWW-Authenticate": "Bearer"})
+    async def check_host_and_token(request: Request, call_next: Callable) -> Response:
+        if not {"*", _host_name(request)} & {host.lower() for host in hosts}:
+            # Else a page elsewhere whose name was made to point here could read the radiographs.
+            response = JSONResponse({"error": "This host name is not allowed."}, 400)
+        elif token and request.url.path.startswith("/api/") and not _has_token(request, token):
+            refusal = {"error": "The token is missing or wrong."}
+            response = JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
         else:
             try:
                 response = await call_next(request)
             except Exception as error:  # here, or the server would log it whole
-                response = JSONResponse({"error": _fault(error)}, 500)
+                response = JSONResponse({"error": _log_fault(error)}, 500)
         response.headers.update(HEADERS)
         return response
 
     @app.exception_handler(RequestRefused)
-    async def refuse(request: Request, error: RequestRefused) -> Response:
+    async def refused(request: Request, error: RequestRefused) -> Response:
         return JSONResponse({"error": str(error)}, error.status, error.headers)
 
     @app.exception_handler(DernetError)
@@ -171,187 +173,177 @@ def make_app(
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        told = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
-        return JSONResponse({"error": f"The request is malformed ({told})."}, 422)
+        details = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
+        return JSONResponse({"error": f"The request is malformed ({details})."}, 422)
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # nobody hears it
+    async def disconnected(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # no client is left to read it
 
     @app.exception_handler(HTTPException)
-    async def nothing_there(request: Request, error: HTTPException) -> Response:
+    async def not_found(request: Request, error: HTTPException) -> Response:
         return JSONResponse({"error": f"{error.detail}."}, error.status_code, error.headers)
 
-    def answered(data: bytes, override: bool, picture: bool = False, heat: bool = False) -> dict:
-        return _said(service.analyse(data, override), service, picture, heat)
+    def analysed(data: bytes, override: bool, picture: bool = False, heat: bool = False) -> dict:
+        return _as_json(service.analyse(data, override), service, picture, heat)
 
-    @app.post("/api/v1/analyse", openapi_extra=_BODY)
+    @app.post("/api/v1/analyse", openapi_extra=_FILE_BODY)
     async def analyse(
         request: Request,
         override: Override = False,
-        picture: Annotated[bool, Query(description="Return the film as PNG, too.")] = False,
-        heat: Annotated[bool, Query(description="Return DERNet's heat map, too.")] = False,
+        picture: Annotated[bool, Query(description="Also return the image as PNG.")] = False,
+        heat: Annotated[bool, Query(description="Also return DERNet's heat map as PNG.")] = False,
     ) -> JSONResponse:
-        """Answer one file: DICOM, PNG or JPEG, as the request's body."""
-        await desk.admit(request)
-        async with desk.place(request):
+        """Run inference on one DICOM, PNG or JPEG file, sent as the request's body."""
+        await waiting.admit(request)
+        async with waiting.place(request):
             data = await _body(request)
-            return JSONResponse(await desk.run(answered, data, override, picture, heat))
+            return JSONResponse(await waiting.run(analysed, data, override, picture, heat))
 
-    @app.post("/api/v1/analyse-batch", openapi_extra=_FORM)
+    @app.post("/api/v1/analyse-batch", openapi_extra=_FORM_BODY)
     async def analyse_batch(request: Request, override: Override = False) -> StreamingResponse:
-        """Answer many files of a form, a line of JSON each, as soon as it is known."""
-        await desk.admit(request)  # once: what has begun to be answered is answered whole
-        async with desk.place(request):
+        """Run inference on the files of a form; the response has one line of JSON per file."""
+        await waiting.admit(request)  # once: a batch that has begun is finished
+        async with waiting.place(request):
             files = await _files(request)
 
         async def lines() -> AsyncIterator[str]:
-            async with desk.place(request):
+            async with waiting.place(request):
                 for number, data in enumerate(files):
                     try:
-                        said = await desk.run(answered, data, override)
+                        result = await waiting.run(analysed, data, override)
                     except DernetError as error:
-                        said = {"error": _sentence(error)}
-                    except Exception as error:  # the files after it are answered
-                        said = {"error": _fault(error)}
-                    yield json.dumps({"number": number} | said) + "\n"
+                        result = {"error": _sentence(error)}
+                    except Exception as error:  # the remaining files are still analysed
+                        result = {"error": _log_fault(error)}
+                    yield json.dumps({"number": number} | result) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
-    @app.post("/api/v1/report/{form}", openapi_extra=_BODY)
+    @app.post("/api/v1/report/{form}", openapi_extra=_FILE_BODY)
     async def report(
         form: Literal["html", "json", "sr", "sc"], request: Request, override: Override = False
     ) -> Response:
-        """Answer one file by a report: a page, JSON, or, of a DICOM image, SR or capture."""
+        """Return a report on one file: HTML, JSON or, for a DICOM image, DICOM SR or SC."""
 
         def reported(data: bytes) -> Response:
-            done = service.analyse(data, override)
-            if done.rejected:
-                told = " ".join(reason.text for reason in done.reasons)
-                sentence = f"The file was rejected, and there is nothing to report: {told}"
-                raise RequestRefused(409, sentence)
-            return _report(form, done, about)
+            analysis = service.analyse(data, override)
+            if analysis.rejected:
+                reasons = " ".join(reason.text for reason in analysis.reasons)
+                raise RequestRefused(409, f"The file was rejected, so it has no report: {reasons}")
+            return _report(form, analysis, about)
 
-        await desk.admit(request)
-        async with desk.place(request):
-            return await desk.run(reported, await _body(request))
+        await waiting.admit(request)
+        async with waiting.place(request):
+            return await waiting.run(reported, await _body(request))
 
     @app.get("/api/v1/health")
     async def health() -> dict:
-        """Say that the server is there."""
+        """Report that the server runs."""
         return {"status": "ok"}
 
     @app.get("/api/v1/model")
     async def model() -> dict:
-        """Say which networks answer."""
+        """Describe the networks: origin, thresholds, classes with their colours."""
         shown = ("notice", "made_by", "profile", "virtual", "decision", "score_threshold")
         styles = {name: {"colour": c, "dash": d} for name, (c, d) in LESION_STYLE.items()}
-        said = {name: about.get(name) for name in shown}
-        return said | {"lesion_types": styles, "networks": NETWORK_NAMES}
+        facts = {name: about.get(name) for name in shown}
+        return facts | {"lesion_types": styles, "networks": NETWORK_NAMES}
 
     @app.get("/api/v1/samples")
     async def list_samples() -> list[str]:
-        """Name the films to try."""
-        return list(offered)
+        """List the sample radiographs."""
+        return list(sample_paths)
 
     @app.get("/api/v1/samples/{name}")
     async def sample(name: str) -> FileResponse:
-        """Send a film to try."""
-        if name not in offered:
+        """Download a sample radiograph."""
+        if name not in sample_paths:
             raise RequestRefused(404, "There is no sample of that name.")
-        return FileResponse(offered[name], media_type="application/octet-stream")
+        return FileResponse(sample_paths[name], media_type="application/octet-stream")
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(WEB / "index.html")
+        return FileResponse(STATIC / "index.html")
 
-    app.mount("/web", StaticFiles(directory=WEB), name="web")
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
 
 
-Override = Annotated[bool, Query(description="Answer although reasons speak against the file.")]
+# --- The API's descriptions -------------------------------------------------------------------
+
+Override = Annotated[bool, Query(description="Run inference even if the file is rejected.")]
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": _BINARY}}}
-_MANY = {
+_FILE_BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": _BINARY}}}
+_FORM = {
     "schema": {
         "type": "object",
         "properties": {"files": {"type": "array", "items": _BINARY["schema"]}},
     }
 }
-_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": _MANY}}}
+_FORM_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": _FORM}}}
+
+# --- Requests ---------------------------------------------------------------------------------
 
 
-def _called(request: Request) -> str:
-    """Return the name by which a request calls the server, without its port."""
+def _host_name(request: Request) -> str:
+    """Return the host name that a request addresses, without its port."""
     try:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
     except ValueError:
         return ""
 
 
-def _has(token: str, request: Request) -> bool:
+def _has_token(request: Request, token: str) -> bool:
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
 
 
-def _sentence(error: DernetError) -> str:
-    text = str(error)
-    return text[:1].upper() + text[1:]
-
-
-def _fault(error: Exception) -> str:
-    """Log where an error was made, and return what its sender is told."""
-    log.error("A request failed (%s).", where_raised(error))
-    return "The server failed at this file, which is its fault and not the file's."
-
-
 def _length(request: Request) -> int:
-    """Bytes that a request says it has, or may have at most."""
-    return int(request.headers.get("content-length", MOST_BYTES))
+    """Return the number of bytes a request announces, or the most it may have."""
+    return int(request.headers.get("content-length", MAX_BYTES))
 
 
 async def _parts(request: Request) -> AsyncIterator[bytes]:
-    """The body, unless there is too much of it.
+    """Yield the parts of a body; refuse one that is too large.
 
-    That is told when all has come: many clients hear no answer while they send.
+    It is read on before it is refused: many clients do not listen while they send.
     """
     size, stream = 0, aiter(request.stream())
     while True:
         try:
-            part = await asyncio.wait_for(anext(stream), STALLED_S)
+            part = await asyncio.wait_for(anext(stream), UPLOAD_TIMEOUT_S)
         except StopAsyncIteration:
             break
-        except TimeoutError as error:  # its place is for others
-            raise RequestRefused(408, "The file stopped coming; send it again.") from error
+        except TimeoutError as error:  # others wait for its place
+            raise RequestRefused(408, "The upload stalled; send the file again.") from error
         size += len(part)
-        if size <= MOST_BYTES:
+        if size <= MAX_BYTES:
             yield part
-        elif size > MOST_DROPPED:
+        elif size > MAX_BYTES_DRAINED:
             break
-    if size > MOST_BYTES:
-        raise RequestRefused(413, _TOO_LARGE)
+    if size > MAX_BYTES:
+        limit = MAX_BYTES // 2**20
+        raise RequestRefused(413, f"The upload is larger than the limit of {limit} MB.")
 
 
 async def _body(request: Request) -> bytes:
-    """The body, in memory."""
+    """Return the body, read into memory."""
     body = b"".join([part async for part in _parts(request)])
     if not body:
         raise RequestRefused(422, "The file is empty; choose a DICOM, PNG or JPEG file.")
     return body
 
 
-_TOO_LARGE = f"The file is larger than {MOST_BYTES // 2**20} MB, and no radiograph is."
-
-
 async def _files(request: Request) -> list[bytes]:
-    """The files of a form, in memory."""
-    parser = MultiPartParser(request.headers, _parts(request), max_files=MOST_FILES)
-    parser.spool_max_size = MOST_BYTES  # beyond it a file would go to the disk
+    """Return the files of a form, read into memory."""
+    parser = MultiPartParser(request.headers, _parts(request), max_files=MAX_FILES)
+    parser.spool_max_size = MAX_BYTES  # beyond it a file would go to the disk
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, UnicodeDecodeError) as error:
         raise RequestRefused(
-            422, f"The form cannot be read; send up to {MOST_FILES} files as multipart/form-data."
+            422, f"The form cannot be read; send up to {MAX_FILES} files as multipart/form-data."
         ) from error
     files = [await value.read() for _, value in form.multi_items() if not isinstance(value, str)]
     if not files:
@@ -359,60 +351,80 @@ async def _files(request: Request) -> list[bytes]:
     return files
 
 
-def _said(
-    done: Analysis, service: InferenceService, picture: bool = False, heat: bool = False
+# --- Responses --------------------------------------------------------------------------------
+
+
+def _sentence(error: DernetError) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]
+
+
+def _log_fault(error: Exception) -> str:
+    """Log where an unexpected error was raised, and return the sentence for the client."""
+    log.error("A request failed (%s).", where_raised(error))
+    return "The server could not process this file because of an internal error."
+
+
+def _as_json(
+    analysis: Analysis, service: InferenceService, picture: bool = False, heat: bool = False
 ) -> dict:
-    height, width = done.radiograph.pixels.shape
-    said = {
+    radiograph = analysis.radiograph
+    height, width = radiograph.pixels.shape
+    result = {
         "notice": NOTICE,
+        "form": radiograph.form,
         "width": width,
         "height": height,
-        "rejected": done.rejected,
-        "overridden": bool(done.overridden),
-        "reasons": [reason._asdict() for reason in done.reasons],
+        "rejected": analysis.rejected,
+        "overridden": bool(analysis.overridden),
+        "reasons": [reason._asdict() for reason in analysis.reasons],
     }
-    if done.prediction is not None:
-        said |= as_record(done.prediction)
+    if analysis.prediction is not None:
+        result |= as_record(analysis.prediction)
         if heat:
-            said["heat"] = _png(_levels(service.pipeline.heat(done.outputs)))
+            result["heat"] = _png(_grey_levels(service.pipeline.heat(analysis.outputs)))
     if picture:
-        said["picture"] = _png(done.radiograph.pixels)
-    return said
+        result["picture"] = _png(radiograph.pixels)
+    return result
 
 
-def _levels(heat: np.ndarray) -> np.ndarray:
-    """A heat map as 8-bit grey, its hottest place white."""
+def _grey_levels(heat: np.ndarray) -> np.ndarray:
+    """Return a heat map as 8-bit grey levels, its maximum white."""
     return (255 * heat / max(heat.max(), 1e-12)).round().astype(np.uint8)
 
 
-def _png(picture: np.ndarray) -> str:
-    return base64.b64encode(cv2.imencode(".png", picture)[1].tobytes()).decode()
+def _png(grey: np.ndarray) -> str:
+    return base64.b64encode(cv2.imencode(".png", grey)[1].tobytes()).decode()
 
 
-def _report(form: str, done: Analysis, about: dict) -> Response:
+def _report(form: str, analysis: Analysis, about: dict) -> Response:
+    radiograph, prediction = analysis.radiograph, analysis.prediction
     if form == "json":
-        record = as_record(done.prediction) | {
+        record = as_record(prediction) | {
             "notice": NOTICE,
-            "overridden": list(done.overridden),
+            "overridden": list(analysis.overridden),
         }
-        return _attached(json.dumps(record, indent=1).encode(), "application/json", "report.json")
+        return _attachment(json.dumps(record, indent=1).encode(), "application/json", "report.json")
     if form == "html":
-        page = html_page(done.radiograph.pixels, done.prediction, about, done.overridden)
-        return _attached(page.encode(), "text/html; charset=utf-8", "report.html")
-    header = done.radiograph.header
-    if header is None:
+        page = html_page(radiograph.pixels, prediction, about, analysis.overridden)
+        return _attachment(page.encode(), "text/html; charset=utf-8", "report.html")
+    if radiograph.header is None:
         raise RequestRefused(
-            422, "A DICOM report refers to a DICOM image; take the page or JSON for this file."
+            422, "A DICOM report needs a DICOM image; choose HTML or JSON for this file."
         )
+    # here: highdicom takes a second to import, and many servers never write a DICOM report
     from dernet_utils.serving.dicom_report import encode, secondary_capture, structured_report
 
     if form == "sr":
-        made = structured_report(header, done.prediction, about["made_by"][:64], done.overridden)
+        made_by = about["made_by"][:64]
+        dataset = structured_report(radiograph.header, prediction, made_by, analysis.overridden)
     else:
-        made = secondary_capture(header, done.radiograph.pixels, done.prediction, done.overridden)
-    return _attached(encode(made), "application/dicom", f"{form}.dcm")
+        dataset = secondary_capture(
+            radiograph.header, radiograph.pixels, prediction, analysis.overridden
+        )
+    return _attachment(encode(dataset), "application/dicom", f"{form}.dcm")
 
 
-def _attached(content: bytes, media_type: str, name: str) -> Response:
+def _attachment(content: bytes, media_type: str, name: str) -> Response:
     headers = {"Content-Disposition": f'attachment; filename="dernet-{name}"'}
     return Response(content, media_type=media_type, headers=headers)

@@ -1,42 +1,43 @@
-// The page: it sends films, shows what comes back, and keeps nothing.
+// The page: it uploads radiographs, shows the results, and keeps nothing.
 const $ = (id) => document.getElementById(id);
 const DASHES = { "-": [], "--": [8, 5], "-.": [9, 4, 2, 4], ":": [2, 4] };
-const films = []; // { name, file, waiting, override, said, grey, view, heat, error }
-let current = -1;
-let answering = false;
+const CORNERS = ["xmin", "ymin", "xmax", "ymax"];
+const radiographs = []; // { name, file, waiting, override, result, image, view, heat, error }
+let current = -1; // index of the radiograph that is shown
+let analysing = false;
 let token = "";
 let model = { lesion_types: {}, networks: {} };
-const hidden = new Set(); // lesion types that are switched off
+const hiddenTypes = new Set();
 
-// --- The server ---------------------------------------------------------------------------
+// --- Server -------------------------------------------------------------------------------
 
 async function call(path, options = {}) {
   const headers = { ...(token && { Authorization: `Bearer ${token}` }), ...options.headers };
   for (let tries = 0; ; tries += 1) {
     const response = await fetch(`/api/v1/${path}`, { ...options, headers }).catch(() => {
-      throw new Error("The request could not be sent: see that the server runs, and check the token if it wants one.");
+      throw new Error("The request could not be sent: check that the server is running and, if it needs a token, that the token is right.");
     });
     if (response.status === 503 && tries < 30) {
       const seconds = Number(response.headers.get("Retry-After") || 2);
-      await new Promise((done) => setTimeout(done, 1000 * seconds));
+      await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
       continue;
     }
     if (response.status === 401) $("token-form").hidden = false;
     if (!response.ok) {
-      const said = await response.json().catch(() => ({}));
-      throw new Error(said.error || `The server answers ${response.status}.`);
+      const body = await response.json().catch(() => ({}));
+      throw new Error(body.error || `The server responded with status ${response.status}.`);
     }
     return response;
   }
 }
 
-const send = (path, file) =>
+const upload = (path, file) =>
   call(path, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
 
 async function start() {
   model = await (await call("model")).json();
   $("about").textContent = `${model.made_by}; profile ${model.profile}` +
-    (model.virtual ? "; the networks learnt from virtual radiographs only." : ".");
+    (model.virtual ? "; networks trained on virtual radiographs only." : ".");
   const names = await (await call("samples")).json();
   $("samples").hidden = !names.length;
   $("sample-list").replaceChildren(...names.map((name) => {
@@ -44,62 +45,63 @@ async function start() {
     button.addEventListener("click", async () => {
       try {
         const blob = await (await call(`samples/${encodeURIComponent(name)}`)).blob();
-        await take([new File([blob], name)]);
-      } catch (error) { tell(error); }
+        await add([new File([blob], name)]);
+      } catch (error) { showError(error); }
     });
     return button;
   }));
 }
 
-// --- Films --------------------------------------------------------------------------------
+// --- Radiographs --------------------------------------------------------------------------
 
-async function take(list) {
-  const fresh = [...list].map((file) => ({ name: file.name, file, waiting: true, override: false }));
-  if (!fresh.length) return;
-  films.push(...fresh);
-  if (!answering) choose(films.indexOf(fresh[0]));
+async function add(files) {
+  const added = [...files].map((file) => ({ name: file.name, file, waiting: true, override: false }));
+  if (!added.length) return;
+  radiographs.push(...added);
+  if (!analysing) choose(radiographs.indexOf(added[0]));
   else showList();
-  await answerAll();
+  await analyseAll();
 }
 
-async function answerAll() {
-  if (answering) return; // the loop that runs comes to these, too
-  answering = true;
-  const done = [];
+async function analyseAll() {
+  if (analysing) return; // the running loop also reaches these
+  analysing = true;
+  const finished = [];
   $("progress").hidden = false;
-  for (let film; (film = films.find((one) => one.waiting)); done.push(film)) {
-    const total = done.length + films.filter((one) => one.waiting).length;
-    $("status").textContent = `Answering ${done.length + 1} of ${total} …`;
-    $("progress").value = done.length / total;
-    await ask(film);
-    if (film === films[current]) choose(current);
+  for (let next; (next = radiographs.find((one) => one.waiting)); finished.push(next)) {
+    const total = finished.length + radiographs.filter((one) => one.waiting).length;
+    $("status").textContent = `Analysing ${finished.length + 1} of ${total} …`;
+    $("progress").value = finished.length / total;
+    await analyse(next);
+    if (next === radiographs[current]) choose(current);
     else showList();
   }
-  $("status").textContent = summary(done);
+  $("status").textContent = summary(finished);
   $("progress").hidden = true;
-  answering = false;
+  analysing = false;
 }
 
-function summary(asked) {
-  const failed = asked.filter((film) => film.error).map((film) => ` ${film.name}: ${film.error}`);
-  const films = asked.length === 1 ? "film" : "films";
-  const answered = asked.length - failed.length;
-  return `${answered}${failed.length ? ` of ${asked.length}` : ""} ${films} answered.${failed.join("")}`;
+function summary(finished) {
+  const failed = finished.filter((one) => one.error).map((one) => ` ${one.name}: ${one.error}`);
+  const analysed = finished.length - failed.length;
+  const count = failed.length ? `${analysed} of ${finished.length}` : `${analysed}`;
+  const noun = finished.length === 1 ? "radiograph" : "radiographs";
+  return `${count} ${noun} analysed.${failed.join("")}`;
 }
 
-async function ask(film) {
+async function analyse(radiograph) {
   try {
-    const query = `analyse?picture=true&override=${film.override}`;
-    const { picture, ...said } = await (await send(query, film.file)).json();
-    const grey = await pixels(picture);
-    Object.assign(film, { said, grey, view: film.view ?? freshView(), error: "" });
+    const query = `analyse?picture=true&override=${radiograph.override}`;
+    const { picture, ...result } = await (await upload(query, radiograph.file)).json();
+    const image = await decode(picture);
+    Object.assign(radiograph, { result, image, view: radiograph.view ?? defaultView(), error: "" });
   } catch (error) {
-    film.error = error.message;
+    radiograph.error = error.message;
   }
-  film.waiting = false;
+  radiograph.waiting = false;
 }
 
-async function pixels(base64) {
+async function decode(base64) {
   const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
   const bitmap = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
   const sheet = new OffscreenCanvas(bitmap.width, bitmap.height);
@@ -111,7 +113,7 @@ async function pixels(base64) {
   return { width: bitmap.width, height: bitmap.height, grey };
 }
 
-const freshView = () => ({ level: 128, window: 256, invert: false, heat: false, zoom: 1, x: 0, y: 0 });
+const defaultView = () => ({ level: 128, window: 256, invert: false, heat: false, zoom: 1, x: 0, y: 0 });
 
 function element(tag, text = "", attributes = {}) {
   const made = document.createElement(tag);
@@ -120,91 +122,83 @@ function element(tag, text = "", attributes = {}) {
   return made;
 }
 
-function verdict(film) {
-  if (film.waiting) return "waiting";
-  if (film.error) return film.error;
-  if (film.said.rejected) return "rejected";
-  return `${film.said.decision}, score ${film.said.score.toFixed(2)}`;
+function state(radiograph) {
+  if (radiograph.waiting) return "waiting";
+  if (radiograph.error) return radiograph.error;
+  if (radiograph.result.rejected) return "rejected";
+  return `${radiograph.result.decision}, score ${radiograph.result.score.toFixed(2)}`;
 }
 
 function showList() {
-  const focused = [...$("films").children].findIndex((item) => item.contains(document.activeElement));
-  $("films").replaceChildren(...films.map((film, number) => {
+  const list = $("radiographs");
+  const focused = [...list.children].findIndex((item) => item.contains(document.activeElement));
+  list.replaceChildren(...radiographs.map((radiograph, number) => {
     const item = element("li");
-    const button = element("button", film.name, { type: "button" });
+    const button = element("button", radiograph.name, { type: "button" });
     if (number === current) button.setAttribute("aria-current", "true");
-    button.append(element("small", verdict(film)));
+    button.append(element("small", state(radiograph)));
     button.addEventListener("click", () => choose(number));
     item.append(button);
     return item;
   }));
-  if (focused >= 0) $("films").children[focused].firstChild.focus();
+  if (focused >= 0) list.children[focused].firstChild.focus();
 }
 
 function choose(number) {
   current = number;
-  const film = films[number];
-  for (const other of films) if (other !== film) other.sheet = other.sheetKey = null;
+  const radiograph = radiographs[number];
+  for (const other of radiographs) if (other !== radiograph) other.sheet = other.sheetKey = null;
   showList();
-  $("viewer").hidden = !film.grey;
-  $("answer").hidden = !film.grey;
-  if (!film.grey) return;
-  showTools(film);
-  showAnswer(film);
+  $("viewer").hidden = !radiograph.image;
+  $("result").hidden = !radiograph.image;
+  if (!radiograph.image) return;
+  showTools(radiograph);
+  showResult(radiograph.result);
   render();
 }
 
-// --- The answer ---------------------------------------------------------------------------
+// --- Result -------------------------------------------------------------------------------
 
-function showAnswer(film) {
-  const said = film.said;
-  $("rejection").hidden = !said.rejected;
-  $("verdict").hidden = said.rejected;
-  $("reasons").replaceChildren(...said.reasons.map((reason) => element("li", reason.text)));
-  if (said.rejected) return;
-  $("decision").textContent = said.decision === "abnormal" ? "Abnormal" : "Normal";
-  $("decision").className = said.decision;
-  $("overridden").hidden = !said.overridden;
-  $("overridden").textContent = `A person overrode a rejection: ${said.reasons.map((r) => r.text).join(" ")}`;
-  const networks = Object.entries(said.networks).map(([name, prob]) => [model.networks[name] ?? name, prob]);
-  const scores = [["DERNet", said.score, said.threshold], ...networks];
-  $("scores").replaceChildren(...scores.map(([name, value, mark]) => bar(name, value, mark)));
-  $("none").hidden = said.boxes.length > 0;
-  $("none").textContent = said.decision === "abnormal"
-    ? "The detector found none."
-    : "Not looked for: the detector is asked about abnormal films only.";
-  $("boxes-part").hidden = !said.boxes.length;
-  const types = [...new Set(said.boxes.map((box) => box.lesion_type))];
+function showResult(result) {
+  $("rejection").hidden = !result.rejected;
+  $("prediction").hidden = result.rejected;
+  const reasons = result.reasons.map((reason) => reason.text);
+  $("reasons").replaceChildren(...reasons.map((text) => element("li", text)));
+  if (result.rejected) return;
+  $("decision").textContent = result.decision === "abnormal" ? "Abnormal" : "Normal";
+  $("decision").className = result.decision;
+  $("overridden").hidden = !result.overridden;
+  $("overridden").textContent = `You overrode the rejection of this file. ${reasons.join(" ")}`;
+  const networks = Object.entries(result.networks).map(([name, prob]) => [model.networks[name] ?? name, prob]);
+  const scores = [["DERNet", result.score, result.threshold], ...networks];
+  $("scores").replaceChildren(...scores.map(([name, value, threshold]) => bar(name, value, threshold)));
+  $("none").hidden = result.boxes.length > 0;
+  $("none").textContent = result.decision === "abnormal"
+    ? "The detector found no lesions."
+    : "The detector was not run: it runs only on abnormal radiographs.";
+  $("boxes-part").hidden = !result.boxes.length;
+  const types = [...new Set(result.boxes.map((box) => box.lesion_type))];
   $("types").replaceChildren(...types.map(typeSwitch));
-  allowDicom(film.dicom);
-  isDicom(film).then((yes) => {
-    film.dicom = yes;
-    if (film === films[current]) allowDicom(yes);
-  });
-  showBoxes(film);
+  for (const button of document.querySelectorAll("#reports .dicom")) {
+    button.disabled = result.form !== "DICOM";
+    button.title = button.disabled ? "Needs a DICOM image" : "";
+  }
+  showBoxes(result);
 }
 
-function allowDicom(yes) {
-  for (const button of document.querySelectorAll("#reports .dicom")) button.disabled = !yes;
-}
-
-async function isDicom(film) {
-  return (await film.file.slice(128, 132).text()) === "DICM";
-}
-
-function bar(name, value, mark) {
+function bar(name, value, threshold) {
   const made = element("div", "", { class: "bar" });
   const line = element("span");
-  const text = mark === undefined ? value.toFixed(2) : `${value.toFixed(2)}, threshold ${mark.toFixed(2)}`;
+  const text = threshold === undefined ? value.toFixed(2) : `${value.toFixed(2)}, threshold ${threshold.toFixed(2)}`;
   line.append(element("span", name), element("span", text));
   const track = element("div", "", { class: "track" });
   const filled = element("i");
   filled.style.width = `${100 * value}%`;
   track.append(filled);
-  if (mark !== undefined) {
-    const line_at = element("b");
-    line_at.style.left = `${100 * mark}%`;
-    track.append(line_at);
+  if (threshold !== undefined) {
+    const mark = element("b");
+    mark.style.left = `${100 * threshold}%`;
+    track.append(mark);
   }
   made.append(line, track);
   return made;
@@ -213,11 +207,11 @@ function bar(name, value, mark) {
 function typeSwitch(type) {
   const label = element("label");
   const box = element("input", "", { type: "checkbox" });
-  box.checked = !hidden.has(type);
+  box.checked = !hiddenTypes.has(type);
   box.addEventListener("change", () => {
-    if (box.checked) hidden.delete(type);
-    else hidden.add(type);
-    showBoxes(films[current]);
+    if (box.checked) hiddenTypes.delete(type);
+    else hiddenTypes.add(type);
+    showBoxes(radiographs[current].result);
     render();
   });
   const swatch = element("span", "", { class: "swatch" });
@@ -226,15 +220,14 @@ function typeSwitch(type) {
   return label;
 }
 
-const visible = (said) =>
-  said.boxes.filter((box) => !hidden.has(box.lesion_type) && box.score >= Number($("least").value));
+const visibleBoxes = (result) =>
+  result.boxes.filter((box) => !hiddenTypes.has(box.lesion_type) && box.score >= Number($("minimum").value));
 
-function showBoxes(film) {
-  $("least-shown").textContent = Number($("least").value).toFixed(2);
-  $("boxes").replaceChildren(...visible(film.said).map((box) => {
+function showBoxes(result) {
+  $("minimum-shown").textContent = Number($("minimum").value).toFixed(2);
+  $("boxes").replaceChildren(...visibleBoxes(result).map((box) => {
     const row = element("tr");
-    const place = ["xmin", "ymin", "xmax", "ymax"].map((edge) => Math.round(box[edge]));
-    const [x0, y0, x1, y1] = place;
+    const [x0, y0, x1, y1] = CORNERS.map((edge) => Math.round(box[edge]));
     row.append(
       element("th", box.lesion_type, { scope: "row" }), element("td", box.score.toFixed(2)),
       element("td", `${x0}–${x1}\n${y0}–${y1}`),
@@ -243,62 +236,61 @@ function showBoxes(film) {
   }));
 }
 
-// --- The view -----------------------------------------------------------------------------
+// --- Viewer -------------------------------------------------------------------------------
 
-function showTools(film) {
-  $("level").value = film.view.level;
-  $("window").value = film.view.window;
-  $("invert").setAttribute("aria-pressed", film.view.invert);
-  $("heat").setAttribute("aria-pressed", film.view.heat);
-  $("heat").disabled = film.said.rejected;
+function showTools({ view, result }) {
+  $("level").value = view.level;
+  $("window").value = view.window;
+  $("invert").setAttribute("aria-pressed", view.invert);
+  $("heat").setAttribute("aria-pressed", view.heat);
+  $("heat").disabled = result.rejected;
 }
 
-function windowed(film) {
-  const { level, window: width, invert } = film.view;
+function windowed({ image, view }) {
   const table = new Uint8ClampedArray(256);
   for (let k = 0; k < 256; k += 1) {
-    const shown = 255 * ((k - level) / width + 0.5);
-    table[k] = invert ? 255 - shown : shown;
+    const level = 255 * ((k - view.level) / view.window + 0.5);
+    table[k] = view.invert ? 255 - level : level;
   }
-  const { grey } = film.grey;
-  const image = new ImageData(film.grey.width, film.grey.height);
-  for (let k = 0; k < grey.length; k += 1) {
-    const shown = table[grey[k]];
-    image.data[4 * k] = shown;
-    image.data[4 * k + 1] = shown;
-    image.data[4 * k + 2] = shown;
-    image.data[4 * k + 3] = 255;
+  const pixels = new ImageData(image.width, image.height);
+  for (let k = 0; k < image.grey.length; k += 1) {
+    const level = table[image.grey[k]];
+    pixels.data[4 * k] = level;
+    pixels.data[4 * k + 1] = level;
+    pixels.data[4 * k + 2] = level;
+    pixels.data[4 * k + 3] = 255;
   }
-  return image;
+  return pixels;
 }
 
 function render() {
-  const film = films[current];
+  const radiograph = radiographs[current];
+  const { image, view, result } = radiograph;
   const canvas = $("canvas");
   const ratio = globalThis.devicePixelRatio || 1;
   canvas.width = Math.round(canvas.clientWidth * ratio);
   canvas.height = Math.round(canvas.clientHeight * ratio);
   const pen = canvas.getContext("2d");
-  const { width, height } = film.grey;
-  const fit = Math.min(canvas.width / width, canvas.height / height) * film.view.zoom;
+  const { width, height } = image;
+  const fit = Math.min(canvas.width / width, canvas.height / height) * view.zoom;
   pen.setTransform(
     fit, 0, 0, fit,
-    canvas.width / 2 + film.view.x * ratio - (fit * width) / 2,
-    canvas.height / 2 + film.view.y * ratio - (fit * height) / 2,
+    canvas.width / 2 + view.x * ratio - (fit * width) / 2,
+    canvas.height / 2 + view.y * ratio - (fit * height) / 2,
   );
-  const key = `${film.view.level} ${film.view.window} ${film.view.invert}`;
-  if (film.sheetKey !== key) {
-    film.sheet = new OffscreenCanvas(width, height);
-    film.sheet.getContext("2d").putImageData(windowed(film), 0, 0);
-    film.sheetKey = key;
+  const key = `${view.level} ${view.window} ${view.invert}`;
+  if (radiograph.sheetKey !== key) {
+    radiograph.sheet = new OffscreenCanvas(width, height);
+    radiograph.sheet.getContext("2d").putImageData(windowed(radiograph), 0, 0);
+    radiograph.sheetKey = key;
   }
-  pen.drawImage(film.sheet, 0, 0);
-  if (film.view.heat && film.heat) {
+  pen.drawImage(radiograph.sheet, 0, 0);
+  if (view.heat && radiograph.heat) {
     pen.globalAlpha = 0.45;
-    pen.drawImage(film.heat, 0, 0, width, height);
+    pen.drawImage(radiograph.heat, 0, 0, width, height);
     pen.globalAlpha = 1;
   }
-  const boxes = film.said.rejected ? [] : visible(film.said);
+  const boxes = result.rejected ? [] : visibleBoxes(result);
   for (const box of boxes) {
     const style = model.lesion_types[box.lesion_type] ?? { colour: "#ffffff", dash: "-" };
     pen.strokeStyle = style.colour;
@@ -306,125 +298,127 @@ function render() {
     pen.setLineDash((DASHES[style.dash] ?? []).map((length) => (length * ratio) / fit));
     pen.strokeRect(box.xmin, box.ymin, box.xmax - box.xmin, box.ymax - box.ymin);
   }
-  canvas.setAttribute("aria-label", `${film.name}: ${verdict(film)}, ${boxes.length} lesions shown`);
+  const count = boxes.length === 1 ? "1 lesion" : `${boxes.length} lesions`;
+  canvas.setAttribute("aria-label", `${radiograph.name}: ${state(radiograph)}, ${count} shown`);
 }
 
 function change(values) {
-  const film = films[current];
-  Object.assign(film.view, values);
-  film.view.level = Math.min(255, Math.max(0, film.view.level));
-  film.view.window = Math.min(512, Math.max(1, film.view.window));
-  film.view.zoom = Math.min(20, Math.max(0.5, film.view.zoom));
-  showTools(film);
+  const radiograph = radiographs[current];
+  const view = Object.assign(radiograph.view, values);
+  view.level = Math.min(255, Math.max(0, view.level));
+  view.window = Math.min(512, Math.max(1, view.window));
+  view.zoom = Math.min(20, Math.max(0.5, view.zoom));
+  showTools(radiograph);
   render();
 }
 
 async function toggleHeat() {
-  const film = films[current];
-  if (!film.heat) {
+  const radiograph = radiographs[current];
+  if (!radiograph.heat) {
     $("heat").disabled = true;
     try {
-      film.heating ??= heatOf(film); // asked for once, whoever clicks again
-      film.heat = await film.heating;
+      radiograph.loadingHeat ??= loadHeat(radiograph); // one request, however often it is clicked
+      radiograph.heat = await radiograph.loadingHeat;
     } finally {
-      film.heating = null;
-      $("heat").disabled = Boolean(films[current].said?.rejected);
+      radiograph.loadingHeat = null;
+      $("heat").disabled = Boolean(radiographs[current].result?.rejected);
     }
-    film.view.heat = true;
-  } else film.view.heat = !film.view.heat;
-  if (film !== films[current]) return;
-  showTools(film);
+    radiograph.view.heat = true;
+  } else radiograph.view.heat = !radiograph.view.heat;
+  if (radiograph !== radiographs[current]) return;
+  showTools(radiograph);
   render();
 }
 
-async function heatOf(film) {
-  const said = await (await send(`analyse?heat=true&override=${film.override}`, film.file)).json();
-  const map = await pixels(said.heat);
-  const image = new ImageData(map.width, map.height);
+async function loadHeat(radiograph) {
+  const query = `analyse?heat=true&override=${radiograph.override}`;
+  const result = await (await upload(query, radiograph.file)).json();
+  const map = await decode(result.heat);
+  const pixels = new ImageData(map.width, map.height);
   for (let k = 0; k < map.grey.length; k += 1) {
-    const hot = map.grey[k] / 255; // black, red, yellow
-    image.data.set([255 * Math.min(1, 2 * hot), 255 * Math.max(0, 2 * hot - 1), 0, 255 * hot], 4 * k);
+    const heat = map.grey[k] / 255; // transparent black, red, yellow
+    pixels.data.set([255 * Math.min(1, 2 * heat), 255 * Math.max(0, 2 * heat - 1), 0, 255 * heat], 4 * k);
   }
   const sheet = new OffscreenCanvas(map.width, map.height);
-  sheet.getContext("2d").putImageData(image, 0, 0);
+  sheet.getContext("2d").putImageData(pixels, 0, 0);
   return sheet;
 }
 
-// --- What a person does -------------------------------------------------------------------
+// --- Events -------------------------------------------------------------------------------
 
 $("files").addEventListener("change", (event) => {
   const chosen = [...event.target.files];
   event.target.value = ""; // the same file may be chosen again
-  take(chosen);
+  add(chosen);
 });
 for (const name of ["dragover", "dragleave", "drop"]) {
   addEventListener(name, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", name === "dragover");
-    if (name === "drop" && event.dataTransfer.files.length) take(event.dataTransfer.files);
+    if (name === "drop" && event.dataTransfer.files.length) add(event.dataTransfer.files);
   });
 }
 $("override").addEventListener("click", async () => {
-  const film = films[current];
-  film.override = true;
+  const radiograph = radiographs[current];
+  radiograph.override = true;
   $("override").disabled = true;
-  await ask(film);
+  await analyse(radiograph);
   $("override").disabled = false;
-  if (film.error) {
-    tell(new Error(film.error));
-    Object.assign(film, { override: false, error: "" }); // it stays rejected
+  if (radiograph.error) {
+    showError(new Error(radiograph.error));
+    Object.assign(radiograph, { override: false, error: "" }); // it stays rejected
   }
-  if (film !== films[current]) {
+  if (radiograph !== radiographs[current]) {
     showList();
     return;
   }
   choose(current);
-  (film.said.rejected ? $("override") : $("decision")).focus();
+  (radiograph.result.rejected ? $("override") : $("decision")).focus();
 });
 $("level").addEventListener("input", (event) => change({ level: Number(event.target.value) }));
 $("window").addEventListener("input", (event) => change({ window: Number(event.target.value) }));
-$("least").addEventListener("input", () => { showBoxes(films[current]); render(); });
-$("invert").addEventListener("click", () => change({ invert: !films[current].view.invert }));
-$("closer").addEventListener("click", () => change({ zoom: films[current].view.zoom * 1.25 }));
-$("farther").addEventListener("click", () => change({ zoom: films[current].view.zoom / 1.25 }));
-$("reset").addEventListener("click", () => change(freshView()));
-$("heat").addEventListener("click", () => toggleHeat().catch(tell));
+$("minimum").addEventListener("input", () => { showBoxes(radiographs[current].result); render(); });
+$("invert").addEventListener("click", () => change({ invert: !radiographs[current].view.invert }));
+$("zoom-in").addEventListener("click", () => change({ zoom: radiographs[current].view.zoom * 1.25 }));
+$("zoom-out").addEventListener("click", () => change({ zoom: radiographs[current].view.zoom / 1.25 }));
+$("reset").addEventListener("click", () => change(defaultView()));
+$("heat").addEventListener("click", () => toggleHeat().catch(showError));
 $("canvas").addEventListener("wheel", (event) => {
   event.preventDefault();
-  change({ zoom: films[current].view.zoom * (event.deltaY < 0 ? 1.1 : 1 / 1.1) });
+  change({ zoom: radiographs[current].view.zoom * (event.deltaY < 0 ? 1.1 : 1 / 1.1) });
 }, { passive: false });
 $("canvas").addEventListener("pointerdown", (event) => event.target.setPointerCapture(event.pointerId));
 $("canvas").addEventListener("pointermove", (event) => {
   if (!event.buttons) return;
-  const view = films[current].view;
-  const moves = document.querySelector("input[name=drag]:checked").value === "pan";
-  if (moves) change({ x: view.x + event.movementX, y: view.y + event.movementY });
+  const view = radiographs[current].view;
+  const pans = document.querySelector("input[name=drag]:checked").value === "pan";
+  if (pans) change({ x: view.x + event.movementX, y: view.y + event.movementY });
   else change({ window: view.window + event.movementX, level: view.level + event.movementY });
 });
 $("canvas").addEventListener("keydown", (event) => {
-  const view = films[current].view;
-  const steps = {
+  const view = radiographs[current].view;
+  const keys = {
     ArrowLeft: { x: view.x + 30 }, ArrowRight: { x: view.x - 30 },
     ArrowUp: { y: view.y + 30 }, ArrowDown: { y: view.y - 30 },
     "+": { zoom: view.zoom * 1.25 }, "-": { zoom: view.zoom / 1.25 },
-    i: { invert: !view.invert }, 0: freshView(),
+    i: { invert: !view.invert }, 0: defaultView(),
   };
-  if (!steps[event.key] || event.ctrlKey || event.metaKey || event.altKey) return; // the browser's
+  if (!keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return; // the browser's
   event.preventDefault();
-  change(steps[event.key]);
+  change(keys[event.key]);
 });
 for (const button of document.querySelectorAll("#reports button")) {
   button.addEventListener("click", async () => {
     try {
-      const film = films[current];
+      const radiograph = radiographs[current];
       const { form } = button.dataset;
-      const response = await send(`report/${form}?override=${film.override}`, film.file);
+      const response = await upload(`report/${form}?override=${radiograph.override}`, radiograph.file);
       const link = element("a", "", { href: URL.createObjectURL(await response.blob()) });
       const ending = { html: "html", json: "json", sr: "sr.dcm", sc: "sc.dcm" }[form];
-      link.download = `${film.name}.dernet.${ending}`;
+      link.download = `${radiograph.name}.dernet.${ending}`;
       link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // when it has surely been saved
-    } catch (error) { tell(error); }
+      setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // long after it has been saved
+    } catch (error) { showError(error); }
   });
 }
 $("token-form").addEventListener("submit", (event) => {
@@ -432,15 +426,15 @@ $("token-form").addEventListener("submit", (event) => {
   token = $("token").value;
   $("token-form").hidden = true;
   start().then(() => {
-    for (const film of films) film.waiting = !film.said; // those that were refused for want of it
-    return answerAll();
+    for (const one of radiographs) one.waiting = !one.result; // those refused without a token
+    return analyseAll();
   }).catch((error) => {
     $("token-form").hidden = false;
-    tell(error);
+    showError(error);
   });
 });
-addEventListener("resize", () => { if (films[current]?.grey) render(); });
+addEventListener("resize", () => { if (radiographs[current]?.image) render(); });
 
-function tell(error) { $("status").textContent = error.message; }
+function showError(error) { $("status").textContent = error.message; }
 
-start().catch(tell);
+start().catch(showError);
