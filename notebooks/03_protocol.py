@@ -617,13 +617,13 @@ assert (np.diff(reported) >= 0).all() and (reported[1:] <= bound[1:]).all()
 
 # %% tags=["hide-input", "remove-output"]
 fig, ax = plt.subplots(figsize=(6.4, 3.2))
-ax.plot(tries, reported, "s-", color="#D55E00", label="reported: on the images used for selection")
-ax.plot(tries, true, "o--", color="#0072B2", label="afterwards: on new patients")
+ax.plot(tries, reported, "s-", color="#D55E00", label="reported, on the selecting images")
+ax.plot(tries, true, "o--", color="#0072B2", label="afterwards, on new patients")
 ax.plot(tries, bound, ":", color="black", label="bound of the equation")
 ax.set(xscale="log", xticks=tries, xlabel="candidates tried", ylabel="mean AUROC of the selected")
 ax.set_xticklabels(tries)
 ax.minorticks_off()
-ax.legend()
+ax.legend(fontsize=8)
 glue_values("c03", {"reported": f"{reported[-1]:.2f}", "true": f"{true[-1]:.2f}", "n-played": len(played)})
 show_figure("c03-fig-optimism", fig)
 

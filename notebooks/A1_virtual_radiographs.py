@@ -481,9 +481,10 @@ def finding(lesion_type: str, **other) -> dict:
 
 # %% [markdown]
 # From nothing: at severity 0 the image must equal the healthy patient's in every bit, and there must be no
-# counterfactual. A shape that left a rim or a smoothed edge behind would reveal a label's position. And growing: of
-# the same lesion at three severities, the more severe is more visible, a word that a later section defines. In the
-# package, the counterfactuals of a rendered radiograph, one per finding, are its attribute `twins`.
+# counterfactual (the same image without the lesion). A shape that left a rim or a smoothed edge behind would reveal a
+# label's position. And growing: of the same lesion at three severities, the more severe is more visible, a word that
+# a later section defines. In the package, the counterfactuals of a rendered radiograph, one per finding, are its
+# attribute `twins`.
 
 # %%
 healthy = render()
@@ -574,7 +575,7 @@ labelled, visibility = {}, {}
 for row, name in zip(axes, ("LATERAL", "AP", "LPO"), strict=True):
     for ax, how_severe in zip(row, SEVERITIES, strict=True):
         radiograph = render(name, [finding("Osteophytes", severity=how_severe)])
-        (counterfactual,), key = radiograph.twins, (name, how_severe)
+        key, counterfactual = (name, how_severe), radiograph.twins[0]
         visibility[key] = counterfactual.visibility if counterfactual else 0.0
         labelled[key] = draw_label(ax, "Osteophytes", counterfactual, spacing_mm)
         ends = f"visibility {visibility[key]:.2f}" + ("" if labelled[key] else ": no label")
