@@ -29,8 +29,8 @@
 # lesion or exposure and predict its effect on the image; read the exact ground truth of every virtual radiograph:
 # mask, counterfactual, visibility and box.
 #
-# **You need** Python with `numpy`, and the exponential function. No network is trained here, and no dataset is read:
-# the chapter gives the same results in every profile.
+# **You need** Python with `numpy`, and the exponential function. No network is trained here, and no image of the
+# run's dataset is used: the chapter gives the same results in every profile.
 #
 # **It takes** half an hour to read, and less than a minute to run on a laptop.
 # ```
@@ -455,10 +455,10 @@ print(f"{changed} of {len(others)} went from healthy to abnormal or back, and ke
 #
 # A lesion consists of a few functions of position. Three types *move* tissue: for each position in the patient they
 # give the position in the donor where its tissue is found. A narrowed disc brings the endplates nearer; a collapsed
-# body lowers its upper wall; a slip shifts a body. Four types *fill* a region with another density: the bone of a
-# spur or of a facet, a sclerotic or lytic focus, titanium. Each grows from nothing with its severity, by clinical
-# grades where they exist: up to nearly half of a body's height in a collapse {cite}`genant1993`, up to half of the
-# depth in a slip, which are Meyerding's grades I and II {cite}`meyerding1932`.
+# body lowers its upper wall; a slip moves a body forward. Four types *fill* a region with another density: the bone
+# of a spur or of a facet, a sclerotic or lytic focus, titanium. Each grows from nothing with its severity, by
+# clinical grades where they exist: up to nearly half of a body's height in a collapse {cite}`genant1993`, up to half
+# of the depth in a slip, which are Meyerding's grades I and II {cite}`meyerding1932`.
 
 # %%
 FINDINGS = {  # type: form, severity, further numbers
@@ -564,7 +564,7 @@ glue_values("ca1", {"severity": f"{severity:g}"})
 # ```
 #
 # The first three change the image along *edges*: what has moved has left one position and arrived at another, and the
-# slip moves everything above with it. The other four change only the region they fill. How visible a lesion is
+# slip carries the tissue above along. The other four change only the region they fill. How visible a lesion is
 # depends on its severity, but also on the view and on the anatomy in front of and behind it. So we show the same spur
 # at four severities, from three sides:
 
@@ -789,7 +789,7 @@ assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # tw
 # - There is one donor. All patients share his or her ribs, heart and vessels, however deformed, and the contrast
 #   agent in them; there is neither neck nor sacrum.
 # - The lesions are clean. A real spur is accompanied by sclerosis, gas in a disc and a dozen neighbours; a real
-#   collapse breaks the cortex. Slips are rare where this scan has its vertebrae, between chest and loin.
+#   collapse breaks the cortex. Slips are rare where this scan has its vertebrae, around the thoracolumbar junction.
 # - The CT was taken of a person lying down, with voxels larger than a trabecula: bone has no texture.
 # - Scatter is a blur, the beam has three energies, and the display processing is one recipe out of many.
 # - Two radiologists disagree. A computed box has no second reader.
