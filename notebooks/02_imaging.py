@@ -17,17 +17,15 @@
 # (chap:imaging)=
 # # 02 · Imaging: from DICOM to an enhanced image
 #
-# A detector counts photons; a network reads grey levels. What happens in between decides what
-# there is to see. This chapter follows one film along that road, by hand: first DICOM's three
-# steps from stored numbers to a picture, then the paper's only preprocessing, contrast-limited
-# adaptive histogram equalisation (CLAHE, its Eq. 1). At the end we measure what the clip limit
-# does to bone, and to noise.
+# A detector counts photons; a network reads grey levels. The steps in between decide what is visible. This chapter
+# follows one radiograph through them, by hand: first DICOM's three steps from stored numbers to a picture, then the
+# paper's only preprocessing, contrast-limited adaptive histogram equalisation (CLAHE, its Eq. 1). At the end we
+# measure what the clip limit does to bone, and to noise.
 #
 # ```{admonition} In this chapter
 # :class: tip
-# **You will be able to** turn the stored values of a DICOM radiograph into grey levels in the
-# right order; write CLAHE in a few lines and say what each symbol of Eq. 1 does; choose a clip
-# limit knowing what it buys and what it costs.
+# **You will be able to** turn the stored values of a DICOM radiograph into grey levels in the right order; write
+# CLAHE in a few lines and explain each symbol of Eq. 1; choose a clip limit knowing its benefit and its cost.
 #
 # **You need** Python with `numpy`, and the idea of a histogram. No network is trained here.
 #
@@ -37,11 +35,11 @@
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
 clip_limit = 2.0  # the paper's τ, its section 3.1; try 8
-tiles = 8  # regions a side; OpenCV's default, for the paper names none
+tiles = 8  # regions per side; OpenCV's default, since the paper gives none
 n_images = 40  # radiographs in the measurement at the end
 
 # %% [markdown]
-# The set-up opens the run's workspace and reads the tables of {ref}`chap:data`.
+# The set-up opens the run's workspace and reads the image table of {ref}`chap:data`.
 
 # %% tags=["hide-input"]
 from itertools import product
@@ -52,35 +50,33 @@ import numpy as np
 import pandas as pd
 import pydicom
 from IPython.display import Markdown, display
-from myst_nb import glue
 
 from dernet_utils.book.figures import show_figure, show_radiograph
-from dernet_utils.book.teaching import open_chapter
+from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.dataset.prepared import load_cached, read_images
-from dernet_utils.imaging.cache import cache_images
 from dernet_utils.imaging.enhance import clahe, clahe_by_hand, preprocess
 from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.metrics.intervals import bootstrap_by_study
 
 workspace = open_chapter(profile)
 images = read_images(workspace)
-films = images[images.split == "train"].reset_index(drop=True)
+train = images[images["split"] == "train"].reset_index(drop=True)
 kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 
 # %% [markdown]
-# Only training films are opened in this chapter: choices made on test films, even by eye, would
-# make the test less than honest ({ref}`chap:protocol`).
+# This chapter opens training images only: choices made on test images, even by eye, would bias the test result
+# ({ref}`chap:protocol`).
 #
 # ## What a DICOM file holds
 #
-# A DICOM file is a header of named attributes followed by the pixels. The same anatomy can be
-# stored in many forms, and a reader that knows only one of them shows a negative, a white sheet
-# or nothing at all. Which forms are there? We read headers only, which is quick.
+# A DICOM file is a header of named attributes followed by the pixels. The same anatomy can be stored in many forms,
+# and a reader that knows only one of them shows a negative, a white rectangle or nothing at all. Which forms occur
+# here? We read headers only, which is quick.
 
 
 # %%
 def describe(path: str) -> dict:
-    """Say how a DICOM file stores its picture."""
+    """Return how a DICOM file stores its picture."""
     header = pydicom.dcmread(path, stop_before_pixels=True)
     return {
         "photometric": header.PhotometricInterpretation,
@@ -91,59 +87,58 @@ def describe(path: str) -> dict:
     }
 
 
-# %%
-forms = pd.DataFrame([describe(path) for path in films.dicom_path[:400]])
+forms = pd.DataFrame([describe(path) for path in train.dicom_path[:400]])
 counted = forms.astype(str).melt(var_name="attribute").value_counts()
-counted.sort_index().rename("films").to_frame()
+counted.sort_index().rename("images").to_frame()
 
 # %% [markdown]
-# The {glue:text}`c02-n-headers` {glue:text}`c02-kind` combine these to
-# {glue:text}`c02-n-forms` forms. *Photometric* says whether the lowest value is to be shown black (MONOCHROME2) or white
-# (MONOCHROME1). A *LUT* or a *window* is the maker's advice on which part of the range to show.
-# *Transfer syntax* is how the pixels were packed, plainly or compressed.
+# The {glue:text}`c02-n-headers` {glue:text}`c02-kind` combine these into {glue:text}`c02-n-forms` forms.
+# *Photometric* states whether the lowest value is displayed as black (MONOCHROME2) or white (MONOCHROME1). A *LUT* or
+# a *window* is the manufacturer's recommendation of the range to display. *Transfer syntax* is how the pixels are
+# encoded, plain or compressed.
 #
-# We take one film with a window, a MONOCHROME1 one where there is any: it needs every step.
+# We take one image with a window, and MONOCHROME1 if there is one, because it needs every step.
 
 # %%
 needs = 2 * ((forms.window == "yes") & (forms.LUT == "no"))
 needs += forms.photometric == "MONOCHROME1"
-path = films.dicom_path[needs.idxmax()]
-film = pydicom.dcmread(path)
-s = film.pixel_array
-assert s.ndim == 2 and s.max() < 2**film.BitsStored
-print(f"{film.PhotometricInterpretation}, {s.shape[0]} × {s.shape[1]} px,")
-print(f"{film.BitsStored} bits, values from {s.min()} to {s.max()}")
+path = train.dicom_path[needs.idxmax()]
+dicom = pydicom.dcmread(path)
+negative = dicom.PhotometricInterpretation == "MONOCHROME1"
+s = dicom.pixel_array
+assert s.ndim == 2 and s.max() < 2**dicom.BitsStored
+print(f"{dicom.PhotometricInterpretation}, {s.shape[0]} × {s.shape[1]} px,")
+print(f"{dicom.BitsStored} bits, values from {s.min()} to {s.max()}")
 
 # %% [markdown]
-# The values are integers of the detector's electronics; a screen shows 256 grey levels. DICOM
-# prescribes three steps between them, in this order {cite}`dicom`.
+# The values are integers from the detector's electronics; a screen shows 256 grey levels. DICOM prescribes three
+# steps between them, in this order {cite}`dicom`.
 #
 # ## Three steps to grey
 #
-# **Step 1, modality.** Stored values $s$ become values $m$ that mean something, by a line or a
-# look-up table (LUT):
+# **Step 1, modality.** A linear function or a look-up table (LUT) converts stored values $s$ into values $m$ with a
+# meaning:
 #
 # $$ m = \text{slope} \cdot s + \text{intercept} . $$
 #
-# In CT these are Hounsfield units. In radiography they are often what was stored already, with
-# slope 1 and intercept 0.
+# In CT these are Hounsfield units. In radiography they are often identical to the stored values, with slope 1 and
+# intercept 0.
 
 # %%
-slope = float(film.get("RescaleSlope", 1))
-intercept = float(film.get("RescaleIntercept", 0))
+slope = float(dicom.get("RescaleSlope", 1))
+intercept = float(dicom.get("RescaleIntercept", 0))
 m = slope * s + intercept
 assert m.shape == s.shape
 
 # %% [markdown]
-# **Step 2, values of interest.** A window of centre $w_c$ and width $w_w$ spreads a part of the
-# range over the whole of the display, $u$ from 0 to 1, and lets the rest go black or white:
+# **Step 2, values of interest.** A window of centre $w_c$ and width $w_w$ maps part of the range to the whole display
+# range, $u$ from 0 to 1, and clips the rest to black or white:
 #
 # $$ u = \min\Bigl(1,\ \max\Bigl(0,\ \frac{m - (w_c - 0.5)}{w_w - 1} + 0.5\Bigr)\Bigr) . $$
 #
-# The halves are no misprint: the standard counts the steps *between* integers, so that a window
-# of width 256 has 255 of them. A header may list several windows, in which case the first
-# counts, or bring a LUT, which is preferred to any window. Without either, the least to the
-# greatest value is shown.
+# The halves are no misprint: the standard counts the steps *between* integers, so that a window of width 256 has 255
+# of them. If a header lists several windows, the first one applies; if it contains a LUT, the LUT takes precedence
+# over any window. With neither, the range from the minimum to the maximum value is displayed.
 
 
 # %%
@@ -153,82 +148,76 @@ def window(m: np.ndarray, w_c: float, w_w: float) -> np.ndarray:
 
 
 w_c, w_w = (m.max() + m.min() + 1) / 2, m.max() - m.min() + 1
-if "WindowWidth" in film:
-    w_c = float(np.atleast_1d(film.WindowCenter)[0])
-    w_w = float(np.atleast_1d(film.WindowWidth)[0])
+if "WindowWidth" in dicom:
+    w_c = float(np.atleast_1d(dicom.WindowCenter)[0])
+    w_w = float(np.atleast_1d(dicom.WindowWidth)[0])
 u = window(m, w_c, w_w)
 
 # %% [markdown]
-# **Step 3, photometric interpretation.** MONOCHROME1 is a negative: turn it over, last of all.
-# Then round to grey levels. Our few lines must agree with `read_radiograph` of the book's package,
-# which every later chapter uses and which knows the LUTs, padding and compressed forms besides.
+# **Step 3, photometric interpretation.** MONOCHROME1 is a negative: invert it, as the last step. Then round to grey
+# levels. Our few lines must agree with `read_radiograph` of the book's package, which every later chapter uses and
+# which also handles LUTs, padding and compressed forms.
 
 # %%
-if film.PhotometricInterpretation == "MONOCHROME1":
-    u = 1 - u
-grey = np.rint(255 * u).astype(np.uint8)
+grey = np.rint(255 * (1 - u if negative else u)).astype(np.uint8)
 assert np.array_equal(grey, read_radiograph(path).pixels)
 
 # %% [markdown]
-# What would another window have shown? One half as wide, about the median, for comparison.
+# What would another window have shown? For comparison, one of half the width, centred on the median.
 
 # %% tags=["hide-input", "remove-output"]
 narrow = float(np.median(m)), w_w / 2  # centre, width
-other_view = window(m, *narrow)
-if film.PhotometricInterpretation == "MONOCHROME1":
-    other_view = 1 - other_view
+other_window = window(m, *narrow)
 fig, axes = plt.subplots(1, 5, figsize=(12, 3.4), width_ratios=[1.9, 1, 1, 1, 1])
 step = max(1, round((m.max() - m.min()) / 80))
-bins = np.arange(m.min(), m.max() + step, step)
-axes[0].hist(m.ravel(), bins, color="0.72", linewidth=0)
+axes[0].hist(m.ravel(), np.arange(m.min(), m.max() + step, step), color="0.72", linewidth=0)
 axes[0].set(xlabel="value after step 1", ylabel="pixels")
 curve = axes[0].twinx()
 line = np.linspace(m.min(), m.max(), 400)
 curve.plot(line, 255 * window(line, w_c, w_w), "C0", lw=2, label="window")
 curve.plot(line, 255 * window(line, *narrow), color="0.2", ls=":", lw=2, label="narrower")
-if film.PhotometricInterpretation == "MONOCHROME1":
+if negative:
     curve.plot(line, 255 - 255 * window(line, w_c, w_w), "C1--", lw=2, label="window, inverted")
 curve.set(ylabel="grey level", ylim=(-5, 330), yticks=[0, 64, 128, 192, 255])
 curve.grid(False)
 curve.legend(loc="upper right", fontsize=8)
 show_radiograph(axes[1], 255.0 * (s - s.min()) / np.ptp(s), "as stored")
 show_radiograph(axes[2], 255 * window(m, w_c, w_w), "windowed")
-show_radiograph(axes[3], grey, "as read")
-show_radiograph(axes[4], 255 * other_view, "narrower window")
+show_radiograph(axes[3], grey, "decoded")
+show_radiograph(axes[4], 255 * (1 - other_window if negative else other_window), "narrower window")
 show_figure("c02-fig-pipeline", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-pipeline
 # :name: fig:pipeline
-# :alt: Histogram with the window's ramp; one film as stored, windowed, as read, and narrower.
-# One film on its way to grey: histogram of its values with the window's ramp; the film as stored,
-# after its window, as it is read (for a negative, inverted), and as a window half as wide
-# would have shown it. n = 1 of the {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
+# :alt: Histogram with the window's ramp; one radiograph as stored, windowed, decoded, and with a narrower window.
+# One radiograph on its way to grey levels: histogram of its values with the window's ramp; the image as stored, after
+# windowing, decoded (a negative is inverted), and as a window of half the width would have shown it. n = 1 of the
+# {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 #
-# A window decides. Where its ramp in {numref}`fig:pipeline` is steep, tissues are told apart;
-# where it is flat, they become one grey level, and no later step can part them again. The last film
-# gains contrast in the middle of the range and has lost both ends for good.
+# The window determines what can be seen. Where its ramp in {numref}`fig:pipeline` is steep, tissues are
+# distinguishable; where it is flat, they become one grey level, and no later step can separate them again. The last
+# image gains contrast in the middle of the range and has lost both ends for good.
 #
-# Why must inversion come last? Because a window is given in the values of step 1. Turn the
-# stored values over first, and the window meets the wrong ones.
+# Why must inversion come last? Because a window is defined on the values of step 1. If the stored values are inverted
+# first, the window is applied to the wrong values.
 
 # %%
-turned = 2**film.BitsStored - 1 - s.astype(float)
-wrong = window(slope * turned + intercept, *narrow)
+inverted_first = 2**dicom.BitsStored - 1 - s.astype(float)
+wrong = window(slope * inverted_first + intercept, *narrow)
 right = 1 - window(m, *narrow)
-share_wrong = (np.abs(wrong - right) > 10 / 255).mean()
+fraction_wrong = (np.abs(wrong - right) > 10 / 255).mean()
 
 # %% [markdown]
-# With the two steps exchanged, {glue:text}`c02-share-wrong` of this film's pixels, seen through
-# the narrower window, land more than ten grey levels from where they should be. Nothing warns:
-# the result still looks like a radiograph.
+# With the two steps exchanged, {glue:text}`c02-fraction-wrong` of this image's pixels, shown with the narrower
+# window, are off by more than ten grey levels. No warning appears: the result still looks like a radiograph.
 #
-# Now the films of this chapter, one of each study and then
-# more if there are too few studies, as 8-bit grey with bone bright.
+# Now we select the images for this chapter: one per study, then more if there are too few studies, as 8-bit grey with
+# bone bright.
 
 # %%
-sample = films.sample(frac=1, random_state=workspace.profile.seed)
+sample = train.sample(frac=1, random_state=workspace.profile.seed)
 first_of_study = ~sample.study_id.duplicated()
 sample = pd.concat([sample[first_of_study], sample[~first_of_study]])
 sample = sample.head(n_images).reset_index(drop=True)
@@ -236,10 +225,10 @@ greys = [read_radiograph(path).pixels for path in sample.dicom_path]
 assert all(g.dtype == np.uint8 and g.ndim == 2 for g in greys)
 
 # %% [markdown]
-# ## Histogram equalisation, the whole film at once
+# ## Histogram equalisation of the whole image
 #
-# A film of a large patient is pale, one of a small patient dark. Equalisation asks not how
-# bright a pixel is but how many pixels are darker. The paper's Eq. 1 reads
+# A radiograph of a large patient is pale, one of a small patient dark. Equalisation does not use how bright a pixel
+# is but how many pixels are darker. The paper's Eq. 1 reads
 #
 # ```{math}
 # :label: eq:clahe
@@ -250,15 +239,15 @@ assert all(g.dtype == np.uint8 and g.ndim == 2 for g in greys)
 # | symbol | meaning | shape, range |
 # | --- | --- | --- |
 # | $I(i, j)$ | grey level of the pixel in row $i$, column $j$ | integer, 0–255 |
-# | $\Omega_k$ | contextual region $k$: the whole film at first, then a tile | $M \times N$ pixels |
-# | $CDF_{\Omega_k}(g)$ | pixels of $\Omega_k$ of level $g$ or darker | 0 to $M \cdot N$ |
+# | $\Omega_k$ | contextual region $k$: the whole image at first, then a tile | $M \times N$ pixels |
+# | $CDF_{\Omega_k}(g)$ | pixels of $\Omega_k$ with level $g$ or darker | 0 to $M \cdot N$ |
 # | $CDF_{min}$ | its value at the darkest level that occurs | above 0 |
 # | $M \cdot N$ | number of pixels in $\Omega_k$ | |
 # | $\beta$ | dynamic range of the result, here 255 | |
 # | $I'(i, j)$ | enhanced grey level | 0–255 |
 #
-# and in words: *rank the pixel among its neighbours, and spread the ranks over the range*. Eight
-# pixels first, small enough to check on paper.
+# and in words: *rank the pixel within its region, and spread the ranks over the range*. We start with eight pixels,
+# few enough to check on paper.
 
 # %%
 eight = np.array([[10, 10, 10, 12], [12, 13, 13, 200]])
@@ -269,9 +258,9 @@ equalised = np.rint(255 * (cdf[eight] - cdf_min) / (8 - cdf_min))
 assert equalised.tolist() == [[0, 0, 0, 102], [102, 204, 204, 255]]
 
 # %% [markdown]
-# The three darkest pixels become 0; of the five that remain, two have rank 2/5 and two have 4/5.
-# That 13 and 200 were far apart is forgotten: only order and frequency count. As a function of a
-# film it is four lines, and it equals OpenCV's `equalizeHist`.
+# The three darkest pixels become 0; of the remaining five, two have rank 2/5 and two have 4/5. That 13 and 200 were
+# far apart is lost: only order and frequency count. For a whole image the function takes four lines, and it equals
+# OpenCV's `equalizeHist`.
 
 
 # %%
@@ -288,12 +277,11 @@ assert cv2.absdiff(flat, cv2.equalizeHist(grey)).max() <= 1
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(1, 4, figsize=(11, 3.6), width_ratios=[1, 1.4, 1, 1.4])
-for ax, picture, title in ((axes[0], grey, "as read"), (axes[2], flat, "equalised")):
-    show_radiograph(ax, picture, title)
-for ax, picture in ((axes[1], grey), (axes[3], flat)):
-    ax.hist(picture.ravel(), np.arange(0, 260, 4), color="0.65")
-    ax.set(xlabel="grey level", yticks=[], xlim=(0, 255))
-    steps = ax.twinx()
+for (left, right), picture, title in zip(axes.reshape(2, 2), (grey, flat), ("decoded", "equalised"), strict=True):
+    show_radiograph(left, picture, title)
+    right.hist(picture.ravel(), np.arange(0, 260, 4), color="0.65")
+    right.set(xlabel="grey level", yticks=[], xlim=(0, 255))
+    steps = right.twinx()
     steps.plot(np.cumsum(np.bincount(picture.ravel(), minlength=256)) / picture.size, "C0", lw=2)
     steps.set(ylabel="CDF / (M·N)", ylim=(0, 1.02))
     steps.grid(False)
@@ -302,20 +290,20 @@ show_figure("c02-fig-global", fig)
 # %% [markdown]
 # ```{glue:figure} c02-fig-global
 # :name: fig:global
-# :alt: Film, histogram and cumulative curve, bent before equalisation and straight after it.
-# Equalisation of the whole film, {eq}`eq:clahe` with one region. Grey: histogram; line: its
-# cumulative sum. n = 1 of the {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
+# :alt: Radiograph, histogram and cumulative curve, bent before equalisation and straight after it.
+# Equalisation of the whole image, {eq}`eq:clahe` with one region. Grey: histogram; line: its cumulative sum. n = 1 of
+# the {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 #
-# The cumulative curve of the equalised film in {numref}`fig:global` is close to a straight line:
-# that is all that equalisation does. Contrast goes where most pixels are. In a spine film most
-# pixels are not spine, and the vertebrae get what is left.
+# The cumulative curve of the equalised image in {numref}`fig:global` is close to a straight line: that is all that
+# equalisation does. It gives contrast to the levels that most pixels have. In a spine radiograph most pixels are not
+# spine, and little contrast remains for the vertebrae.
 #
 # ## A table for each region
 #
-# The remedy is to rank each pixel among its neighbours only {cite}`pizer1987`. Cut the film into
-# tiles and give each its own table. The film is first mirrored at its lower and right border
-# until the tiles divide it.
+# The remedy is to rank each pixel among its neighbours only {cite}`pizer1987`. Divide the image into tiles and give
+# each its own look-up table. The image is first padded by reflection at its lower and right edges until the tiles
+# divide it.
 
 
 # %%
@@ -334,8 +322,8 @@ counts, M, N = histograms(grey, tiles)
 assert (counts.sum(axis=-1) == M * N).all()
 
 # %% [markdown]
-# Each tile's table is $\beta$ times its cumulative histogram divided by $M \cdot N$. To see
-# what tiles do alone, every pixel is looked up in the table of its own tile.
+# Each tile's table is $\beta$ times its cumulative histogram divided by $M \cdot N$. To see the effect of tiles
+# alone, look up every pixel in the table of its own tile.
 
 
 # %%
@@ -350,31 +338,29 @@ blocky = tables_of(counts)[i // M, j // N, grey]
 assert blocky.min() >= 0 and blocky.max() <= 255
 
 # %% [markdown]
-# {numref}`fig:steps`, further down, shows the result (second panel), and it is bad in two ways.
-# The borders of the tiles show, and in regions of nearly one grey level the noise is blown up to
-# the full range, for there is nothing else to rank. The *contrast limit* cures the second, and
-# *interpolation* the first. Eq. 1 as printed has neither; the words "clip limit" beneath it do,
-# and both belong to CLAHE {cite}`zuiderveld1994`.
+# {numref}`fig:steps`, further down, shows the result (second panel), which has two faults. The tile borders are
+# visible, and in regions of nearly one grey level the noise is amplified to the full range, because there is nothing
+# else to rank. The *contrast limit* solves the second problem and *interpolation* the first. Eq. 1 as printed has
+# neither; the words "clip limit" beneath it imply both, and both belong to CLAHE {cite}`zuiderveld1994`.
 #
 # ## The clip limit
 #
-# How far can a table pull two neighbouring grey levels apart? By the height of its histogram's
-# bin: $255\,h(g) / (M \cdot N)$. So cap the bins. No bin may hold more than
+# How far can a table pull two neighbouring grey levels apart? By the height of the histogram bin:
+# $255\,h(g) / (M \cdot N)$. So we cap the bins. No bin may hold more than
 #
 # ```{math}
 # :label: eq:clip
 # \ell = \max\left(1, \left\lfloor \tau \, \frac{M \cdot N}{256} \right\rfloor\right)
 # ```
 #
-# pixels: $\tau$ times what it would hold if all levels were equally frequent. What is cut
-# off is handed out to all bins alike, so that the tile keeps its number of pixels; the remainder
-# of that division goes to bins at even steps. The full bins rise a little above the limit
-# again, and OpenCV leaves it at that.
+# pixels: $\tau$ times its count if all levels were equally frequent. The excess is redistributed equally to all bins,
+# so that the tile keeps its number of pixels; the remainder of that division goes to evenly spaced bins. The full
+# bins then rise slightly above the limit again, and OpenCV accepts this.
 
 
 # %%
 def clip(counts: np.ndarray, limit: int) -> np.ndarray:
-    """Cap one histogram (256,) at the limit and share out the excess."""
+    """Clip one histogram (256,) at the limit and redistribute the excess."""
     excess = np.maximum(counts - limit, 0).sum()
     clipped = np.minimum(counts, limit) + excess // 256
     rest = excess % 256
@@ -384,15 +370,14 @@ def clip(counts: np.ndarray, limit: int) -> np.ndarray:
 
 
 def clip_level(tau: float, M: int, N: int) -> int:
-    """Return the greatest count of a bin."""
+    """Return the largest allowed count of a bin."""
     return max(1, int(tau * M * N / 256))
 
 
 # %% [markdown]
-# Clipping must lose no pixel. And it bounds the slope of every table: at most $\tau$ from the
-# bin itself, plus at most 1 from what is handed out, give or take one pixel. That bound is what
-# a clip limit *is*: **no step between neighbouring grey levels is stretched more than about
-# $\tau + 1$ times.**
+# Clipping must not lose a pixel. It also bounds the slope of every table: at most $\tau$ from the bin itself, plus at
+# most 1 from the redistribution, give or take one pixel. That bound is the meaning of a clip limit: **no step between
+# neighbouring grey levels is stretched by more than about $\tau + 1$.**
 
 # %%
 limit = clip_level(clip_limit, M, N)
@@ -408,8 +393,8 @@ r, k = np.unravel_index(peaks.argmax(), peaks.shape)
 fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), width_ratios=[1, 1.4, 1.4])
 show_radiograph(axes[0], grey, "the tile")
 axes[0].add_patch(plt.Rectangle((k * N, r * M), N, M, fill=False, ec="#E69F00", lw=2))
-axes[1].fill_between(range(256), counts[r, k], step="mid", color="0.75", label="counted")
-axes[1].step(range(256), clipped[r, k], "C0", where="mid", label="clipped, shared out")
+axes[1].fill_between(range(256), counts[r, k], step="mid", color="0.75", label="original")
+axes[1].step(range(256), clipped[r, k], "C0", where="mid", label="clipped, redistributed")
 axes[1].axhline(limit, color="C1", ls="--", label=f"limit, τ = {clip_limit:g}")
 axes[1].set(xlabel="grey level", ylabel="pixels", xlim=(0, 255))
 axes[1].set_ylim(0, min(counts[r, k].max(), 6 * limit) * 1.05)
@@ -423,22 +408,20 @@ show_figure("c02-fig-clip", fig)
 # %% [markdown]
 # ```{glue:figure} c02-fig-clip
 # :name: fig:clip
-# :alt: A tile's narrow histogram cut at the limit; its table, a step before, a gentle slope after.
-# The tile with the most uniform grey: its histogram, what clipping leaves of it, and the two
-# tables. The count axis ends at six times the limit. n = 1 of the {glue:text}`c02-kind`,
-# profile {glue:text}`c02-profile`.
+# :alt: A tile's narrow histogram clipped at the limit; its table, a step before, a gentle slope after.
+# The tile with the most uniform grey: its histogram before and after clipping, and the two tables. The count axis
+# ends at six times the limit. n = 1 of the {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 #
-# Without a limit the steepest table of this film stretches one grey level to
-# {glue:text}`c02-steepest`; with $\tau$ = {glue:text}`c02-tau` none does more than
-# {glue:text}`c02-steepest-clipped`. In {numref}`fig:clip` the price is seen as well: a tile that
-# uses few levels no longer fills the range.
+# Without a limit the steepest table of this image stretches one grey level to {glue:text}`c02-steepest`; with
+# $\tau$ = {glue:text}`c02-tau` none stretches it to more than {glue:text}`c02-steepest-clipped`. {numref}`fig:clip`
+# also shows the cost: a tile that uses few levels no longer fills the range.
 #
 # ## Interpolation between regions
 #
-# A table belongs to its tile's centre. A pixel elsewhere lies between four centres and takes the
-# four answers, weighted by nearness. With $d_y$ and $d_x$ the fractions of the way down and to
-# the right, and $T$ the tables of the four nearest tiles,
+# A table belongs to the centre of its tile. A pixel elsewhere lies between four centres and takes the weighted mean
+# of the four looked-up values, with larger weights for nearer centres. With $d_y$ and $d_x$ the fractions of the
+# distance down and to the right, and $T$ the tables of the four nearest tiles,
 #
 # ```{math}
 # :label: eq:blend
@@ -457,7 +440,7 @@ def neighbours(n: int, size: int, tiles: int) -> tuple[np.ndarray, ...]:
 
 
 # %% [markdown]
-# Beyond the outermost centres there is nothing to blend with: the nearest tile is taken twice.
+# Beyond the outermost centres there is nothing to interpolate with: the nearest tile is used twice.
 
 
 # %%
@@ -472,10 +455,9 @@ def blend(grey: np.ndarray, T: np.ndarray, M: int, N: int) -> np.ndarray:
 
 
 # %% [markdown]
-# Does it equal OpenCV's CLAHE? One oddity has to be known. Where either side of the film needs
-# padding, OpenCV pads both, a side that already fits by a whole pixel a tile. The book's
-# `clahe_by_hand` does so as well, and is asserted here, and by a test over hundreds of shapes,
-# to stay within one grey level.
+# Does it equal OpenCV's CLAHE? OpenCV has one peculiarity: if either side of the image needs padding, it pads both
+# sides, adding one whole pixel per tile to a side that already fits. The book's `clahe_by_hand` does the same. We
+# assert here, and a test does so over hundreds of shapes, that it stays within one grey level.
 
 # %%
 T = tables_of(clipped).round()
@@ -485,13 +467,13 @@ worst = max(
     for n, tau in product((2, 5, tiles), (1.0, clip_limit, 8.0, 40.0))
 )
 assert worst <= 1
-if len({side % tiles == 0 for side in grey.shape}) == 1:  # no oddity
+if len({side % tiles == 0 for side in grey.shape}) == 1:  # the peculiarity does not apply
     assert np.array_equal(enhanced, clahe_by_hand(grey, clip_limit, tiles))
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(1, 4, figsize=(11, 4))
 unblended = T[i // M, j // N, grey]
-titles = ("as read", "tiles alone", "tiles, clipped", "tiles, clipped, blended")
+titles = ("decoded", "tiles alone", "tiles, clipped", "tiles, clipped, interpolated")
 for ax, picture, title in zip(axes, (grey, blocky, unblended, enhanced), titles, strict=True):
     show_radiograph(ax, picture, title)
 show_figure("c02-fig-steps", fig)
@@ -499,23 +481,20 @@ show_figure("c02-fig-steps", fig)
 # %% [markdown]
 # ```{glue:figure} c02-fig-steps
 # :name: fig:steps
-# :alt: One film as read, in loud hard-edged tiles, in quiet hard-edged tiles, and smooth.
-# CLAHE step by step: each tile ranked alone, its histogram clipped at $\tau$ =
-# {glue:text}`c02-tau`, the tables blended. Tiles {glue:text}`c02-tiles`; n = 1 of the
-# {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
+# :alt: One radiograph decoded, in noisy hard-edged tiles, in quiet hard-edged tiles, and smooth.
+# CLAHE step by step: each tile equalised alone, its histogram clipped at $\tau$ = {glue:text}`c02-tau`, the tables
+# interpolated. Tiles {glue:text}`c02-tiles`; n = 1 of the {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 #
-# The greatest difference from OpenCV over all grids and limits tried is
-# {glue:text}`c02-worst` grey level. In {numref}`fig:steps` the limit has quietened the noise,
-# and the blending has removed the borders without a trace.
+# The largest difference from OpenCV over all grids and limits tried is {glue:text}`c02-worst` grey level. In
+# {numref}`fig:steps` the limit has reduced the noise, and interpolation has removed the borders without a trace.
 #
-# ## What became of CDF-min
+# ## Where CDF-min went
 #
-# Sharp eyes have noticed that $CDF_{min}$ of {eq}`eq:clahe` is gone from `tables_of`. OpenCV's
-# `equalizeHist` subtracts it; OpenCV's CLAHE does not, nor do most others. The paper prints the
-# one formula and uses, presumably, the other function. Does it matter? Clipping bounds the answer:
-# the darkest bin holds at most $\tau + 1$ times the mean, so that a table moves by at most
-# $\tau + 1$ grey levels. We try it.
+# You may have noticed that $CDF_{min}$ of {eq}`eq:clahe` is missing from `tables_of`. OpenCV's `equalizeHist`
+# subtracts it; OpenCV's CLAHE does not, nor do most others. The paper prints the formula of the former and presumably
+# uses the latter. Does it matter? Clipping bounds the effect: the darkest bin holds at most $\tau + 1$ times the mean
+# count, so a table moves by at most $\tau + 1$ grey levels. We test it.
 
 # %%
 lowest = (clipped > 0).argmax(axis=-1)[..., None]
@@ -526,13 +505,13 @@ moved = cv2.absdiff(blend(grey, printed, M, N), enhanced)
 assert moved.max() <= np.ceil(clip_limit + 1 + 255 / (M * N)) + 1
 
 # %% [markdown]
-# As printed, Eq. 1 moves this film's pixels by {glue:text}`c02-moved-mean` grey levels on average
-# and {glue:text}`c02-moved-max` at most: invisible. We follow OpenCV and note the departure.
+# As printed, Eq. 1 moves this image's pixels by {glue:text}`c02-moved-mean` grey levels on average and
+# {glue:text}`c02-moved-max` at most: invisible. We follow OpenCV and document the deviation.
 #
 # ## What the clip limit does to bone
 #
-# The paper sets $\tau = 2.0$ "to prevent noise amplification in homogeneous bone structures". What
-# would other values have done? First by eye, on the part of the film richest in edges.
+# The paper sets $\tau = 2.0$ "to prevent noise amplification in homogeneous bone structures". What would other values
+# have done? We first look at the part of the image with the most edges.
 
 # %% tags=["hide-input", "remove-output"]
 half = max(grey.shape) // 6
@@ -541,41 +520,38 @@ density = cv2.boxFilter(steepness, -1, (2 * half, 2 * half))
 inside = density[half:-half, half:-half]
 top, left = np.unravel_index(inside.argmax(), inside.shape)
 crop = np.s_[top : top + 2 * half, left : left + 2 * half]
-limits_shown = (None, 1.0, 2.0, 4.0, 8.0, 40.0)
 fig, axes = plt.subplots(2, 3, figsize=(10.5, 7.4))
-for ax, tau in zip(axes.flat, limits_shown, strict=True):
+for ax, tau in zip(axes.flat, (None, 1.0, 2.0, 4.0, 8.0, 40.0), strict=True):
     picture = grey if tau is None else clahe_by_hand(grey, tau, tiles)
-    show_radiograph(ax, picture[crop], "as read" if tau is None else f"τ = {tau:g}")
+    show_radiograph(ax, picture[crop], "decoded" if tau is None else f"τ = {tau:g}")
 show_figure("c02-fig-limits", fig)
 
 # %% [markdown]
 # ```{glue:figure} c02-fig-limits
 # :name: fig:limits
-# :alt: One spine crop six times, from flat and soft as read to harsh and grainy at clip limit 40.
-# One crop as read and enhanced with five clip limits, tiles {glue:text}`c02-tiles`. n = 1 of the
+# :alt: One spine crop six times, from flat and soft as decoded to harsh and grainy at clip limit 40.
+# One crop as decoded and enhanced with five clip limits, tiles {glue:text}`c02-tiles`. n = 1 of the
 # {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 #
-# Going through {numref}`fig:limits`: contours gain at every step, and so does grain. A clip limit
-# of 1 is not "nothing": its tables still have slopes up to 2. At 40 a
-# bin must hold a sixth of its tile's pixels before it is clipped: hardly any is, and almost every
-# tile fills the range, whatever it holds.
+# In {numref}`fig:limits` each step strengthens the contours, and the grain as well. A clip limit of 1 does have an
+# effect: its tables still have slopes up to 2. At 40 a bin must hold a sixth of its tile's pixels before it is
+# clipped: hardly any is, and almost every tile fills the range, whatever its content.
 #
-# Eyes are quick to be pleased; we measure. On the film *as read* mark two kinds of places, and
-# keep them for all limits. Both lie in the brighter half, which is bone and whatever soft tissue
-# lies over it: **edges** are the fifth of its pixels where grey is steepest, **flat** ones the
-# fifth where it is least steep.
+# Visual impressions are easily too favourable, so we measure. In the *decoded* image we mark two kinds of pixels, and
+# keep them for all limits. Both lie in the brighter half, which is bone and the soft tissue superimposed on it:
+# **edges** are the fifth of its pixels with the largest gradient, **flat** pixels the fifth with the smallest.
 
 
 # %%
 def edge_strength(picture: np.ndarray) -> np.ndarray:
-    """Return the smoothed film's gradient, grey levels per px."""
+    """Return the smoothed image's gradient, grey levels per px."""
     smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 2)
     return np.hypot(*np.gradient(smooth))
 
 
-def places(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return two masks (H, W): edges and flat places of the bright half."""
+def regions_to_measure(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two masks (H, W): edges and flat regions of the bright half."""
     smooth = cv2.GaussianBlur(grey, (0, 0), 4)
     usable = (smooth > 5) & (smooth < 245)  # neither air nor metal
     bright = usable & (smooth > np.median(smooth[usable]))
@@ -585,9 +561,8 @@ def places(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # %% [markdown]
-# *Contrast* is the mean edge strength on the edges; *noise* is the standard deviation, in the
-# flat places, of what smoothing takes away. Both are divided by their value on the film as
-# read, so that 1 means "unchanged".
+# *Contrast* is the mean edge strength on the edges; *noise* is the standard deviation, in the flat regions, of the
+# component that smoothing removes. Both are divided by their value in the decoded image, so that 1 means "unchanged".
 
 
 # %%
@@ -601,7 +576,7 @@ def contrast_and_noise(picture, edges, flat) -> np.ndarray:
 limits = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 40.0]
 gains = np.empty((len(greys), len(limits), 2))
 for n, g in enumerate(greys):
-    masks = places(g)
+    masks = regions_to_measure(g)
     before = contrast_and_noise(g, *masks)
     for t, tau in enumerate(limits):
         after = contrast_and_noise(clahe(g, tau, tiles), *masks)
@@ -609,8 +584,8 @@ for n, g in enumerate(greys):
 assert np.isfinite(gains).all() and (gains > 0).all()
 
 # %% [markdown]
-# The intervals resample whole studies, as everywhere in this book. The third measure is the
-# ratio of the two: above 1, edges gained more than noise did.
+# The intervals resample whole studies, as everywhere in this book. The third measure is the ratio of the two: above
+# 1, edges gained more than noise did.
 
 # %%
 names = ["contrast", "noise", "contrast / noise"]
@@ -625,9 +600,8 @@ table.map("{:.2f}".format)
 
 # %% tags=["hide-input", "remove-output"]
 fig, (ax0, ax1, ax2) = plt.subplots(1, 3, figsize=(11, 3.9), width_ratios=[0.9, 1.5, 1.5])
-edges, flat_places = places(grey)
-show_radiograph(ax0, grey, "where we measure")
-for mask, colour in ((edges, (0.90, 0.62, 0, 1)), (flat_places, (0.34, 0.71, 0.91, 0.75))):
+show_radiograph(ax0, grey, "measured regions")
+for mask, colour in zip(regions_to_measure(grey), ((0.90, 0.62, 0, 1), (0.34, 0.71, 0.91, 0.75)), strict=True):
     ax0.imshow(mask[..., None] * np.array(colour), interpolation="nearest")
 ax1.plot(limits, np.array(limits) + 1, "--", color="0.5", lw=1, label="τ + 1")
 for ax, shown in ((ax1, names[:2]), (ax2, names[2:])):
@@ -642,7 +616,7 @@ for ax, shown in ((ax1, names[:2]), (ax2, names[2:])):
     ax.set_xticks(limits, [f"{tau:g}" for tau in limits])
     ax.minorticks_off()
     ax.legend(fontsize=8)
-ax1.set(ylabel="times the film as read", yscale="log")
+ax1.set(ylabel="relative to the decoded image", yscale="log")
 ax1.set_ylim(0.8, 1.3 * max(x.high for x in table["noise"]))
 ax1.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
 ax1.minorticks_off()
@@ -653,76 +627,72 @@ show_figure("c02-fig-measured", fig)
 # ```{glue:figure} c02-fig-measured
 # :name: fig:measured
 # :alt: Edge contrast, noise and their ratio plotted against the clip limit, the paper's 2.0 marked.
-# Left: edges (orange) and flat places (blue) in the bright half of one film. Middle and right: gains of edge
-# contrast and of noise against the clip limit, means with 95 % intervals over resampled studies.
-# n = {glue:text}`c02-n` {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
+# Left: edges (orange) and flat regions (blue) in the bright half of one image. Middle and right: gain of edge
+# contrast and of noise against the clip limit, means with 95 % intervals over resampled studies. n =
+# {glue:text}`c02-n` {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 
 # %% tags=["hide-input"]
 contrast, noise, ratio = table.loc[2.0, names]
-numbers = {  # what the chapter's prose quotes
-    "c02-kind": kind,
-    "c02-profile": workspace.profile.name,
-    "c02-tau": f"{clip_limit:g}",
-    "c02-tiles": f"{tiles} × {tiles}",
-    "c02-n-headers": f"{len(forms):,}",
-    "c02-n-forms": str(len(forms.drop_duplicates())),
-    "c02-share-wrong": f"{100 * share_wrong:.0f} %",
-    "c02-n": f"{len(greys)}",
-    "c02-steepest": f"{steepest:.0f}",
-    "c02-steepest-clipped": f"{slopes.max():.1f}",
-    "c02-worst": str(int(worst)),
-    "c02-moved-max": str(int(moved.max())),
-    "c02-moved-mean": f"{moved.mean():.1f}",
-    "c02-cache-px": str(workspace.profile.cache_px),
-    "c02-noise": f"{noise:.2f}",
-    "c02-contrast": f"{contrast:.2f}",
-}
-for key, text in numbers.items():
-    glue(key, text, display=False)
-verdict = (
-    "Edges gain more than noise does" if ratio.low > 1
-    else "Noise gains more than edges do" if ratio.high < 1
-    else "Edges and noise gain alike, as far as these films can tell"
-)  # fmt: skip
+glue_values("c02", {
+    "kind": kind,
+    "profile": workspace.profile.name,
+    "tau": f"{clip_limit:g}",
+    "tiles": f"{tiles} × {tiles}",
+    "n-headers": f"{len(forms):,}",
+    "n-forms": str(len(forms.drop_duplicates())),
+    "fraction-wrong": f"{100 * fraction_wrong:.0f} %",
+    "n": f"{len(greys)}",
+    "steepest": f"{steepest:.0f}",
+    "steepest-clipped": f"{slopes.max():.1f}",
+    "worst": str(int(worst)),
+    "moved-max": str(int(moved.max())),
+    "moved-mean": f"{moved.mean():.1f}",
+    "cache-px": str(workspace.profile.cache_px),
+    "noise": f"{noise:.2f}",
+    "contrast": f"{contrast:.2f}",
+})  # fmt: skip
+
+# %% tags=["hide-input"]
+verdict = "Edges and noise gain alike, within the uncertainty of this sample"
+if ratio.low > 1 or ratio.high < 1:
+    verdict = "Edges gain more than noise does" if ratio.low > 1 else "Noise gains more than edges do"
 display(Markdown(
-    f"At the paper's τ = 2, edge contrast is {contrast:.2f} times that of the film as read and "
-    f"noise {noise:.2f} times (ratio {ratio:.2f}, n = {ratio.n_images} {kind} of "
-    f"{ratio.n_studies} studies). {verdict}. At τ = 8 noise has grown "
-    f"{table.loc[8.0, 'noise']:.2f} times, at τ = 40 {table.loc[40.0, 'noise']:.2f} times."
+    f"At the paper's τ = 2, edge contrast is {contrast:.2f} times that of the decoded image and noise {noise:.2f} "
+    f"times (ratio {ratio:.2f}, n = {ratio.n_images} {kind} from {ratio.n_studies} studies). {verdict}. At τ = 8 noise "
+    f"is {table.loc[8.0, 'noise']:.2f} times as strong, at τ = 40 {table.loc[40.0, 'noise']:.2f} times."
 ))  # fmt: skip
 
 # %% [markdown]
-# The shape of {numref}`fig:measured` is in {eq}`eq:clahe`. A table is steep where one grey level
-# holds many pixels, and that is what a homogeneous region *is*: equalisation spends its contrast
-# on just those places that have nothing to show. Only the limit stops it: the dashed line
-# is the bound $\tau + 1$ found above. At an edge a tile holds many levels, its bins are below the
-# limit already, and raising $\tau$ changes little.
+# The shape of {numref}`fig:measured` follows from {eq}`eq:clahe`. A table is steep where one grey level holds many
+# pixels, and this is exactly the case in a homogeneous region: equalisation spends its contrast on the very regions
+# that have nothing to show. Only the limit prevents this: the dashed line is the bound $\tau + 1$ found above. At an
+# edge a tile holds many levels, its bins are already below the limit, and raising $\tau$ changes little.
 #
-# So the paper's words need a shade. A clip limit of 2 does not prevent noise amplification in
-# homogeneous bone; it bounds it, at about three times, where plain equalisation of tiles
-# would know no bound. What CLAHE gives in return is that faint contours anywhere in the film come
-# into the range that eight bits, an eye, or a network's first layer resolve. Whether a network
-# profits is a question for a network, and {ref}`ex-imaging-help`.
+# So the paper's statement needs a qualification. A clip limit of 2 does not prevent noise amplification in
+# homogeneous bone; it bounds it, at a factor of about three, where plain equalisation of tiles has no bound. In
+# return, CLAHE brings faint contours anywhere in the image into the range that eight bits, an eye, or a network's
+# first layer resolve. Whether a network benefits has to be tested with a network; {ref}`ex-imaging-help` designs the
+# test.
 #
-# ## One way from file to network
+# ## One path from file to network
 #
-# From here on, everything goes through one function: enhance at full size, where the tiles have
-# pixels enough to rank, then shrink so that the long side fits. The results are kept in a
-# cache, named by the content of the film and by the parameters, so that a changed film or
-# parameter can never meet an old picture. `preprocess` and the cache must agree.
+# From here on, every image goes through one function: `preprocess` enhances at full size, where tiles have enough
+# pixels to rank, then shrinks the image so that the long side fits. The preparation of the run has done this once for
+# every image and saved the results in a cache, under names derived from the file's content and the parameters, so
+# that a changed file or parameter never yields an outdated image. The image table lists the cached files;
+# `preprocess` and the cache must agree.
 
 # %%
 p = workspace.profile
-cached = cache_images(sample, workspace.cache, p)
-for g, row in zip(greys, cached.itertuples(), strict=True):
+for g, row in zip(greys, sample.itertuples(), strict=True):
     small = preprocess(g, p.cache_px, p.clip_limit, p.tiles)
     assert np.array_equal(load_cached(row.cached_path), small)
     assert (row.height, row.width) == g.shape
 
 # %% [markdown]
-# The long side of a cached film is at most {glue:text}`c02-cache-px` pixels in this profile. The
-# boxes of lesions shrink with the films, by the factor in the table's column `scale`.
+# The long side of a cached image is at most {glue:text}`c02-cache-px` pixels in this profile. Lesion boxes are scaled
+# with the images, by the factor in the table's column `scale`.
 #
 # ## Paper beside ours
 #
@@ -733,15 +703,15 @@ for g, row in zip(greys, cached.itertuples(), strict=True):
 # * -
 #   - paper, VinDr-SpineXR
 #   - this run, {glue:text}`c02-kind`, profile {glue:text}`c02-profile`
-# * - films
+# * - images
 #   - 8,389
 #   - {glue:text}`c02-n` in this chapter's measurement
 # * - equation
-#   - {eq}`eq:clahe`; neither clipping nor blending is printed
+#   - {eq}`eq:clahe`; neither clipping nor interpolation is printed
 #   - with both, {eq}`eq:clip` and {eq}`eq:blend`
 # * - $CDF_{min}$
 #   - subtracted
-#   - not subtracted, as in OpenCV; it would move one film by {glue:text}`c02-moved-mean` grey
+#   - not subtracted, as in OpenCV; it would move one image by {glue:text}`c02-moved-mean` grey
 #     levels on average
 # * - clip limit $\tau$
 #   - 2.0
@@ -757,26 +727,25 @@ for g, row in zip(greys, cached.itertuples(), strict=True):
 #   - at $\tau$ = 2 noise × {glue:text}`c02-noise`, edge contrast × {glue:text}`c02-contrast`
 # ```
 #
-# Brackets are 95 % intervals over resampled studies. The columns stem from different data and do
-# not compare; the last row is ours alone.
+# Brackets are 95 % intervals over resampled studies. The columns come from different data and are not comparable;
+# only we measured the last row.
 #
 # ## Exercises
 #
 # ```{exercise} Equalise on paper
 # :label: ex-imaging-paper
 #
-# A region has the eight pixels 5, 5, 7, 7, 7, 7, 9, 20. Work out the enhanced levels by
-# {eq}`eq:clahe` with $\beta = 255$. Which two neighbouring levels does it pull apart the most,
-# and why those?
+# A region has the eight pixels 5, 5, 7, 7, 7, 7, 9, 20. Work out the enhanced levels by {eq}`eq:clahe` with
+# $\beta = 255$. Which two neighbouring levels does it pull apart the most, and why those?
 # ```
 #
 # ```{solution-start} ex-imaging-paper
 # :class: dropdown
 # ```
 #
-# $CDF$ is 2, 6, 7, 8 at the levels 5, 7, 9, 20, and $CDF_{min} = 2$. So $I' = 255\,(CDF - 2)/6$:
-# 0, 170, 212.5 and 255. The widest step is from 5 to 7, because half of the pixels are 7: a level
-# that many pixels share is given much room, whether it is bone or fog.
+# $CDF$ is 2, 6, 7, 8 at the levels 5, 7, 9, 20, and $CDF_{min} = 2$. So $I' = 255\,(CDF - 2)/6$: 0, 170, 212.5 and
+# 255. The widest step is from 5 to 7, because half of the pixels are 7: a frequent level gets a wide range, whether
+#      it is bone or haze.
 
 # %%
 region = np.array([[5, 5, 7, 7, 7, 7, 9, 20]], np.uint8)
@@ -789,23 +758,23 @@ assert np.unique(equalise(region)).tolist() == [0, 170, 212, 255]
 # ```{exercise} Try clip limit 8
 # :label: ex-imaging-eight
 #
-# Set `clip_limit = 8.0` in the parameters cell and run the chapter again. What happens to the
-# bound on the slopes, and to the share of tiles in which anything is clipped at all? Then
-# answer the second question for other limits without running all of it.
+# Set `clip_limit = 8.0` in the parameters cell and run the chapter again. What happens to the bound on the slopes,
+# and to the fraction of tiles in which anything is clipped at all? Then answer the second question for other limits
+# without running all of it.
 # ```
 #
 # ```{solution-start} ex-imaging-eight
 # :class: dropdown
 # ```
 #
-# The bound $\tau + 1$ rises from 3 to 9. The share of tiles in which some bin is cut needs the
-# histograms only:
+# The bound $\tau + 1$ rises from 3 to 9. The fraction of tiles in which some bin is clipped needs the histograms
+# only:
 
 # %%
 fullest = counts.max(axis=-1)
-shares = [(fullest > clip_level(t, M, N)).mean() for t in (1, 2, 8, 40)]
-print("tiles clipped at τ = 1, 2, 8, 40:", [f"{x:.0%}" for x in shares])
-assert sorted(shares, reverse=True) == shares
+fractions = [(fullest > clip_level(t, M, N)).mean() for t in (1, 2, 8, 40)]
+print("tiles clipped at τ = 1, 2, 8, 40:", [f"{x:.0%}" for x in fractions])
+assert sorted(fractions, reverse=True) == fractions
 
 # %% [markdown]
 # ```{solution-end}
@@ -814,26 +783,26 @@ assert sorted(shares, reverse=True) == shares
 # ```{exercise} The other order
 # :label: ex-imaging-order
 #
-# `preprocess` enhances first and shrinks afterwards. Shrinking first would be many times quicker.
-# How much do the two results differ, and is one of them noisier?
+# `preprocess` enhances first and shrinks afterwards. Shrinking first would be many times faster. How much do the two
+# results differ, and is one of them noisier?
 # ```
 #
 # ```{solution-start} ex-imaging-order
 # :class: dropdown
 # ```
 #
-# Two effects oppose each other. Shrinking averages noise away *before* the tables are made; but
-# then histograms are narrower, slopes steeper, and what is left is stretched further. Which wins
-# depends on the films, so we print it; and in a small image part of what we call noise is fine
-# anatomy. Enhancing first has another merit: the result does not hang on the size that a
-# network happens to take. In any case, one trained on the one should not be fed with the other.
+# Two effects oppose each other. Shrinking averages noise away *before* the tables are made; but then histograms are
+# narrower, slopes steeper, and the remaining noise is amplified further. Which effect dominates depends on the
+# images, so we print it; and in a small image part of what we call noise is fine anatomy. Enhancing first has another
+# advantage: the result does not depend on the input size of a particular network. In any case, a network trained on
+# one kind should not be given the other.
 
 # %%
 small = preprocess(grey, p.cache_px, clip_limit, tiles)
 size = small.shape[::-1]
 shrunk = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
 other = clahe(shrunk, clip_limit, tiles)
-noise_of = [contrast_and_noise(x, *places(shrunk))[1] for x in (small, other)]
+noise_of = [contrast_and_noise(x, *regions_to_measure(shrunk))[1] for x in (small, other)]
 print(f"mean difference {cv2.absdiff(small, other).mean():.1f}")
 print("noise, enhanced first {:.1f}, shrunk first {:.1f}".format(*noise_of))
 assert other.shape == small.shape
@@ -845,31 +814,28 @@ assert other.shape == small.shape
 # ```{exercise} Does CLAHE help?
 # :label: ex-imaging-help
 #
-# The paper uses CLAHE and reports no run without it. Design the experiment that would tell whether
-# it helps DERNet. What is compared, on which films, how many times, and what could make the
-# answer come out wrong?
+# The paper uses CLAHE and reports no run without it. Design the experiment that would show whether it helps DERNet.
+# What is compared, on which images, how many times, and what could bias the result?
 # ```
 #
 # ```{solution} ex-imaging-help
 # :class: dropdown
 #
-# Train each network twice, with and without CLAHE and everything else equal, on the same
-# folds and with several seeds; compare out-of-fold AUROC study by study, with an interval of the
-# *difference* over resampled studies. Choose nothing on the test split. Pitfalls: choosing $\tau$
-# on the films that are scored; one seed, whose luck may outweigh the effect; augmentation of
-# brightness and contrast, which may already do CLAHE's work; and films from one detector, for which
-# there is little exposure to be evened out.
+# Train each network twice, with and without CLAHE and everything else equal, on the same folds and with several
+# seeds; compare out-of-fold AUROC, paired by study, with an interval of the *difference* over resampled studies.
+# Choose nothing on the test split. Pitfalls: choosing $\tau$ on the images used for scoring; a single seed, whose
+# random effect may exceed that of CLAHE; augmentation of brightness and contrast, which may already do CLAHE's work;
+# and images from one detector, which leave few exposure differences to even out.
 # ```
 #
 # ## Takeaways
 #
-# - DICOM's order is modality, values of interest, inversion last. Out of order, the result is
-#   wrong and still looks like a radiograph.
-# - Equalisation replaces a grey level by its rank. CLAHE ranks within tiles, caps the slope at
-#   about $\tau + 1$, and blends the tables.
-# - Eq. 1 as printed is plain equalisation; the clip limit and the blending are what make it
-#   CLAHE.
-# - A clip limit trades contrast for noise. The paper's 2.0 is a cautious choice that bounds noise
-#   rather than preventing it.
-# - One function, `preprocess`, feeds every network of this book. Where the films come from is
-#   told in {ref}`chap:data`; how they are split, in {ref}`chap:protocol`.
+# - DICOM's order is modality, values of interest, then inversion. In any other order, the result is wrong and still
+#   looks like a radiograph.
+# - Equalisation replaces a grey level by its rank. CLAHE ranks within tiles, caps the slope at about $\tau + 1$, and
+#   interpolates between the tables.
+# - Eq. 1 as printed is plain equalisation; clip limit and interpolation make it CLAHE.
+# - A clip limit trades contrast for noise. The paper's 2.0 is a cautious choice that bounds noise rather than
+#   preventing it.
+# - One function, `preprocess`, prepares the images for every network of this book. {ref}`chap:data` describes where
+#   the images come from; {ref}`chap:protocol` describes how they are split.

@@ -19,92 +19,82 @@
 #
 # ```{admonition} In this chapter
 # :class: tip
-# **You will be able to** deal studies into stratified folds by hand, prove that no study sits on
-# both sides of a split, measure what a careless split gives away, and say why a test split is
-# used once.
+# **You will be able to** split studies into stratified folds by hand, prove that no study is on both sides of a
+# split, measure the optimism of a careless split, and explain why a test split is used once.
 #
-# **You need** {ref}`chap:data` for the words *study*, *image* and *box*; nothing of networks yet.
+# **You need** {ref}`chap:data` for the words *study*, *image* and *box*; no knowledge of networks yet.
 #
-# **It takes** about ten minutes to read and well under a minute to run on two cores, at any
-# virtual profile.
+# **It takes** about ten minutes to read and well under a minute to run on two cores, with any virtual profile.
 # ```
 #
-# A result on radiographs stands or falls with a question that no network answers: *were the
-# images that judge the model strangers to the images that taught it?* This chapter settles the
-# question before any network is trained. It makes the folds that every later chapter uses, and it
-# measures, on the training studies alone, how the answer changes if one does not ask.
+# A result on radiographs depends on a question that has nothing to do with the network: *are the images that evaluate
+# the model independent of the images it was trained on?* This chapter settles the question before any network is
+# trained. It explains the folds that every later chapter uses, and it measures, on the training studies alone, how
+# the result changes if the question is ignored.
 
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
-deals = 5  # how often the cards are dealt anew when two ways of dealing are compared
-thumbnail_px = 32  # side of the small films that the simple learners see
+repeats = 5  # random splits of each kind, where two ways of splitting are compared
+thumbnail_px = 32  # side of the small images that the simple classifiers see
 components = 20  # principal components that the logistic regression sees
 
 # %% [markdown]
-# The set-up reads the dataset and keeps the training images only. Of the test images this chapter
-# knows how many there are; it opens none, and no number below depends on what they show.
+# The set-up reads the run's image table and keeps the training images only. For the test images this chapter counts
+# rows; it opens none of them, and no number below depends on their content.
 
-# %%
+# %% tags=["hide-input"]
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from myst_nb import glue
 from scipy.special import comb
 
 from dernet_utils.book.figures import show_figure, show_radiograph
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.errors import DernetError
-from dernet_utils.dataset.folds import load_folds, make_folds
+from dernet_utils.dataset.folds import make_folds
 from dernet_utils.dataset.prepared import load_cached, read_images
-from dernet_utils.imaging.cache import cache_images
 from dernet_utils.metrics.classification import auroc
 from dernet_utils.metrics.intervals import bootstrap_by_study
 
+# %%
 workspace = open_chapter(profile)
 images = read_images(workspace)
 train = images[images["split"] == "train"].sort_values("image_id").reset_index(drop=True)
-
-# %% tags=["hide-input"]
-# What the sentences of this page quote is handed to them by `glue`, under names that begin c03.
 F, seed = workspace.profile.folds, workspace.profile.seed
 study, y = train["study_id"].to_numpy(), train["abnormal"].to_numpy().astype(int)
-kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
+
+# %% tags=["remove-cell"]
 glue_values("c03", {
-    "profile": workspace.profile.name, "kind": kind, "folds": F, "seed": seed,
+    "profile": workspace.profile.name, "folds": F, "seed": seed,
+    "kind": "virtual radiographs" if workspace.profile.virtual else "radiographs",
     "images": len(train), "studies": train["study_id"].nunique(),
     "test-images": len(images) - len(train), "abnormal": f"{y.mean():.0%}",
 })  # fmt: skip
 
 # %% [markdown]
-# This run, profile {glue:text}`c03-profile`, has {glue:text}`c03-images` {glue:text}`c03-kind` of
+# This run, profile {glue:text}`c03-profile`, has {glue:text}`c03-images` {glue:text}`c03-kind` from
 # {glue:text}`c03-studies` training studies, {glue:text}`c03-abnormal` of them abnormal. A further
-# {glue:text}`c03-test-images` images of other studies form the test split, and wait.
+# {glue:text}`c03-test-images` images from other studies form the test split and are not used here.
 #
 # ## Why the study is the unit
 #
-# A *study* is one visit of one person: one body, one machine, one day, often two or more
-# projections. Its images therefore share far more than images of two people do: bone density,
-# posture, collimation, exposure, and usually the label. First we count how many images a study
-# has.
+# A *study* is one visit of one person: one body, one machine, one day, often two or more projections. Its images
+# therefore have far more in common than images of two people do: bone density, posture, collimation, exposure, and
+# usually the label. First we count the images per study.
 
 # %%
 by_study = train.groupby("study_id")["abnormal"].agg(n="size", abnormal="sum")
 siblings = by_study["n"].loc[study].to_numpy() - 1  # other images of the same study, (n,)
 assert by_study["n"].sum() == len(train)
-glue_values("c03", {
-    "with-sibling": f"{(siblings > 0).mean():.0%}",
-})
-by_study.groupby("n").size().rename("studies").rename_axis("images a study").to_frame()
+by_study.groupby("n").size().rename("studies").rename_axis("images per study").to_frame()
 
 # %% [markdown]
-# Of all training images, {glue:text}`c03-with-sibling` have at least one *sibling*: another image
-# of the same study.
+# Of all training images, {glue:text}`c03-with-sibling` have at least one *sibling*: another image of the same study.
 #
-# How much does a sibling tell about a label? Take all pairs of images within a study and count
-# those that agree, normal with normal or abnormal with abnormal. Then do the same for pairs
-# across studies. If $n$ images hold $a$ abnormal ones, $\binom{a}{2} + \binom{n-a}{2}$ of their
-# $\binom{n}{2}$ pairs agree.
+# How much does a sibling reveal about a label? Take all pairs of images within a study and count those that agree,
+# normal with normal or abnormal with abnormal. Then do the same for pairs across studies. If $a$ of $n$ images are
+# abnormal, $\binom{a}{2} + \binom{n-a}{2}$ of their $\binom{n}{2}$ pairs agree.
 
 
 # %%
@@ -120,27 +110,25 @@ assert 0 <= across <= 1 and 0 <= within <= 1
 pd.Series({"within a study": within, "across studies": across}, name="labels agree").to_frame()
 
 # %% [markdown]
-# Two images of one study carry the same label in {glue:text}`c03-within` of pairs, two images of
-# different studies in {glue:text}`c03-across`. The larger the gap between the two numbers, the
-# more a learner gains from *recognising the person* instead of *seeing the lesion*. Whatever lets
-# it recognise the person on the other side of the split is a leak: information that will not be
-# there when a stranger comes {cite}`kaufman2012,kapoor2023`.
+# Two images of one study carry the same label in {glue:text}`c03-within` of pairs, two images of different studies in
+# {glue:text}`c03-across`. The larger the gap, the more a model gains from *recognising the person* instead of
+# *detecting the lesion*. Whatever lets it recognise the person on the other side of the split is a leak: information
+# that will not be available for a new patient {cite}`kaufman2012,kapoor2023`.
 #
-# ## Dealing studies, by hand
+# ## Splitting studies into folds, by hand
 #
-# Cross-validation deals the training images into $F$ *folds*. Each fold is held out once while a
-# model learns from the others, so that every training image gets a prediction from a model that
-# has never seen it: its *out-of-fold* prediction. We ask three things of the deal.
+# Cross-validation splits the training images into $F$ *folds*. Each fold is held out once while a model is trained on
+# the others, so that every training image gets a prediction from a model that has never seen it: its *out-of-fold*
+# prediction. The folds have to meet three requirements.
 #
-# 1. **Covering.** Every image is in exactly one fold.
+# 1. **Complete.** Every image is in exactly one fold.
 # 2. **Grouped.** All images of a study are in one fold.
-# 3. **Stratified.** The folds hold, as nearly as the second demand allows, equal shares of the
-#    normal and equal shares of the abnormal images.
+# 3. **Stratified.** The folds hold, as nearly as the second requirement allows, equal fractions of the normal and
+#    equal fractions of the abnormal images.
 #
-# The first two are absolute and the third is a compromise, so the deal is a small optimisation.
-# Let $n_{sk}$ be the number of images of class $k$ in study $s$, $N_k = \sum_s n_{sk}$, and
-# $C_{fk}$ the number of class-$k$ images that fold $f$ holds so far. Study $s$ goes to the fold
-# that leaves the shares least unequal:
+# The first two are strict and the third is a compromise, so assigning folds is a small optimisation. Let $n_{sk}$ be
+# the number of images of class $k$ in study $s$, $N_k = \sum_s n_{sk}$, and $C_{fk}$ the number of class-$k$ images
+# already in fold $f$. Study $s$ goes to the fold for which the fractions differ least:
 #
 # ```{math}
 # :label: eq:deal
@@ -148,25 +136,25 @@ pd.Series({"within a study": within, "across studies": across}, name="labels agr
 #   \operatorname*{sd}_{g = 1 \dots F} \left( \frac{C_{gk} + [g = f]\, n_{sk}}{N_k} \right)
 # ```
 #
-# A fold that is equally good and holds fewer images is preferred. The sum on the right, for one
-# study and one fold, takes three lines.
+# Of equally good folds, the one with fewer images is preferred. The sum on the right, for one study and one fold,
+# takes three lines.
 
 
 # %%
 def spread(C, n_s, f, N):
-    """Unevenness of the folds if study s joined fold f; C (F, K), n_s and N (K,)."""
+    """Imbalance of the folds if study s joined fold f; C (F, K), n_s and N (K,)."""
     trial = C.copy()
     trial[f] += n_s
     return (trial / N).std(axis=0).mean()
 
 
 # %% [markdown]
-# The choice of one fold compares the folds from the first to the last.
+# To choose a fold, compare all folds from the first to the last.
 
 
 # %%
 def best_fold(C, n_s, N):
-    """Return the fold of the least spread, of equal ones the emptier."""
+    """Return the fold with the least spread; on a tie, the one with fewer images."""
     best, least = 0, spread(C, n_s, 0, N)
     for f in range(1, len(C)):
         this = spread(C, n_s, f, N)
@@ -177,11 +165,11 @@ def best_fold(C, n_s, N):
 
 
 # %% [markdown]
-# The deal itself goes through the studies and keeps count.
+# The assignment goes through the studies and updates the counts.
 
 
 # %%
-def deal(n, F, order):
+def assign_folds(n, F, order):
     """Return the fold of each study, (S,); n counts images by study and class, (S, K)."""
     C, fold = np.zeros((F, n.shape[1])), np.full(len(n), -1)
     for s in order:
@@ -191,20 +179,20 @@ def deal(n, F, order):
 
 
 # %% [markdown]
-# A case small enough to do in the head: two folds, and four studies with (normal, abnormal) images
-# (2, 0), (0, 2), (1, 1) and (1, 1). The first goes to fold 0. The second would be as even in
-# either fold, and fold 1 is the emptier. The two mixed studies then go one to each side.
+# Here is a case small enough to do in your head: two folds, and four studies with (normal, abnormal) images (2, 0),
+# (0, 2), (1, 1) and (1, 1). The first goes to fold 0. The second would be equally balanced in either fold, and fold 1
+# has fewer images. The two mixed studies then go one to each fold.
 
 # %%
 toy = np.array([[2, 0], [0, 2], [1, 1], [1, 1]])
-toy_fold = deal(toy, F=2, order=range(4))
+toy_fold = assign_folds(toy, F=2, order=range(4))
 assert toy_fold.tolist() == [0, 1, 0, 1]
 pd.DataFrame(toy, columns=["normal", "abnormal"]).groupby(toy_fold).sum().rename_axis("fold")
 
 # %% [markdown]
-# Each toy fold has four images, and neither is perfectly balanced: with whole studies to deal,
-# it often cannot be. Order matters in a greedy deal. Large one-sided studies are hard to place
-# late, so they go first; within equals, a seeded shuffle decides.
+# Each toy fold has four images, and neither is perfectly balanced: with whole studies, perfect balance is often
+# impossible. Order matters for a greedy algorithm. Large one-sided studies are hard to place late, so they go first;
+# among equals, a seeded shuffle decides.
 
 # %%
 studies, s_of_image = np.unique(study, return_inverse=True)
@@ -213,29 +201,29 @@ np.add.at(n, (s_of_image, y), 1)  # n_sk: images by study and class
 shuffled = np.arange(len(studies))
 np.random.RandomState(seed).shuffle(shuffled)
 order = shuffled[np.argsort(-n[shuffled].std(axis=1), kind="stable")]
-fold_by_hand = deal(n, F, order)[s_of_image]
+fold_by_hand = assign_folds(n, F, order)[s_of_image]
 
 # %% [markdown]
-# Every later chapter takes its folds from one file, written once per run by `load_folds`. The
-# package makes it with scikit-learn's `StratifiedGroupKFold` {cite}`pedregosa2011`. If we have
-# understood it, our deal is not merely similar but the same, image by image.
+# Every later chapter takes its folds from one place: the column `fold` of the run's image table. The run's
+# preparation writes it once, by `make_folds`, which uses scikit-learn's `StratifiedGroupKFold` {cite}`pedregosa2011`;
+# test images have no fold. If we have understood the algorithm, our folds are not merely similar but the same, image
+# by image.
 
 # %%
-folds = load_folds(workspace, images)
-fold = folds["fold"].to_numpy()
-assert (folds["image_id"] == train["image_id"]).all()
+fold = train["fold"].to_numpy(int)
+assert images.loc[images["split"] == "test", "fold"].isna().all()
 assert (fold_by_hand == fold).all()
 
 # %% [markdown]
-# ## Three promises, checked
+# ## Three requirements, checked
 #
-# Covering and grouping are asserted outright. For the third promise we compare each fold's number
-# of images of each class with the ideal $N_k / F$. Since studies are not cut, a fold can
-# miss the ideal; it should not miss it by more than the largest study.
+# Completeness and grouping are asserted outright. For the third requirement we compare each fold's number of images
+# of each class with the ideal $N_k / F$. Since studies are not divided, a fold can miss the ideal; it should not miss
+# it by more than the size of the largest study.
 
 # %%
-assert np.isin(fold, range(F)).all() and folds["image_id"].is_unique
-assert (folds.groupby("study_id")["fold"].nunique() == 1).all()
+assert np.isin(fold, range(F)).all() and train["image_id"].is_unique
+assert (train.groupby("study_id")["fold"].nunique() == 1).all()
 for f in range(F):
     assert not set(study[fold == f]) & set(study[fold != f])
 counts = pd.crosstab(fold, y)
@@ -252,25 +240,21 @@ for f in range(F):
     ax.text(f, bottom[f], text, ha="center", va="bottom", fontsize=8)
 ax.set(xlabel="fold", ylabel="images", xticks=range(F), ylim=(0, bottom.max() * 1.15))
 ax.legend(loc="lower right", framealpha=1)
-glue_values("c03", {
-    "within": f"{within:.0%}",
-    "across": f"{across:.0%}",
-})
 show_figure("c03-fig-folds", fig)
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-folds
 # :name: fig:folds
-# :alt: Stacked bars of normal and abnormal images, one bar a fold, with the number of studies.
-# The folds of this run. n = {glue:text}`c03-images` {glue:text}`c03-kind` of
-# {glue:text}`c03-studies` training studies, profile {glue:text}`c03-profile`.
+# :alt: Stacked bars of normal and abnormal images, one bar per fold, with the number of studies.
+# The folds of this run. n = {glue:text}`c03-images` {glue:text}`c03-kind` from {glue:text}`c03-studies` training
+# studies, profile {glue:text}`c03-profile`.
 # ```
 #
-# {numref}`fig:folds` shows the compromise at work: heights and shares are nearly level although
-# nobody cut a study to make them so.
+# {numref}`fig:folds` shows the compromise: bar heights and class fractions are nearly equal although no study was
+# divided.
 #
-# A rule that is only written down will be broken in some late-night change. So the package
-# refuses to deal a table that has test images in it:
+# A rule that exists only in the documentation will be broken by some late-night change. So the package refuses to
+# make folds of a table that contains test images:
 
 # %%
 try:
@@ -281,16 +265,16 @@ assert "test split" in refusal
 refusal
 
 # %% [markdown]
-# ## The other way: dealing images
+# ## The other way: splitting images
 #
-# Now the mistake, made on purpose and on the training images only. An *image-level* deal is
-# stratified too, but treats each film as a stranger.
+# Now we make the mistake on purpose, on the training images only. An *image-level* split is stratified too, but
+# treats each image as independent of all others.
 
 # %%
 from sklearn.model_selection import StratifiedKFold
 
 
-def deal_images(y, F, seed):
+def split_images(y, F, seed):
     """Return the fold of each image, (n,), whatever study it belongs to."""
     fold, splitter = np.empty(len(y), int), StratifiedKFold(F, shuffle=True, random_state=seed)
     for f, (_, held_out) in enumerate(splitter.split(y, y)):
@@ -299,60 +283,52 @@ def deal_images(y, F, seed):
 
 
 # %% [markdown]
-# An image *leaks* if one of its siblings lies in another fold, because then the sibling is in the
-# training set when the image is judged. Nothing else needs to be known to count leaks.
+# An image *leaks* if one of its siblings is in another fold, because the sibling is then in the training set when the
+# image is evaluated. Leaks can be counted without knowing anything else.
 
 
 # %%
 def leaks(study, fold):
-    """Whether another image of the same study lies in another fold, (n,)."""
+    """Whether another image of the same study is in another fold, (n,)."""
     return pd.Series(fold).groupby(study).transform("nunique").to_numpy() > 1
 
 
-image_fold = deal_images(y, F, seed)
+image_fold = split_images(y, F, seed)
 assert not leaks(study, fold).any()
 leaking = leaks(study, image_fold).mean()
-glue_values("c03", {
-    "leaking": f"{leaking:.0%}",
-})
 
 # %% tags=["hide-input", "remove-output"]
 shown = by_study[by_study["n"] > 1].index[:10]
 fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.6), sharey=True)
 palette = plt.get_cmap("cividis", F)
-for ax, dealt, title in zip(axes, (fold, image_fold), ("by study", "by image"), strict=True):
+for ax, folds, title in zip(axes, (fold, image_fold), ("by study", "by image"), strict=True):
     for row, name in enumerate(shown):
-        for column, f in enumerate(dealt[study == name]):
+        for column, f in enumerate(folds[study == name]):
             ax.add_patch(plt.Rectangle((column, row), 0.9, 0.8, color=palette(f)))
             ink = "white" if f < F / 2 else "black"
             ax.text(column + 0.45, row + 0.4, str(f), ha="center", va="center", color=ink)
-    ax.set(title=f"dealt {title}", xlabel="image of the study")
+    ax.set(title=f"split {title}", xlabel="image of the study")
     ax.set(xlim=(-0.2, by_study["n"].max() + 0.2))
     ax.set(ylim=(len(shown), -0.2), xticks=[], yticks=np.arange(len(shown)) + 0.4)
     ax.set_yticklabels(range(1, len(shown) + 1))
     ax.grid(visible=False)
 axes[0].set_ylabel("study")
-glue_values("c03", {
-    "shown": len(shown),
-})
 show_figure("c03-fig-deals", fig)
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-deals
 # :name: fig:deals
 # :alt: Squares numbered by fold; each row has one number on the left, several on the right.
-# Two ways to deal the same films: a row is a study, a square one of its images, the number its
-# fold. The first n = {glue:text}`c03-shown` training studies with several {glue:text}`c03-kind`,
-# profile {glue:text}`c03-profile`.
+# Two ways to split the same images: each row is a study, each square one of its images, the number its fold. The
+# first n = {glue:text}`c03-shown` training studies with several {glue:text}`c03-kind`, profile
+# {glue:text}`c03-profile`.
 # ```
 #
-# In {numref}`fig:deals`, each row on the left has one number. On the right, numbers mix within
-# rows, and each mixed row is a study on both sides of a split. In this deal,
-# {glue:text}`c03-leaking` of the images leak.
+# In {numref}`fig:deals`, each row on the left has one number. On the right, numbers mix within rows, and each mixed
+# row is a study on both sides of a split. In this split, {glue:text}`c03-leaking` of the images leak.
 #
-# That is no bad luck. Suppose $N$ images are dealt at random into folds of $N/F$. The chance that
-# all $m - 1$ siblings of an image fall into the image's own fold, and none leaks, is a short
-# product:
+# This is not bad luck. Suppose $N$ images are assigned at random to folds of $N/F$. The probability that all $m - 1$
+# siblings of an image are in the image's own fold, so that none leaks, is a short product:
 #
 # ```{math}
 # :label: eq:leak
@@ -362,45 +338,46 @@ show_figure("c03-fig-deals", fig)
 
 # %%
 def leak_probability(m, N, F):
-    """Chance that an image of a study with m images leaks in a random deal (equation above)."""
+    """Probability that an image of a study with m images leaks in a random split (equation above)."""
     j = np.arange(1, m)
     return 1 - np.prod(np.maximum(N / F - j, 0) / (N - j))
 
 
 # %% [markdown]
-# Is that what deals do? Fifty of them, averaged, against the equation.
+# Do real splits follow the equation? We average fifty of them.
 
 # %%
 expected = np.mean([leak_probability(1 + m, len(y), F) for m in siblings])
-measured = np.mean([leaks(study, deal_images(y, F, seed + d)) for d in range(50)])
+measured = np.mean([leaks(study, split_images(y, F, seed + d)) for d in range(50)])
 assert abs(expected - measured) < 0.05
+
+# %% tags=["remove-cell"]
 glue_values("c03", {
-    "expected": f"{expected:.0%}",
-    "measured": f"{measured:.0%}",
-})
+    "with-sibling": f"{(siblings > 0).mean():.0%}",
+    "within": f"{within:.0%}", "across": f"{across:.0%}",
+    "shown": len(shown), "leaking": f"{leaking:.0%}",
+    "expected": f"{expected:.0%}", "measured": f"{measured:.0%}",
+})  # fmt: skip
 
 # %% [markdown]
-# Averaged over the studies, {eq}`eq:leak` promises {glue:text}`c03-expected`; fifty deals gave
-# {glue:text}`c03-measured`. More folds make it worse: the more data each model may learn from, the
-# likelier the sibling is among them. Leave-one-*image*-out, the limit, leaks whatever can leak.
+# Averaged over the images, {eq}`eq:leak` predicts {glue:text}`c03-expected`; fifty splits gave
+# {glue:text}`c03-measured`. More folds make it worse: the larger the training set of each model, the more likely it
+# contains the sibling. In the limit, leave-one-*image*-out, every image that has a sibling leaks.
 #
-# ## Does a film know its study?
+# ## Can an image be matched to its study?
 #
-# A leak does harm only if a learner can use it. The plainest test needs no learner: shrink each
-# enhanced film to a thumbnail, remove its mean brightness and contrast, and ask which other
-# thumbnail is nearest.
+# A leak does harm only if a model can exploit it. The simplest test needs no model: shrink each enhanced image to a
+# thumbnail, remove its mean brightness and contrast, and find the nearest other thumbnail.
+
 
 # %%
-
-
 def thumbnail(path, side):
-    """A film as side × side grey values of mean 0 and deviation 1, shape (side²,)."""
+    """An image as side × side grey values of mean 0 and standard deviation 1, shape (side²,)."""
     small = cv2.resize(load_cached(path), (side, side), interpolation=cv2.INTER_AREA)
     grey = small.astype(float).ravel()
     return (grey - grey.mean()) / max(grey.std(), 1e-6)
 
 
-# %%
 x = np.stack([thumbnail(path, thumbnail_px) for path in train["cached_path"]])
 assert x.shape == (len(train), thumbnail_px**2)
 squares = (x**2).sum(axis=1)
@@ -410,9 +387,9 @@ nearest = distance.argmin(axis=1)
 assert (nearest != np.arange(len(train))).all()
 
 # %% [markdown]
-# Among images that have a sibling, how often is the nearest film of all one of its own study?
-# A film chosen blindly would be a sibling with probability $(m - 1)/(N - 1)$. And where it is
-# not, how far down the list does the nearest sibling come?
+# Among images that have a sibling, how often does the nearest image belong to the same study? A randomly chosen image
+# would be a sibling with probability $(m - 1)/(N - 1)$. And if the nearest image is not a sibling, how far down the
+# list is the nearest sibling?
 
 # %%
 own = study[nearest] == study
@@ -421,16 +398,15 @@ recognised = bootstrap_by_study(
     lambda rows: own[has][rows].mean(), study[has], workspace.profile.bootstrap, seed
 )
 to_sibling = np.where(study[:, None] == study, distance, np.inf).min(axis=1)
-nearer = (distance < to_sibling[:, None]).mean(axis=1)[has]  # share of films before the sibling
+nearer = (distance < to_sibling[:, None]).mean(axis=1)[has]  # fraction of images before the sibling
 assert (nearer[own[has]] == 0).all()
 
 # %% tags=["hide-input", "remove-output"]
-chosen = [*np.flatnonzero(own)[:2], *np.flatnonzero(~own)]
-chosen = chosen[:4]
+chosen = [*np.flatnonzero(own)[:2], *np.flatnonzero(~own)][:4]
 fig, axes = plt.subplots(2, len(chosen), figsize=(7.4, 4.6))
 for column, i in zip(axes.T, chosen, strict=True):
-    show_radiograph(column[0], load_cached(train["cached_path"][i]), "film")
-    whose = "of its own study" if own[i] else "of another study"
+    show_radiograph(column[0], load_cached(train["cached_path"][i]), "image")
+    whose = "of the same study" if own[i] else "of another study"
     show_radiograph(column[1], load_cached(train["cached_path"][nearest[i]]), whose)
 glue_values("c03", {
     "n-nearest": len(chosen),
@@ -438,34 +414,32 @@ glue_values("c03", {
     "by-chance": f"{(siblings[has] / (len(train) - 1)).mean():.3f}",
     "nearer": f"{np.median(nearer):.0%}",
     "n-has": len(has),
-})
+})  # fmt: skip
 show_figure("c03-fig-nearest", fig)
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-nearest
 # :name: fig:nearest
-# :alt: Spine films, each above its nearest film, which is marked as of its own or another study.
-# Films (above) and their nearest neighbours by thumbnail (below); where there are such, two of
-# the own study first. n = {glue:text}`c03-n-nearest` of {glue:text}`c03-images`
-# {glue:text}`c03-kind`, profile {glue:text}`c03-profile`.
+# :alt: Spine radiographs, each above its nearest neighbour, which is marked as of the same or another study.
+# Images (above) and their nearest neighbours by thumbnail (below); where available, two matches from the same study
+# first. n = {glue:text}`c03-n-nearest` of {glue:text}`c03-images` {glue:text}`c03-kind`, profile
+# {glue:text}`c03-profile`.
 # ```
 #
-# For the {glue:text}`c03-n-has` images with a sibling, the nearest film is of the own study in a
-# share of {glue:text}`c03-recognised` (95 % interval by resampling studies), against
-# {glue:text}`c03-by-chance` by chance. (Where the share is exactly none or all, resampling gives an
-# interval without width; three divided by the number of studies then bounds what it cannot see.)
-# In the median, {glue:text}`c03-nearer` of all films come
-# before the first sibling; half of them would if siblings were like any others. Look at
-# {numref}`fig:nearest` for the reason in either direction: films of one projection look alike
-# across people, and two projections of one person need not look alike at all. A sibling of the
-# *same* projection is what a memoriser hopes for. A network sees far more than a thumbnail, and
-# may recognise a person, a machine or an implant across projections.
+# For the {glue:text}`c03-n-has` images with a sibling, the nearest image belongs to the same study in a fraction of
+# {glue:text}`c03-recognised` (95 % interval by resampling studies), against {glue:text}`c03-by-chance` by chance.
+# (Where the fraction is exactly 0 or 1, resampling gives an interval of zero width; three divided by the number of
+# studies then bounds the fraction that the sample could have missed.) In the median, {glue:text}`c03-nearer` of all
+# images are nearer than the first sibling; it would be half if siblings resembled each other no more than other
+# images. {numref}`fig:nearest` shows reasons for both outcomes: images of one projection look alike across people,
+# and two projections of one person need not look alike at all. A memoriser profits most from a sibling of the *same*
+# projection. A network sees far more than a thumbnail, and may recognise a person, a machine or an implant across
+# projections.
 #
-# ## Does it flatter a learner?
+# ## Does it inflate a classifier's score?
 #
-# Now two learners of the kind that existed long before deep networks. The first reduces the
-# thumbnails to their principal components and fits a logistic regression. The second is a pure
-# memoriser: it copies the label of the nearest training film.
+# We test two classifiers that predate deep networks. The first reduces the thumbnails to their principal components
+# and fits a logistic regression. The second is a pure memoriser: it copies the label of the nearest training image.
 
 # %%
 from sklearn.decomposition import PCA
@@ -480,14 +454,14 @@ logistic = make_pipeline(pca, StandardScaler(), LogisticRegression(C=0.1, max_it
 learners = {"logistic regression": logistic, "nearest neighbour": KNeighborsClassifier(1)}
 
 # %% [markdown]
-# Components, means and weights are all learnt inside the fold. A principal component computed from
-# all images would be a second, quieter leak.
+# Components, means and weights are all fitted on the training folds only. A principal component computed from all
+# images would be a second, less obvious leak.
 
 
 # %%
 @threadpool_limits.wrap(limits=1)  # on matrices this small, threads mostly wait for each other
 def out_of_fold(learner, x, y, fold):
-    """Probability of abnormal for each image, by a model that learnt from the other folds."""
+    """Probability of abnormal for each image, by a model trained on the other folds."""
     prob = np.full(len(y), np.nan)
     for f in range(F):
         held_out = fold == f
@@ -497,31 +471,30 @@ def out_of_fold(learner, x, y, fold):
 
 
 # %% [markdown]
-# One deal is one throw of dice, so both ways of dealing are repeated with new seeds; the first
-# study-level deal is the run's own.
+# A single random split proves little, so both ways of splitting are repeated with new seeds; the first study-level
+# split is the run's own.
 
 # %%
 ways = {
-    "by image": [deal_images(y, F, seed + d) for d in range(deals)],
-    "by study": [make_folds(train, F, seed + d)["fold"].to_numpy() for d in range(deals)],
+    "by image": [split_images(y, F, seed + d) for d in range(repeats)],
+    "by study": [make_folds(train, F, seed + d)["fold"].to_numpy() for d in range(repeats)],
 }
 assert (ways["by study"][0] == fold).all()
 prob = {
-    (name, way): np.stack([out_of_fold(learner, x, y, fold) for fold in dealt])
+    (name, way): np.stack([out_of_fold(learner, x, y, fold) for fold in splits])
     for name, learner in learners.items()
-    for way, dealt in ways.items()
+    for way, splits in ways.items()
 }
 
 # %% [markdown]
-# We score by the area under the receiver operating characteristic, AUROC: the chance that an
-# abnormal image gets a higher score than a normal one; 0.5 is a coin, 1 is perfect. The difference
-# of the two ways is computed within each resample of studies, so that what they share
-# cancels.
+# The score is the area under the receiver operating characteristic, AUROC: the probability that an abnormal image
+# gets a higher score than a normal one; 0.5 is chance, 1 is perfect. We compute it for each way of splitting, and the
+# difference of the two within each resample of studies, so that what both have in common cancels.
 
 
 # %%
 def mean_auroc(key, rows):
-    """AUROC over some rows, mean of the deals."""
+    """AUROC over some rows, mean of the splits."""
     return np.mean([auroc(y[rows], p[rows]) for p in prob[key]])
 
 
@@ -530,38 +503,34 @@ def interval(statistic):
     return bootstrap_by_study(statistic, study, workspace.profile.bootstrap, seed)
 
 
-# %% [markdown]
-# First each way of dealing for itself, then the difference.
-
-# %%
-score = {key: interval(lambda rows, key=key: mean_auroc(key, rows)) for key in prob}
-
-
 def gain(name, rows):
-    """What a learner seems to gain when images are dealt instead of studies."""
+    """How much higher a classifier scores when images are split instead of studies."""
     return mean_auroc((name, "by image"), rows) - mean_auroc((name, "by study"), rows)
 
 
-flattery = {name: interval(lambda rows, name=name: gain(name, rows)) for name in learners}
+score = {key: interval(lambda rows, key=key: mean_auroc(key, rows)) for key in prob}
+gains = {name: interval(lambda rows, name=name: gain(name, rows)) for name in learners}
 
 
-# %% tags=["hide-input", "remove-output"]
+# %% tags=["remove-cell"]
 def verdict(difference):
-    """Say in words where the interval of a difference lies."""
+    """Describe where the interval of a difference lies."""
     if difference.low > 0:
-        return "lies above zero: the image-level deal flatters this learner"
+        return "lies above zero: the image-level split inflates this classifier's score"
     if difference.high < 0:
-        return "lies below zero: here the image-level deal did the learner no favour"
-    return "contains zero: with this many studies, an effect cannot be told from chance"
+        return "lies below zero: here the image-level split lowered this classifier's score"
+    return "contains zero: with this many studies, the effect is indistinguishable from chance"
 
 
 glue_values("c03", {
-    "deals": deals,
-})
-for short, name in (("logistic", "logistic regression"), ("nearest", "nearest neighbour")):
-    glue(f"c03-flattery-{short}", f"{flattery[name]:+.3f}", display=False)
-    glue(f"c03-verdict-{short}", verdict(flattery[name]), display=False)
+    "repeats": repeats,
+    "gain-logistic": f"{gains['logistic regression']:+.3f}",
+    "verdict-logistic": verdict(gains["logistic regression"]),
+    "gain-nearest": f"{gains['nearest neighbour']:+.3f}",
+    "verdict-nearest": verdict(gains["nearest neighbour"]),
+})  # fmt: skip
 
+# %% tags=["hide-input", "remove-output"]
 fig, ax = plt.subplots(figsize=(7.4, 2.6))
 marks = {"by image": ("s", "#D55E00", -0.12), "by study": ("o", "#0072B2", 0.12)}
 for way, (marker, colour, shift) in marks.items():
@@ -569,56 +538,51 @@ for way, (marker, colour, shift) in marks.items():
     value = np.array([s.value for s in its])
     error = [value - [s.low for s in its], [s.high for s in its] - value]
     height = np.arange(len(its)) + shift
-    style = {"fmt": marker, "color": colour, "capsize": 4, "label": f"dealt {way}"}
-    ax.errorbar(value, height, xerr=error, **style)
-ax.axvline(0.5, color="grey", linestyle=":", label="a coin")
+    ax.errorbar(value, height, xerr=error, fmt=marker, color=colour, capsize=4, label=f"split {way}")
+ax.axvline(0.5, color="grey", linestyle=":", label="chance")
 ax.set(yticks=range(len(learners)), yticklabels=list(learners), ylim=(1.6, -0.6))
 ax.set_xlabel("AUROC, out of fold")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 show_figure("c03-fig-leak", fig)
 
+# %% tags=["hide-input"]
 table = pd.DataFrame(
-    {f"dealt {way}": [f"{score[name, way]:.2f}" for name in learners] for way in ways},
+    {f"split {way}": [f"{score[name, way]:.2f}" for name in learners] for way in ways},
     index=list(learners),
 )
-table.assign(difference=[f"{flattery[name]:+.2f}" for name in learners])
+table.assign(difference=[f"{gains[name]:+.2f}" for name in learners])
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-leak
 # :name: fig:leak
-# :alt: AUROC of two learners, with intervals, where folds are dealt by image and by study.
-# What two simple learners seem to be worth, by the way of dealing; mean of
-# {glue:text}`c03-deals` deals, bars are 95 % intervals over studies. n =
-# {glue:text}`c03-images` {glue:text}`c03-kind` of {glue:text}`c03-studies` training studies,
-# profile {glue:text}`c03-profile`.
+# :alt: AUROC of two classifiers, with intervals, where folds are split by image and by study.
+# Apparent AUROC of two simple classifiers, by the way of splitting; mean of {glue:text}`c03-repeats` splits, bars are
+# 95 % intervals over studies. n = {glue:text}`c03-images` {glue:text}`c03-kind` from {glue:text}`c03-studies`
+# training studies, profile {glue:text}`c03-profile`.
 # ```
 #
-# Read the difference in {numref}`fig:leak`, not the heights. For the logistic regression it is
-# {glue:text}`c03-flattery-logistic`; the interval {glue:text}`c03-verdict-logistic`. For the
-# nearest neighbour it is {glue:text}`c03-flattery-nearest`; the interval
-# {glue:text}`c03-verdict-nearest`.
+# Read the difference in {numref}`fig:leak`, not the absolute values. For the logistic regression it is
+# {glue:text}`c03-gain-logistic`; the interval {glue:text}`c03-verdict-logistic`. For the nearest neighbour it is
+# {glue:text}`c03-gain-nearest`; the interval {glue:text}`c03-verdict-nearest`.
 #
-# Four cautions belong to the numbers, whichever way they came out. They are about these two weak
-# learners; a network with millions of weights memorises far better, and its leak can be larger.
-# They depend on how many images a study has and on how alike these are, which differs between a
-# virtual cohort and a hospital. With a few dozen images an AUROC pooled over folds can fall well
-# below one half by itself: taking an abnormal study out of the training set makes the rest more
-# normal, and a learner with nothing else to go by learns just that. And a small difference is no
-# licence: the deal by study costs nothing, so there is nothing to be weighed against it.
+# Four cautions apply to these numbers, whatever their sign. They are about these two weak classifiers; a network with
+# millions of weights memorises far better, and its leak can be larger. They depend on how many images a study has and
+# on how similar these are, which differs between a virtual cohort and a hospital. With a few dozen images an AUROC
+# pooled over folds can be well below 0.5 without any leak: removing an abnormal study from the training set makes the
+# rest more normal, and a classifier without other information learns exactly that. And a small difference is no
+# excuse: splitting by study costs nothing, so there is no trade-off.
 #
-# Would this page have noticed a leak that matters? The second exercise plants one and looks.
+# Would this page have detected a leak that matters? The second exercise introduces one to find out.
 #
-# ## Touching the test split once
+# ## Using the test split once
 #
-# Folds protect choices *among* training studies. The test split protects the last number, and only
-# if no choice has looked at it. The paper's public companion code picks the best epoch, the
-# ensemble's weights and the decision threshold on the test images. Nothing
-# about that is visible in the result; the reported number is simply the best of many, and the best
-# of many is higher than the truth, even where there is nothing to be found.
+# Folds protect choices *among* training studies. The test split protects the final number, and only if no choice was
+# based on it. The paper's public companion code picks the best epoch, the ensemble's weights and the decision
+# threshold on the test images. The result does not reveal this; the reported number is simply the best of many, and
+# the best of many is higher than the truth, even if all candidates are useless.
 #
-# How much higher can be computed. Let $J$ worthless candidates each score $n_0$ normal and $n_1$
-# abnormal images at random. An AUROC is then 0.5 on average, with deviation
-# {cite}`hanley1982`
+# How much higher can be computed. Let $J$ useless candidates each score $n_0$ normal and $n_1$ abnormal images at
+# random. An AUROC is then 0.5 on average, with standard deviation {cite}`hanley1982`
 #
 # ```{math}
 # :label: eq:null-auroc
@@ -627,24 +591,23 @@ table.assign(difference=[f"{flattery[name]:+.2f}" for name in learners])
 #   \lesssim \frac{1}{2} + \sigma_0 \sqrt{2 \ln J}.
 # ```
 #
-# To show it without the test split, the even folds play its part and the odd ones play the
-# strangers who come afterwards.
+# To show this without touching the test split, the even folds play the test split and the odd ones play new patients.
 
 # %%
-played, strangers = np.flatnonzero(fold % 2 == 0), np.flatnonzero(fold % 2 == 1)
+played, new = np.flatnonzero(fold % 2 == 0), np.flatnonzero(fold % 2 == 1)
 n_1, n_0 = y[played].sum(), (1 - y[played]).sum()
 sigma_0 = np.sqrt((n_0 + n_1 + 1) / (12 * n_0 * n_1))
 noise = np.random.default_rng(seed).random((100, 60, len(y)))  # repeats, candidates, images
 seen = np.array([[auroc(y[played], p[played]) for p in repeat] for repeat in noise])
-unseen = np.array([[auroc(y[strangers], p[strangers]) for p in repeat] for repeat in noise])
+unseen = np.array([[auroc(y[new], p[new]) for p in repeat] for repeat in noise])
 assert abs(seen.mean() - 0.5) < 5 * sigma_0 / np.sqrt(seen.size)
 
 # %% [markdown]
-# From the first $J$ candidates of each repeat we take the one that looks best on the played test,
-# and note what it scores there and on strangers.
+# From the first $J$ candidates of each repeat we take the one with the best score on the played test split, and
+# record its score there and on the new patients.
 
 # %%
-tries = np.array([1, 2, 5, 10, 20, 60])  # 60: the paper's epochs, if each were looked at
+tries = np.array([1, 2, 5, 10, 20, 60])  # 60: the paper's epochs, if each were evaluated
 best = np.array([seen[:, :J].argmax(axis=1) for J in tries])  # (6, repeats)
 repeat = np.arange(len(noise))
 reported = np.array([seen[repeat, b].mean() for b in best])
@@ -654,41 +617,36 @@ assert (np.diff(reported) >= 0).all() and (reported[1:] <= bound[1:]).all()
 
 # %% tags=["hide-input", "remove-output"]
 fig, ax = plt.subplots(figsize=(6.4, 3.2))
-ax.plot(tries, reported, "s-", color="#D55E00", label="reported: on the images that chose")
-ax.plot(tries, true, "o--", color="#0072B2", label="afterwards: on strangers")
+ax.plot(tries, reported, "s-", color="#D55E00", label="reported, on the selecting images")
+ax.plot(tries, true, "o--", color="#0072B2", label="afterwards, on new patients")
 ax.plot(tries, bound, ":", color="black", label="bound of the equation")
-ax.set(xscale="log", xticks=tries, xlabel="candidates tried", ylabel="mean AUROC of the chosen")
+ax.set(xscale="log", xticks=tries, xlabel="candidates tried", ylabel="mean AUROC of the selected")
 ax.set_xticklabels(tries)
 ax.minorticks_off()
-ax.legend()
-glue_values("c03", {
-    "reported": f"{reported[-1]:.2f}",
-    "true": f"{true[-1]:.2f}",
-    "n-played": len(played),
-})
+ax.legend(fontsize=8)
+glue_values("c03", {"reported": f"{reported[-1]:.2f}", "true": f"{true[-1]:.2f}", "n-played": len(played)})
 show_figure("c03-fig-optimism", fig)
 
 # %% [markdown]
 # ```{glue:figure} c03-fig-optimism
 # :name: fig:optimism
-# :alt: Reported AUROC rises with the number of candidates tried; on strangers it stays near 0.5.
-# The best of many worthless candidates. Scores are random numbers, so the truth is 0.5; labels are
-# those of n = {glue:text}`c03-n-played` {glue:text}`c03-kind` of the even training folds, mean of
-# 100 repeats, profile {glue:text}`c03-profile`.
+# :alt: Reported AUROC rises with the number of candidates tried; on new patients it stays near 0.5.
+# The best of many useless candidates. Scores are random numbers, so the true AUROC is 0.5; labels are those of n =
+# {glue:text}`c03-n-played` {glue:text}`c03-kind` of the even training folds, mean of 100 repeats, profile
+# {glue:text}`c03-profile`.
 # ```
 #
-# In {numref}`fig:optimism`, sixty looks at {glue:text}`c03-n-played` images turn nothing at all
-# into a reported AUROC of {glue:text}`c03-reported`; strangers get {glue:text}`c03-true`. By
-# {eq}`eq:null-auroc` the optimism falls with the size of the test split and grows with the number
-# of looks, slowly but without end. Real epochs resemble each other more than random candidates
-# do, so real optimism is smaller than this bound, and it is not zero.
+# In {numref}`fig:optimism`, sixty evaluations on {glue:text}`c03-n-played` images turn pure noise into a reported
+# AUROC of {glue:text}`c03-reported`; on new patients it is {glue:text}`c03-true`. By {eq}`eq:null-auroc` the optimism
+# falls with the size of the test split and grows with the number of evaluations, slowly but without limit. Real
+# epochs resemble each other more than random candidates do, so real optimism is smaller than this bound, but it is
+# not zero.
 #
 # Hence the rules of this book:
 #
-# - epochs, ensemble weights, thresholds and every other choice come from out-of-fold predictions
-#   of training studies;
-# - the test split is predicted once, after the choices, and what comes out is printed;
-# - intervals resample studies, not images, for the same reason that folds deal studies.
+# - epochs, ensemble weights, thresholds and every other choice come from out-of-fold predictions of training studies;
+# - inference is run on the test split once, after all choices, and the result is printed as it is;
+# - intervals resample studies, not images, for the same reason that folds split studies.
 #
 # ## Paper beside ours
 #
@@ -701,31 +659,31 @@ show_figure("c03-fig-optimism", fig)
 # | test images | 2,078 | {glue:text}`c03-test-images`, not touched here |
 # | epoch, weights, threshold chosen on | test images (companion code) | out-of-fold predictions |
 #
-# The published split of VinDr-SpineXR is itself by study {cite}`nguyen2021`; what the folds inside
-# the training split were grouped by, the paper does not say.
+# The published split of VinDr-SpineXR is itself by study {cite}`nguyen2021`; how the folds inside the training split
+# were grouped, the paper does not say.
 #
 # ## Exercises
 #
 # ```{exercise}
 # :label: ex:protocol-hand
-# By hand: two folds and three studies with (normal, abnormal) images (2, 0), (1, 0) and (0, 1),
-# dealt in this order by {eq}`eq:deal`. Where does each go, and is the third promise kept?
+# By hand: two folds and three studies with (normal, abnormal) images (2, 0), (1, 0) and (0, 1), assigned in this
+# order by {eq}`eq:deal`. Where does each go, and is the third requirement met?
 # ```
 #
 # ```{solution} ex:protocol-hand
 # :class: dropdown
-# The first goes to fold 0: both folds are empty and equal, and the first is kept. The second goes
-# to fold 1, which makes the normal shares 2/3 and 1/3 rather than 1 and 0. The third
-# adds the only abnormal image: the abnormal shares become 1 and 0 either way, a tie, and fold 1
-# holds fewer images. So fold 1 gets it, and fold 0 has no abnormal image at all: one abnormal
-# image cannot be shared by two folds. Stratification is a wish; grouping is not.
+# The first goes to fold 0: both folds are empty and equal, and the first is kept. The second goes to fold 1, which
+# makes the normal fractions 2/3 and 1/3 rather than 1 and 0. The third adds the only abnormal image: the abnormal
+# fractions become 1 and 0 either way, a tie, and fold 1 holds fewer images. So fold 1 gets it, and fold 0 has no
+# abnormal image at all: one abnormal image cannot be divided between two folds. Stratification is a goal; grouping is
+# a guarantee.
 # ```
 #
 # ```{exercise}
 # :label: ex:protocol-code
-# In code, a positive control: give every film a twin of the same study, the same thumbnail under
-# fresh noise of half a deviation, as a repeated exposure would be. What does the nearest neighbour
-# seem to be worth if twins are dealt by image, and by study?
+# In code, a positive control: give every image a duplicate in the same study, the same thumbnail plus fresh noise of
+# half a standard deviation, like a repeated exposure. What AUROC does the nearest neighbour seem to reach if the
+# images with their duplicates are split by image, and by study?
 # ```
 #
 # ```{solution-start} ex:protocol-code
@@ -733,58 +691,57 @@ show_figure("c03-fig-optimism", fig)
 # ```
 
 # %%
-assert deal(np.array([[2, 0], [1, 0], [0, 1]]), 2, range(3)).tolist() == [0, 1, 1]  # by hand
-twin = x + np.random.default_rng(seed).normal(0, 0.5, x.shape)
-x_2, y_2 = np.vstack([x, twin]), np.tile(y, 2)
-dealt_2 = {"by image": deal_images(y_2, F, seed), "by study": np.tile(fold, 2)}
+assert assign_folds(np.array([[2, 0], [1, 0], [0, 1]]), 2, range(3)).tolist() == [0, 1, 1]  # by hand
+duplicate = x + np.random.default_rng(seed).normal(0, 0.5, x.shape)
+x_2, y_2 = np.vstack([x, duplicate]), np.tile(y, 2)
+folds_2 = {"by image": split_images(y_2, F, seed), "by study": np.tile(fold, 2)}
 memoriser = learners["nearest neighbour"]
-worth = {way: auroc(y_2, out_of_fold(memoriser, x_2, y_2, f)) for way, f in dealt_2.items()}
-assert worth["by image"] > worth["by study"]
-pd.Series(worth, name="AUROC with twins").rename_axis("dealt").round(2).to_frame()
+apparent = {way: auroc(y_2, out_of_fold(memoriser, x_2, y_2, f)) for way, f in folds_2.items()}
+assert apparent["by image"] > apparent["by study"]
+pd.Series(apparent, name="AUROC with duplicates").rename_axis("split").round(2).to_frame()
 
 # %% [markdown]
-# Dealt by image, most twins find each other across the split and the memoriser looks like an
-# expert. Dealt by study, it is what it was. The measurement can see a leak where there is one.
+# Split by image, most duplicates find each other across the split and the memoriser looks like an expert. Split by
+# study, it is no better than before. The measurement does detect a leak where there is one.
 #
 # ```{solution-end}
 # ```
 #
 # ```{exercise}
 # :label: ex:protocol-change
-# Change the chapter: set `thumbnail_px = 8` in the parameters cell and run again. What do you
-# expect of {numref}`fig:nearest` and {numref}`fig:leak`, and what happens?
+# Change the chapter: set `thumbnail_px = 8` in the parameters cell and run again. What do you expect of
+# {numref}`fig:nearest` and {numref}`fig:leak`, and what happens?
 # ```
 #
 # ```{solution} ex:protocol-change
 # :class: dropdown
-# Eight pixels leave posture and collimation, and blur bone. If the own study is still found as
-# often, it was recognised by outline, not by anatomy. A study fingerprint needs no detail, which
-# is why cropping or blurring the films does not mend a leaking split.
+# Eight pixels preserve posture and collimation, and blur bone. If the same study is still found as often, it was
+# recognised by outline, not by anatomy. A study can be recognised without detail, which is why cropping or blurring
+# the images does not repair a leaking split.
 # ```
 #
 # ```{exercise}
 # :label: ex:protocol-question
-# Question the method: VinDr-SpineXR names studies but not patients. A patient may have come
-# twice. Which promise of this chapter does that weaken, can you find such pairs without names,
-# and would you remove them from the test split if you did?
+# Question the method: VinDr-SpineXR identifies studies but not patients. A patient may have come twice. Which
+# requirement of this chapter does that weaken, can you find such pairs without names, and would you remove them from
+# the test split if you did?
 # ```
 #
 # ```{solution} ex:protocol-question
 # :class: dropdown
-# Grouping by study then still lets a person onto both sides, and the intervals, which treat
-# studies as independent, are a little too narrow. Nearest neighbours across studies, by a better
-# descriptor than a thumbnail, would suggest candidates for a human to judge. Removing them from
-# the test split *before* any model is scored, by a rule written down beforehand, is a repair;
-# removing them after seeing which were answered wrongly is a choice made on the test split.
+# Grouping by study can then still put a person on both sides, and the intervals, which treat studies as independent,
+# are a little too narrow. Nearest neighbours across studies, by a better descriptor than a thumbnail, would suggest
+# candidates for human review. Removing them from the test split *before* any model is scored, by a rule written down
+# beforehand, is a repair; removing them after seeing which predictions were wrong is a choice made on the test split.
 # ```
 #
-# ## What to take along
+# ## Takeaways
 #
-# - The study is the unit: of dealing, of testing and of resampling.
-# - A stratified deal of whole studies is a short greedy optimisation, {eq}`eq:deal`, and the
-#   folds of this run equal it image by image.
-# - An image-level deal puts siblings on both sides, as often as {eq}`eq:leak` says. Whether a
-#   given learner profits has to be measured; this page measured two.
-# - The best of many looks is optimistic, {eq}`eq:null-auroc`. So the test split is looked at once.
+# - The study is the unit: of splitting, of testing and of resampling.
+# - A stratified split of whole studies is a short greedy optimisation, {eq}`eq:deal`, and the folds of this run equal
+#   it image by image.
+# - An image-level split puts siblings on both sides, as often as {eq}`eq:leak` predicts. Whether a given classifier
+#   profits has to be measured; this page measured two.
+# - The best of many evaluations is optimistic, {eq}`eq:null-auroc`. So the test split is used once.
 #
 # {ref}`chap:densenet121` trains the first network, on these folds.

@@ -17,20 +17,20 @@
 # (chap:virtual-radiographs)=
 # # A1 · How the virtual radiographs are made
 #
-# VinDr-SpineXR may not be passed on, so this book brings films of its own. They are computed: one
-# real CT is bent into many bodies, lesions are put into its spine, rays are sent through, and what
-# arrives is counted and developed as a film. This chapter takes that machine apart. Each stage is
-# done once by hand and compared with the package, so that nobody need believe a virtual film
-# further than its physics reaches.
+# VinDr-SpineXR may not be redistributed, so this book brings its own radiographs. They are digitally reconstructed:
+# one real CT is deformed into many bodies, lesions are added to its spine, rays are traced through it, and the
+# photons that arrive are counted and processed for display. This chapter takes the simulator apart. Each stage is
+# done once by hand and compared with the package, so that you can judge how far the physics of a virtual radiograph
+# reaches.
 #
 # ```{admonition} In this chapter
 # :class: tip
-# **You will be able to** compute a radiograph from a CT by the Beer–Lambert law; change one number
-# of a virtual body, lesion or exposure and say beforehand what the film will do; read the exact
-# truth that comes with every virtual film: mask, twin, visibility and box.
+# **You will be able to** compute a radiograph from a CT by the Beer–Lambert law; change one number of a virtual body,
+# lesion or exposure and predict its effect on the image; read the exact ground truth of every virtual radiograph:
+# mask, counterfactual, visibility and box.
 #
-# **You need** Python with `numpy`, and the exponential function. No network is trained here, and
-# no dataset is read: the chapter runs alike at every profile.
+# **You need** Python with `numpy`, and the exponential function. No network is trained here, and no image of the
+# run's dataset is used: the chapter gives the same results in every profile.
 #
 # **It takes** half an hour to read, and less than a minute to run on a laptop.
 # ```
@@ -39,11 +39,11 @@
 profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
 seed = 42  # of the virtual patients
 severity = 0.7  # of the lesions shown one by one, above 0 and at most 1; try 0.3
-spacing_mm = 0.4  # pixel size of most films here
+spacing_mm = 0.4  # pixel size of most images here
 
 # %% [markdown]
-# The set-up loads the donor: one chest CT with a number at every voxel of a vertebra
-# {cite}`gopalakrishnan2022,wasserthal2023`. It is fetched once, and its bytes are verified.
+# The set-up loads the donor: a chest CT with a label for every voxel of a vertebra
+# {cite}`gopalakrishnan2022,wasserthal2023`. It is downloaded once, and its bytes are verified.
 
 # %% tags=["hide-input"]
 import tempfile
@@ -56,26 +56,12 @@ import pandas as pd
 import torch
 from scipy import ndimage
 
-from dernet_utils.book.figures import show_boxes, show_figure, show_radiograph
+from dernet_utils.book.figures import show_figure, show_radiograph
+from dernet_utils.book.figures_data import draw_difference, draw_label, draw_lesion
 from dernet_utils.book.teaching import glue_values, open_chapter
-from dernet_utils.core.vocabulary import LESION_STYLE
 from dernet_utils.imaging.reader import read_radiograph
-from dernet_utils.virtual.acquisition import (
-    CORTICAL_BONE,
-    DETECTOR_MM,
-    ENERGY_WEIGHTS,
-    FOCUS_MM,
-    KVP,
-    QUANTA,
-    SCINTILLATOR_MM,
-    SOURCE_MM,
-    TITANIUM,
-    WATER,
-    DisplayProcessing,
-    Paths,
-    expose,
-    transmission,
-)
+from dernet_utils.virtual import acquisition
+from dernet_utils.virtual.acquisition import DisplayProcessing, Paths, expose, transmission
 from dernet_utils.virtual.anatomy import Anatomy, find_discs, find_vertebrae
 from dernet_utils.virtual.cohort import LEAST_VISIBILITY
 from dernet_utils.virtual.counterfactual import read_counterfactuals, write_counterfactuals
@@ -83,8 +69,9 @@ from dernet_utils.virtual.dicom_writer import write_dicom
 from dernet_utils.virtual.donor import fetch_donor, load_donor
 from dernet_utils.virtual.plan import plan_cohort
 from dernet_utils.virtual.projection import BONE_FROM, BONE_SPAN, FAR_STEP_MM, STEP_MM, Scene, View
-from dernet_utils.virtual.render import build_finding, build_shape, find_box, render_radiograph
+from dernet_utils.virtual.render import build_finding, build_shape, render_radiograph
 
+# %%
 workspace = open_chapter(profile)
 fetch_donor()
 donor = load_donor()
@@ -95,55 +82,53 @@ assert donor.density.shape == donor.labels.shape
 # %% [markdown]
 # ## One ray
 #
-# A tube sends $\Phi_0$ photons along a ray, and a share $w_E$ of them has the energy $E$. Each
-# material $m$ on the way takes out the same *fraction* of them in every further gram per square
-# centimetre. This is the Beer–Lambert law, summed over energies:
+# A tube sends $\Phi_0$ photons along a ray; a fraction $w_E$ of them has the energy $E$. Each material $m$ on the ray
+# removes the same *fraction* of them in every further gram per square centimetre. This is the Beer–Lambert law,
+# summed over energies:
 #
 # $$
 # \Phi = \Phi_0 \sum_E w_E \exp\Bigl(-\sum_m (\mu/\rho)_m(E)\,(\rho\ell)_m\Bigr) .
 # $$ (eq:beer-lambert)
 #
-# Here $(\mu/\rho)_m$ is the mass attenuation coefficient, which NIST tabulates
-# {cite}`hubbell1995`, in cm²/g, and $(\rho\ell)_m$ is how much of the material lies on the ray:
-# density times length, g/cm². The book computes with three energies, 40, 60 and 80 keV, and three
-# materials. Twenty centimetres of water, by hand:
+# Here $(\mu/\rho)_m$ is the mass attenuation coefficient, tabulated by NIST {cite}`hubbell1995`, in cm²/g, and
+# $(\rho\ell)_m$ is the amount of the material on the ray: density times length, g/cm². The book computes with three
+# energies, 40, 60 and 80 keV, and three materials. Twenty centimetres of water, by hand:
 
 # %%
 kvp = 80.0  # tube voltage
-w = np.array([np.interp(kvp, KVP, column) for column in ENERGY_WEIGHTS.T])
+w = np.array([np.interp(kvp, acquisition.KVP, column) for column in acquisition.ENERGY_WEIGHTS.T])
 assert np.isclose(w.sum(), 1.0)
+WATER = acquisition.WATER  # mass attenuation at the three energies, cm²/g
 water = 20.0  # g/cm²: 20 cm of 1 g/cm³
-share = sum(w[E] * np.exp(-WATER[E] * water) for E in range(3))
-print(f"Φ / Φ0 = {share:.4f}: one photon in {1 / share:.0f} arrives")
+fraction = sum(w[E] * np.exp(-WATER[E] * water) for E in range(3))
+print(f"Φ / Φ0 = {fraction:.4f}: one photon in {1 / fraction:.0f} arrives")
 
 # %% [markdown]
-# Now two of these centimetres become cortical bone (1.92 g/cm³), or half a millimetre of titanium
-# (4.5 g/cm³) is laid in the way. The package's `transmission` must give the same.
+# Now replace two of these centimetres by cortical bone (1.92 g/cm³), then add half a millimetre of titanium (4.5
+# g/cm³). The package's `transmission` must give the same.
 
 # %%
 ways = {"20 cm water": (20.0, 0.0, 0.0), "2 cm of it bone": (18.0, 2 * 1.92, 0.0),
         "and 0.5 mm titanium": (20.0, 0.0, 0.05 * 4.5)}  # fmt: skip
 passed = {}
 for name, (soft, bone, metal) in ways.items():
-    inside = WATER * soft + CORTICAL_BONE * bone + TITANIUM * metal
-    passed[name] = float(w @ np.exp(-inside))
+    exponent = WATER * soft + acquisition.CORTICAL_BONE * bone + acquisition.TITANIUM * metal
+    passed[name] = float(w @ np.exp(-exponent))
     paths = Paths(*(np.full((1, 1), g) for g in (soft, bone, metal)))
     assert np.isclose(transmission(paths, kvp), passed[name])
 pd.Series(passed).map("{:.2%}".format).to_frame("Φ / Φ0")
 
 # %% [markdown]
-# A trabecular vertebra holds far less mineral than two centimetres of cortex, which is why a spine
-# in a real film is pale and a screw is not.
+# A trabecular vertebra holds far less mineral than two centimetres of cortical bone, which is why a spine in a real
+# radiograph is pale and a screw is not.
 #
-# The sum over energies has a consequence that a single exponential has not. Soft photons are
-# removed first, so that the beam *hardens*: the first centimetre stops a larger share than the
-# twentieth.
+# The sum over energies has an effect that a single exponential lacks. Low-energy photons are removed first, so that
+# the beam *hardens*: the first centimetre stops a larger fraction than the twentieth.
 
 # %%
 cm = np.arange(0.0, 31.0)
 left = w[:, None] * np.exp(-WATER[:, None] * cm)  # (energies, thicknesses)
-log_share = np.log(left.sum(axis=0))
-per_cm = -np.diff(log_share)
+per_cm = -np.diff(np.log(left.sum(axis=0)))
 mean_keV = np.array([40.0, 60.0, 80.0]) @ left / left.sum(axis=0)
 assert (np.diff(per_cm) < 0).all() and (np.diff(mean_keV) > 0).all()
 
@@ -151,33 +136,33 @@ assert (np.diff(per_cm) < 0).all() and (np.diff(mean_keV) > 0).all()
 fig, (ax1, ax2) = plt.subplots(1, 2, figsize=(9.5, 3.4))
 ax1.semilogy(cm, left.sum(axis=0), "o-", ms=3, color="#0072B2", label="three energies")
 ax1.semilogy(cm, np.exp(-per_cm[0] * cm), "--", color="0.25", label="as the first centimetre")
-ax1.set(xlabel="water, cm", ylabel="share that arrives, Φ / Φ₀")
+ax1.set(xlabel="water, cm", ylabel="fraction that arrives, Φ / Φ₀")
 ax1.legend()
 at = np.arange(3)
 for shift, thick, colour, hatch in ((-0.2, 0, "#E69F00", ""), (0.2, 20, "#0072B2", "//")):
     ax2.bar(at + shift, left[:, thick] / left[:, thick].sum(), 0.38, color=colour, hatch=hatch,
             label=f"after {thick} cm: mean {mean_keV[thick]:.0f} keV")  # fmt: skip
 ax2.set_xticks(at, ["40 keV", "60 keV", "80 keV"])
-ax2.set(ylabel="share of the photons left", ylim=(0, 0.75))
+ax2.set(ylabel="fraction of the remaining photons", ylim=(0, 0.75))
 ax2.legend(loc="upper left")
 show_figure("ca1-fig-hardening", fig)
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-hardening
 # :name: fig:virtual-hardening
-# :alt: Transmission through water falls less steeply than a straight line; bars show the mean energy rising behind 20 cm.
+# :alt: Transmission through water falls less steeply than a line; bars show the mean energy rising after 20 cm.
 #
-# Beam hardening in the virtual beam at 80 kVp. Left: transmission of {eq}`eq:beer-lambert` on a
-# logarithmic axis, and what it would be if every centimetre stopped as much as the first. Right: the
-# three energies before and behind 20 cm of water.
+# Beam hardening in the virtual beam at 80 kVp. Left: transmission of {eq}`eq:beer-lambert` on a logarithmic axis, and
+# what it would be if every centimetre stopped as much as the first. Right: the three energies before and after 20 cm
+# of water.
 # ```
 #
 # ## The donor and its landmarks
 #
-# The donor is a grid of densities (Hounsfield units + 1000, so that air is 0 and water 1000).
-# From the labels, `find_vertebrae` measures a frame for each vertebral body: its centre, the
-# direction from its lower to its upper endplate, and the direction to its front. All lesions
-# are placed in such frames, and so they follow their vertebra however the patient bends.
+# The donor is a grid of densities (Hounsfield units + 1000, so that air is 0 and water 1000). From the labels,
+# `find_vertebrae` measures a coordinate frame for each vertebral body: its centre, the direction from its lower to
+# its upper endplate, and the direction to its front. All lesions are defined in such frames, so they follow their
+# vertebra however the patient bends.
 
 # %%
 print(f"{donor.density.shape} voxels (z, y, x) of {donor.spacing_mm} mm")
@@ -189,13 +174,13 @@ table = {"height": middle.height_mm, "depth": middle.depth_mm, "width": middle.w
 print(middle.name, {name: f"{size:.0f} mm" for name, size in table.items()})
 
 # %% [markdown]
-# To look inside, and to follow a ray, we need the density at any place in millimetres: a trilinear
-# interpolation, in four lines.
+# To look inside, and to follow a ray, we need the density at any position in millimetres: trilinear interpolation, in
+# four lines.
 
 
 # %%
 def density_at(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Return the donor's density, HU + 1000, at places in mm."""
+    """Return the donor's density, HU + 1000, at positions in mm."""
     voxels = [np.asarray(p) / s for p, s in zip((z, y, x), donor.spacing_mm, strict=True)]
     return ndimage.map_coordinates(donor.density, voxels, order=1)
 
@@ -203,29 +188,23 @@ def density_at(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 assert density_at(*(np.zeros(1) for _ in range(3))) == 0.0  # a corner of the scan is air
 
 # %% tags=["hide-input", "remove-output"]
-top_mm, deep_mm, wide_mm = (
-    (n - 1) * s for n, s in zip(donor.density.shape, donor.spacing_mm, strict=True)
-)
+top_mm, deep_mm, wide_mm = ((n - 1) * s for n, s in zip(donor.density.shape, donor.spacing_mm, strict=True))
 axis = np.array([body.centre_mm for body in bodies])
+dark = {"facecolor": "black", "alpha": 0.6, "pad": 1, "lw": 0}
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 6.2), width_ratios=[deep_mm, wide_mm])
-# A slice that follows the spine: at each height through the vertebrae's centres.
+# Each slice follows the spine: at each height it passes through the vertebrae's centres.
 for ax, i, size, across in ((axes[0], 1, deep_mm, "front"), (axes[1], 0, wide_mm, "left")):
     u, z = np.meshgrid(np.arange(0.0, size, 0.8), np.arange(0.0, top_mm, 0.8))
     other = np.interp(z, axis[:, 2], axis[:, 1 - i])
-    places = (other, u) if i == 1 else (u, other)
-    ax.imshow(density_at(*places, z), cmap="gray", vmin=700, vmax=1700, origin="lower",
-              extent=(0, size, 0, top_mm))  # fmt: skip
+    slice_ = density_at(*((other, u) if i == 1 else (u, other)), z)
+    ax.imshow(slice_, cmap="gray", vmin=700, vmax=1700, origin="lower", extent=(0, size, 0, top_mm))
     for number, body in enumerate(bodies):
-        centre = body.centre_mm
-        for vector, colour, length in (
-            (body.up, "#E69F00", 14),
-            (getattr(body, across), "#56B4E9", 22),
-        ):
-            ax.annotate("", (centre[i] + length * vector[i], centre[2] + length * vector[2]),
-                        (centre[i], centre[2]), arrowprops={"color": colour, "arrowstyle": "-|>", "lw": 1.5})  # fmt: skip
+        x, y = start = body.centre_mm[[i, 2]]
+        for vector, colour, mm in ((body.up, "#E69F00", 14), (getattr(body, across), "#56B4E9", 22)):
+            arrow = {"color": colour, "arrowstyle": "-|>", "lw": 1.5}
+            ax.annotate("", start + mm * vector[[i, 2]], start, arrowprops=arrow)
         if number % 2 == 0:
-            ax.annotate(body.name, (centre[i] - 34, centre[2]), color="white", fontsize=8, va="center",
-                        ha="right", bbox={"facecolor": "black", "alpha": 0.6, "pad": 1, "lw": 0})  # fmt: skip
+            ax.annotate(body.name, (x - 34, y), color="white", fontsize=8, va="center", ha="right", bbox=dark)
     ax.grid(False)
 axes[0].set(xlabel="back to front, mm", ylabel="height, mm", title="sagittal")
 axes[1].set(xlabel="right to left, mm", title="coronal, along the spine")
@@ -234,15 +213,15 @@ show_figure("ca1-fig-donor", fig)
 # %% [markdown]
 # ```{glue:figure} ca1-fig-donor
 # :name: fig:virtual-donor
-# :alt: A sagittal and a coronal slice of a chest CT; arrows point up and to the front or left from each vertebral body.
+# :alt: A sagittal and a coronal slice of a chest CT; arrows point up and to the front or left from each vertebra.
 #
-# The donor CT behind every virtual film, n = 1, in two slices that follow the spine. Orange arrows:
-# up; blue arrows: to the front (left panel) and to the patient's left (right panel).
+# The donor CT behind every virtual radiograph, n = 1, in two slices that follow the spine. Orange arrows: up; blue
+# arrows: to the front (left panel) and to the patient's left (right panel).
 # ```
 #
-# The landmarks measure, too. A kyphosis is the angle between two bodies, here T5 and T12. A body
-# that keeps this angle, has the donor's stature and girth, and neither curve nor odd proportions
-# *is* the donor, and so a ray through it can be checked against the scan itself.
+# The landmarks are also used for measurement. A kyphosis is the angle between two bodies, here T5 and T12. A body
+# with this angle, the donor's stature and girth, and neither curve nor unusual proportions *is* the donor, so a ray
+# through it can be checked against the scan itself.
 
 # %%
 named = {body.name: body for body in bodies}
@@ -259,19 +238,18 @@ print(f"the donor's kyphosis is {kyphosis_deg:.0f}°")
 # ## A ray through the donor
 #
 # The focal spot is {glue:text}`ca1-source` in front of the spine. A ray is the straight line from there through one
-# point of the spine's plane. We sum along it by hand, with a sample every half millimetre. A voxel
-# denser than water is partly bone: its share of bone rises in a straight line with density up to
-# cortical bone.
+# point of the spine's plane. We sum along it by hand, with a sample every half millimetre. A voxel denser than water
+# is partly bone: its bone fraction rises linearly with density up to cortical bone.
 
 # %%
-aim = middle.centre_mm
+aim, SOURCE_MM = middle.centre_mm, acquisition.SOURCE_MM
 focus = aim + np.array([0.0, SOURCE_MM, 0.0])  # y runs to the front
-depth = np.arange(-200.0, 100.0, 0.5)  # mm from the spine's plane, before it negative
+depth = np.arange(-200.0, 100.0, 0.5)  # mm from the spine's plane, negative in front of it
 
 
-def along(place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return soft tissue and bone, g/cm³, along the ray through a place of the spine's plane."""
-    ray = focus[:, None] + (SOURCE_MM + depth) / SOURCE_MM * (place - focus)[:, None]
+def along(point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return soft tissue and bone, g/cm³, along the ray through a point of the spine's plane."""
+    ray = focus[:, None] + (SOURCE_MM + depth) / SOURCE_MM * (point - focus)[:, None]
     density = density_at(*ray)
     bone = np.maximum(density - BONE_FROM, 0.0) / BONE_SPAN
     soft = np.minimum(density, BONE_FROM) * np.maximum(1.0 - bone, 0.0)
@@ -279,45 +257,42 @@ def along(place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # %% [markdown]
-# `Scene.paths` does this for all rays of a film, with a sample every {glue:text}`ca1-step` near the
-# spine and every {glue:text}`ca1-far-step` elsewhere. Soft tissue is smooth, and 2 % are enough of a
-# tolerance. A cortex is thinner than a step, so that a single ray may catch it once too often or
-# miss it: a step of some 0.2 cm at about 1 g/cm³, hence 0.2 g/cm². Over many rays such errors must
-# cancel; if they do not, something is wrong.
+# `Scene.paths` does this for all rays of an image, with a sample every {glue:text}`ca1-step` near the spine and every
+# {glue:text}`ca1-far-step` elsewhere. Soft tissue is smooth, so a tolerance of 2 % is enough. The cortex is thinner
+# than a step, so that a single ray may count it once too often or miss it: a step of some 0.2 cm at about 1 g/cm³,
+# hence 0.2 g/cm². Over many rays such errors must cancel; if they do not, something is wrong.
 
 # %%
 scene = Scene(donor, bodies, donor_shape, [])
 view = View("AP", 0.0, aim, 70.7, 70.7, 0.0, False)  # 101 × 101 rays, 0.7 mm apart
 paths = scene.paths(view, [])
-differ = []
+differences = []
 for row, column in [(r, 50) for r in range(0, 101, 10)] + [(50, c) for c in range(0, 101, 10)]:
-    place = aim + 0.7 * np.array([column - 50, 0.0, 50 - row])
-    soft, bone = (part.sum() * 0.05 for part in along(place))  # steps of 0.05 cm
-    differ.append((paths.soft[row, column] / soft - 1, paths.bone[row, column] - bone))
-worst_soft, worst_bone = np.abs(differ).max(axis=0)
+    point = aim + 0.7 * np.array([column - 50, 0.0, 50 - row])
+    soft, bone = (part.sum() * 0.05 for part in along(point))  # steps of 0.05 cm
+    differences.append((paths.soft[row, column] / soft - 1, paths.bone[row, column] - bone))
+worst_soft, worst_bone = np.abs(differences).max(axis=0)
 assert worst_soft < 0.02 and worst_bone < 0.2
-assert abs(np.mean([bone for _, bone in differ])) < 0.04
+assert abs(np.mean([bone for _, bone in differences])) < 0.04
 
 # %% tags=["hide-input", "remove-output"]
+soft, bone = along(aim)
 glue_values("ca1", {
     "worst-soft": f"{100 * worst_soft:.1f} %",
     "worst-bone": f"{worst_bone:.2f} g/cm²",
-    "rays": len(differ),
+    "rays": len(differences),
     "source": f"{SOURCE_MM:.0f} mm",
     "step": f"{STEP_MM:g} mm",
     "far-step": f"{FAR_STEP_MM:g} mm",
-})
-soft, bone = along(aim)
-glue_values("ca1", {
     "ray-soft": f"{soft.sum() * 0.05:.1f} g/cm²",
     "ray-bone": f"{bone.sum() * 0.05:.1f} g/cm²",
-})
+})  # fmt: skip
 fig, (ax1, ax2) = plt.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=[2.1, 1])
 ax1.fill_between(depth, soft, color="#56B4E9", alpha=0.45, lw=0, label="soft tissue")
 ax1.fill_between(depth, bone, color="#D55E00", lw=0, label="bone")
 ax1.axvline(0, color="0.2", ls=":")
-ax1.set(xlabel="along the ray from front to back, mm (0: the body's centre)", ylabel="density, g/cm³",
-        xlim=(-190, 90), ylim=(0, 1.9))  # fmt: skip
+ax1.set(xlabel="along the ray from front to back, mm (0: the body's centre)", xlim=(-190, 90))
+ax1.set(ylabel="density, g/cm³", ylim=(0, 1.9))
 ax1.legend(loc="upper left")
 image = ax2.imshow(paths.bone, cmap="gray", extent=(-35.35, 35.35, -35.35, 35.35))
 ax2.plot(0, 0, "o", ms=9, mfc="none", mec="#E69F00", mew=2)
@@ -329,22 +304,22 @@ show_figure("ca1-fig-ray", fig)
 # %% [markdown]
 # ```{glue:figure} ca1-fig-ray
 # :name: fig:virtual-ray
-# :alt: Density along one ray through chest and vertebra; beside it the bone that each ray of a small field has met.
+# :alt: Density along one ray through chest and vertebra; beside it the bone on each ray of a small field.
 #
 # Left: density along one ray through the virtual patient, from the skin in front (left) to the skin behind. Right:
 # $(\rho\ell)_{bone}$ of every ray of a small field; the ring marks the ray on the left.
 # ```
 #
-# This ray meets {glue:text}`ca1-ray-soft` of soft tissue and {glue:text}`ca1-ray-bone` of bone.
-# Over {glue:text}`ca1-rays` rays, sums by hand and by the package differ by at most
-# {glue:text}`ca1-worst-soft` of the soft tissue and {glue:text}`ca1-worst-bone` of bone. The bright
-# patch at the top of the right panel is no bone. The donor was given contrast agent, and what is
-# denser than water counts as bone in part: heart and aorta cast a heavier shadow than they should.
+# This ray passes through {glue:text}`ca1-ray-soft` of soft tissue and {glue:text}`ca1-ray-bone` of bone. Over
+# {glue:text}`ca1-rays` rays, sums by hand and by the package differ by at most {glue:text}`ca1-worst-soft` for soft
+# tissue and {glue:text}`ca1-worst-bone` for bone. The bright patch at the top of the right panel is not bone. The
+# donor was given contrast agent, and tissue denser than water counts partly as bone: heart and aorta cast a stronger
+# shadow than they should.
 #
 # ## A body from the donor
 #
-# A cohort is first a *plan*: plain numbers for every patient, drawn from one seed. Nothing is
-# rendered yet, and so three hundred patients take less than a second.
+# A cohort starts as a *plan*: plain numbers for every patient, drawn from one seed. Nothing is rendered yet, so three
+# hundred patients take less than a second.
 
 # %%
 plans = plan_cohort(300, seed, bodies)
@@ -353,34 +328,31 @@ print({k: v for k, v in patient.items() if k in ("age", "sex", "split")})
 print({k: round(v, 2) for k, v in patient["shape"].items() if k != "proportions"})
 
 # %% [markdown]
-# Planning and rendering are apart, so we can take one plan and replace one number. Our standard
-# patient has a plain body and films that are taken straight; the quanta of a film are drawn from the
-# patient's number, hence films of the same patient have the *same* noise and differ by nothing else.
+# Planning and rendering are separate, so we can take one plan and replace one number. Our standard patient has a
+# plain body and is imaged without rotation or tilt. The random quanta of an image are drawn with the patient's
+# number, so images of the same patient have the *same* noise and differ in nothing else.
 
 # %%
 straight = patient["views"][0] | {
     "turn_deg": 0.0, "tilt_deg": 0.0, "aside_mm": 4.0, "height_mm": 160.0, "width_mm": 120.0,
     "aim_z_mm": float(aim[2]), "mirrored": False, "spacing_mm": spacing_mm, "shutter": None,
-    "kvp": 80.0, "name": "LATERAL", "dose_ugy": 2.5, "scatter": 0.2, "grid_lines_px": 0.0, "contrast": 0.9,
-    "detail": 1.9, "marker": False}  # fmt: skip
+    "kvp": 80.0, "name": "LATERAL", "dose_ugy": 2.5, "scatter": 0.2, "grid_lines_px": 0.0,
+    "contrast": 0.9, "detail": 1.9, "marker": False,
+}  # fmt: skip
 
 
-def film_of(name: str = "LATERAL", findings: list = (), body: dict | None = None, **taken):
-    """Render one film of the standard patient with a few numbers changed."""
+def render(name: str = "LATERAL", findings: list = (), body: dict | None = None, **exposure):
+    """Render one radiograph of the standard patient with a few numbers changed."""
     shape = plain | {"bone": 1.55} | (body or {})
-    plan = {
-        "shape": shape,
-        "views": [straight | {"name": name} | taken],
-        "findings": list(findings),
-    }
-    return render_radiograph(patient | plan, 0, anatomy)
+    views = [straight | {"name": name} | exposure]
+    return render_radiograph(patient | {"shape": shape, "views": views, "findings": list(findings)}, 0, anatomy)
 
 
 # %% [markdown]
-# Five numbers of a body, each at two values, and everything else equal:
+# Five numbers of a body, each at two values, with everything else equal:
 
 # %%
-CHANGES = [  # view, number, two values, how it is called
+CHANGES = [  # view, number, two values, title
     ("LATERAL", "stature", (0.90, 1.10), "stature × {:.2f}"),
     ("LATERAL", "kyphosis_deg", (15.0, 50.0), "kyphosis {:.0f}°"),
     ("AP", "cobb_deg", (0.0, 25.0), "Cobb angle {:.0f}°"),
@@ -389,57 +361,50 @@ CHANGES = [  # view, number, two values, how it is called
 ]
 tall = {"height_mm": 215.0, "width_mm": 150.0, "aim_z_mm": 146.0, "spacing_mm": 0.5}
 apex = {"curve_phase": -np.pi / 2 - 2 * np.pi * 146.0 / plain["curve_mm"]}  # in the field's middle
-pairs = [[film_of(name, body=apex | {key: value}, **tall) for value in values]
+pairs = [[render(name, body=apex | {key: value}, **tall) for value in values]
          for name, key, values, _ in CHANGES]  # fmt: skip
-exposures = [film.mas for film in pairs[-1]]
+exposures = [radiograph.mas for radiograph in pairs[-1]]
 assert exposures[1] > 1.5 * exposures[0]  # more tissue, more exposure
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(2, 5, figsize=(11, 6.6))
-for films, (name, key, values, title), column in zip(pairs, CHANGES, axes.T, strict=True):
-    for film, value, ax in zip(films, values, column, strict=True):
-        show_radiograph(ax, 255 * film.grey, f"{name}\n{title.format(value)}")
+for pair, (name, key, values, title), column in zip(pairs, CHANGES, axes.T, strict=True):
+    for radiograph, value, ax in zip(pair, values, column, strict=True):
+        show_radiograph(ax, 255 * radiograph.grey, f"{name}\n{title.format(value)}")
         changed_body = build_shape({"shape": plain | apex | {key: value}}, bodies)
         donor_z = [tall["aim_z_mm"], *(body.centre_mm[2] for body in bodies)]
         z = np.interp(donor_z, changed_body.z_donor_mm, changed_body.z_patient_mm)
-        for body, row in zip(bodies, film.grey.shape[0] / 2 - (z[1:] - z[0]) / 0.5, strict=True):
+        rows = radiograph.grey.shape[0] / 2 - (z[1:] - z[0]) / 0.5
+        for body, row in zip(bodies, rows, strict=True):
             if body.name in ("T8", "T10", "T12"):
-                ax.annotate(f"{body.name} –", (0, row), ha="right", va="center", fontsize=8,
-                            annotation_clip=False)  # fmt: skip
+                ax.text(0, row, f"{body.name} –", ha="right", va="center", fontsize=8)
 show_figure("ca1-fig-bodies", fig)
-glue_values("ca1", {
-    "mas": f"{exposures[1] / exposures[0]:.1f}",
-})
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-bodies
 # :name: fig:virtual-bodies
-# :alt: Ten films in five pairs; the vertebrae are taller, the spine more bent, curved sideways, whiter, or the chest wider in the lower film.
+# :alt: Five pairs; below, vertebrae are taller, the spine more bent, curved sideways, whiter, or the chest wider.
 #
-# Ten virtual films of one patient, in five pairs that differ by one number of the body each. At the
-# left of each: the heights of three vertebrae.
+# Ten virtual radiographs of one patient, in five pairs that differ by one number of the body each. At the left of
+# each: the heights of three vertebrae.
 # ```
 #
-# {numref}`fig:virtual-bodies` has a lesson about grey. Twice the mineral does not give a film
-# twice as white: the film is developed to its own range, and what changes is how well the vertebrae
-# stand out. Nor does the wider patient give a paler film; automatic exposure control took
-# {glue:text}`ca1-mas` times the milliampere-seconds.
+# {numref}`fig:virtual-bodies` shows something about grey levels. Twice the mineral does not give an image twice as
+# white: each image is scaled to its own range, and what changes is how well the vertebrae stand out. Nor is the image
+# of the wider patient paler; automatic exposure control used {glue:text}`ca1-mas` times the milliampere-seconds.
 #
-# Where do the numbers of a cohort come from? From measurements, as far as there are any: stature of
-# women and men {cite}`ncdrisc2016`, the share of adults with a scoliosis {cite}`kebaish2011`,
-# kyphosis, which grows with age {cite}`fon1980`, the spread of lordosis {cite}`vialle2005`, and
-# spongy bone, which is lost with age {cite}`jang2019`. Girth, proportions and how much a scoliosis
-# turns are ours.
+# Where do the numbers of a cohort come from? From measurements, where they exist: stature of women and men
+# {cite}`ncdrisc2016`, the proportion of adults with a scoliosis {cite}`kebaish2011`, kyphosis, which grows with age
+# {cite}`fon1980`, the spread of lordosis {cite}`vialle2005`, and spongy bone, which is lost with age
+# {cite}`jang2019`. Girth, proportions and the rotation in a scoliosis are our choice.
 
 # %% tags=["hide-input", "remove-output"]
 drawn = pd.DataFrame([plan["shape"] | {"age": plan["age"], "sex": plan["sex"]} for plan in plans])
 fig, axes = plt.subplots(2, 3, figsize=(10.5, 5.6))
-for sex, colour, marker, hatch in (("F", "#D55E00", "o", "//"), ("M", "#0072B2", "^", "")):
+for sex, name, colour, marker, hatch in (("F", "women", "#D55E00", "o", "//"), ("M", "men", "#0072B2", "^", "")):
     rows = drawn[drawn.sex == sex]
-    name = {"F": "women", "M": "men"}[sex]
-    axes[0, 0].hist(
-        rows.stature, np.arange(0.86, 1.15, 0.02), color=colour, alpha=0.55, hatch=hatch, label=name
-    )
+    bins = np.arange(0.86, 1.15, 0.02)
+    axes[0, 0].hist(rows.stature, bins, color=colour, alpha=0.55, hatch=hatch, label=name)
     for ax, key in ((axes[0, 1], "kyphosis_deg"), (axes[0, 2], "bone")):
         ax.plot(rows.age, rows[key], marker, ms=3.5, color=colour, alpha=0.6, label=name)
 axes[0, 0].set(xlabel="stature, donor = 1", ylabel="virtual patients")
@@ -448,7 +413,7 @@ axes[0, 2].set(xlabel="age, years", ylabel="bone mineral, donor = 1")
 axes[0, 0].legend(fontsize=9)
 for ax, values, label, bins in (
     (axes[1, 0], drawn.cobb_deg.abs(), "Cobb angle, °", np.arange(0, 36, 1)),
-    (axes[1, 1], drawn.lordosis_deg, "lordosis beside the donor's, °", 20),
+    (axes[1, 1], drawn.lordosis_deg, "lordosis relative to the donor, °", 20),
     (axes[1, 2], drawn.girth, "girth, donor = 1", 20),
 ):
     ax.hist(values, bins, color="0.55")
@@ -456,23 +421,22 @@ for ax, values, label, bins in (
 axes[1, 0].axvline(10, color="black", ls="--")
 axes[1, 0].annotate("scoliosis", (10.5, axes[1, 0].get_ylim()[1] * 0.85))
 show_figure("ca1-fig-plans", fig)
-glue_values("ca1", {
-    "scoliosis": f"{100 * (drawn.cobb_deg.abs() >= 10).mean():.0f} %",
-})
+curved = f"{100 * (drawn.cobb_deg.abs() >= 10).mean():.0f} %"
+glue_values("ca1", {"mas": f"{exposures[1] / exposures[0]:.1f}", "scoliosis": curved})
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-plans
 # :name: fig:virtual-plans
-# :alt: Histograms of stature, Cobb angle, lordosis and girth, and scatter plots of kyphosis rising and bone falling with age.
+# :alt: Histograms of stature, Cobb angle, lordosis and girth; kyphosis rising and bone falling with age.
 #
-# Bodies of n = 300 planned virtual patients. Nothing was rendered for this figure.
-# {glue:text}`ca1-scoliosis` have a curve of 10° or more (dashed).
+# Bodies of n = 300 planned virtual patients. Nothing was rendered for this figure. {glue:text}`ca1-scoliosis` have a
+# curve of 10° or more (dashed).
 # ```
 #
-# Age shapes kyphosis and bone. If the patients with findings were older as well, a network could
-# guess the label from the bone and never look at a lesion. So age and body must be drawn without
-# knowledge of the findings. We can do better than compare two means: in a cohort of another size,
-# other patients are given lesions. They must keep their age, sex and body to the last digit.
+# Age shapes kyphosis and bone. If the patients with findings were also older, a network could infer the label from
+# the bone and ignore the lesions. So age and body must be drawn independently of the findings. There is a stricter
+# test than comparing two means: in a cohort of another size, different patients get lesions. They must keep their
+# age, sex and body to the last digit.
 
 # %%
 others = plan_cohort(240, seed, bodies)
@@ -484,27 +448,24 @@ assert changed > 50
 print(f"{changed} of {len(others)} went from healthy to abnormal or back, and kept age and body")
 
 # %% [markdown]
-# In people, age and degeneration do go together. Leaving this out makes the cohort less like a clinic
-# and its labels honest: what a network knows of them, it has seen in the lesions.
+# In people, age and degeneration are correlated. Leaving this out makes the cohort less like a clinic, but a network
+# can then learn the labels from the lesions only.
 #
 # ## Seven lesions in three dimensions
 #
-# A lesion is a few functions of place. Three types *move* tissue: for each place of the patient they
-# say where in the donor its tissue is found. A narrowed disc finds the endplates nearer; a collapsed
-# body finds its upper wall lower; a slipped one finds itself behind. Four types *fill* a region with
-# another density: the bone of a spur or of a facet, a sclerotic or lytic focus, titanium. Each grows
-# from nothing with its severity, by grades where medicine has them: up to nearly half of a body's
-# height in a collapse {cite}`genant1993`, up to half of the depth in a slip, which are Meyerding's grades
-# I and II {cite}`meyerding1932`.
+# A lesion consists of a few functions of position. Three types *move* tissue: for each position in the patient they
+# give the position in the donor where its tissue is found. A narrowed disc brings the endplates nearer; a collapsed
+# body lowers its upper wall; a slip moves a body forward. Four types *fill* a region with another density: the bone
+# of a spur or of a facet, a sclerotic or lytic focus, titanium. Each grows from nothing with its severity, by
+# clinical grades where they exist: up to nearly half of a body's height in a collapse {cite}`genant1993`, up to half
+# of the depth in a slip, which are Meyerding's grades I and II {cite}`meyerding1932`.
 
 # %%
-level = bodies.index(middle)
-spur = {"upper": True, "angle": 0.0}
-FINDINGS = {  # type: form, severity, what else
+FINDINGS = {  # type: form, severity, further numbers
     "Disc space narrowing": ("narrowed", severity, {}),
     "Vertebral collapse": ("wedge", severity, {}),
     "Spondylolysthesis": ("slip", severity, {}),
-    "Osteophytes": ("claw", severity, spur),
+    "Osteophytes": ("claw", severity, {"upper": True, "angle": 0.0}),
     "Foraminal stenosis": ("bony", severity, {}),
     "Surgical implant": ("screws", 1.0, {"count": 2}),
     "Other lesions": ("sclerotic", severity, {"place": [0.0, 0.2, 0.0]}),
@@ -514,202 +475,145 @@ FINDINGS = {  # type: form, severity, what else
 def finding(lesion_type: str, **other) -> dict:
     """Return one planned finding at the middle level."""
     form, how_severe, more = FINDINGS[lesion_type]
-    planned = {"type": lesion_type, "form": form, "level": level, "severity": how_severe}
+    planned = {"type": lesion_type, "form": form, "level": bodies.index(middle), "severity": how_severe}
     return planned | more | other
 
 
 # %% [markdown]
-# From nothing: at severity 0 the film must be the film of the healthy patient, in every bit, and there
-# must be no twin to tell apart. A shape that left a rim or a smoothed edge behind would give a
-# label's place away.
+# From nothing: at severity 0 the image must equal the healthy patient's in every bit, and there must be no
+# counterfactual (the same image without the lesion). A shape that left a rim or a smoothed edge behind would reveal a
+# label's position. And growing: of the same lesion at three severities, the more severe is more visible, a word that
+# a later section defines. In the package, the counterfactuals of a rendered radiograph, one per finding, are its
+# attribute `twins`.
 
 # %%
-healthy = film_of()
+healthy = render()
 for name in FINDINGS:
-    if name != "Surgical implant":  # metal is there, or it is not
-        film = film_of(findings=[finding(name, severity=0.0)])
-        assert film.twins == [None] and np.array_equal(film.grey, healthy.grey)
-
-# %% [markdown]
-# And growing: of the same lesion at three severities, the worse is more visible. What *visible*
-# means, a later section says in a formula.
-
-# %%
+    if name != "Surgical implant":  # metal has no severity
+        radiograph = render(findings=[finding(name, severity=0.0)])
+        assert radiograph.twins == [None] and np.array_equal(radiograph.grey, healthy.grey)
 rising = {}
 for name in ("Disc space narrowing", "Vertebral collapse", "Osteophytes"):
-    twins = [film_of(findings=[finding(name, severity=s)]).twins[0] for s in (0.4, 0.7, 1.0)]
-    rising[name] = [twin.visibility for twin in twins]
+    series = [render(findings=[finding(name, severity=s)]) for s in (0.4, 0.7, 1.0)]
+    rising[name] = [radiograph.twins[0].visibility for radiograph in series]
     assert rising[name] == sorted(rising[name])
 pd.DataFrame(rising, index=["severity 0.4", "0.7", "1.0"]).T.round(2)
 
 # %% [markdown]
-# Next we look at all seven: the changed tissue in a slice, the healthy patient's film, the film with
-# the lesion and the box that is computed, and the difference that is stored with the film. The slice is our own
-# few lines, from the lesion's public parts.
+# Next we show all seven: the changed tissue in a slice, the healthy patient's radiograph, the one with the lesion and
+# its computed box, and the difference that is stored with the image. We compute the slice ourselves, from the
+# lesion's public parts.
 
 
 # %%
 def tissue(group: list, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> tuple:
-    """Return density and occupancy of a finding at places of the patient in donor mm."""
+    """Return density and occupancy of a finding at positions of the patient in donor mm."""
     points = tuple(torch.from_numpy(p) for p in (x, y, z))
     for lesion in group:
         points = lesion.move(points) if lesion.move else points
-    density, shares = density_at(*(p.numpy() for p in points)), [np.zeros(x.shape)]
+    density, occupancy = density_at(*(p.numpy() for p in points)), [np.zeros(x.shape)]
     for lesion in group:
-        shares.append(lesion.region(points).numpy())
+        occupancy.append(lesion.region(points).numpy())
         filled = 4500.0 if lesion.metal else lesion.fill
-        density += 0.0 if filled is None else shares[-1] * (filled - density)
-    return density, np.max(shares, axis=0)
+        density += 0.0 if filled is None else occupancy[-1] * (filled - density)
+    return density, np.max(occupancy, axis=0)
 
 
 # %% tags=["hide-input", "remove-output"]
 ASIDE_MM = {"Foraminal stenosis": 0.36 * middle.width_mm, "Surgical implant": 0.3 * middle.width_mm}
 SIDE_MM = 84.0  # of a panel
-show_as = {"vmin": -0.6, "vmax": 0.6, "cmap": "PuOr_r"}
-
-
-def draw_lesion(axes: np.ndarray, name: str) -> None:
-    """Draw a lesion's tissue, the healthy film, the film with its box, and the difference."""
-    planned, colour = finding(name), LESION_STYLE[name][0]
-    group = build_finding(planned, bodies, anatomy.discs)
-    centre = np.mean([lesion.centre_mm for lesion in group], axis=0)
-    half = SIDE_MM / 2
-    u, v = np.meshgrid(np.arange(-half, half, 0.5), np.arange(half, -half, -0.5))
-    aside = ASIDE_MM.get(name, 0.0)
-    density, share = tissue(
-        group, np.full(u.shape, centre[0] + aside), centre[1] + u, centre[2] + v
-    )
-    extent = (-half, half, -half, half)
-    axes[0].imshow(density, cmap="gray", vmin=700, vmax=2000, extent=extent)
-    axes[0].contour(u, v, share, [0.5], colors=[colour], linewidths=1.3)
-    axes[0].set_axis_off()
-    axes[0].set_title(f"{name}\n{group[0].form}, {group[0].level}: tissue", fontsize=9)
-    film = film_of(findings=[planned])
-    twin, grey = film.twins[0], 255 * film.grey
-    change, visible = np.zeros(grey.shape), "nothing to see"
-    if twin is not None:
-        change[twin.part] = -twin.change
-        visible = f"visibility {twin.visibility:.2f}"
-    labelled = twin is not None and twin.visibility >= LEAST_VISIBILITY
-    if labelled:
-        xmin, ymin, xmax, ymax = find_box(twin.mask, spacing_mm)
-        box = pd.DataFrame(
-            [{"lesion_type": name, "xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax}]
-        )
-        show_boxes(axes[2], box, names=False)
-    show_radiograph(axes[1], 255 * healthy.grey, "healthy")
-    show_radiograph(axes[2], grey, "with it" if labelled else "with it: no label")
-    image = axes[3].imshow(change, **show_as)
-    axes[3].set_title(visible)
-    axes[3].set(xticks=[], yticks=[])
-    axes[3].grid(False)
-    # The panels' middle: the lesion's centre, seen in the film's plane.
-    px = (centre[[1, 2]] - [aim[1] + straight["aside_mm"], straight["aim_z_mm"]]) / spacing_mm
-    x, y = grey.shape[1] / 2 + px[0], grey.shape[0] / 2 - px[1]
-    reach = half / spacing_mm
-    x, y = (
-        np.clip(p, reach, size - reach) for p, size in zip((x, y), grey.shape[::-1], strict=True)
-    )
-    for ax in axes[1:]:
-        ax.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach))
-    return image
 
 
 def draw_lesions(key: str, names: list) -> None:
+    """Draw a row of four panels per lesion type."""
     fig, axes = plt.subplots(len(names), 4, figsize=(9.6, 2.55 * len(names)))
+    u, v = np.meshgrid(np.arange(-SIDE_MM / 2, SIDE_MM / 2, 0.5), np.arange(SIDE_MM / 2, -SIDE_MM / 2, -0.5))
     for row, name in zip(axes, names, strict=True):
-        image = draw_lesion(row, name)
+        group = build_finding(finding(name), bodies, anatomy.discs)
+        x, y, z = np.mean([lesion.centre_mm for lesion in group], axis=0)
+        slice_ = tissue(group, np.full(u.shape, x + ASIDE_MM.get(name, 0.0)), y + u, z + v)
+        row[0].set_title(f"{name}\n{group[0].form}, {group[0].level}: tissue", fontsize=9)
+        offset = np.array([y - aim[1] - straight["aside_mm"], z - straight["aim_z_mm"]]) / spacing_mm
+        radiograph = render(findings=[finding(name)])
+        image = draw_lesion(row, name, slice_, healthy.grey, radiograph, offset, SIDE_MM, spacing_mm)
     bar = fig.colorbar(image, ax=axes[:, 3], shrink=0.6)
-    bar.set_label("grey with it less grey without; the range is 1")
+    bar.set_label("grey with lesion minus grey without; grey runs from 0 to 1")
     show_figure(key, fig)
 
 
 draw_lesions("ca1-fig-moving", list(FINDINGS)[:3])
 draw_lesions("ca1-fig-filling", list(FINDINGS)[3:])
-glue_values("ca1", {
-    "severity": f"{severity:g}",
-})
+glue_values("ca1", {"severity": f"{severity:g}"})
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-moving
 # :name: fig:virtual-moving
-# :alt: Three rows of four panels: tissue, film without the lesion, film with it in a box, and their difference, for a narrowed disc, a wedge and a slip.
+# :alt: A narrowed disc, a wedge and a slip: tissue, radiograph without and with the lesion, and difference.
 #
-# The three lesions that move tissue, at severity {glue:text}`ca1-severity`, in lateral virtual films
-# (front on the right). Outlined in the slice: the region that a reader would call the lesion. Last
-# column: brighter with the lesion is orange, darker is purple.
+# The three lesions that move tissue, at severity {glue:text}`ca1-severity`, in lateral virtual radiographs (front on
+# the right). Outlined in the slice: the region that a reader would call the lesion. Last column: orange is brighter
+# with the lesion, purple is darker.
 # ```
 #
 # ```{glue:figure} ca1-fig-filling
 # :name: fig:virtual-filling
-# :alt: Four rows of four panels for a spur, a foraminal stenosis, pedicle screws and a sclerotic focus; differences are of one colour.
+# :alt: The same for a spur, a foraminal stenosis, screws and a sclerotic focus; differences are of one colour.
 #
-# The four lesions that fill a region, as in {numref}`fig:virtual-moving`; the screws have no
-# severity. The slices of the stenosis and of the screws lie to the side of the middle. Virtual films.
+# The four lesions that fill a region, as in {numref}`fig:virtual-moving`; the screws have no severity. The slices of
+# the stenosis and of the screws lie to the side of the midline. Virtual radiographs.
 # ```
 #
-# The first three change the film along *edges*: what has moved has left one place and come to
-# another, and the slip carries all that is above along. The other four change it where they are,
-# and nowhere else. How visible a lesion is depends on its severity, but also on the view and on what
-# lies before and behind it. So the same spur at four severities, from three sides:
+# The first three change the image along *edges*: what has moved has left one position and arrived at another, and the
+# slip carries the tissue above along. The other four change only the region they fill. How visible a lesion is
+# depends on its severity, but also on the view and on the anatomy in front of and behind it. So we show the same spur
+# at four severities, from three sides:
 
 # %% tags=["hide-input", "remove-output"]
 SEVERITIES = (0.12, 0.35, 0.65, 1.0)
 fig, axes = plt.subplots(3, 4, figsize=(9.6, 7.4))
-in_view, seen_as = {}, {}
+labelled, visibility = {}, {}
 for row, name in zip(axes, ("LATERAL", "AP", "LPO"), strict=True):
     for ax, how_severe in zip(row, SEVERITIES, strict=True):
-        film = film_of(name, [finding("Osteophytes", severity=how_severe)])
-        twin = film.twins[0]
-        visibility = twin.visibility if twin else 0.0
-        labelled = visibility >= LEAST_VISIBILITY
-        in_view[name, how_severe], seen_as[name, how_severe] = labelled, visibility
-        ends = f"visibility {visibility:.2f}" + ("" if labelled else ": no label")
-        show_radiograph(ax, 255 * film.grey, f"{name}, severity {how_severe:g}\n{ends}")
+        radiograph = render(name, [finding("Osteophytes", severity=how_severe)])
+        key, counterfactual = (name, how_severe), radiograph.twins[0]
+        visibility[key] = counterfactual.visibility if counterfactual else 0.0
+        labelled[key] = draw_label(ax, "Osteophytes", counterfactual, spacing_mm)
+        ends = f"visibility {visibility[key]:.2f}" + ("" if labelled[key] else ": no label")
+        show_radiograph(ax, 255 * radiograph.grey, f"{name}, severity {how_severe:g}\n{ends}")
         ax.title.set_fontsize(9)
-        if labelled:
-            corners = dict(
-                zip(("xmin", "ymin", "xmax", "ymax"), find_box(twin.mask, spacing_mm), strict=True)
-            )
-            show_boxes(ax, pd.DataFrame([{"lesion_type": "Osteophytes"} | corners]), names=False)
-        height, width = film.grey.shape
+        height, width = radiograph.grey.shape
         ax.set(xlim=(width / 2 - 110, width / 2 + 110), ylim=(height / 2 + 90, height / 2 - 110))
 show_figure("ca1-fig-sheet", fig)
 for name in ("LATERAL", "AP", "LPO"):
-    assert seen_as[name, SEVERITIES[0]] < seen_as[name, SEVERITIES[-1]]
-assert seen_as["AP", SEVERITIES[0]] < seen_as["LATERAL", SEVERITIES[0]]
-glue_values("ca1", {
-    "labelled": sum(in_view.values()),
-})
+    assert visibility[name, SEVERITIES[0]] < visibility[name, SEVERITIES[-1]]
+assert visibility["AP", SEVERITIES[0]] < visibility["LATERAL", SEVERITIES[0]]
+glue_values("ca1", {"labelled": sum(labelled.values())})
 
 # %% [markdown]
 # ```{glue:figure} ca1-fig-sheet
 # :name: fig:virtual-sheet
-# :alt: Twelve films of one front spur, three views by four severities; some carry a box and the others say no label.
+# :alt: Twelve radiographs of one front spur, three views by four severities; some have a box, others no label.
 #
-# One claw osteophyte at the front of a body, at four severities (columns) in three views (rows). A box
-# is drawn where the finding would be labelled. n = 12 virtual films, of which
-# {glue:text}`ca1-labelled` have a label.
+# One claw osteophyte at the front of a body, at four severities (columns) in three views (rows). A box is drawn where
+# the finding would be labelled. n = 12 virtual radiographs, of which {glue:text}`ca1-labelled` have a label.
 # ```
 #
-# The smallest spur is seen less from the front, where its own vertebra lies behind it, than from the
-# side. This is what more than one view is for. And the cohort labels nothing that cannot be seen:
-# the border is a visibility, not a severity.
+# The smallest spur is less visible from the front, where its own vertebra lies behind it, than from the side. This is
+# why a study has more than one view. And the cohort labels nothing that cannot be seen: the threshold is a
+# visibility, not a severity.
 #
-# ## From photons to film
+# ## From photons to the displayed image
 #
-# What arrives behind the patient is not yet a film. Scatter from all sides adds a haze, the focal
-# spot is no point, and the grid before the detector may leave lines. At last quanta are counted.
-# We take the steps by hand and compare with `expose`, at a dose so high that the noise of
-# counting is gone.
+# The radiation behind the patient is not yet an image. Scatter from all sides adds a haze, the focal spot is not a
+# point, and the grid in front of the detector may leave lines. Finally, quanta are counted. We take the steps by hand
+# and compare with `expose`, at a dose so high that counting noise vanishes.
 
 # %%
+FOCUS_MM, SCINTILLATOR_MM = acquisition.FOCUS_MM, acquisition.SCINTILLATOR_MM  # blurs
 shape = build_shape({"shape": plain | {"bone": 1.55}}, bodies)
 view = View("LATERAL", np.pi / 2, aim + np.array([0.0, 4.0, 0.0]), 160.0, 120.0, 0.0, False)
 rays = Scene(donor, bodies, shape, []).paths(view, [])
-rays = Paths(
-    *(cv2.resize(p, (300, 400), interpolation=cv2.INTER_LINEAR) for p in vars(rays).values())
-)
+rays = Paths(*(cv2.resize(p, (300, 400), interpolation=cv2.INTER_LINEAR) for p in vars(rays).values()))
 arrived, px_mm, scatter = transmission(rays, kvp), 0.4, 0.2
 haze = cv2.GaussianBlur(arrived, (0, 0), 25.0 / px_mm, borderType=cv2.BORDER_REFLECT)
 hazy = (arrived + scatter * haze) / (1 + scatter)
@@ -719,14 +623,14 @@ quiet = expose(arrived, px_mm, 1e6, scatter, 0.0, np.random.default_rng(seed))
 assert np.abs(quiet / by_hand - 1).max() < 0.02
 
 # %% [markdown]
-# Quanta arrive one by one, in Poisson's manner: where $n$ are expected, their standard deviation is
-# $\sqrt{n}$, and so the *relative* noise falls as $1/\sqrt{n}$. We expose an even field at four doses.
-# The number of quanta in a pixel follows from the dose and from the pixel's area *at the detector*,
-# which the cone of the beam has enlarged; the scintillator's blur then averages over neighbours.
+# Quanta arrive one by one and follow a Poisson distribution: where $n$ are expected, their standard deviation is
+# $\sqrt{n}$, so the *relative* noise falls as $1/\sqrt{n}$. We expose a uniform field at four doses. The number of
+# quanta per pixel follows from the dose and from the pixel's area *at the detector*, which the cone of the beam has
+# enlarged; the scintillator's blur then averages over neighbours.
 
 # %%
-doses = np.array([0.5, 1.0, 2.0, 4.0])  # µGy; the cohort's films have 0.8 to 4
-quanta = doses * QUANTA * (px_mm * DETECTOR_MM / SOURCE_MM) ** 2  # expected in a pixel
+doses = np.array([0.5, 1.0, 2.0, 4.0])  # µGy; the cohort's images have 0.8 to 4
+quanta = doses * acquisition.QUANTA * (px_mm * acquisition.DETECTOR_MM / SOURCE_MM) ** 2  # per pixel, expected
 rng = np.random.default_rng(seed)
 even = np.full((400, 400), 0.02)
 noise = np.array([expose(even, px_mm, dose, scatter, 0.0, rng).std() for dose in doses])
@@ -734,17 +638,17 @@ point = np.zeros((21, 21))
 point[10, 10] = 1.0
 averaged = np.sqrt((cv2.GaussianBlur(point, (0, 0), SCINTILLATOR_MM / px_mm) ** 2).sum())
 assert np.allclose(noise, averaged / np.sqrt(quanta), rtol=0.02)
-print(pd.DataFrame({"dose, µGy": doses, "quanta a pixel": quanta.round(), "noise": noise.round(4)}))
+print(pd.DataFrame({"dose, µGy": doses, "quanta per pixel": quanta.round(), "noise": noise.round(4)}))
 
 # %% [markdown]
-# Four times the dose halves the noise, within 2 %. Development comes last: the negative logarithm, so that
-# thickness adds; less of the slow variation, so that bright and dark parts fit on one film; more of
-# the detail between 1 and 8 mm; and an S-shaped tone curve. By hand, without the special care
-# that `Development` takes of metal, there being none:
+# Four times the dose halves the noise, within 2 %. Display processing comes last: the negative logarithm, so that
+# thickness adds; less of the slow variation, so that bright and dark parts are visible together; more of the detail
+# between 1 and 8 mm; and an S-shaped tone curve. By hand, without the special treatment of metal in
+# `DisplayProcessing`, since there is none here:
 
 # %%
 signal = expose(arrived, px_mm, 2.5, scatter, 0.0, np.random.default_rng(seed))
-developed = DisplayProcessing(signal, px_mm, contrast=0.9, detail=1.9)
+processed = DisplayProcessing(signal, px_mm, contrast=0.9, detail=1.9)
 
 
 def smooth(image: np.ndarray, mm: float) -> np.ndarray:
@@ -758,7 +662,7 @@ low, high = np.percentile(detailed, (2, 90))
 high += 0.25 * (high - low)
 scaled = 2 * (detailed - low) / (high - low) - 1
 toned = np.clip(0.5 + 0.5 * np.tanh(0.9 * scaled) / np.tanh(0.9), 0, 1)
-assert np.abs(toned - developed.grey).mean() < 0.01
+assert np.abs(toned - processed.grey).mean() < 0.01
 
 # %% tags=["hide-input", "remove-output"]
 few = expose(arrived, px_mm, 0.05, scatter, 0.0, np.random.default_rng(seed))
@@ -791,59 +695,53 @@ show_figure("ca1-fig-steps", fig)
 # %% [markdown]
 # ```{glue:figure} ca1-fig-steps
 # :name: fig:virtual-steps
-# :alt: Nine stages of one lateral film from transmitted photons to the toned film, and a plot of noise falling with dose.
+# :alt: Nine stages of one lateral image from transmitted photons to final tones; noise falling with dose.
 #
-# One lateral virtual film on its way, panels 1 to 7. Panel 3 and the two beside it are a close-up;
-# these two show a dose far too low, and a grid that stood still. Each panel has its own range of grey.
-# Last: relative noise of an even field at four doses, and the law.
+# The stages of one lateral virtual radiograph, panels 1 to 7. Panel 3 and the two next to it are close-ups; these two
+# show a dose that is far too low, and a stationary grid. Each panel has its own grey range. Last: relative noise of a
+# uniform field at four doses, and the square-root law.
 # ```
 #
-# ## The truth that comes with a film
+# ## The ground truth of an image
 #
-# For a real film, a radiologist draws a box. Here the truth is computed, in four parts. The *mask*
-# is the lesion's shadow. The *twin* is the same film, with the same quanta, without this one finding.
-# The *visibility* says how strongly the two differ, as the ratio of contrast to noise that has
-# been used for the eye's threshold since Rose {cite}`rose1948`:
+# In a real radiograph, a radiologist draws a box. Here the ground truth is computed, in four parts. The *mask* is the
+# lesion's shadow. The *counterfactual* is the same image, with the same quanta, without this one finding. The
+# *visibility* measures how strongly the two differ, as the contrast-to-noise ratio that has described the eye's
+# detection threshold since Rose {cite}`rose1948`:
 #
 # $$
 # \mathrm{CNR} = \frac{\sqrt{\frac{1}{|\mathcal{Q}|} \sum_{p \in \mathcal{Q}} \Delta(p)^2}}
 #                     {\operatorname{sd}_{p \in \mathcal{R}}\, G(p)} ,
 # $$ (eq:visibility)
 #
-# where $\Delta$ is film less twin, $G$ the twin, $\mathcal{Q}$ that quarter of the mask that changes
-# most (an eye is drawn by edges), and $\mathcal{R}$ the mask with 3 mm around it. All of it can be
-# done from outside, with the film and its twin:
+# where $\Delta$ is the image minus its counterfactual, $G$ the counterfactual, $\mathcal{Q}$ the quarter of the mask
+# that changes most (edges attract the eye), and $\mathcal{R}$ the mask with a margin of 3 mm. All of it can be
+# computed from the image and its counterfactual alone:
 
 # %%
-film = film_of(findings=[finding("Vertebral collapse", severity=0.8)])
-twin = film.twins[0]
-Delta = np.zeros(film.grey.shape)
-Delta[twin.part] = -twin.change
-G = film.grey - Delta
-Q = np.sort(np.abs(Delta[twin.mask]))[-(twin.mask.sum() // 4) :]
+radiograph = render(findings=[finding("Vertebral collapse", severity=0.8)])
+counterfactual = radiograph.twins[0]
+mask = counterfactual.mask
+Delta = np.zeros(radiograph.grey.shape)
+Delta[counterfactual.part] = -counterfactual.change
+G = radiograph.grey - Delta
+Q = np.sort(np.abs(Delta[mask]))[-(mask.sum() // 4) :]
 px = 2 * round(3.0 / spacing_mm) + 1
-R = cv2.dilate(twin.mask.astype(np.uint8), np.ones((px, px), np.uint8)) > 0
+R = cv2.dilate(mask.astype(np.uint8), np.ones((px, px), np.uint8)) > 0
 cnr = np.sqrt((Q**2).mean()) / G[R].std()
-assert np.isclose(cnr, twin.visibility, rtol=1e-3)
+assert np.isclose(cnr, counterfactual.visibility, rtol=1e-3)
 
 # %% tags=["hide-input", "remove-output"]
-glue_values("ca1", {
-    "cnr": f"{cnr:.2f}",
-    "seen": f"{LEAST_VISIBILITY:g}",
-})
+glue_values("ca1", {"cnr": f"{cnr:.2f}", "seen": f"{LEAST_VISIBILITY:g}"})
 fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.9))
-strong = twin.mask & (np.abs(Delta) >= Q[0])
-box = dict(zip(("xmin", "ymin", "xmax", "ymax"), find_box(twin.mask, spacing_mm), strict=True))
-show_radiograph(axes[0], 255 * film.grey, "the film, its mask and box")
-axes[0].contour(twin.mask, [0.5], colors=["#56B4E9"], linewidths=1.5)
-show_boxes(axes[0], pd.DataFrame([{"lesion_type": "Vertebral collapse"} | box]), names=False)
-show_radiograph(axes[1], 255 * G, "its twin G, and the region R")
+show_radiograph(axes[0], 255 * radiograph.grey, "image, mask and box")
+axes[0].contour(mask, [0.5], colors=["#56B4E9"], linewidths=1.5)
+draw_label(axes[0], "Vertebral collapse", counterfactual, spacing_mm)
+show_radiograph(axes[1], 255 * G, "counterfactual G, region R")
 axes[1].contour(R, [0.5], colors=["#E69F00"], linestyles="--", linewidths=1.5)
-image = axes[2].imshow(Delta, **show_as)
-axes[2].contour(strong, [0.5], colors=["black"], linewidths=0.8)
-axes[2].set(title="difference Δ, and the quarter Q", xticks=[], yticks=[])
-axes[2].grid(False)
-fig.colorbar(image, ax=axes[2], label="grey, the range is 1", shrink=0.8)
+image = draw_difference(axes[2], Delta, "difference Δ, quarter Q")
+axes[2].contour(mask & (np.abs(Delta) >= Q[0]), [0.5], colors=["black"], linewidths=0.8)
+fig.colorbar(image, ax=axes[2], label="grey, from 0 to 1", shrink=0.8)
 rows, columns = (np.flatnonzero(R.any(axis=i)) for i in (1, 0))
 for ax in axes:
     ax.set(xlim=(columns[0] - 40, columns[-1] + 40), ylim=(rows[-1] + 50, rows[0] - 50))
@@ -852,73 +750,71 @@ show_figure("ca1-fig-truth", fig)
 # %% [markdown]
 # ```{glue:figure} ca1-fig-truth
 # :name: fig:virtual-truth
-# :alt: A wedged vertebra with mask and box, its twin with a dashed region around the mask, and their difference with the strongest quarter outlined.
+# :alt: A wedged vertebra with mask and box, its counterfactual, and their difference with one quarter outlined.
 #
-# The truth of one finding in a lateral virtual film, severity 0.8. Blue: mask; red, dash-dotted: box;
+# The ground truth of one finding in a lateral virtual radiograph, severity 0.8. Blue: mask; red, dash-dotted: box;
 # orange, dashed: $\mathcal{R}$; black, at the right: $\mathcal{Q}$.
 # ```
 #
-# Here {eq}`eq:visibility` gives {glue:text}`ca1-cnr`. A finding is labelled in a view if it
-# reaches {glue:text}`ca1-seen` and at least half of its shadow is on the film. The fourth part of the
-# truth is the box: the mask's own box with a margin, as annotators draw a little outside.
-# Now all of it is written as a cohort writes it, and read back.
+# Here {eq}`eq:visibility` gives {glue:text}`ca1-cnr`. A finding is labelled in a view if it reaches
+# {glue:text}`ca1-seen` and at least half of its shadow is inside the image. The fourth part of the ground truth is
+# the box: the mask's bounding box with a margin, because annotators draw slightly outside the lesion. Now we write
+# all of it as a cohort does, and read it back.
 
 # %%
 planned = patient | {"views": [straight]}
 ids = {key: f"{number:032x}" for number, key in enumerate(("study_id", "series_id", "image_id"))}
 with tempfile.TemporaryDirectory() as folder:
     root = Path(folder)
-    (root / "twins").mkdir()
-    write_dicom(root / "film.dicom", film.grey, planned, 0, ids, film.mas)
-    write_counterfactuals(root / "twins" / f"{ids['image_id']}.npz", film.twins)
-    grey = read_radiograph(root / "film.dicom").pixels
-    (read,) = read_counterfactuals(root, ids["image_id"])  # one entry a finding
-assert np.array_equal(read.mask, twin.mask) and read.visibility == twin.visibility
+    (root / "twins").mkdir()  # a cohort's folder of counterfactuals
+    write_dicom(root / "image.dicom", radiograph.grey, planned, 0, ids, radiograph.mas)
+    write_counterfactuals(root / "twins" / f"{ids['image_id']}.npz", radiograph.twins)
+    grey = read_radiograph(root / "image.dicom").pixels
+    (read,) = read_counterfactuals(root, ids["image_id"])  # one entry per finding
+assert np.array_equal(read.mask, mask) and read.visibility == counterfactual.visibility
 assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # two greys of 255
 
 # %% [markdown]
-# So for any film of a run at `smoke` or `laptop`, `read_twins(workspace.data_root, image_id)` gives
-# one twin for each finding of its study, in the manifest's order, and `Twin.without(grey)` the film as it would
-# have been. With it a chapter can ask a network what no reader can tell: *what would you have said
-# of the very same film without this lesion?*
+# So for any image of a run in `smoke` or `laptop`, `read_counterfactuals(workspace.data_root, image_id)` returns one
+# counterfactual per finding of its study, in the manifest's order, and `Counterfactual.without(grey)` the image
+# without that finding. It allows a test that no reader study can offer: *what would the network have predicted for
+# exactly this image without this lesion?*
 #
-# ## What these films can and cannot stand for
+# ## What these images can and cannot stand for
 #
-# The {doc}`data card <../book/data_card>` lists it in full. In short: these films can test every step from file to
-# score, and questions of physics (superposition, noise, magnification). They cannot say how a
-# network does on people. A radiologist who reads them would object to more than one thing:
+# The {doc}`data card <../book/data_card>` lists it in full. In short: these images can test every step from file to
+# score, and questions of physics (superposition, noise, magnification). They cannot show how a network performs on
+# people. A radiologist who reads them would object to several things:
 #
-# - There is one donor. All patients share his or her ribs, heart and vessels, however bent, and the
-#   contrast agent in them; there is neither neck nor sacrum.
-# - The lesions are clean. A real spur comes with sclerosis, gas in a disc and a dozen neighbours; a
-#   real collapse breaks the cortex. Slips are rare where this scan has its vertebrae, between
-#   chest and loin.
-# - The CT was a person lying down, with voxels larger than a trabecula: bone has no texture.
-# - Scatter is a blur, the beam three energies, and the film's processing one recipe out of many.
-# - Two radiologists disagree. A computed box has nobody to disagree with.
+# - There is one donor. All patients share his or her ribs, heart and vessels, however deformed, and the contrast
+#   agent in them; there is neither neck nor sacrum.
+# - The lesions are clean. A real spur is accompanied by sclerosis, gas in a disc and a dozen neighbours; a real
+#   collapse breaks the cortex. Slips are rare where this scan has its vertebrae, around the thoracolumbar junction.
+# - The CT was taken of a person lying down, with voxels larger than a trabecula: bone has no texture.
+# - Scatter is a blur, the beam has three energies, and the display processing is one recipe out of many.
+# - Two radiologists disagree. A computed box has no second reader.
 #
 # ## Exercises
 #
 # ```{exercise} Half-value layer, by hand
 # :label: ex-virtual-half
 #
-# Photons of 60 keV pass through water ($\mu/\rho$ = 0.2059 cm²/g). Which thickness stops half of
-# them? How many such layers are 20 cm, and what share is left? Why is the share for the beam of this
-# chapter not the same?
+# Photons of 60 keV pass through water ($\mu/\rho$ = 0.2059 cm²/g). Which thickness stops half of them? How many such
+# layers are 20 cm, and what fraction is left? Why is the fraction for the beam of this chapter not the same?
 # ```
 #
 # ```{solution-start} ex-virtual-half
 # :class: dropdown
 # ```
 #
-# $\ell = \ln 2 / 0.2059 = 3.37$ cm; 20 cm are 5.94 layers, and $2^{-5.94} = 1.6$ % is left. The
-# beam has photons of 40 keV too, of which hardly any come through, and of 80 keV, of which more do.
-# The sum of exponentials in {eq}`eq:beer-lambert` is not the exponential of the mean energy.
+# $\ell = \ln 2 / 0.2059 = 3.37$ cm; 20 cm are 5.94 layers, and $2^{-5.94} = 1.6$ % is left. The beam also has photons
+# of 40 keV, of which hardly any pass, and of 80 keV, of which more do. The sum of exponentials in
+# {eq}`eq:beer-lambert` is not the exponential of the mean energy.
 
 # %%
 layer = np.log(2) / WATER[1]
 assert np.isclose(0.5 ** (20 / layer), np.exp(-WATER[1] * 20))
-print(f"{layer:.2f} cm, {20 / layer:.2f} layers, {0.5 ** (20 / layer):.3f}; the beam: {share:.3f}")
+print(f"{layer:.2f} cm, {20 / layer:.2f} layers, {0.5 ** (20 / layer):.3f}; the beam: {fraction:.3f}")
 
 # %% [markdown]
 # ```{solution-end}
@@ -927,28 +823,27 @@ print(f"{layer:.2f} cm, {20 / layer:.2f} layers, {0.5 ** (20 / layer):.3f}; the 
 # ```{exercise} A focus in young and in old bone
 # :label: ex-virtual-bone
 #
-# Render a sclerotic focus of severity 0.6 in bodies with a bone of 0.9, 1.5 and 2.1. Does its
-# visibility grow or fall with the mineral around it? Say what you expect before you run it.
+# Render a sclerotic focus of severity 0.6 in bodies with a bone of 0.9, 1.5 and 2.1. Does its visibility grow or fall
+# with the mineral around it? Predict the result before you run it.
 # ```
 #
 # ```{solution-start} ex-virtual-bone
 # :class: dropdown
 # ```
 #
-# The focus takes a fixed density from the table, times the patient's own mineral, so in a dense body
-# its contrast grows, but so does everything around it, against which it is measured. Which of the two
-# wins is a question for the cell, and not for the armchair:
+# The focus has a fixed density from a table, multiplied by the patient's own mineral, so in a dense body its contrast
+# grows, but so does the structure around it, which counts as noise. Which effect dominates has to be computed:
 
 # %%
 focus_only = [finding("Other lesions", severity=0.6)]
 minerals = (0.9, 1.5, 2.1)
-seen = [film_of(findings=focus_only, body={"bone": b}).twins[0].visibility for b in minerals]
+seen = [render(findings=focus_only, body={"bone": b}).twins[0].visibility for b in minerals]
 assert seen[0] < seen[-1]
 print(*(f"bone × {b}: visibility {v:.2f}" for b, v in zip(minerals, seen, strict=True)), sep="\n")
 
 # %% [markdown]
-# It grows. The focus is mineral and nothing else; of what surrounds it on the film, a good part is
-# soft tissue and air, which stay as they are.
+# It grows. The focus is mineral and nothing else; much of what surrounds it in the image is soft tissue and air,
+# which do not change.
 #
 # ```{solution-end}
 # ```
@@ -956,9 +851,9 @@ print(*(f"bone × {b}: visibility {v:.2f}" for b, v in zip(minerals, seen, stric
 # ```{exercise} Dose and the small spur
 # :label: ex-virtual-dose
 #
-# Set `severity = 0.3` in the parameters cell and run the chapter again. Which lesions of
-# {numref}`fig:virtual-moving` and {numref}`fig:virtual-filling` fall below the border of a label?
-# Would a higher dose bring them back? Try 0.2, 2 and 20 µGy with a small spur.
+# Set `severity = 0.3` in the parameters cell and run the chapter again. Which lesions of {numref}`fig:virtual-moving`
+# and {numref}`fig:virtual-filling` fall below the visibility threshold of a label? Would a higher dose bring them
+# back? Try 0.2, 2 and 20 µGy with a small spur.
 # ```
 #
 # ```{solution-start} ex-virtual-dose
@@ -967,13 +862,13 @@ print(*(f"bone × {b}: visibility {v:.2f}" for b, v in zip(minerals, seen, stric
 
 # %%
 small = [finding("Osteophytes", severity=0.3)]
-at_dose = [film_of(findings=small, dose_ugy=dose).twins[0].visibility for dose in (0.2, 2.0, 20.0)]
+at_dose = [render(findings=small, dose_ugy=dose).twins[0].visibility for dose in (0.2, 2.0, 20.0)]
 print([f"{v:.2f}" for v in at_dose])
 assert abs(at_dose[2] / at_dose[0] - 1) < 0.15
 
 # %% [markdown]
-# A hundred times the dose changes next to nothing. In a film of a chest the "noise" that hides a spur is anatomy: ribs,
-# vessels, the edge of its own vertebra. That does not fade with dose. Another view helps more.
+# A hundred times the dose changes next to nothing. In a chest radiograph the "noise" that hides a spur is anatomy:
+# ribs, vessels, the edge of its own vertebra. It does not decrease with dose. Another view helps more.
 #
 # ```{solution-end}
 # ```
@@ -981,30 +876,30 @@ assert abs(at_dose[2] / at_dose[0] - 1) < 0.15
 # ```{exercise} Who decides what can be seen?
 # :label: ex-virtual-seen
 #
-# The border of a label is a number chosen by the makers of the cohort. What happens to a detector's average
-# precision on this cohort if it is lowered by a third, and what if it is raised? Which experiment
-# with radiologists would put the number on firmer ground?
+# The visibility threshold of a label was chosen by the makers of the cohort. What happens to a detector's average
+# precision on this cohort if it is lowered by a third, and what if it is raised? Which experiment with radiologists
+# would give the number a firmer basis?
 # ```
 #
 # ```{solution} ex-virtual-seen
 # :class: dropdown
 #
-# Lowered, it adds boxes that nobody can find: recall falls, and so does average precision, while the
-# detector is the same. Raised, it takes the labels from lesions that can be seen, and true finds are counted as false
-# alarms. Either way a score on this cohort is partly a statement about the border. An
-# observer study would show films and twins in random order to several readers, ask for each place "lesion or
-# not", and take the visibility at which they are right in, say, three of four cases. Since the twin
-# is the same film, the comparison is a clean one, which real films never allow.
+# A lower threshold adds boxes that neither a reader nor a detector can find: recall falls, and so does average
+# precision, while the detector is the same. A higher one removes the labels of visible lesions, and true positives
+# are counted as false positives. Either way a score on this cohort partly reflects the threshold. An observer study
+# would show images and counterfactuals in random order to several readers, ask at each position "lesion or not", and
+# take the visibility at which they are right in, say, three of four cases. Since the counterfactual is otherwise the
+# same image, the comparison is clean, which real radiographs never allow.
 # ```
 #
 # ## Takeaways
 #
-# - A radiograph is a sum along rays and an exponential. Both can be done by hand, and agree with the
-#   package to a few per cent of one ray.
-# - Bodies, lesions and exposures are plain numbers in a plan. Age and body do not know of the
-#   findings, so that the label cannot be guessed from them.
-# - Lesions move tissue or fill it, and grow from nothing; at severity 0 not one bit of a film changes.
-# - Each finding comes with mask, twin, visibility and box, and what cannot be seen in a view is not
+# - A radiograph is a sum along rays and an exponential. Both can be done by hand, and agree with the package to a few
+#   per cent of one ray.
+# - Bodies, lesions and exposures are plain numbers in a plan. Age and body are drawn independently of the findings,
+#   so that the label cannot be inferred from them.
+# - Lesions move tissue or fill it, and grow from nothing; at severity 0 not one bit of the image changes.
+# - Each finding comes with mask, counterfactual, visibility and box, and what cannot be seen in a view is not
 #   labelled there.
-# - None of this makes the films evidence about people. They show whether a method runs, learns, and
-#   is right about the things that it was shown.
+# - None of this makes the images evidence about people. They show whether a method runs, learns, and is right about
+#   the lesions that were simulated.
