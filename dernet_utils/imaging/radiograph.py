@@ -91,10 +91,11 @@ def naming(path: Path | str) -> Iterator[None]:
 def brief_reason(error: Exception) -> str:
     """Return an error's message, short enough for one sentence (200 characters).
 
-    >>> brief_reason(ValueError("Unable to decode:\\n  gdcm: cut short.\\n  pillow: cut short."))
-    'gdcm: cut short.; pillow: cut short'
+    >>> brief_reason(ValueError("Unable to decode:\\n  gdcm: cut short.\\n  pillow: no image."))
+    'gdcm: cut short; pillow: no image'
     """
-    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    lines = [line.strip().rstrip(".:") for line in str(error).splitlines()]
+    lines = lines or [type(error).__name__]
     # pydicom puts a heading above the messages of its decoders.
-    reason = "; ".join(lines[1:] or lines).rstrip(".:")
+    reason = "; ".join(lines[1:] or lines)
     return reason if len(reason) <= 200 else reason[:199] + "…"
