@@ -36,7 +36,6 @@ from dernet_utils.dataset.problems import (
 from dernet_utils.imaging.radiograph import read_bytes
 from dernet_utils.imaging.reader import decode_radiograph
 
-
 # --- Check ------------------------------------------------------------------------------------
 
 
