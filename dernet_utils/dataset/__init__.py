@@ -1,4 +1,5 @@
 """A VinDr-SpineXR folder: its annotations, its problems, its typed tables, folds by study.
 
-Others use `tables`, whose files a run's preparation writes once, `check` and `folds`.
+Other wings use `check` (all problems of a folder), `tables` (a folder without any), `folds`, and
+`prepared` (what a run's preparation wrote once). `annotations` and `problems` belong to these.
 """

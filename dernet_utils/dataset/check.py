@@ -1,4 +1,4 @@
-"""A dataset's fingerprint and every problem; a copy without the two that have a safe answer."""
+"""A dataset's fingerprint and all its problems; a copy without the two that can be repaired."""
 
 import shutil
 import tempfile
@@ -20,24 +20,33 @@ from dernet_utils.core.vocabulary import (
 from dernet_utils.dataset.annotations import (
     EDGES,
     Contents,
+    first_rows,
+    image_path,
+    read_contents,
+    table_path,
+)
+from dernet_utils.dataset.problems import (
     Problem,
     box_text,
-    first_rows,
     has_no_area,
-    image_path,
     is_lesion,
     is_outside,
-    read_contents,
     sort_key,
-    table_path,
 )
 from dernet_utils.imaging.radiograph import read_bytes
 from dernet_utils.imaging.reader import decode_radiograph
 
+# --- Check ------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What `check_dataset` found: counts that identify the dataset, and every problem."""
+    """What `check_dataset` found.
+
+    Attributes:
+        fingerprint: Per split, the counts and ranges that identify the dataset; JSON-ready.
+        problems: Every problem, ordered by file and row.
+    """
 
     fingerprint: dict
     problems: list[Problem]
@@ -48,16 +57,17 @@ def check_dataset(
 ) -> DatasetReport:
     """Describe a dataset and list all its problems, those of the pixel data included.
 
-    What this finds no problem in, a run's preparation reads: both decode by `read_radiograph`.
+    A run's preparation reads what passes here, and refuses nothing that passes: both read headers
+    by `read_contents` and decode images by `decode_radiograph`.
 
     Args:
         root: A folder in the form of VinDr-SpineXR.
         progress: Wraps the loop over images, as ``tqdm`` does; each is decoded, which takes up to
             a second for a large one.
-        workers: Processes.
+        workers: Number of processes.
 
     Returns:
-        The fingerprint (JSON-ready, per split) and the problems, ordered by file and row.
+        The fingerprint and the problems.
 
     Raises:
         DernetError: The folder has neither table, so it is no dataset at all.
@@ -88,6 +98,7 @@ def _refusal(path: Path) -> str:
 
 
 def _fingerprint(contents: Contents, split: str) -> dict:
+    """Return what `DatasetReport.fingerprint` holds of a split."""
     rows = contents.rows[contents.rows["split"] == split]
     headers = contents.headers[contents.headers["split"] == split]
     lesions = rows.loc[is_lesion(rows), "lesion_type"]
@@ -120,22 +131,25 @@ def _range(values: pd.Series) -> dict[str, float] | None:
     return {"min": int(values.min()), "median": float(values.median()), "max": int(values.max())}
 
 
+# --- Repair -----------------------------------------------------------------------------------
+
+
 def repair_dataset(root: Path, out: Path) -> list[str]:
     """Write a copy of a dataset without the boxes that have no area or reach outside.
 
     A box without area is dropped. A box that reaches outside its image is clipped to it, and
     dropped where nothing remains. An image that had lesions and keeps none is left out of the
-    copy: a radiologist called it abnormal, so "No finding" would be a false label, and without
-    a box it says nothing about where. Every other problem stays as it is, for a person to solve.
+    copy: a radiologist marked it as abnormal, so "No finding" would be a false label, and without
+    a box it has no location to learn. Every other problem is left for a person to solve.
 
     Args:
         root: The dataset; nothing in it is changed.
         out: A folder that does not exist yet. It becomes a dataset of its own: cleaned tables,
-            links to the images of `root`, and ``repairs.txt`` with what is returned. Use it in
-            the place of `root`, for example as ``DERNET_DATA``.
+            links to the images of `root`, and ``repairs.txt`` with what is returned. Use it
+            instead of `root`, for example as ``DERNET_DATA``.
 
     Returns:
-        What was done, one sentence a row, with file and row of the original.
+        What was done, one sentence per row, with file and row of the original.
 
     Raises:
         DernetError: `out` exists, `root` is no dataset, or its tables lack a column or have
@@ -190,6 +204,7 @@ def _repaired(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _write_copy(root: Path, rows: pd.DataFrame, done: list[str], out: Path) -> None:
+    """Write cleaned rows and what was done to them to the folder `out`, with links to images."""
     (out / "annotations").mkdir()
     for split in SPLITS:
         of_split = rows[rows["split"] == split]

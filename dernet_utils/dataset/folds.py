@@ -1,4 +1,4 @@
-"""Folds by study: all images of a study are held out together."""
+"""Cross-validation folds by study: all images of a study are held out together."""
 
 import warnings
 
@@ -9,15 +9,16 @@ from dernet_utils.core.errors import DernetError
 
 
 def make_folds(images_train: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame:
-    """Deal the training studies into folds.
+    """Split the training studies into folds.
 
-    All images of a study share a fold, and the folds' shares of abnormal images are as equal as
+    All images of a study share a fold, and the folds' fractions of abnormal images are as equal as
     that allows (scikit-learn's StratifiedGroupKFold). The order of the rows has no influence.
 
     Args:
-        images_train: Rows of `Dataset.images` whose split is ``train``.
+        images_train: Rows of `Dataset.images` whose split is ``train``; at least the columns
+            `image_id`, `study_id`, `split` and `abnormal`.
         n_folds: Number of folds; the paper's section 4.1 has 5.
-        seed: Seed of the deal.
+        seed: Seed of the split.
 
     Returns:
         `image_id`, `study_id` and `fold` (0 to `n_folds` - 1), ordered by image.
@@ -48,10 +49,10 @@ def make_folds(images_train: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFr
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     folds = images[["image_id", "study_id"]].assign(fold=-1)
     with warnings.catch_warnings():
-        # scikit-learn warns where a class has fewer images than there are folds; such a small
-        # cohort is a test's, and its folds are still disjoint by study.
+        # scikit-learn warns where a class has fewer images than there are folds. Only tests have so
+        # small a cohort, and its folds are still disjoint by study.
         warnings.filterwarnings("ignore", message="The least populated class")
-        deal = splitter.split(images, images["abnormal"], images["study_id"])
-        for fold, (_, held_out) in enumerate(deal):
+        splits = splitter.split(images, images["abnormal"], images["study_id"])
+        for fold, (_, held_out) in enumerate(splits):
             folds.loc[held_out, "fold"] = fold
     return folds

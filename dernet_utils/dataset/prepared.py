@@ -1,6 +1,6 @@
-"""What a run's preparation leaves for all others: images and boxes as tables, enhanced images.
+"""What a run's preparation writes once: the tables of images and boxes, and enhanced images.
 
-Who reads these touches no DICOM file, checks nothing again and loads no network.
+Chapters and trainings read these, so that no DICOM file is read or checked twice.
 """
 
 from pathlib import Path
@@ -15,13 +15,15 @@ from dernet_utils.core.workspace import Workspace
 
 
 def write_tables(workspace: Workspace, images: pd.DataFrame, boxes: pd.DataFrame) -> None:
-    """Write ``tables/images.parquet`` and ``tables/boxes.parquet``, which all of a run read.
+    """Write ``tables/images.parquet`` and ``tables/boxes.parquet``, which the whole run reads.
 
     Paths are written relative to the dataset and the cache, so that a run's folder can be moved.
 
     Args:
         workspace: The run.
-        images, boxes: As `read_images` and `read_boxes` return them.
+        images: As `read_images` returns it; `dicom_path` lies in the dataset, `cached_path` in the
+            run's cache.
+        boxes: As `read_boxes` returns it.
     """
     root, cache = workspace.data_root, workspace.cache
     images = images.assign(
@@ -36,8 +38,11 @@ def write_tables(workspace: Workspace, images: pd.DataFrame, boxes: pd.DataFrame
 def read_images(workspace: Workspace) -> pd.DataFrame:
     """Return a run's images as its preparation wrote them.
 
+    Args:
+        workspace: The run.
+
     Returns:
-        One row an image, in the order of the CSV files, train before test: ``image_id``,
+        One row per image, in the order of the CSV files, train before test: ``image_id``,
         ``study_id``, ``series_id``, ``split``, ``abnormal``, ``boxes`` (their number), ``view``
         (View Position of the header, empty where it has none), ``height`` and ``width`` of the
         stored image in pixels, ``dicom_path``, ``fold`` (Int64, missing for a test image),
@@ -55,7 +60,15 @@ def read_images(workspace: Workspace) -> pd.DataFrame:
 
 
 def read_boxes(workspace: Workspace) -> pd.DataFrame:
-    """Return a run's boxes as its preparation wrote them: columns as `tables.BOXES` says.
+    """Return a run's boxes as its preparation wrote them.
+
+    Args:
+        workspace: The run.
+
+    Returns:
+        One row per box, with the columns of `tables.BOXES`: ``image_id``, ``study_id``,
+        ``series_id``, ``split``, ``rad_id``, ``lesion_type`` and the corners ``xmin``, ``ymin``,
+        ``xmax``, ``ymax`` in stored pixels, origin top left.
 
     Raises:
         DernetError: The run has not been prepared.
@@ -67,7 +80,7 @@ def _read_table(workspace: Workspace, name: str) -> pd.DataFrame:
     path = workspace.tables / f"{name}.parquet"
     if not path.is_file():
         raise DernetError(
-            f"{path} is written by the run's preparation and is not there: call `dernet prepare "
+            f"The run's preparation writes {path}, which is missing: call `dernet prepare "
             f"--profile {workspace.profile.name}` first."
         )
     return pd.read_parquet(path)
@@ -75,6 +88,9 @@ def _read_table(workspace: Workspace, name: str) -> pd.DataFrame:
 
 def load_cached(path: Path | str) -> np.ndarray:
     """Read a cached image.
+
+    Args:
+        path: A PNG that `cache_images` wrote.
 
     Returns:
         uint8 (h, w).
@@ -85,7 +101,7 @@ def load_cached(path: Path | str) -> np.ndarray:
     grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if grey is None:
         raise DernetError(
-            f"{path} is not a cached image that can be read; run cache_images (or `dernet "
-            "prepare`) again, which makes it anew."
+            f"{path} cannot be read as a cached image; run cache_images (or `dernet prepare`) "
+            "again, which makes it anew."
         )
     return grey

@@ -1,4 +1,4 @@
-"""A VinDr-SpineXR folder without problems, as typed tables."""
+"""A VinDr-SpineXR folder without problems, as typed tables; a virtual cohort's manifest."""
 
 import json
 from dataclasses import dataclass
@@ -9,29 +9,8 @@ import pandera.pandas as pa
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, RARER_TYPES, SPLITS
-from dernet_utils.dataset.annotations import (
-    EDGES,
-    HEX_ID,
-    first_rows,
-    image_path,
-    is_lesion,
-    read_contents,
-)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A clean dataset.
-
-    Attributes:
-        root: Its folder.
-        images: One row an image, as `IMAGES` says; `boxes` counts those of the image.
-        boxes: One row a box, as `BOXES` says; corners in stored pixels, origin top left.
-    """
-
-    root: Path
-    images: pd.DataFrame
-    boxes: pd.DataFrame
+from dernet_utils.dataset.annotations import EDGES, first_rows, image_path, read_contents
+from dernet_utils.dataset.problems import HEX_ID, is_lesion
 
 
 def _ids(*names: str) -> dict[str, pa.Column]:
@@ -71,6 +50,24 @@ BOXES = pa.DataFrameSchema(
 )
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """A clean dataset.
+
+    Attributes:
+        root: Its folder.
+        images: One row per image, with the columns of `IMAGES`: `boxes` counts those of the image,
+            `view` is the header's View Position (empty where it has none), `height` and `width`
+            are those of the stored image (px), `dicom_path` is its file.
+        boxes: One row per box, with the columns of `BOXES`; corners in stored pixels, origin top
+            left.
+    """
+
+    root: Path
+    images: pd.DataFrame
+    boxes: pd.DataFrame
+
+
 def read_dataset(root: Path) -> Dataset:
     """Read a dataset that has no problem.
 
@@ -82,8 +79,8 @@ def read_dataset(root: Path) -> Dataset:
         Rarer lesion types are folded into "Other lesions".
 
     Raises:
-        DernetError: The folder is no dataset, or it has a problem that its tables or headers
-            show. Pixel data are not looked at here; `check_dataset` does.
+        DernetError: The folder is no dataset, or its tables or headers have a problem. Pixel
+            data are not read here; `check_dataset` reads them.
     """
     root = Path(root)
     contents = read_contents(root)
@@ -93,7 +90,7 @@ def read_dataset(root: Path) -> Dataset:
             f"A clean dataset was expected at {root}, but {contents.problems[0]}"
             f"{'' if count == 1 else f' (the first of {count} problems)'}: `dernet check {root}` "
             "lists all, and with `--repair OUT` writes OUT, a dataset without boxes that have no "
-            "area or reach outside, to be used in its place."
+            "area or reach outside, to be used instead."
         )
     rows = contents.rows
     boxes = rows[is_lesion(rows)].reset_index(drop=True)
@@ -102,8 +99,8 @@ def read_dataset(root: Path) -> Dataset:
     images = first_rows(rows).reset_index(drop=True)
     images["boxes"] = images["image_id"].map(boxes["image_id"].value_counts()).fillna(0)
     images["abnormal"] = images["boxes"] > 0
-    sizes = contents.headers[["image_id", "split", "view"]]
-    images = images.merge(sizes, on=["image_id", "split"], validate="one_to_one")
+    views = contents.headers[["image_id", "split", "view"]]
+    images = images.merge(views, on=["image_id", "split"], validate="one_to_one")
     images["dicom_path"] = [
         str(root / image_path(split, image_id))
         for split, image_id in zip(images["split"], images["image_id"], strict=True)
@@ -113,10 +110,13 @@ def read_dataset(root: Path) -> Dataset:
 
 
 def read_manifest(root: Path) -> dict | None:
-    """Return what the virtual cohort says of itself, None for a dataset without manifest.
+    """Return the manifest that the virtual cohort was written with.
 
     Args:
         root: The dataset's folder.
+
+    Returns:
+        ``manifest.json``; None for a dataset without one.
 
     Raises:
         DernetError: ``manifest.json`` is there but is not JSON.

@@ -1,11 +1,13 @@
-"""Boxes and the rectangle that a detector sees: letterboxing and its inverse, IoU, suppression."""
+"""Boxes and the detector's input: letterboxing and its inverse, IoU, non-maximum suppression."""
 
 import cv2
 import numpy as np
 
-PADDING_GREY = 114  # ultralytics' padding, so that the network meets the same margin as in training
+PADDING_GREY = 114  # ultralytics' padding, so that inference sees the same margin as training
+NMS_IOU = 0.5  # paper, Algorithm 1, line 18
+MAX_BOXES = 300  # per image; ultralytics' default
 
-# --- A detector's rectangle ------------------------------------------------------------------
+# --- Letterboxing -----------------------------------------------------------------------------
 
 
 def letterbox(
@@ -14,11 +16,12 @@ def letterbox(
     """Fit an image into a grey rectangle without changing its proportions.
 
     Args:
-        grey: 8-bit image, shape (H, W).
-        view: Height and width of the rectangle, px.
+        grey: Image, uint8 (H, W).
+        view: Size of the rectangle: height and width, px.
 
     Returns:
-        The rectangle, and where in it the image lies: left, top, width, height.
+        The rectangle, uint8 (height, width), and the image's position in it: left, top, width,
+        height, px.
 
     >>> filled, place = letterbox(np.zeros((400, 200), np.uint8), (100, 64))
     >>> filled.shape, place
@@ -38,14 +41,18 @@ def letterbox(
 def to_letterbox(
     xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
 ) -> np.ndarray:
-    """Take corners from the stored image into a letterboxed one; `to_stored` takes them back.
+    """Map corners from the stored image to the letterboxed one; `from_letterbox` is the inverse.
 
     Args:
-        xyxy: Corners in stored pixels, shape (n, 4).
-        place: As `letterbox` returns it.
-        height, width: Of the stored image.
+        xyxy: Corners xmin, ymin, xmax, ymax in stored pixels, shape (n, 4).
+        place: Position of the image, as `letterbox` returns it.
+        height: Height of the stored image, px.
+        width: Width of the stored image, px.
 
-    >>> to_view(np.array([[0, 200, 100, 400]]), (25, 0, 50, 100), 400, 200).tolist()
+    Returns:
+        Corners in pixels of the rectangle, float64 (n, 4).
+
+    >>> to_letterbox(np.array([[0, 200, 100, 400]]), (25, 0, 50, 100), 400, 200).tolist()
     [[25.0, 50.0, 50.0, 100.0]]
     """
     left, top, fitted_width, fitted_height = place
@@ -56,14 +63,18 @@ def to_letterbox(
 def from_letterbox(
     xyxy: np.ndarray, place: tuple[int, int, int, int], height: int, width: int
 ) -> np.ndarray:
-    """Take corners from a letterboxed image back to the stored image, within its edges.
+    """Map corners from a letterboxed image back to the stored one, clipped to its edges.
 
     Args:
-        xyxy: Corners in its pixels, shape (n, 4).
-        place: As `letterbox` returns it.
-        height, width: Of the stored image.
+        xyxy: Corners xmin, ymin, xmax, ymax in pixels of the rectangle, shape (n, 4).
+        place: Position of the image, as `letterbox` returns it.
+        height: Height of the stored image, px.
+        width: Width of the stored image, px.
 
-    >>> to_stored(np.array([[25, 50, 50, 120]]), (25, 0, 50, 100), 400, 200).tolist()
+    Returns:
+        Corners in stored pixels, float64 (n, 4).
+
+    >>> from_letterbox(np.array([[25, 50, 50, 120]]), (25, 0, 50, 100), 400, 200).tolist()
     [[0.0, 200.0, 100.0, 400.0]]
     """
     left, top, fitted_width, fitted_height = place
@@ -72,15 +83,18 @@ def from_letterbox(
     return stored.clip(0, [width, height, width, height])
 
 
+# --- Overlap ----------------------------------------------------------------------------------
+
+
 def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the intersection over union of every pair of boxes.
+    """Return the intersection over union (IoU) of every pair of boxes.
 
     Args:
         first: Corners xmin, ymin, xmax, ymax, shape (n, 4).
         second: The same, shape (m, 4).
 
     Returns:
-        Shape (n, m), in [0, 1]; zero where neither box has an area.
+        float64 (n, m), in [0, 1]; zero where neither box has an area.
 
     >>> box_iou(np.array([[0, 0, 2, 2]]), np.array([[1, 0, 3, 2], [5, 5, 6, 6]])).round(3).tolist()
     [[0.333, 0.0]]
@@ -94,24 +108,25 @@ def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-NMS_IOU = 0.5  # paper, Algorithm 1, line 18
-MAX_BOXES = 300  # a film; ultralytics' default
-
-
 def non_maximum_suppression(
     raw: np.ndarray, score_threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thin a film's raw boxes by non-maximum suppression within each type (line 18).
+    """Keep the most confident of overlapping boxes of a class: Algorithm 1, line 18.
+
+    A box is dropped where its IoU with a more confident one of the same class exceeds `NMS_IOU`;
+    `MAX_BOXES` at most are kept.
 
     Args:
-        raw: As `Pipeline.detector` returns it, shape (4 + C, anchors).
-        score_threshold: Boxes below it are left out.
+        raw: A detector's output for one image: per anchor the centre, width and height, then a
+            score per class; shape (4 + C, anchors).
+        score_threshold: Boxes with a lower score are dropped.
 
     Returns:
-        Corners (n, 4), classes (n,) and scores (n,), the surest first.
+        Corners, float64 (n, 4), in the units of `raw`; classes, int (n,); scores, float64 (n,);
+        the most confident first.
 
     >>> raw = np.array([[5, 5.5, 20], [5, 5, 20], [4, 4, 4], [4, 4, 4], [0.9, 0.8, 0.7]])
-    >>> suppress(raw, 0.1)[2].tolist()
+    >>> non_maximum_suppression(raw, 0.1)[2].tolist()
     [0.9, 0.7]
     """
     raw = np.asarray(raw, np.float64)

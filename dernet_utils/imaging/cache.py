@@ -16,12 +16,11 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import write_whole
 from dernet_utils.core.profiles import Profile
 from dernet_utils.imaging.enhance import preprocess, shrink_factor
-from dernet_utils.imaging.reader import naming, read_bytes, read_radiograph
+from dernet_utils.imaging.radiograph import naming, read_bytes, reading
+from dernet_utils.imaging.reader import decode_radiograph
 
 # Part of every cache key: raise it whenever `preprocess` or the decoding changes its pixels.
 PREPROCESSING_VERSION = 1
-
-# --- The cache --------------------------------------------------------------------------------
 
 
 def cache_images(
@@ -31,26 +30,26 @@ def cache_images(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """Preprocess images once, keep them as PNG, and say where they are.
+    """Preprocess images once and keep them as PNG.
 
-    A PNG is named by the SHA-256 of the file it comes from, the parameters and
-    `PREPROCESSING_VERSION`, written under another name and then renamed: a killed run leaves
-    nothing half-written, and the next goes on where it stopped. A PNG is reused if it is, byte
-    for byte, what was written; a file whose size and time are unchanged is not read again.
+    A PNG is named after the SHA-256 of its source file, the parameters and
+    `PREPROCESSING_VERSION`. It is written under another name and then renamed: a killed run leaves
+    nothing half-written, and the next continues where it stopped. A PNG is reused if it is, byte
+    for byte, what was written; a source file whose size and time are unchanged is not read again.
 
     Args:
         images: At least the columns `image_id` and `dicom_path`.
         cache: Folder for the PNGs and their index; made where missing.
-        profile: Its `cache_px`, `clip_limit` and `tiles` count.
-        workers: Processes.
+        profile: Its `cache_px`, `clip_limit` and `tiles` are the parameters.
+        workers: Number of processes.
         progress: Called with (images done, images in all) after each image.
 
     Returns:
-        A row for each image, in their order: image_id, cached_path (the PNG), height and width (of
+        One row per image, in their order: image_id, cached_path (of the PNG), height and width (of
         the stored image, px), scale (cached px / stored px).
 
     Raises:
-        DernetError: A file cannot be decoded, or the cache cannot be written.
+        DernetError: A file cannot be read as a radiograph, or the cache cannot be written.
     """
     cache = Path(cache)
     numbers = (profile.cache_px, profile.clip_limit, profile.tiles)
@@ -59,12 +58,12 @@ def cache_images(
         known = _read_index(cache / "index.jsonl")
         records = {}
         with (cache / "index.jsonl").open("a", encoding="utf-8") as index:
-            for record in _records(images["dicom_path"], cache, numbers, known, workers):
+            for path, record in _records(images["dicom_path"], cache, numbers, known, workers):
                 if known.get(record["stamp"]) != record:
                     # Begins with a line break, should a killed run have left half a line.
                     index.write("\n" + json.dumps(record) + "\n")
                     index.flush()
-                records[record["source"]] = record
+                records[path] = record
                 if progress:
                     progress(len(records), len(images))
     rows = [
@@ -75,41 +74,43 @@ def cache_images(
     return pd.DataFrame(rows, columns=["image_id", "cached_path", "height", "width", "scale"])
 
 
+# --- Records: one per source file -------------------------------------------------------------
+
+
 def _records(
     paths: pd.Series, cache: Path, numbers: tuple, known: dict[str, dict], workers: int
-) -> Iterator[dict]:
-    """Yield the index's record of each file, those that stand first, then those to be made."""
+) -> Iterator[tuple[str, dict]]:
+    """Yield each file and its record: those whose PNG is there, then those to be made."""
     missing = []
     for path in dict.fromkeys(map(str, paths)):
         record = known.get(_stamp(path, numbers))
-        if record and _stands(cache, record):
-            yield record
+        if record and _is_intact(cache, record):
+            yield path, record
         else:
             missing.append(path)
 
     def jobs():
         for path in missing:
             # The same content under a new time or name is not decoded again.
-            same = known.get(_key(path, numbers))
-            reusable = same if same and _stands(cache, same) else None
-            yield joblib.delayed(_make)(path, cache, numbers, reusable)
+            same = known.get(_key(_read(path), numbers)) if known else None
+            yield joblib.delayed(_make)(path, cache, numbers, same)
 
     yield from joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs())
 
 
-def _make(path: str, cache: Path, numbers: tuple, reusable: dict | None) -> dict:
-    """Preprocess one file and return its record."""
-    stamp, key = _stamp(path, numbers), _key(path, numbers)
-    if reusable:
-        return reusable | {"source": path, "stamp": stamp}
-    grey = read_radiograph(path).pixels
+def _make(path: str, cache: Path, numbers: tuple, same: dict | None) -> tuple[str, dict]:
+    """Preprocess a file and return it with its record; `same` is that of a file of its content."""
+    stamp = _stamp(path, numbers)
+    if same and _is_intact(cache, same):
+        return path, same | {"stamp": stamp}
+    data = _read(path)
     with naming(path):
+        grey = decode_radiograph(data).pixels
         small = preprocess(grey, *numbers)
-    png = cv2.imencode(".png", small)[1].tobytes()
+    key, png = _key(data, numbers), cv2.imencode(".png", small)[1].tobytes()
     with _writing(cache):
         write_whole(cache / f"{key}.png", lambda part: part.write_bytes(png))
-    return {
-        "source": path,
+    return path, {
         "stamp": stamp,
         "key": key,
         "png": f"{key}.png",
@@ -120,25 +121,28 @@ def _make(path: str, cache: Path, numbers: tuple, reusable: dict | None) -> dict
     }
 
 
+def _read(path: str) -> bytes:
+    with naming(path):
+        return read_bytes(path)
+
+
 def _stamp(path: str, numbers: tuple) -> str:
-    """Return what changes when a file is written again, without reading it."""
-    try:
+    """Return a text that changes when a file is written again; the file is not read."""
+    with naming(path), reading():
         state = Path(path).stat()
-    except OSError as error:
-        raise DernetError(f"{path}: the file cannot be read ({error.strerror}).") from error
     return f"{Path(path).absolute()} {state.st_size} {state.st_mtime_ns} {_version(numbers)}"
 
 
-def _key(path: str, numbers: tuple) -> str:
-    with naming(path):
-        return hashlib.sha256(_version(numbers).encode() + read_bytes(path)).hexdigest()
+def _key(data: bytes, numbers: tuple) -> str:
+    """Return a digest of a file's content and of all that the PNG depends on besides."""
+    return hashlib.sha256(_version(numbers).encode() + data).hexdigest()
 
 
 def _version(numbers: tuple) -> str:
     return f"v{PREPROCESSING_VERSION} {numbers} "
 
 
-def _stands(cache: Path, record: dict) -> bool:
+def _is_intact(cache: Path, record: dict) -> bool:
     """Return whether the PNG is byte for byte what was written."""
     try:
         return zlib.crc32((cache / record["png"]).read_bytes()) == record["crc"]
@@ -161,7 +165,7 @@ def _read_index(path: Path) -> dict[str, dict]:
 
 @contextmanager
 def _writing(cache: Path) -> Iterator[None]:
-    """Turn what the file system has against writing into a sentence."""
+    """Turn an error of the file system while writing into a DernetError."""
     try:
         yield
     except OSError as error:

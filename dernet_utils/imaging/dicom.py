@@ -1,9 +1,11 @@
-"""DICOM images: what is read, what is refused and why, and their pixels as 8-bit grey."""
+"""DICOM images: which are read, which are refused and why, and their pixels as 8-bit grey."""
 
 import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -14,8 +16,16 @@ from pydicom import filereader
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.grey_levels import to_grey_levels
-from dernet_utils.imaging.radiograph import JPEG_START, MOST_PIXELS, brief_reason, naming, recognise
+from dernet_utils.imaging.radiograph import (
+    JPEG_START,
+    MOST_PIXELS,
+    RECOGNISED_BY,
+    brief_reason,
+    reading,
+    recognise,
+)
 
+REQUIRED = ("Rows", "Columns", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
 # pydicom's names of the decoders, best first.
 DECODERS = ("pylibjpeg", "pyjpegls", "pydicom", "pillow", "gdcm")
 DECOMPRESS = (
@@ -29,9 +39,9 @@ def decode_dicom(data: bytes) -> tuple[np.ndarray, pydicom.Dataset]:
     """Decode a grey-scale DICOM image with one frame to 8-bit grey, in the standard's order.
 
     Modality LUT or rescale; VOI LUT or, where there is none, window (the first of several);
-    MONOCHROME1 inverted last. What the VOI puts out spans 0 to 255; where there is neither LUT
-    nor window, the image's minimum to maximum does. Padding pixels count for nothing and
-    become black. A window narrower than the standard permits is no window.
+    MONOCHROME1 inverted last. The VOI's output spans 0 to 255; where there is neither LUT nor
+    window, the image's minimum to maximum does. Padding pixels are ignored and become black. A
+    window narrower than the standard permits is ignored.
 
     Args:
         data: The file's bytes. Any transfer syntax that an installed decoder reads, 8 to 16 bits,
@@ -41,17 +51,15 @@ def decode_dicom(data: bytes) -> tuple[np.ndarray, pydicom.Dataset]:
         uint8 (H, W), 0 black and 255 white; and the header, without the pixel data.
 
     Raises:
-        DernetError: Colour, several frames, no pixels, cut short, compressed pixels of another
-            size than the header's, bits elsewhere than at the low end, or a form that no decoder
-            reads; the message names the reason and what would help.
+        DernetError: The file is no such image: an unreadable header, colour, several frames, too
+            many pixels, none, floating-point ones, bits elsewhere than at the low end, pixel data
+            that are cut short or of another size than the header's, no decoder for them, a
+            malformed LUT or window. The message gives the reason and a remedy.
 
     Source: DICOM PS3.3 C.7.5.1.1.2 (padding), C.7.6.3.1.2 (MONOCHROME1), C.11.1 (modality LUT),
     C.11.2 (VOI LUT).
     """
-    with warnings.catch_warnings():
-        # pydicom warns of oddities in headers; those that matter are refused here.
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="End of file reached")  # pixels cut short
+    with _refusing_cut_files():
         header = _read(BytesIO(data), whole=True)
         stored = _decode_pixels(header)
         del header.PixelData
@@ -65,36 +73,53 @@ def decode_dicom(data: bytes) -> tuple[np.ndarray, pydicom.Dataset]:
 
 
 def read_header(path: Path | str) -> pydicom.Dataset:
-    """Return the header of a DICOM image that `decode_dicom` takes, as far as a header can tell.
+    """Read the header of a DICOM image; what `decode_dicom` refuses by the header is refused here.
 
     Args:
         path: The file; its pixel data are not read.
 
+    Returns:
+        The header, in which everything of `REQUIRED` has a value.
+
     Raises:
-        DernetError: As `decode_dicom` raises.
+        DernetError: The file cannot be read, is no DICOM file, or its header is one that
+            `decode_dicom` refuses. The message does not name the file.
     """
-    with warnings.catch_warnings(), naming(path):
+    with _refusing_cut_files(), reading(), Path(path).open("rb") as file:
+        form = recognise(file.read(RECOGNISED_BY))
+        if form != "DICOM":
+            raise DernetError(
+                f"the file is a {form} picture, where a dataset holds DICOM images; export it as "
+                "DICOM."
+            )
+        return _read(file, whole=False)
+
+
+@contextmanager
+def _refusing_cut_files() -> Iterator[None]:
+    """Ignore pydicom's warnings of odd headers, but raise the one that tells of a cut file."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            with Path(path).open("rb") as file:
-                if recognise(file.read(132)) != "DICOM":
-                    raise DernetError("this is a picture, and a dataset holds DICOM images.")
-                file.seek(0)
-                return _read(file, whole=False)
-        except OSError as error:
-            reason = error.strerror or error
-            raise DernetError(f"the file cannot be read ({reason}); check its name.") from error
+        warnings.filterwarnings("error", message="End of file reached")
+        yield
+
+
+# --- The header -------------------------------------------------------------------------------
 
 
 def _read(file: BinaryIO, whole: bool) -> pydicom.Dataset:
-    """Return the header, with the pixel data where the whole is asked for, or refuse it."""
+    """Return the header of an image that can be decoded, if `whole` with its pixel data.
+
+    Raises:
+        DernetError: As `decode_dicom` raises; of the pixel data only their absence or kind.
+    """
     # pydicom raises what it likes (ValueError, RuntimeError, struct.error …): whatever it is, a
     # file from outside must end in a sentence.
     try:
         _refuse_bomb(file)
         file.seek(0)
-        dataset = pydicom.dcmread(file, stop_before_pixels=not whole)
-        reason = _refusal(dataset) or (_pixel_refusal(dataset) if whole else "")
+        header = pydicom.dcmread(file, stop_before_pixels=not whole)
+        reason = _refusal(header, whole)
     except Exception as error:
         raise DernetError(
             f"the DICOM header cannot be read ({brief_reason(error)}); copy or export the file "
@@ -102,24 +127,12 @@ def _read(file: BinaryIO, whole: bool) -> pydicom.Dataset:
         ) from error
     if reason:
         raise DernetError(reason)
-    return dataset
-
-
-def _decode_pixels(dataset: pydicom.Dataset) -> np.ndarray:
-    """Return the stored values, shape (H, W)."""
-    syntax = dataset.file_meta.TransferSyntaxUID
-    try:
-        _refuse_other_size(dataset)
-        return pydicom.pixels.pixel_array(dataset, decoding_plugin=_choose_decoder(syntax))
-    except Exception as error:
-        raise DernetError(
-            f"the DICOM pixel data ({syntax.name}) cannot be decoded ({brief_reason(error)}); copy "
-            f"the file again, and if it is neither damaged nor cut short, {DECOMPRESS}."
-        ) from error
+    return header
 
 
 def _refuse_bomb(file: BinaryIO) -> None:
     """Refuse a deflated file that would fill the memory: pydicom inflates without a limit."""
+    file.seek(0)
     filereader.read_preamble(file, False)
     # Not public, but the one reading that ends where pydicom's own inflating begins.
     header = filereader._read_file_meta_info(file)
@@ -133,90 +146,56 @@ def _refuse_bomb(file: BinaryIO) -> None:
             raise ValueError("it inflates to more than any radiograph holds")
 
 
-def _refuse_other_size(dataset: pydicom.Dataset) -> None:
-    """Refuse a compressed picture of another size than its header's: decoders make room for it."""
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated:
-        return
-    coded = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
-    said = int(dataset.Rows), int(dataset.Columns)
-    if syntax == pydicom.uid.RLELossless:
-        if len(coded) > 64 + 2 * math.prod(said) * dataset.BitsAllocated // 8:
-            raise ValueError("it holds more than the header's rows and columns")
-        return
-    found = _coded_size(coded)
-    if found and found != said:
-        raise ValueError(f"it has {found[0]} rows and {found[1]} columns, its header {said}")
+def _refusal(header: pydicom.Dataset, whole: bool) -> str:
+    """Return why an image cannot be decoded to a grey-scale radiograph; empty if it can.
 
-
-def _coded_size(coded: bytes) -> tuple[int, int] | None:
-    """Return rows and columns that a compressed picture says it has; None where it says none.
-
-    Source: ITU-T T.800 A.5.1 (JPEG 2000), T.81 B.2.2 (JPEG), T.87 C.2.2 (JPEG-LS).
+    Pixel data are missed only where the `whole` file was read.
     """
-    start = coded.find(JPEG_2000_START, 0, 4096)  # it may lie in boxes
-    if start >= 0 and len(coded) >= start + 24:
-        right, bottom, left, top = struct.unpack_from(">4I", coded, start + 8)
-        return bottom - top, right - left
-    place = 2
-    while coded.startswith(JPEG_START[:2]) and place + 9 <= len(coded) and coded[place] == 0xFF:
-        if coded[place + 1] in JPEG_SIZES:
-            return struct.unpack_from(">2H", coded, place + 5)
-        place += 2 + int.from_bytes(coded[place + 2 : place + 4], "big")
-    return None
-
-
-def _refusal(dataset: pydicom.Dataset) -> str:
-    """Return why an image is not a grey-scale radiograph that can be decoded; empty if it is."""
-    syntax = dataset.file_meta.get("TransferSyntaxUID")
-    photometric = dataset.get("PhotometricInterpretation", "unknown")
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    bits = dataset.get("BitsAllocated"), dataset.get("BitsStored")
+    syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is None:
         return "the DICOM header names no transfer syntax; export the file again."
-    if photometric not in ("MONOCHROME1", "MONOCHROME2") or dataset.get("SamplesPerPixel", 1) != 1:
+    if "FloatPixelData" in header or "DoubleFloatPixelData" in header:
+        return (
+            "the DICOM file holds floating-point pixels, where a radiograph holds integers of 8 "
+            "to 16 bits; export it as a grey-scale image."
+        )
+    missing = [name for name in REQUIRED if header.get(name) in (None, "", 0)]
+    if missing or (whole and not header.get("PixelData")):
+        return (
+            f"the DICOM file holds no {', '.join(missing) or 'pixel data'} (a report, a plan or a "
+            "directory, or it is cut short); choose an image, or copy the file again."
+        )
+    photometric = header.PhotometricInterpretation
+    if photometric not in ("MONOCHROME1", "MONOCHROME2") or header.get("SamplesPerPixel", 1) != 1:
         return (
             f"the DICOM image is in colour ({photometric}), where a radiograph is MONOCHROME1 or "
             "MONOCHROME2; export it in grey."
         )
-    pixels = int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0)
+    pixels = int(header.Rows) * int(header.Columns)
     if pixels > MOST_PIXELS:
         return (
-            f"the DICOM header promises {pixels / 1e6:,.0f} million pixels, where a radiograph "
+            f"the DICOM header declares {pixels / 1e6:,.0f} million pixels, where a radiograph "
             "has some tens; export the image again."
         )
+    frames = int(header.get("NumberOfFrames") or 1)
     if frames > 1:
         return (
             f"the DICOM file holds {frames} frames, where a radiograph has one; save the frame "
             "that is meant as a file of its own."
         )
-    if bits[0] not in (8, 16) or bits[1] not in range(8, 17):
+    allocated, stored = header.BitsAllocated, header.BitsStored
+    if allocated not in (8, 16) or stored not in range(8, allocated + 1):
         return (
-            f"the DICOM image stores {bits[1]} bits in {bits[0]}, where a radiograph stores 8 to "
+            f"the DICOM image stores {stored} bits in {allocated}, where a radiograph stores 8 to "
             "16 (dose grids and masks do otherwise); choose the image itself."
         )
-    if dataset.get("HighBit", bits[1] - 1) != bits[1] - 1:
+    if header.get("HighBit", stored - 1) != stored - 1:
         return (
-            f"the DICOM image's {bits[1]} bits end at bit {dataset.HighBit}, where they must at "
-            f"{bits[1] - 1}; export the image again."
+            f"the DICOM image's {stored} bits end at bit {header.HighBit}, where they must at "
+            f"{stored - 1}; export the image again."
         )
     if _choose_decoder(syntax) is None:
         return f"no installed decoder reads the DICOM transfer syntax {syntax.name}; {DECOMPRESS}."
-    return ""
-
-
-def _pixel_refusal(dataset: pydicom.Dataset) -> str:
-    """Return why there are no pixels to decode; empty if there are."""
-    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
-        return (
-            "the DICOM file holds floating-point pixels, where a radiograph holds integers of 8 "
-            "to 16 bits; export it as a grey-scale image."
-        )
-    if not dataset.get("PixelData"):
-        return (
-            "the DICOM file holds no pixel data (a report, a plan or a directory, or it is cut "
-            "short); choose an image, or copy the file again."
-        )
     return ""
 
 
@@ -234,3 +213,56 @@ def _choose_decoder(syntax: pydicom.uid.UID) -> str | None:
         return ""
     plugins = decoder.available_plugins
     return next((name for name in DECODERS if name in plugins), None)
+
+
+# --- The pixel data ---------------------------------------------------------------------------
+
+
+def _decode_pixels(dataset: pydicom.Dataset) -> np.ndarray:
+    """Return the stored values, integers (H, W)."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        _refuse_other_size(dataset)
+        return pydicom.pixels.pixel_array(dataset, decoding_plugin=_choose_decoder(syntax))
+    except Exception as error:
+        raise DernetError(
+            f"the DICOM pixel data ({syntax.name}) cannot be decoded ({brief_reason(error)}); copy "
+            f"the file again, and if it is neither damaged nor cut short, {DECOMPRESS}."
+        ) from error
+
+
+def _refuse_other_size(dataset: pydicom.Dataset) -> None:
+    """Refuse compressed pixels of another size than the header's: decoders allocate memory for it.
+
+    Raises:
+        ValueError: The sizes differ.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated:
+        return
+    coded = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+    declared = int(dataset.Rows), int(dataset.Columns)
+    if syntax == pydicom.uid.RLELossless:
+        if len(coded) > 64 + 2 * math.prod(declared) * dataset.BitsAllocated // 8:
+            raise ValueError("it holds more than the header's rows and columns")
+        return
+    found = _coded_size(coded)
+    if found and found != declared:
+        raise ValueError(f"it has {found[0]} rows and {found[1]} columns, its header {declared}")
+
+
+def _coded_size(coded: bytes) -> tuple[int, int] | None:
+    """Return rows and columns as a compressed image declares them; None where it does not.
+
+    Source: ITU-T T.800 A.5.1 (JPEG 2000), T.81 B.2.2 (JPEG), T.87 C.2.2 (JPEG-LS).
+    """
+    start = coded.find(JPEG_2000_START, 0, 4096)  # it may lie in boxes
+    if start >= 0 and len(coded) >= start + 24:
+        right, bottom, left, top = struct.unpack_from(">4I", coded, start + 8)
+        return bottom - top, right - left
+    at = 2
+    while coded.startswith(JPEG_START[:2]) and at + 9 <= len(coded) and coded[at] == 0xFF:
+        if coded[at + 1] in JPEG_SIZES:
+            return struct.unpack_from(">2H", coded, at + 5)
+        at += 2 + int.from_bytes(coded[at + 2 : at + 4], "big")
+    return None

@@ -1,12 +1,10 @@
-"""Contrast-limited adaptive histogram equalisation (Eq. 1): the one way to a network's image."""
+"""Enhancement: contrast-limited adaptive histogram equalisation (CLAHE, Eq. 1), then shrinking."""
 
 import cv2
 import numpy as np
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.grey_levels import LEVELS
-
-# --- Enhancement: Eq. 1 -----------------------------------------------------------------------
 
 
 def clahe(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> np.ndarray:
@@ -15,13 +13,13 @@ def clahe(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> np.ndarr
     Args:
         grey: uint8 (H, W).
         clip_limit: Greatest count of a histogram bin, in multiples of the mean count; above 0.
-        tiles: Contextual regions a side; at least 1.
+        tiles: Contextual regions per side; at least 1.
 
     Returns:
         uint8 (H, W).
 
     Raises:
-        DernetError: The image or a number is not of this kind.
+        DernetError: The image is not uint8 (H, W), or a number is out of its range.
 
     Source: the paper's Eq. 1 and section 3.1 (clip limit 2.0).
 
@@ -33,7 +31,7 @@ def clahe(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> np.ndarr
 
 
 def clahe_by_hand(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> np.ndarray:
-    """Do what `clahe` does, written out with numpy; equal to it within one grey level.
+    """Compute what `clahe` does step by step with numpy; equal to it within one grey level.
 
     Arguments, result and errors are those of `clahe`. Chapter 02 explains each step.
 
@@ -51,79 +49,14 @@ def clahe_by_hand(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> 
     return _blend(grey, np.rint((LEVELS - 1) * cdf), tile_h, tile_w)
 
 
-def _check_clahe(grey: np.ndarray, clip_limit: float, tiles: int) -> None:
-    if (
-        not isinstance(grey, np.ndarray)
-        or grey.dtype != np.uint8
-        or grey.ndim != 2
-        or not grey.size
-    ):
-        came = getattr(grey, "dtype", type(grey).__name__), getattr(grey, "shape", ())
-        raise DernetError(
-            f"CLAHE takes an 8-bit grey image, uint8 (H, W), not {came[0]} {came[1]}; decode it "
-            "with read_radiograph first."
-        )
-    if not clip_limit > 0 or tiles < 1:
-        raise DernetError(
-            "CLAHE takes a clip limit above 0 and at least one tile a side, not "
-            f"{clip_limit} and {tiles}."
-        )
-
-
-def _pad_to_tiles(grey: np.ndarray, tiles: int) -> np.ndarray:
-    """Mirror the image at its lower and right border until the tiles divide it.
-
-    Where either side needs it both are padded, a side that already fits by one pixel a tile:
-    so OpenCV does it.
-    """
-    height, width = grey.shape
-    if height % tiles == 0 and width % tiles == 0:
-        return grey
-    return np.pad(grey, ((0, tiles - height % tiles), (0, tiles - width % tiles)), mode="reflect")
-
-
-def _tile_histograms(padded: np.ndarray, tiles: int) -> np.ndarray:
-    """Return int (tiles, tiles, 256): how often each grey level occurs in each tile."""
-    height, width = padded.shape
-    rows = np.arange(height) // (height // tiles)
-    columns = np.arange(width) // (width // tiles)
-    tile = rows[:, None] * tiles + columns
-    counts = np.bincount((tile * LEVELS + padded).ravel(), minlength=tiles * tiles * LEVELS)
-    return counts.reshape(tiles, tiles, LEVELS)
-
-
-def _clip_histograms(histograms: np.ndarray, limit: int) -> np.ndarray:
-    """Cut bins at the limit and hand out the excess evenly, the remainder at even steps."""
-    excess = np.maximum(histograms - limit, 0).sum(axis=-1, keepdims=True)
-    share, remainder = np.divmod(excess, LEVELS)
-    step = np.maximum(LEVELS // np.maximum(remainder, 1), 1)
-    bins = np.arange(LEVELS)
-    receives_one_more = (bins % step == 0) & (bins // step < remainder)
-    return np.minimum(histograms, limit) + share + receives_one_more
-
-
-def _blend(grey: np.ndarray, tables: np.ndarray, tile_h: int, tile_w: int) -> np.ndarray:
-    """Map each pixel through the tables of its four nearest tiles, blended bilinearly."""
-    last = tables.shape[0] - 1
-    y = np.arange(grey.shape[0])[:, None] / tile_h - 0.5
-    x = np.arange(grey.shape[1])[None, :] / tile_w - 0.5
-    top, left = np.floor(y).astype(int), np.floor(x).astype(int)
-    down, right = y - top, x - left
-    y0, y1 = np.clip(top, 0, last), np.clip(top + 1, 0, last)
-    x0, x1 = np.clip(left, 0, last), np.clip(left + 1, 0, last)
-    upper = (1 - right) * tables[y0, x0, grey] + right * tables[y0, x1, grey]
-    lower = (1 - right) * tables[y1, x0, grey] + right * tables[y1, x1, grey]
-    return np.rint((1 - down) * upper + down * lower).astype(np.uint8)
-
-
 def preprocess(grey: np.ndarray, long_side_px: int, clip_limit: float, tiles: int) -> np.ndarray:
-    """Enhance at full size, then shrink; the one way from pixels to a network's image.
+    """Enhance at full size, then shrink: the one way from a radiograph's pixels to a network.
 
-    Training, the ONNX models and the web page all call this.
+    Training, the ONNX models and the web app all call this.
 
     Args:
-        grey: uint8 (H, W) as `read_radiograph` returns it.
-        long_side_px: Long side of the result at most; a smaller image is not enlarged.
+        grey: `Radiograph.pixels`, uint8 (H, W).
+        long_side_px: Longest permitted side of the result; a smaller image is not enlarged.
         clip_limit: As in `clahe`.
         tiles: As in `clahe`.
 
@@ -145,4 +78,78 @@ def preprocess(grey: np.ndarray, long_side_px: int, clip_limit: float, tiles: in
 
 
 def shrink_factor(shape: tuple[int, ...], long_side_px: int) -> float:
+    """Return the scale, at most 1, that makes an image's long side `long_side_px` or less.
+
+    >>> shrink_factor((100, 50), 40), shrink_factor((30, 20), 40)
+    (0.4, 1.0)
+    """
     return min(1.0, long_side_px / max(shape))
+
+
+# --- The steps of Eq. 1 -----------------------------------------------------------------------
+
+
+def _check_clahe(grey: np.ndarray, clip_limit: float, tiles: int) -> None:
+    """Raise the DernetError of `clahe`."""
+    if (
+        not isinstance(grey, np.ndarray)
+        or grey.dtype != np.uint8
+        or grey.ndim != 2
+        or not grey.size
+    ):
+        came = getattr(grey, "dtype", type(grey).__name__), getattr(grey, "shape", ())
+        raise DernetError(
+            f"CLAHE takes an 8-bit grey image, uint8 (H, W), not {came[0]} {came[1]}; decode it "
+            "with read_radiograph first."
+        )
+    if not clip_limit > 0 or tiles < 1:
+        raise DernetError(
+            "CLAHE takes a clip limit above 0 and at least one tile per side, not "
+            f"{clip_limit} and {tiles}."
+        )
+
+
+def _pad_to_tiles(grey: np.ndarray, tiles: int) -> np.ndarray:
+    """Mirror the image at its lower and right border until the tiles divide it.
+
+    As in OpenCV, both sides are padded where either needs it; a side that already fits gains one
+    pixel per tile.
+    """
+    height, width = grey.shape
+    if height % tiles == 0 and width % tiles == 0:
+        return grey
+    return np.pad(grey, ((0, tiles - height % tiles), (0, tiles - width % tiles)), mode="reflect")
+
+
+def _tile_histograms(padded: np.ndarray, tiles: int) -> np.ndarray:
+    """Return the count of each grey level in each tile, int (tiles, tiles, 256)."""
+    height, width = padded.shape
+    rows = np.arange(height) // (height // tiles)
+    columns = np.arange(width) // (width // tiles)
+    tile = rows[:, None] * tiles + columns
+    counts = np.bincount((tile * LEVELS + padded).ravel(), minlength=tiles * tiles * LEVELS)
+    return counts.reshape(tiles, tiles, LEVELS)
+
+
+def _clip_histograms(histograms: np.ndarray, limit: int) -> np.ndarray:
+    """Clip bins at the limit; spread the excess evenly over all, its remainder at even steps."""
+    excess = np.maximum(histograms - limit, 0).sum(axis=-1, keepdims=True)
+    per_bin, remainder = np.divmod(excess, LEVELS)
+    step = np.maximum(LEVELS // np.maximum(remainder, 1), 1)
+    bins = np.arange(LEVELS)
+    receives_one_more = (bins % step == 0) & (bins // step < remainder)
+    return np.minimum(histograms, limit) + per_bin + receives_one_more
+
+
+def _blend(grey: np.ndarray, tables: np.ndarray, tile_h: int, tile_w: int) -> np.ndarray:
+    """Map each pixel through the tables of its four nearest tiles, interpolated bilinearly."""
+    last = tables.shape[0] - 1
+    y = np.arange(grey.shape[0])[:, None] / tile_h - 0.5
+    x = np.arange(grey.shape[1])[None, :] / tile_w - 0.5
+    top, left = np.floor(y).astype(int), np.floor(x).astype(int)
+    down, right = y - top, x - left
+    y0, y1 = np.clip(top, 0, last), np.clip(top + 1, 0, last)
+    x0, x1 = np.clip(left, 0, last), np.clip(left + 1, 0, last)
+    upper = (1 - right) * tables[y0, x0, grey] + right * tables[y0, x1, grey]
+    lower = (1 - right) * tables[y1, x0, grey] + right * tables[y1, x1, grey]
+    return np.rint((1 - down) * upper + down * lower).astype(np.uint8)

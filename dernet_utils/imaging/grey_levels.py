@@ -1,4 +1,8 @@
-"""From a DICOM image's stored values to 8-bit grey: modality LUT, VOI LUT or window, inversion."""
+"""From a DICOM image's stored values to 8-bit grey: modality LUT, VOI LUT or window, inversion.
+
+`pydicom.pixels` renders less than files in the wild need: it refuses narrow windows and 8-bit LUTs
+packed two entries to a word, and its VOI LUT of 8-bit entries wraps positions beyond 255.
+"""
 
 import numpy as np
 import pydicom
@@ -7,16 +11,60 @@ LEVELS = 256  # grey levels of an 8-bit image
 
 
 def to_grey_levels(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
-    """Take stored values to 8-bit grey."""
+    """Map stored values to 8-bit grey, as `decode_dicom` describes.
+
+    Args:
+        dataset: The image's header.
+        stored: Its stored values, integers (H, W).
+
+    Returns:
+        uint8 (H, W), 0 black and 255 white.
+
+    Raises:
+        Exception: A LUT or window is malformed: ValueError, or whatever pydicom raises when it
+            converts a header's value.
+    """
     padding = _is_padding(dataset, stored)
-    fraction = _voi(dataset, _modality(dataset, stored), ~padding)
+    fraction = _apply_voi(dataset, _apply_modality(dataset, stored), ~padding)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         fraction = 1 - fraction
     return to_uint8(np.where(padding, 0.0, fraction))
 
 
+def stretch(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """Map the range from the least to the greatest valid value to fractions, 0 to 1.
+
+    Args:
+        values: Numbers, any shape.
+        valid: Which of them count, bool of the same shape; None means all.
+
+    Returns:
+        Floats of the same shape, clipped to [0, 1]; zeros where the valid values do not differ.
+
+    >>> stretch(np.array([1000, 1255, 1510])).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    chosen = values if valid is None else values[valid]
+    low, high = (chosen.min(), chosen.max()) if chosen.size else (0.0, 0.0)
+    if low == high:
+        return np.zeros(values.shape)
+    return np.clip((values - low) / (high - low), 0, 1)
+
+
+def to_uint8(fraction: np.ndarray) -> np.ndarray:
+    """Round fractions, 0 to 1, to the nearest grey level, uint8 of the same shape.
+
+    >>> to_uint8(np.array([0.0, 0.5, 1.0])).tolist()
+    [0, 128, 255]
+    """
+    return np.rint(fraction * (LEVELS - 1)).astype(np.uint8)
+
+
+# --- The standard's steps ---------------------------------------------------------------------
+
+
 def _is_padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
-    """Return which stored values stand for "no image here" (PS3.3 C.7.5.1.1.2)."""
+    """Return which stored values are pixel padding (PS3.3 C.7.5.1.1.2)."""
     value = dataset.get("PixelPaddingValue")
     if value is None:
         return np.zeros(stored.shape, bool)
@@ -25,37 +73,37 @@ def _is_padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
     return (stored >= low) & (stored <= high)
 
 
-def _modality(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
-    """Take stored values to the modality's values, float (PS3.3 C.11.1)."""
+def _apply_modality(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
+    """Map stored values to the modality's values, float (PS3.3 C.11.1)."""
     if dataset.get("ModalityLUTSequence"):
         item = dataset.ModalityLUTSequence[0]
         return _look_up(_lut_table(dataset, item), item, stored)
-    slope, intercept = (_first(dataset, "RescaleSlope"), _first(dataset, "RescaleIntercept"))
+    slope, intercept = _first(dataset, "RescaleSlope"), _first(dataset, "RescaleIntercept")
     return stored.astype(float) * (1 if slope is None else slope) + (intercept or 0)
 
 
-def _voi(dataset: pydicom.Dataset, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Take the modality's values to fractions of the display's range (PS3.3 C.11.2)."""
+def _apply_voi(dataset: pydicom.Dataset, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Map the modality's values to fractions of the display's range (PS3.3 C.11.2)."""
     if dataset.get("VOILUTSequence"):
         item = dataset.VOILUTSequence[0]
         table = _lut_table(dataset, item)
         span = max(table.max() - table.min(), 1)
         return _look_up((table - table.min()) / span, item, values)
-    center, width = (_first(dataset, "WindowCenter"), _first(dataset, "WindowWidth"))
+    center, width = _first(dataset, "WindowCenter"), _first(dataset, "WindowWidth")
     function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
     narrowest = 1 if function == "LINEAR" else np.finfo(float).tiny
     if center is not None and width is not None and width >= narrowest:
-        return _window(values, center, width, function)
+        return _apply_window(values, center, width, function)
     return stretch(values, valid)
 
 
-def _window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """Return the window's fractions, 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+def _apply_window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
+    """Map values to the window's fractions, 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     if function == "SIGMOID":
         # Beyond an exponent of 700 a float overflows, and the fraction has long been 0 or 1.
         return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
     if function == "LINEAR":
-        # The standard's default counts in steps between integers.
+        # The standard's default counts the steps between integers.
         center, width = center - 0.5, width - 1
     elif function != "LINEAR_EXACT":
         raise ValueError(f"unknown VOI LUT function {function}")
@@ -64,22 +112,13 @@ def _window(values: np.ndarray, center: float, width: float, function: str) -> n
     return np.clip((values - center) / width + 0.5, 0, 1)
 
 
-def stretch(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-    """Return fractions of the range from the least to the greatest valid value."""
-    chosen = values if valid is None else values[valid]
-    low, high = (chosen.min(), chosen.max()) if chosen.size else (0.0, 0.0)
-    if low == high:
-        return np.zeros(values.shape)
-    return np.clip((values - low) / (high - low), 0, 1)
-
-
 def _lut_table(dataset: pydicom.Dataset, item: pydicom.Dataset) -> np.ndarray:
-    """Return the entries of a LUT as float (N,)."""
+    """Return the entries of a LUT, float (N,)."""
     data = item.LUTData
     if isinstance(data, bytes):
         entries = int(item.LUTDescriptor[0]) or 2**16
         order = "<" if dataset.original_encoding[1] else ">"
-        # Entries of 8 bits may be packed two to a word.
+        # 8-bit entries may be packed two to a word.
         data = np.frombuffer(data, "u1" if len(data) < 2 * entries else f"{order}u2")[:entries]
     table = np.atleast_1d(np.asarray(data, float))
     if table.size == 0:
@@ -88,19 +127,15 @@ def _lut_table(dataset: pydicom.Dataset, item: pydicom.Dataset) -> np.ndarray:
 
 
 def _look_up(table: np.ndarray, item: pydicom.Dataset, values: np.ndarray) -> np.ndarray:
-    """Map values through a table; those below its first or past its last take these."""
+    """Map values through a table; its first and last entries hold for values beyond its ends."""
     first = int(item.LUTDescriptor[1])
     position = np.rint(values).astype(np.int64) - first
     return table[np.clip(position, 0, table.size - 1)]
 
 
 def _first(dataset: pydicom.Dataset, keyword: str) -> float | None:
-    """Return an attribute's value, the first of several; None where absent or empty."""
+    """Return a header's number, the first of several; None where it is absent or empty."""
     value = dataset.get(keyword)
     if isinstance(value, pydicom.multival.MultiValue):
         value = value[0] if len(value) else None
     return None if value is None or value == "" else float(value)
-
-
-def to_uint8(fraction: np.ndarray) -> np.ndarray:
-    return np.rint(fraction * (LEVELS - 1)).astype(np.uint8)

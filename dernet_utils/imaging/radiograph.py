@@ -1,4 +1,4 @@
-"""A radiograph as it was read, and the three forms in which it comes, told by their first bytes."""
+"""A radiograph as it was read; the three forms of its files, and errors that name the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +10,23 @@ import pydicom
 
 from dernet_utils.core.errors import DernetError
 
-MOST_PIXELS = 40_000_000  # of an image; a large radiograph has 20 million
+MOST_PIXELS = 40_000_000  # per image; a large radiograph has 20 million
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-JPEG_START, JPEG_SCAN, JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
+JPEG_START = b"\xff\xd8\xff"
+DICOM_MARK = b"DICM"  # after a preamble of 128 bytes
+RECOGNISED_BY = 132  # first bytes that tell a file's form
 
 
 @dataclass(frozen=True)
 class Radiograph:
-    """A file's picture, and what the file says of it.
+    """A file's image and header.
 
     Attributes:
         pixels: uint8 (H, W), 0 black and 255 white, bone bright.
         form: ``DICOM``, ``PNG`` or ``JPEG``.
-        header: A DICOM file's, without its pixel data; None for a PNG or JPEG.
-        coloured: Fraction of its pixels that are in colour; 0 for a DICOM image, since one in
-            colour is refused.
+        header: Header of a DICOM file, without its pixel data; None for a PNG or JPEG.
+        coloured: Fraction of the pixels that are in colour, 0 to 1; 0 for DICOM, of which colour
+            images are refused.
     """
 
     pixels: np.ndarray
@@ -34,18 +36,18 @@ class Radiograph:
 
 
 def recognise(data: bytes) -> str:
-    """Return ``DICOM``, ``PNG`` or ``JPEG``; the content decides, not the name.
+    """Return a file's form: ``DICOM``, ``PNG`` or ``JPEG``. Its content decides, not its name.
 
     Args:
-        data: The file's first bytes; 132 are enough.
+        data: The file's first bytes; `RECOGNISED_BY` are enough.
 
     Raises:
-        DernetError: It is none of them.
+        DernetError: The file has none of these forms.
 
     >>> recognise(bytes(128) + b"DICM"), recognise(JPEG_START)
     ('DICOM', 'JPEG')
     """
-    if data[128:132] == b"DICM":
+    if data[128:RECOGNISED_BY] == DICOM_MARK:
         return "DICOM"
     if data.startswith(PNG_SIGNATURE):
         return "PNG"
@@ -57,31 +59,43 @@ def recognise(data: bytes) -> str:
     )
 
 
+def read_bytes(path: Path | str) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        DernetError: The file cannot be read; the message does not name it, see `naming`.
+    """
+    with reading():
+        return Path(path).read_bytes()
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn an error of the file system into a DernetError; the message does not name the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise DernetError(f"the file cannot be read ({reason}); check its name.") from error
+
+
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Put the file's name before the message of an error."""
+    """Put the file's name before the message of a DernetError."""
     try:
         yield
     except DernetError as error:
         raise DernetError(f"{path}: {error}") from error
 
 
-def read_bytes(path: Path | str) -> bytes:
-    """Return a file's bytes.
-
-    Raises:
-        DernetError: It cannot be read.
-    """
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
-        raise DernetError(f"the file cannot be read ({reason}); check its name.") from error
-
-
 def brief_reason(error: Exception) -> str:
-    """Return an error's reason, short enough for one sentence."""
-    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-    # pydicom puts a heading above what each of its decoders has to say.
-    reason = "; ".join(lines[1:] or lines).rstrip(".:")
+    """Return an error's message, short enough for one sentence (200 characters).
+
+    >>> brief_reason(ValueError("Unable to decode:\\n  gdcm: cut short.\\n  pillow: no image."))
+    'gdcm: cut short; pillow: no image'
+    """
+    lines = [line.strip().rstrip(".:") for line in str(error).splitlines()]
+    lines = lines or [type(error).__name__]
+    # pydicom puts a heading above the messages of its decoders.
+    reason = "; ".join(lines[1:] or lines)
     return reason if len(reason) <= 200 else reason[:199] + "…"

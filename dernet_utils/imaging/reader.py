@@ -1,6 +1,6 @@
 """A file as a radiograph: DICOM, PNG or JPEG, recognised and parsed once.
 
-Chapter 02 builds by hand what stands here, and asserts that the two agree.
+Chapter 02 rebuilds these steps by hand and asserts that the two agree.
 """
 
 from io import BytesIO
@@ -15,8 +15,6 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.dicom import decode_dicom
 from dernet_utils.imaging.grey_levels import stretch, to_uint8
 from dernet_utils.imaging.radiograph import (
-    JPEG_END,
-    JPEG_SCAN,
     MOST_PIXELS,
     Radiograph,
     naming,
@@ -24,27 +22,40 @@ from dernet_utils.imaging.radiograph import (
     recognise,
 )
 
-UNDECODABLE = "the picture cannot be decoded; copy or export the file again."
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 GREY_MODES = ("1", "L", "LA", "I", "I;16")  # Pillow's names
-COLOUR = 24  # levels between the channels of a pixel that counts as coloured
+COLOUR = 24  # a pixel counts as coloured where its channels differ by more levels
+UNDECODABLE = "the picture cannot be decoded; copy or export the file again."
 
 
 def read_radiograph(path: Path | str) -> Radiograph:
-    """Read a DICOM, PNG or JPEG file; the content decides, not the name.
+    """Read a DICOM, PNG or JPEG file; its content decides which, not its name.
 
     Args:
         path: The file.
 
+    Returns:
+        Its pixels as 8-bit grey, with the form, the header and the fraction of coloured pixels.
+
     Raises:
-        DernetError: The file cannot be read or is not an image that we read; the message names
-            the file, the reason and what would help.
+        DernetError: The file cannot be read or is no image of these forms; the message gives the
+            file, the reason and a remedy.
     """
     with naming(path):
         return decode_radiograph(read_bytes(path))
 
 
 def decode_radiograph(data: bytes) -> Radiograph:
-    """Decode the bytes of a DICOM, PNG or JPEG file, as `read_radiograph` does.
+    """Decode a DICOM, PNG or JPEG file, as `read_radiograph` does.
+
+    Args:
+        data: The file's bytes.
+
+    Returns:
+        As `read_radiograph` returns it.
+
+    Raises:
+        DernetError: As `read_radiograph` raises, without the file's name.
 
     >>> decode_radiograph(b"hello")
     Traceback (most recent call last):
@@ -62,24 +73,17 @@ byte 128), PNG or JPEG file; export the picture again in one of these forms.
 def _decode_picture(data: bytes, form: str) -> Radiograph:
     """Decode PNG or JPEG; colour becomes grey by OpenCV's weights (ITU-R BT.601).
 
-    Eight bits are taken as they are, since such a picture was made for display; sixteen bits
-    say nothing about how they want to be shown, so that their minimum to maximum is.
+    Eight bits are taken as they are, since such a picture was made for display. Sixteen bits do
+    not define their display, so their minimum to maximum is shown.
     """
-    # Decoders fill what a cut-off file lacks with grey: look for the end mark ourselves. Within
-    # the coded pixels of a JPEG both marks are impossible, so the last scan's end is the file's.
-    if form == "PNG":
-        complete = b"IEND" in data[-64:]
-    else:
-        complete = data.find(JPEG_END, data.rfind(JPEG_SCAN)) > 0
-    if not complete:
-        raise DernetError("the picture is cut short; copy or download the file again.")
+    _refuse_incomplete(data, form)
     try:  # Pillow reads no more than the header here
         header = (PngImageFile if form == "PNG" else JpegImageFile)(BytesIO(data))
     except (OSError, SyntaxError, ValueError) as error:
         raise DernetError(UNDECODABLE) from error
     if header.width * header.height > MOST_PIXELS:
         raise DernetError(
-            "the picture's header promises more pixels than any radiograph has; export it again."
+            "the picture's header declares more pixels than any radiograph has; export it again."
         )
     coded = np.frombuffer(data, np.uint8)
     try:
@@ -92,3 +96,14 @@ def _decode_picture(data: bytes, form: str) -> Radiograph:
     coloured = 0.0 if in_colour is None else float((np.ptp(in_colour, axis=2) > COLOUR).mean())
     pixels = grey if grey.dtype == np.uint8 else to_uint8(stretch(grey.astype(float)))
     return Radiograph(pixels, form, coloured=coloured)
+
+
+def _refuse_incomplete(data: bytes, form: str) -> None:
+    """Refuse a picture without its end mark: decoders fill what is missing with grey."""
+    if form == "PNG":
+        complete = b"IEND" in data[-64:]
+    else:
+        # Neither mark occurs within a JPEG's coded pixels, so the last scan's end is the file's.
+        complete = data.find(JPEG_END, data.rfind(JPEG_SCAN)) > 0
+    if not complete:
+        raise DernetError("the picture is cut short; copy or download the file again.")
