@@ -28,14 +28,8 @@ from dernet_utils.core.files import digest_of, file_digest, modules_digest, writ
 from dernet_utils.core.profiles import Profile
 from dernet_utils.metrics.classification import auroc
 from dernet_utils.triage.augment import augment, draw_crops
-from dernet_utils.triage.images import Sample, load_pixels
+from dernet_utils.triage.images import Sample, load_pixels  # noqa: F401  as training.load_pixels
 from dernet_utils.triage.networks import as_input, autocast, build_network, predict_logits
-
-__all__ = [
-    "SHAPING", "Sample", "TrainedNetwork", "TriageRecipe", "augment", "checkpoint_facts",
-    "draw_crops", "fast_and_deterministic", "load_network", "load_pixels", "start_training",
-    "train_epoch", "train_triage", "training_batches", "triage_epoch_line",
-]  # fmt: skip
 
 WEIGHT_DECAY = 0.01  # torch's default for AdamW; the paper does not give one
 CROPS_PER_IMAGE = 9  # per training image and epoch on crops, half of them with a lesion; ours
