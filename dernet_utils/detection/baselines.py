@@ -1,11 +1,10 @@
-"""The detectors beside YOLO11-L in the paper's Table 3, as far as kept libraries have them.
+"""The baselines beside YOLO11-L in the paper's Table 3, as far as maintained libraries have them.
 
-All are trained by one loop, on the same views of the same films, for the same time on the clock,
-and thinned by the same non-maximum suppression. How many steps that time allows depends on the
+All are trained by one loop, on the same augmented images, for the same wall-clock time, and
+filtered by the same non-maximum suppression. The number of steps in that time depends on the
 detector and on the machine, and is part of the result.
 """
 
-import hashlib
 import math
 import shutil
 import time
@@ -22,6 +21,7 @@ from torchvision.ops import box_convert
 
 from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import digest_of, modules_digest, write_whole
 from dernet_utils.core.vocabulary import LESION_TYPES
 from dernet_utils.detection import images as detection_images
 from dernet_utils.detection import prediction, yolo
@@ -33,25 +33,26 @@ from dernet_utils.imaging import boxes as imaging_boxes
 from ultralytics.nn.tasks import RTDETRDetectionModel
 
 ANCHORS_FOR_PX = 800  # torchvision's anchors are made for images of this side
-PROPOSALS = 256  # Faster R-CNN's a film; torchvision has 2,000 and 1,000, for larger images
-QUERIES = 300  # RT-DETR's boxes an image; fewer where an image has fewer places
+PROPOSALS = 256  # Faster R-CNN's per image; torchvision has 2,000 and 1,000, for larger images
+QUERIES = 300  # RT-DETR's boxes per image; fewer where an image has fewer locations
 FASTER_RCNN, RETINANET, RT_DETR = "Faster R-CNN", "RetinaNet", "RT-DETR-L"
 BASELINES = (FASTER_RCNN, RETINANET, RT_DETR, "YOLO11-n", "YOLO11-s", "YOLO11-L")
 WARM_STEPS = 20  # ours: AdamW's first steps from random weights are as large as its later ones
 CLIP = 10.0  # ultralytics' limit of a gradient's norm
-# Peak of AdamW's learning rate as a share of YOLO11's. Ours, not tuned: less for the others, and
-# least for the transformer, in the order of their authors' own.
+# Peak of AdamW's learning rate as a fraction of YOLO11's. Ours, not tuned: lower for the others,
+# lowest for the transformer, in the order of their authors' own.
 LR_SHARE = {FASTER_RCNN: 0.25, RETINANET: 0.25, RT_DETR: 0.1}
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A detector from random weights, ready for training.
+    """A detector with random weights, ready for training.
 
     Attributes:
-        network: With its parameters.
+        network: The module to train.
         loss: Takes a batch as ultralytics collates it, images in [0, 1]; returns a scalar.
-        raw: Takes images (B, 3, H, W) in [0, 1]; yields for each an input of `detect.suppress`.
+        raw: Takes images (B, 3, H, W) in [0, 1]; yields for each one what
+            `prediction.suppress_boxes` takes.
     """
 
     network: nn.Module
@@ -62,10 +63,10 @@ class Baseline:
 def build_baseline(
     name: str, view: tuple[int, int], seed: int, focal: Mapping[str, float] = yolo.Detector.focal
 ) -> Baseline:
-    """Return one of `RIVALS` from random weights.
+    """Return one of `BASELINES` with random weights.
 
     Args:
-        name: As Table 3 of this book writes it.
+        name: As this book's Table 3 writes it.
         view: Height and width of its input, px.
         seed: Seed of the weights.
         focal: YOLO11's exponent and class weight of Eq. 6; RetinaNet has its authors', the paper's.
@@ -90,9 +91,9 @@ def _yolo(network: yolo.Detector) -> Baseline:
 
 def _rt_detr(view: tuple[int, int]) -> Baseline:
     network = RTDETRDetectionModel("rtdetr-l.yaml", nc=len(LESION_TYPES), verbose=False)
-    network.nc = len(LESION_TYPES)  # its loss asks for it
-    places = sum(view[0] // stride * (view[1] // stride) for stride in (8, 16, 32))
-    network.model[-1].num_queries = min(QUERIES, places)
+    network.nc = len(LESION_TYPES)  # its loss reads it
+    locations = sum(view[0] // stride * (view[1] // stride) for stride in (8, 16, 32))
+    network.model[-1].num_queries = min(QUERIES, locations)
     network.to(memory_format=torch.channels_last)
     network.predict = _fast_in_training(network, network.predict)
     sides = torch.tensor([view[1], view[0]] * 2)
@@ -105,7 +106,7 @@ def _rt_detr(view: tuple[int, int]) -> Baseline:
 
 
 def _fast_in_training(network: nn.Module, forward: Callable) -> Callable:
-    """Return a form of `forward` that runs in bfloat16 while `network` trains, as YOLO11-L does."""
+    """Return `forward` in bfloat16 while `network` is in training mode, as YOLO11-L's is."""
 
     def fast(*given, **named):
         if network.training:
@@ -117,8 +118,8 @@ def _fast_in_training(network: nn.Module, forward: Callable) -> Callable:
 
 def _two_or_one_stage(name: str, view: tuple[int, int]) -> Baseline:
     """torchvision's detectors: one with proposals, one without."""
-    share = max(view) / ANCHORS_FOR_PX
-    levels = [32 * 2**level * share for level in range(5)]
+    scale = max(view) / ANCHORS_FOR_PX
+    levels = [32 * 2**level * scale for level in range(5)]
     shapes = ((0.5, 1.0, 2.0),) * 5
     common = {
         "weights": None, "weights_backbone": None, "num_classes": len(LESION_TYPES) + 1,
@@ -153,7 +154,7 @@ def _two_or_one_stage(name: str, view: tuple[int, int]) -> Baseline:
         corners = box_convert(batch["bboxes"], "cxcywh", "xyxy") * sides.to(batch["bboxes"])
         targets = [
             {"boxes": corners[own], "labels": batch["cls"][own].long().flatten() + 1}  # 0 is none
-            for own in (batch["batch_idx"] == film for film in range(len(batch["img"])))
+            for own in (batch["batch_idx"] == row for row in range(len(batch["img"])))
         ]
         return sum(network(list(batch["img"]), targets).values())
 
@@ -169,15 +170,15 @@ def _two_or_one_stage(name: str, view: tuple[int, int]) -> Baseline:
 def train_baseline(
     rival: Baseline, films: SpineDataset, batch: int, lr: float, seconds: float, seed: int
 ) -> int:
-    """Train for a time on the clock; the learning rate falls along a cosine of the time spent.
+    """Train for a wall-clock time; the learning rate falls along a cosine of the time spent.
 
     Args:
-        rival: From random weights; trained in place.
-        films: The training films, as they are shown.
-        batch: Films a step.
+        rival: As `build_baseline` returns it; trained in place.
+        films: The training images with their augmentations.
+        batch: Images per step.
         lr: Peak of AdamW's learning rate.
-        seconds: To be spent on steps; the last one is finished.
-        seed: Seed of the order of films and of their augmentation.
+        seconds: Time to spend on steps; the last step is finished.
+        seed: Seed of the order of images and of their augmentation.
 
     Returns:
         The number of steps.
@@ -205,7 +206,7 @@ def train_baseline(
 
 
 def _rows(films: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Batches of film numbers, every film once before any comes again, without an end."""
+    """Endless batches of image numbers; each pass is a new order of all images."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(films, generator=generator)
@@ -214,12 +215,12 @@ def _rows(films: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class BaselineRun:
-    """What a detector has come to.
+    """A baseline's training and its boxes.
 
     Attributes:
-        found: Boxes on the films that it was asked about, as `detect.predict_boxes` returns them.
-        steps: Of training, `Recipe.batch` films each.
-        parameters: In millions.
+        found: Boxes on the evaluated images, as `prediction.predict_boxes` returns them.
+        steps: Training steps, of `DetectorRecipe.batch` images each.
+        parameters: Number of parameters, in millions.
     """
 
     found: pd.DataFrame
@@ -236,22 +237,22 @@ def run_baseline(
     seconds: float,
     folder: Path,
 ) -> BaselineRun:
-    """Train a detector for a time and ask it about other films, or load what it said before.
+    """Train a baseline for a time and predict boxes on other images, or load a finished run's.
 
-    Its views are those of the epochs without mosaic. The run is kept under a digest of all that it
-    depends on but the machine's speed.
+    Images are augmented as in epochs without mosaic. The run is stored under a digest of all that
+    it depends on except the machine's speed.
 
     Args:
-        name: Of `RIVALS`.
+        name: One of `BASELINES`.
         training: `image_id`, `cached_path`, stored `height` and `width`.
-        boxes: Of the training films: `image_id`, `lesion_type`, corners in stored pixels.
-        asked: As `training`; other studies' films.
-        recipe: YOLO11-L's; its epochs and its mosaic do not count.
-        seconds: To be spent on training.
-        folder: Where runs are kept.
+        boxes: Of the training images: `image_id`, `lesion_type`, corners in stored pixels.
+        asked: Images of other studies to predict boxes on; columns as `training`.
+        recipe: YOLO11-L's; its epochs and its mosaic are not used.
+        seconds: Training time.
+        folder: Where runs are stored.
 
     Raises:
-        DernetError: The name is none of `RIVALS`, or a training film's boxes are not on it.
+        DernetError: The name is none of `BASELINES`, or a box lies outside its training image.
     """
     key = _key(name, training, boxes, asked, recipe, seconds)
     kept = Path(folder) / f"{name.lower().replace(' ', '-')}-{key}.parquet"
@@ -263,9 +264,7 @@ def run_baseline(
         rival.network.eval()
         found = prediction.collect_boxes(rival.raw, asked, recipe.input_size)
         found.attrs = {"steps": steps, "parameters": _millions(rival.network)}
-        half_written = kept.with_suffix(".tmp")
-        found.to_parquet(half_written, index=False)
-        half_written.replace(kept)
+        write_whole(kept, lambda part: found.to_parquet(part, index=False))
         shutil.rmtree(kept.with_suffix(""))
     found = pd.read_parquet(kept)
     return BaselineRun(found, found.attrs["steps"], found.attrs["parameters"])
@@ -276,9 +275,8 @@ def _millions(network: nn.Module) -> float:
 
 
 def _key(name, training, boxes, asked, recipe, seconds) -> str:
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(
-        detection_training.detector_run_key(training, asked, boxes, recipe, None).encode()
-    )
-    digest.update(f"{name} {seconds}".encode())
-    return digest.hexdigest()[:16]
+    return digest_of(
+        detection_training.detector_run_key(training, asked, boxes, recipe, None),
+        modules_digest("detection/baselines", "detection/prediction"),
+        f"{name} {seconds}",
+    )[:16]

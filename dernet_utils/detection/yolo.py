@@ -1,8 +1,8 @@
-"""YOLO11-L in ultralytics' own trainer, with what this book changes in it.
+"""YOLO11-L in ultralytics' own trainer, with this book's changes.
 
 Five changes, each small enough to read: the forward pass (channels last, bfloat16 where that is
-faster), the class term (Eq. 6), where a network without weights begins, the epoch at which mosaic
-stops, with seeds that make an epoch depend on nothing but the epochs before it, and checkpoints
+faster), the class term (Eq. 6), the initialisation of a network without weights, the epoch at which
+mosaic stops, with seeds that make an epoch depend only on the epochs before it, and checkpoints
 without pickled code.
 """
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import write_whole
 from dernet_utils.detection.augment import SpineDataset, seed_augmentations
 from dernet_utils.detection.losses import ALPHA, GAMMA, Assigned, focal_loss
 
@@ -35,8 +36,8 @@ from ultralytics.utils.tal import make_anchors
 from ultralytics.utils.torch_utils import intersect_dicts, unwrap_model
 
 PRIOR = 0.01  # untrained probability of a lesion (Lin et al., 2017, section 4.1)
-REACH = 1  # strides to an untrained box's edges; ours, of the order of a lesion's
-FALL = 0.7  # of a distance's logit with each stride from there: each half as probable
+REACH = 1  # strides to an untrained box's edges; ours, of the order of a lesion's size
+FALL = 0.7  # of a distance's logit per stride from there: each is half as probable
 CLASS_BIAS = "model.23.cv3.0.2.bias"  # its length is the number of classes
 LEAST_FIT = 0.9  # of a starting checkpoint's tensors; the class layers may be of other classes
 
@@ -45,7 +46,7 @@ class Detector(DetectionModel):
     """YOLO11 whose forward pass may run in bfloat16 while its loss stays in float32.
 
     Attributes:
-        focal: Eq. 6's exponent and class weight: ``gamma`` and ``alpha``; else the paper's.
+        focal: Eq. 6's exponent and class weight, ``gamma`` and ``alpha``; the paper's by default.
     """
 
     focal: Mapping[str, float] = MappingProxyType({"gamma": GAMMA, "alpha": ALPHA})
@@ -55,7 +56,7 @@ class Detector(DetectionModel):
 
         Args:
             batch: ``img`` of shape (B, 3, H, W) in [0, 1], with ``batch_idx``, ``cls``, ``bboxes``.
-            preds: Raw predictions where they are known already.
+            preds: Raw predictions, if they are known already.
         """
         if getattr(self, "criterion", None) is None:
             self.criterion = self.init_criterion()
@@ -74,9 +75,9 @@ class Detector(DetectionModel):
         return self.forward(images)[1]
 
     def answers(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what each anchor says: a box, and a probability for each type.
+        """Return each anchor's prediction: a box, and a probability per lesion type.
 
-        As ultralytics decodes them, one tensor for all maps.
+        As ultralytics decodes them, one tensor for all feature maps.
 
         Args:
             images: Shape (B, 3, H, W), in [0, 1].
@@ -93,25 +94,25 @@ class Detector(DetectionModel):
         return torch.cat([boxes, preds["scores"].sigmoid()], dim=1)
 
     def init_criterion(self) -> v8DetectionLoss:
-        """Return ultralytics' loss, its class term Eq. 6 in place of binary cross-entropy."""
+        """Return ultralytics' loss with Eq. 6 as its class term, not binary cross-entropy."""
         criterion = v8DetectionLoss(self)
         criterion.bce = partial(focal_loss, **self.focal)
         return criterion
 
     def assigned(self, batch: dict) -> Assigned:
-        """Return what every anchor says of a batch, and what the assigner wants of it.
+        """Return every anchor's output for a batch, and the targets that the assigner gives it.
 
         Args:
             batch: As `loss` takes it.
         """
         preds, criterion = self.raw_predictions(batch["img"]), self.init_criterion()
         anchors, stride = make_anchors(preds["feats"], criterion.stride, 0.5)
-        films, _, height, width = batch["img"].shape
+        images, _, height, width = batch["img"].shape
         targets = torch.cat(
             [batch["batch_idx"].view(-1, 1), batch["cls"].view(-1, 1), batch["bboxes"]], dim=1
         )
         sides = torch.tensor([width, height, width, height], device=targets.device)
-        labels, boxes = criterion.preprocess(targets, films, sides).split((1, 4), dim=2)
+        labels, boxes = criterion.preprocess(targets, images, sides).split((1, 4), dim=2)
         logits, edges = (preds[name].transpose(1, 2) for name in ("scores", "boxes"))
         _, box_target, class_target, lesion, _ = criterion.assigner(
             logits.detach().sigmoid(),
@@ -121,7 +122,7 @@ class Detector(DetectionModel):
         return Assigned(
             logits.flatten(0, 1),
             edges.unflatten(2, (4, -1)).flatten(0, 1),
-            anchors.repeat(films, 1),
+            anchors.repeat(images, 1),
             class_target.flatten(0, 1),
             (box_target / stride).flatten(0, 1),
             lesion.flatten().bool(),
@@ -136,13 +137,12 @@ def build_detector(
     Args:
         classes: Names in the order of the labels.
         seed: Seed of the random weights.
-        start: A checkpoint whose fitting tensors replace random ones: ``.safetensors``, or
-            ultralytics' ``.pt``; None for random weights throughout.
+        start: A checkpoint whose fitting tensors replace random ones, ``.safetensors`` or
+            ultralytics' ``.pt``; None for random weights only.
         scale: ultralytics' letter of the network's size; the paper's is l.
 
     Raises:
-        DernetError: `start` is another network's, or cannot be read without running code that it
-            carries.
+        DernetError: `start` is of another network, or cannot be read without running code in it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -165,9 +165,12 @@ def build_detector(
 def begin_small(model: Detector) -> None:
     """Set the last biases so that untrained boxes are small and lesions rare.
 
-    ultralytics' untrained edges lie 7.5 strides away: such a box hardly meets a lesion, its soft
-    target is nearly nothing, and the terms for boxes begin slowly. Its untrained probabilities are
-    made for images of 640 px.
+    ultralytics' untrained edges lie 7.5 strides away: such a box hardly overlaps a lesion, its
+    soft target is nearly zero, and the box terms train slowly at first. Its untrained
+    probabilities are chosen for images of 640 px.
+
+    Args:
+        model: Changed in place.
     """
     head = model.model[-1]
     distance = torch.arange(head.reg_max)
@@ -178,7 +181,10 @@ def begin_small(model: Detector) -> None:
 
 
 def read_start(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint without running code that it carries.
+    """Return a checkpoint's tensors, by name, without running code in it.
+
+    Args:
+        path: ``.safetensors``, or ultralytics' ``.pt``.
 
     Raises:
         DernetError: The file is missing, or needs more than ultralytics' and torch's layers.
@@ -194,7 +200,7 @@ def read_start(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # every way in which a foreign file can be wrong
         raise DernetError(
             f"The checkpoint {path} should be YOLO11-L's tensors (.safetensors) or ultralytics' "
-            f"own .pt, and could not be read ({error}): download it again or take it away."
+            f"own .pt, and could not be read ({error}): download it again or remove it."
         ) from error
 
 
@@ -206,11 +212,11 @@ def _layer(name: str) -> type:
         found = getattr(importlib.import_module(module), attribute)
         if isinstance(found, type):
             return found
-    raise DernetError(f"it asks for {name}, which is no layer of a network")
+    raise DernetError(f"it needs {name}, which is not a layer of a network")
 
 
 def settings_of(overrides: dict) -> SimpleNamespace:
-    """Return ultralytics' settings, its defaults filled in."""
+    """Return ultralytics' settings: its defaults with these overrides."""
     return get_cfg(overrides=overrides)
 
 
@@ -221,10 +227,10 @@ def write_run(
     mosaic_until: int,
     **shown: tuple[int, int] | bool,
 ) -> Path:
-    """Write down what a run trains on, and how, for `MosaicDecay` to read.
+    """Write the file that tells `MosaicDecay` what a run trains on, and how.
 
     Args:
-        folder: Where the run keeps its files.
+        folder: Where the run stores its files.
         films: Folder of images, with labels beside it.
         classes: Names in the order of the labels.
         mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
@@ -243,13 +249,13 @@ def write_run(
 class MosaicDecay(DetectionTrainer):
     """ultralytics' trainer with Algorithm 1, lines 8 to 15, and safe, exact checkpoints.
 
-    It is made of settings and files alone, as ultralytics makes one anew in each process where
-    several GPUs train: what `write_run` wrote, and a folder for checkpoints beside it.
+    It is built from settings and files alone, because ultralytics builds one in each process when
+    several GPUs train: the file of `write_run`, and a folder for checkpoints beside it.
 
     Args:
         overrides: ultralytics' settings by name; ``data`` is the file that `write_run` wrote.
-        look: Called with (epoch from 1, smoothed network) after each epoch; returns numbers that
-            join the epoch's losses in `history`.
+        look: Called with (epoch from 1, smoothed network) after each epoch; returns numbers to add
+            to the epoch's losses in `history`.
         progress: Called with each epoch's row of `history`, those of a resumed run included.
         cfg, _callbacks: ultralytics' defaults, as it passes them; integrations are never called.
     """
@@ -266,38 +272,38 @@ class MosaicDecay(DetectionTrainer):
         self.history: list[dict] = []
         threads = torch.get_num_threads()
         super().__init__(**({"cfg": cfg} if cfg else {}), overrides=overrides)
-        torch.set_num_threads(threads)  # ultralytics leaves one core idle, of two that is half
+        torch.set_num_threads(threads)  # ultralytics leaves one core idle, which of two is half
         self.mosaic_until = self.data["mosaic_until"]
         self.state_file = Path(self.args.data).with_name("state.pt")
 
-    # What ultralytics would look for elsewhere, or write, or send.
+    # Replaced: what ultralytics would download, write or send.
 
     def get_dataset(self) -> dict:
-        """Return what `write_run` wrote, in place of looking (and downloading) elsewhere."""
+        """Return what `write_run` wrote; ultralytics would search, and download, elsewhere."""
         run = json.loads(Path(self.args.data).read_text(encoding="utf-8"))
         return run | {"names": dict(enumerate(run["names"]))}
 
     def run_callbacks(self, event: str) -> None:
-        """Run no integration; begin each epoch as Algorithm 1 says."""
+        """Run no integrations; begin each epoch as in Algorithm 1."""
         if event == "on_train_epoch_start":
             self.begin_epoch()
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None):
-        """Return the films of a folder with the paper's augmentations."""
+        """Return the images of a folder with the paper's augmentations."""
         return SpineDataset(
             img_path, imgsz=self.args.imgsz, batch_size=batch, augment=mode == "train",
             hyp=self.args, stride=32, data=self.data, task="detect", prefix="",
         )  # fmt: skip
 
     def validate(self) -> tuple[dict, float]:
-        """Leave validation to `look`: ultralytics' metrics are not this book's."""
+        """Skip ultralytics' validation: `look` evaluates with this book's metrics."""
         return {}, 0.0
 
     def final_eval(self) -> None:
-        """Leave the last evaluation to `dernet_utils.detection_metrics`."""
+        """Skip ultralytics' last evaluation; see `dernet_utils.metrics.detection`."""
 
     def save_metrics(self, metrics: dict) -> None:
-        """Add the epoch to the history: its losses, its seconds, and what `look` sees."""
+        """Add the epoch to the history: its losses, its seconds, and what `look` returns."""
         row = {"epoch": self.epoch + 1, "mosaic": self.with_mosaic}
         row |= {name.removesuffix("_loss"): float(value) for name, value in self.tloss.items()}
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": time.time() - self.begun}
@@ -306,7 +312,7 @@ class MosaicDecay(DetectionTrainer):
         self._progress(row)
 
     def build_optimizer(self, *given, **named) -> torch.optim.Optimizer:
-        """Return ultralytics' optimizer, all weights stepped at once."""
+        """Return ultralytics' optimizer, in its fused form."""
         optimizer = super().build_optimizer(*given, **named)
         for group in optimizer.param_groups:
             group |= {"fused": True, "foreach": False}
@@ -316,24 +322,24 @@ class MosaicDecay(DetectionTrainer):
 
     @property
     def with_mosaic(self) -> bool:
-        """Whether the current epoch is one with mosaic (Algorithm 1, line 9)."""
+        """Whether the current epoch is with mosaic (Algorithm 1, line 9)."""
         return self.epoch + 1 < self.mosaic_until
 
     def begin_epoch(self) -> None:
-        """Set mosaic on or off, and seed: an epoch depends on the weights and its number only."""
+        """Switch mosaic, and seed: an epoch depends only on the weights and its number."""
         self.train_loader.dataset.set_mosaic(self.args, self.with_mosaic)
         self.begun = time.time()
         seed = self.args.seed * 1000 + self.epoch
         self.train_loader.dataset.draw(np.random.default_rng(seed))
-        seed_augmentations(seed + 1_000_003 * max(RANK, 0))  # each GPU sees views of its own
+        seed_augmentations(seed + 1_000_003 * max(RANK, 0))  # each GPU augments differently
         torch.manual_seed(seed)
         self.train_loader.generator.manual_seed(seed)
         self.train_loader.reset()
 
-    # Checkpoints: tensors and numbers only, complete or absent.
+    # Checkpoints: tensors and numbers only, written whole.
 
     def save_model(self) -> bool:
-        """Write all that the next epoch needs."""
+        """Write all that the next epoch depends on."""
         state = {
             "epoch": self.epoch,
             "history": self.history,
@@ -342,13 +348,11 @@ class MosaicDecay(DetectionTrainer):
             "updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
         }
-        half_written = self.state_file.with_suffix(".tmp")
-        torch.save(state, half_written)
-        half_written.replace(self.state_file)
+        write_whole(self.state_file, lambda part: torch.save(state, part))
         return True
 
     def resume_training(self, ckpt: dict | None) -> None:
-        """Go on after the last finished epoch, where there is one."""
+        """Continue after the last finished epoch, if there is one."""
         if not self.state_file.exists():
             return
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
@@ -362,6 +366,6 @@ class MosaicDecay(DetectionTrainer):
 
 
 def read_state(path: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Return the smoothed network's tensors and the history that `MosaicDecay` left."""
+    """Return the smoothed network's tensors and the history that `MosaicDecay` wrote."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {name: value.contiguous() for name, value in state["ema"].items()}, state["history"]

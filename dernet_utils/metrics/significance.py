@@ -203,6 +203,9 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
     >>> mcnemar([1, 1, 1, 0], [0, 0, 1, 1])
     PairedTest(statistic=1.0, p=1.0, n=3)
     """
+    # here, not above: loading it takes seconds
+    from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
+
     first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
     if first.ndim != 1 or first.shape != second.shape:
         raise DernetError(
@@ -210,9 +213,8 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
             f"{first.shape} and {second.shape} came."
         )
     alone, other = int((first & ~second).sum()), int((second & ~first).sum())
-    n = alone + other
-    p = distributions.binomtest(alone, n).pvalue if n else 1.0
-    return PairedTest(float(alone - other), float(p), n)
+    p = exact_mcnemar([[0, alone], [other, 0]], exact=True).pvalue
+    return PairedTest(float(alone - other), float(p), alone + other)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -232,14 +234,12 @@ def holm(p: np.ndarray) -> np.ndarray:
     >>> holm([0.04, 0.01, 0.03]).round(2).tolist()
     [0.06, 0.03, 0.06]
     """
+    from statsmodels.stats.multitest import multipletests  # here, not above: likewise
+
     p = np.asarray(p, np.float64)
     if not ((p >= 0) & (p <= 1)).all():
         raise DernetError(f"P-values lie between 0 and 1: {p.tolist()} came.")
-    order = np.argsort(p, kind="stable")
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(steps, 1.0)
-    return adjusted
+    return multipletests(p, method="holm")[1] if len(p) else p
 
 
 def studies_needed(

@@ -1,11 +1,9 @@
-"""Each network trained once for each fold; each training image scored by one that never saw it.
+"""Each network trained once per fold, so that no training image is scored by a network that saw it.
 
-A network and a fold are one job. Jobs know nothing of one another and may run in any order,
-anywhere. Each writes a table of probabilities, which chapters read; nothing is loaded, checked or
-computed again to get them.
+One network and one fold are one job. Jobs are independent and may run in any order, on any machine.
+Each writes a table of probabilities, which chapters read without loading a network or an image.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,24 +31,25 @@ from dernet_utils.triage.training import (
     train_triage,
 )
 
-FoldProgress = Callable[[int, dict], None]  # is given the fold and the epoch's row
+FoldProgress = Callable[[int, dict], None]  # called with the fold and the epoch's row
 
 
 @dataclass(frozen=True)
 class CrossValidated:
-    """What one network's trainings on all folds found.
+    """One network's probabilities, from its trainings on all folds.
 
     Attributes:
         network: Its name.
-        out_of_fold: One row a training image, in the order of `run_images`: ``image_id``,
-            ``study_id``, ``fold``, ``label`` (bool) and ``prob``, by the network that did not
-            learn from that fold.
-        test: One row a test image: ``image_id``, ``study_id``, and ``prob``, the mean over the
+        out_of_fold: One row per training image, in the order of `triage_images`: ``image_id``,
+            ``study_id``, ``fold``, ``label`` (bool) and ``prob``, by the network that was not
+            trained on that fold.
+        test: One row per test image: ``image_id``, ``study_id``, and ``prob``, the mean over the
             folds' networks. It has no label.
-        curves: Learning curves: the rows of `triage.Trained.history` with their ``fold``.
-        epochs: One row a training image and epoch from the last on crops on: ``image_id``,
-            ``epoch`` and ``prob``, by the network that did not learn from that fold, not mirrored.
-        checkpoints: One a fold.
+        curves: Learning curves: the rows of `training.TrainedNetwork.history` with their ``fold``.
+        epochs: One row per training image and epoch, from the last epoch on crops on:
+            ``image_id``, ``epoch`` and ``prob``, by the network that was not trained on that fold,
+            without the mirrored image.
+        checkpoints: One per fold.
     """
 
     network: str
@@ -64,17 +63,20 @@ class CrossValidated:
 def triage_jobs(
     profile: Profile, network: str = "", fold: int | None = None
 ) -> list[tuple[str, int]]:
-    """Return the trainings of a run, a network and a fold each; or those that are asked for.
+    """Return a run's jobs, or some of them.
 
     Args:
-        profile: The run's; it has the number of folds.
+        profile: The run's profile; it has the number of folds.
         network: One of `NETWORKS`; empty for all.
-        fold: The fold held out; None for each.
+        fold: The fold held out; None for all.
+
+    Returns:
+        A network and a fold per job.
 
     Raises:
         DernetError: There is no such network or fold.
 
-    >>> from dernet_utils.profiles import get_profile
+    >>> from dernet_utils.core.profiles import get_profile
     >>> triage_jobs(get_profile("paper"), "resnet50")[-1], len(triage_jobs(get_profile("paper")))
     (('resnet50', 4), 15)
     """
@@ -82,7 +84,7 @@ def triage_jobs(
         raise DernetError(f"The triage network is one of {', '.join(NETWORKS)}, not {network!r}.")
     if fold is not None and fold not in range(profile.folds):
         raise DernetError(
-            f"The folds of this run are 0 to {profile.folds - 1}, and {fold} is none."
+            f"The folds of this run are 0 to {profile.folds - 1}; there is no fold {fold}."
         )
     folds = range(profile.folds) if fold is None else [fold]
     return [(name, held_out) for name in ([network] if network else NETWORKS) for held_out in folds]
@@ -92,10 +94,10 @@ def triage_images(workspace: Workspace) -> pd.DataFrame:
     """Return a run's images for triage; the test split's labels stay sealed.
 
     Returns:
-        One row an image, training before test: ``image_id``, ``study_id``, ``split``, ``fold``
+        One row per image, training before test: ``image_id``, ``study_id``, ``split``, ``fold``
         (missing for a test image), ``cached_path`` of the enhanced image, ``label``, whether it is
-        abnormal (missing for a test image; `open_test_labels` has those), and ``lesions``, where
-        they lie, as `training.Sample.load` reads them (empty for a test image).
+        abnormal (missing for a test image; `open_test_labels` has those), and ``lesions``, their
+        positions, as `training.Sample.load` reads them (empty for a test image).
 
     Raises:
         DernetError: The run has not been prepared.
@@ -110,7 +112,7 @@ def triage_images(workspace: Workspace) -> pd.DataFrame:
 
 
 def _lesion_centres(boxes: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Return each image's lesions: centre as fractions of width and height, number of the type."""
+    """Each image's lesions: centre as fractions of width and height, and number of the type."""
     boxes = boxes.merge(sizes[["image_id", "height", "width"]], validate="many_to_one")
     boxes["x"] = (boxes["xmin"] + boxes["xmax"]) / 2 / boxes["width"]
     boxes["y"] = (boxes["ymin"] + boxes["ymax"]) / 2 / boxes["height"]
@@ -124,7 +126,7 @@ def _lesion_centres(boxes: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, np.nd
 def train_fold(
     workspace: Workspace, name: str, fold: int, progress: Callable[[dict], None] | None = None
 ) -> Path:
-    """Train one network on all folds but one, and keep its probabilities; or find them kept.
+    """Train one network on all folds but one and write its probabilities, unless that was done.
 
     Args:
         workspace: The run.
@@ -134,7 +136,7 @@ def train_fold(
 
     Returns:
         The table ``tables/triage/<name>-<fold>.parquet``: ``image_id`` and ``prob`` of the images
-        held out and of the test split; its attributes name the checkpoint and hold the history.
+        held out and of the test split; its attributes hold the checkpoint's name and the history.
 
     Raises:
         DernetError: There is no such fold or network, a fold lacks a class, or as
@@ -151,23 +153,25 @@ def _train_fold(
     fold: int,
     progress: Callable[[dict], None] | None,
 ) -> Path:
-    """Do the work of `train_fold`, on images that have been read already."""
+    """Do the work of `train_fold`, with images that have been read already."""
     path = workspace.tables / "triage" / f"{name}-{fold}.parquet"
     key = _fold_key(workspace, images, name, fold)
-    if path.is_file() and pd.read_parquet(path).attrs["key"] == key:
-        return path
+    if path.is_file():
+        kept = pd.read_parquet(path).attrs
+        if kept["key"] == key and (workspace.weights / kept["checkpoint"]).is_file():
+            return path
     recipe, folds = TriageRecipe.of(workspace.profile), workspace.profile.folds
     held = images[images["fold"] == fold]
-    learnt = images[(images["fold"] != fold) & (images["split"] == "train")]
-    for rows, words in ((learnt, "the images to learn from"), (held, "the images held out")):
+    training = images[(images["fold"] != fold) & (images["split"] == "train")]
+    for rows, words in ((training, "the training images"), (held, "the images held out")):
         if rows["label"].nunique() < 2:
             raise DernetError(
-                f"With fold {fold} held out, {words} are {len(rows)} of one class; normal and "
-                "abnormal ones are needed: take fewer folds or more data."
+                f"With fold {fold} held out, {words} are {len(rows)} of one class, and both "
+                "classes are needed: take fewer folds or more data."
             )
     trained = train_triage(
         name,
-        Sample.load(learnt, recipe.train_px),
+        Sample.load(training, recipe.train_px),
         Sample.load(held, recipe.image_px),
         recipe,
         workspace.weights,
@@ -176,7 +180,7 @@ def _train_fold(
         {
             "profile": workspace.profile.name,
             "fold": f"{fold} of {folds}",
-            "held_out": hashlib.sha256("".join(held["image_id"]).encode()).hexdigest(),
+            "held_out": digest_of(*held["image_id"]),
             "commit": commit(),
         },
     )
@@ -193,9 +197,9 @@ def _train_fold(
 
 
 def _fold_key(workspace: Workspace, images: pd.DataFrame, name: str, fold: int) -> str:
-    """Digest of all that a fold's table comes from, without an image being read.
+    """Digest of all that a fold's table is computed from; no image is read.
 
-    A cached image is named by its content, so that the names stand for the pixels.
+    A cached image is named by a digest of its content, so its name stands for its pixels.
     """
     weights = starting_weights(name)
     columns = ["image_id", "study_id", "split", "fold", "label"]
@@ -214,7 +218,7 @@ def _fold_key(workspace: Workspace, images: pd.DataFrame, name: str, fold: int) 
 def cross_validate(
     workspace: Workspace, name: str, progress: FoldProgress | None = None
 ) -> CrossValidated:
-    """Return a network's probabilities for all images; train what is missing.
+    """Return a network's probabilities for all images; folds without a table are trained first.
 
     Args:
         workspace: The run.
@@ -222,7 +226,7 @@ def cross_validate(
         progress: Called after each epoch that is trained now.
 
     Raises:
-        DernetError: As `train_fold`.
+        DernetError: As `train_fold` raises.
     """
     images = triage_images(workspace)
     found, curves, epochs, checkpoints = [], [], [], []
@@ -256,7 +260,15 @@ def cross_validate(
 
 
 def write_decision(workspace: Workspace, decision: Decision) -> Path:
-    """Write what was chosen out of fold to ``tables/decision.json``; this opens the test labels."""
+    """Write what was chosen out of fold to ``tables/decision.json``; this unseals the test labels.
+
+    Args:
+        workspace: The run.
+        decision: Weights, temperature and thresholds.
+
+    Returns:
+        The file.
+    """
     text = json.dumps(asdict(decision), indent=1) + "\n"
     path = workspace.tables / "decision.json"
     return write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
@@ -277,14 +289,16 @@ def read_decision(workspace: Workspace) -> Decision:
     try:
         return Decision(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise DernetError(f"{path} is no decision ({error}): delete it and choose anew.") from error
+        raise DernetError(
+            f"{path} is not a decision ({error}): delete it and run the chapter on the ensemble."
+        ) from error
 
 
 def open_test_labels(workspace: Workspace) -> np.ndarray:
     """Return whether each test image is abnormal, in the order of `triage_images`, shape (n,).
 
     Raises:
-        DernetError: They are still sealed: as `crossvalidation.read_decision` raises.
+        DernetError: They are still sealed, as `read_decision` raises.
     """
     read_decision(workspace)
     images = read_images(workspace)

@@ -1,7 +1,7 @@
-"""One answer from several networks: weights, a threshold and calibration, from out-of-fold images.
+"""The ensemble: weights, thresholds and calibration, chosen on out-of-fold probabilities.
 
-Everything here is a pure function of labels and probabilities. What is chosen is chosen on images
-that the networks did not learn from, of the training split; the test split has no say.
+Pure functions of labels and probabilities. Every choice is made on images of the training split
+that the networks were not trained on; the test split is not involved.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from scipy.special import expit, logit
 from dernet_utils.core.errors import DernetError
 
 PAPER_WEIGHTS = (0.42, 0.32, 0.26)  # paper, section 3.2: DenseNet121, EfficientNetV2-S, ResNet50
-STEPS = 50  # of the search over weights: each is a multiple of 0.02, as the paper's three are
-PROB_MARGIN = 1e-6  # probabilities closer to 0 or 1 are moved here before a logarithm is taken
+STEPS = 50  # of the grid search: weights are multiples of 0.02, as the paper's three are
+PROB_MARGIN = 1e-6  # probabilities closer to 0 or 1 are clipped to it before a logarithm
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,12 @@ class Decision:
     Attributes:
         networks: Names, in the order of the weights.
         weights: On the simplex.
-        temperature: Of the vote's logits; the thresholds are of probabilities after it.
-        thresholds: A name each, such as ``youden``.
+        temperature: Divides the vote's logits, above 0.
+        thresholds: Of calibrated probabilities, by name, such as ``youden``.
         fitted_on: Number of images.
+
+    Raises:
+        ValueError: The numbers of networks and weights differ, or the temperature is not above 0.
     """
 
     networks: tuple[str, ...]
@@ -43,7 +46,17 @@ class Decision:
             raise ValueError(f"a temperature of {self.temperature}")
 
     def prob(self, prob: np.ndarray) -> np.ndarray:
-        """Return calibrated probabilities of the vote, shape (n,), from shape (n, networks)."""
+        """Return the vote's calibrated probabilities.
+
+        Args:
+            prob: As in `soft_vote`.
+
+        Returns:
+            Shape (n,), in [0, 1].
+
+        Raises:
+            DernetError: As `soft_vote` raises.
+        """
         return with_temperature(soft_vote(prob, np.array(self.weights)), self.temperature)
 
 
@@ -52,7 +65,7 @@ def soft_vote(prob: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
     Args:
         prob: Probability of abnormal by each network, shape (n, networks), in [0, 1].
-        weights: One weight a network, at least 0, with sum 1, shape (networks,).
+        weights: One weight per network, at least 0, with sum 1, shape (networks,).
 
     Returns:
         Shape (n,), in [0, 1].
@@ -66,17 +79,24 @@ def soft_vote(prob: np.ndarray, weights: np.ndarray) -> np.ndarray:
     prob, weights = _columns(prob), np.asarray(weights, float)
     if weights.shape != prob.shape[1:]:
         raise DernetError(
-            f"A vote needs one weight for each of {prob.shape[1]} networks: {weights.size} came."
+            f"A vote needs one weight per network: got {weights.size} for {prob.shape[1]} networks."
         )
     if (weights < 0).any() or not np.isclose(weights.sum(), 1.0, atol=1e-6):
         raise DernetError(
-            f"Weights of a vote are at least 0 and sum to 1, and these are {weights.tolist()}."
+            f"The weights of a vote are at least 0 and sum to 1; got {weights.tolist()}."
         )
     return prob @ weights
 
 
 def simplex(networks: int = 3, steps: int = STEPS) -> np.ndarray:
-    """Return all weights that are multiples of 1 / steps, shape (points, networks).
+    """Return all weights on the simplex that are multiples of 1 / steps.
+
+    Args:
+        networks: Number of weights per point, at least 1.
+        steps: Steps of the grid along each weight.
+
+    Returns:
+        Shape (points, networks); each row is at least 0 and sums to 1.
 
     >>> simplex(2, 2).tolist()
     [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
@@ -90,15 +110,15 @@ def simplex(networks: int = 3, steps: int = STEPS) -> np.ndarray:
 
 
 def fit_weights(y: np.ndarray, prob: np.ndarray, steps: int = STEPS) -> np.ndarray:
-    """Return the weights with the least mean log loss, of all on a grid.
+    """Return the weights on a grid that minimise the mean log loss.
 
-    The log loss of a vote is convex in its weights, so that the grid's best point is next to the
-    best there is; an AUROC is flat in steps and would reward chance. Of equal points the one
-    nearest to equal weights is taken.
+    The log loss of a vote is convex in its weights, so the grid's best point lies next to the
+    minimum; AUROC is piecewise constant and would reward chance. Ties go to the point nearest to
+    equal weights.
 
     Args:
         y: Labels of out-of-fold images, shape (n,), 0 or 1.
-        prob: As in `soft_vote`, from networks that did not learn from these images.
+        prob: As in `soft_vote`, from networks that were not trained on these images.
         steps: As in `simplex`.
 
     Returns:
@@ -116,18 +136,23 @@ def fit_weights(y: np.ndarray, prob: np.ndarray, steps: int = STEPS) -> np.ndarr
 
 
 def log_loss(y: np.ndarray, prob: np.ndarray) -> float:
-    """Return the mean negative logarithm of the probability given to what was true."""
+    """Return the mean log loss: minus the logarithm of the true class's probability.
+
+    Args:
+        y: Labels, shape (n,), 0 or 1.
+        prob: Probabilities of abnormal, shape (n,).
+    """
     prob = np.clip(prob, PROB_MARGIN, 1 - PROB_MARGIN)
     return float(-np.mean(np.where(np.asarray(y, bool), np.log(prob), np.log1p(-prob))))
 
 
-# Calibration: does 0.7 mean seven of ten?
+# Calibration: is seven in ten of the images with probability 0.7 abnormal?
 
 
 def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
-    """Return the temperature that makes out-of-fold probabilities fit best (Guo et al., ICML 2017).
+    """Return the temperature that calibrates out-of-fold probabilities (Guo et al., ICML 2017).
 
-    Logits are divided by it: above 1 it takes certainty back, below 1 it adds some.
+    Logits are divided by it: above 1 it makes probabilities less extreme, below 1 more.
 
     Args:
         y: Labels, shape (n,), 0 or 1, of both classes.
@@ -135,8 +160,11 @@ def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
 
     Returns:
         A number between 0.05 and 20, with the least log loss.
+
+    Raises:
+        DernetError: Labels are of one class, or shapes do not fit.
     """
-    from scipy.optimize import minimize_scalar  # here, not above: a server that starts fits nothing
+    from scipy.optimize import minimize_scalar  # here, not above: the server never fits
 
     y = _labels(y, len(prob))
     found = minimize_scalar(
@@ -149,7 +177,14 @@ def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
 def with_temperature(prob: np.ndarray, temperature: float) -> np.ndarray:
     """Return probabilities whose logits were divided by a temperature.
 
-    No order is turned round; those closer to 0 or 1 than `SUREST` become equal.
+    The order stays, except that probabilities closer to 0 or 1 than `PROB_MARGIN` become equal.
+
+    Args:
+        prob: Any shape, in [0, 1].
+        temperature: Above 0.
+
+    Returns:
+        The same shape.
 
     >>> with_temperature([0.5, 0.9], 2.0).round(2).tolist()
     [0.5, 0.75]
@@ -158,37 +193,41 @@ def with_temperature(prob: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def reliability(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> np.ndarray:
-    """Return mean probability, share of abnormal images and their number, in bins of equal number.
+    """Return a reliability diagram's points, from bins with equal numbers of images.
 
-    Equal probabilities stay in one bin, which then may hold more.
+    Equal probabilities stay in one bin, which may then hold more.
 
     Args:
         y: Labels, shape (n,), 0 or 1.
         prob: Probabilities, shape (n,).
-        bins: At most so many.
+        bins: The most bins to make.
 
     Returns:
-        Shape (bins, 3), by rising probability.
+        Shape (bins, 3), by rising probability: mean probability, fraction of abnormal images, and
+        number of images.
     """
-    from scipy.stats import rankdata  # likewise
+    from scipy.stats import rankdata  # here, not above: see `fit_temperature`
 
     y, prob = np.asarray(y, float), np.asarray(prob, float)
-    place = np.minimum((rankdata(prob) - 0.5) / len(prob) * bins, bins - 1).astype(int)
-    parts = [np.flatnonzero(place == number) for number in np.unique(place)]
+    number_of_bin = np.minimum((rankdata(prob) - 0.5) / len(prob) * bins, bins - 1).astype(int)
+    parts = [np.flatnonzero(number_of_bin == number) for number in np.unique(number_of_bin)]
     return np.array([[prob[rows].mean(), y[rows].mean(), len(rows)] for rows in parts])
 
 
 def calibration_error(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> float:
-    """Return the expected calibration error: the mean gap in `reliability`, weighted by number."""
-    said, was, number = reliability(y, prob, bins).T
-    return float(np.average(np.abs(said - was), weights=number))
+    """Return the expected calibration error: the mean gap in `reliability`, weighted by number.
+
+    Args, returns: As `reliability` takes them; a number in [0, 1].
+    """
+    predicted, observed, number = reliability(y, prob, bins).T
+    return float(np.average(np.abs(predicted - observed), weights=number))
 
 
 def net_benefit(y: np.ndarray, prob: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Return the net benefit of calling abnormal what lies above each threshold.
+    """Return the net benefit of calling images above each threshold abnormal.
 
-    Hits less false alarms, these weighted by the threshold's odds, an image (Vickers and Elkin,
-    Medical Decision Making 26, 2006).
+    True positives minus false positives, the latter weighted by the threshold's odds, per image
+    (Vickers and Elkin, Medical Decision Making 26, 2006).
 
     Args:
         y: Labels, shape (n,), 0 or 1.
@@ -196,12 +235,12 @@ def net_benefit(y: np.ndarray, prob: np.ndarray, thresholds: np.ndarray) -> np.n
         thresholds: Shape (k,), in [0, 1).
 
     Returns:
-        Shape (k,), at most the share of abnormal images.
+        Shape (k,), at most the fraction of abnormal images.
     """
     y, thresholds = np.asarray(y, bool), np.asarray(thresholds, float)
     called = np.asarray(prob)[None, :] > thresholds[:, None]
-    hits, false_alarms = called[:, y].sum(axis=1), called[:, ~y].sum(axis=1)
-    return (hits - false_alarms * thresholds / (1 - thresholds)) / len(y)
+    true_positives, false_positives = called[:, y].sum(axis=1), called[:, ~y].sum(axis=1)
+    return (true_positives - false_positives * thresholds / (1 - thresholds)) / len(y)
 
 
 def _columns(prob: np.ndarray) -> np.ndarray:
@@ -211,14 +250,16 @@ def _columns(prob: np.ndarray) -> np.ndarray:
             f"A vote takes probabilities of shape (images, networks), not {prob.shape}."
         )
     if not ((prob >= 0) & (prob <= 1)).all():
-        raise DernetError("A vote takes probabilities, and some are not between 0 and 1.")
+        raise DernetError("A vote takes probabilities; some are not between 0 and 1.")
     return prob
 
 
 def _labels(y: np.ndarray, n: int) -> np.ndarray:
     y = np.asarray(y)
     if y.shape != (n,) or not np.isin(y, (0, 1)).all():
-        raise DernetError(f"Each of {n} images needs a label, 0 or 1: labels of {y.shape} came.")
+        raise DernetError(
+            f"Each of {n} images needs a label, 0 or 1: got labels of shape {y.shape}."
+        )
     if len(np.unique(y)) < 2:
-        raise DernetError("A choice needs normal and abnormal images: these are of one class.")
+        raise DernetError("A fit needs normal and abnormal images: these are of one class.")
     return y.astype(bool)

@@ -1,9 +1,8 @@
-"""Normal or abnormal: the three networks, their training, their probabilities.
+"""The three triage networks: how they are built, their input, and the probabilities they predict.
 
 One contract for `densenet121`, `tf_efficientnetv2_s` and `resnet50`: a square grey image goes in
-as three equal channels with ImageNet's mean and deviation, one logit comes out. A training run
-is named by a digest of everything that shapes it, so that a finished run is loaded and a killed
-one goes on at its last finished epoch.
+as three equal channels, normalised with ImageNet's mean and standard deviation; one logit comes
+out.
 """
 
 import os
@@ -27,7 +26,7 @@ from dernet_utils.core.vocabulary import NETWORKS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-BLOCK_SCALE = 0.5  # of a residual block's change, at first; ours
+BLOCK_SCALE = 0.5  # initial scale of a residual block's branch; ours
 
 # Networks
 
@@ -42,7 +41,7 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
         seed: Seed of the random weights; torch's global generator is left as it was.
 
     Returns:
-        A network that maps (b, 3, px, px) to (b, 1).
+        A network that maps images as `as_input` returns them, (b, 3, px, px), to logits, (b, 1).
 
     Raises:
         DernetError: The name is unknown, or the checkpoint is of another network.
@@ -52,12 +51,12 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = timm.create_model(name, pretrained=False, num_classes=1)
-    # At first every image gets one half. timm scales the weights of this layer by its number of
-    # outputs; those of a single one come out far too large.
+    # An untrained network predicts one half for every image. timm scales this layer's initial
+    # weights by the number of outputs; for a single output they would be far too large.
     for parameter in network.get_classifier().parameters():
         nn.init.zeros_(parameter)
-    # Timm starts a residual block's change at nothing (ResNet; Goyal et al., 2017) or whole
-    # (EfficientNetV2-S). In a few hundred steps from random weights something between is better.
+    # timm initialises the residual branch's scale with 0 (ResNet; Goyal et al., 2017) or 1
+    # (EfficientNetV2-S). For a few hundred steps from random weights a value between is better.
     for block in network.modules():
         if isinstance(block, Bottleneck):
             nn.init.constant_(block.bn3.weight, BLOCK_SCALE)
@@ -68,46 +67,6 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
     if weights is not None:
         _load_body(network, Path(weights))
     return network
-
-
-def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Return x after batch normalisation by its running mean and variance, without activation.
-
-    Args:
-        x: Shape (b, channels, h, w).
-        norm: Its four vectors of shape (channels,) and its epsilon are used.
-    """
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    shift = norm.bias - norm.running_mean * scale
-    return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-
-
-def receptive_field(layers: Iterable[tuple[int, int]]) -> int:
-    """Return the side of the square that one output sees, in pixels of the input.
-
-    Args:
-        layers: Kernel and stride of each convolution or pooling on the longest way, first to last.
-
-    >>> receptive_field([(3, 1), (3, 1)]), receptive_field([(7, 2), (3, 2), (3, 1)])
-    (5, 19)
-    """
-    field_px, pixels_a_step = 1, 1
-    for kernel, stride in layers:
-        field_px += (kernel - 1) * pixels_a_step
-        pixels_a_step *= stride
-    return field_px
-
-
-def count_operations(network: nn.Module, image_px: int) -> int:
-    """Return floating-point operations for one square image, a multiplication and an addition each.
-
-    Those of convolutions and matrix products, as torch counts them; the rest is small beside them.
-    """
-    network.eval()
-    x = torch.zeros(1, 3, image_px, image_px, device=next(network.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(x)
-    return counter.get_total_flops()
 
 
 def _load_body(network: nn.Module, path: Path) -> None:
@@ -161,7 +120,11 @@ def starting_weights(name: str) -> Path | None:
 
 
 def starting_sentence(name: str, weights: Path | None) -> str:
-    """Return the sentence in which a page says where training starts.
+    """Return the sentence that tells a reader which weights training starts from.
+
+    Args:
+        name: One of `NETWORKS`.
+        weights: As `starting_weights` returns it.
 
     >>> starting_sentence("resnet50", None)
     'resnet50 starts from random weights; the paper starts from ImageNet.'
@@ -171,7 +134,58 @@ def starting_sentence(name: str, weights: Path | None) -> str:
     return f"{name} starts from the local checkpoint {weights.name}."
 
 
-# Images
+# Reading a network
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Return x after batch normalisation by running mean and variance, without activation.
+
+    Args:
+        x: Shape (b, channels, h, w).
+        norm: The layer; its four vectors of shape (channels,) and its epsilon are used.
+
+    Returns:
+        The shape of `x`.
+    """
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def receptive_field(layers: Iterable[tuple[int, int]]) -> int:
+    """Return the side of the square that one output sees, in pixels of the input.
+
+    Args:
+        layers: Kernel and stride of each convolution or pooling on the longest path, first to last.
+
+    >>> receptive_field([(3, 1), (3, 1)]), receptive_field([(7, 2), (3, 2), (3, 1)])
+    (5, 19)
+    """
+    field_px, pixels_per_step = 1, 1
+    for kernel, stride in layers:
+        field_px += (kernel - 1) * pixels_per_step
+        pixels_per_step *= stride
+    return field_px
+
+
+def count_operations(network: nn.Module, image_px: int) -> int:
+    """Return the floating-point operations of a forward pass for one square image.
+
+    Multiplications and additions count one each. Convolutions and matrix products only, as torch
+    counts them; the rest is small beside them.
+
+    Args:
+        network: As `build_network` returns it; left in evaluation mode.
+        image_px: Side of the image, px.
+    """
+    network.eval()
+    x = torch.zeros(1, 3, image_px, image_px, device=next(network.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x)
+    return counter.get_total_flops()
+
+
+# Input and output
 
 
 def as_input(pixels: Tensor) -> Tensor:
@@ -181,8 +195,8 @@ def as_input(pixels: Tensor) -> Tensor:
         pixels: Shape (b, 1, px, px): uint8, or float in [0, 1].
 
     Returns:
-        float32, shape (b, 3, px, px): three equal channels less ImageNet's mean, divided by its
-        deviation, in channels-last memory.
+        float32, shape (b, 3, px, px), in channels-last memory: three equal channels minus
+        ImageNet's mean, divided by its standard deviation.
     """
     grey = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
     mean = torch.tensor(IMAGENET_MEAN, device=grey.device).view(1, 3, 1, 1)
@@ -190,18 +204,15 @@ def as_input(pixels: Tensor) -> Tensor:
     return ((grey - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-# Probabilities
-
-
 def predict_probabilities(network: nn.Module, pixels: Tensor, batch: int = 16) -> np.ndarray:
     """Return the probability that each image is abnormal.
 
-    The mean over the image and its horizontal flip (companion code), in full precision.
+    The mean over the image and its horizontal flip (companion code), computed in float32.
 
     Args:
-        network: As `build_network` or `train_triage` returns it; put in evaluation mode.
+        network: As `build_network` or `train_triage` returns it; left in evaluation mode.
         pixels: uint8, shape (n, 1, px, px).
-        batch: Images at a time; the result does not depend on it beyond rounding.
+        batch: Images per forward pass; it changes the result by rounding only.
 
     Returns:
         float64 in [0, 1], shape (n,).
@@ -217,7 +228,15 @@ def predict_probabilities(network: nn.Module, pixels: Tensor, batch: int = 16) -
 def predict_logits(
     network: nn.Module, pixels: Tensor, batch: int, fast: bool = True
 ) -> Iterator[Tensor]:
-    """Logits on the CPU, float32, a batch at a time; `fast` in bfloat16 where that is faster."""
+    """Yield logits of images, batch by batch.
+
+    Args:
+        network, pixels, batch: As `predict_probabilities` takes them.
+        fast: Whether to compute in bfloat16 where that is faster.
+
+    Yields:
+        float32 on the CPU, shape (b,).
+    """
     device = next(network.parameters()).device
     network.eval()
     for part in pixels.split(batch):
@@ -226,9 +245,10 @@ def predict_logits(
         yield logits.float().squeeze(1).cpu()
 
 
-# The machine
+# Precision
 
 
 def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
+    """Return the context of a forward pass: bfloat16 where it is wanted and helps, or float32."""
     able = wanted and machine.bfloat16_helps(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=able)
