@@ -57,9 +57,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@cache
 def code_digest(path: Path) -> str:
     """Return a digest of what a Python file does: comments and docstrings do not count.
+
+    Raises:
+        SyntaxError: The file is not valid Python.
 
     >>> import tempfile
     >>> first, other = (Path(tempfile.mkdtemp()) / "a.py" for _ in range(2))
@@ -68,12 +70,20 @@ def code_digest(path: Path) -> str:
     >>> code_digest(first) == code_digest(other)
     True
     """
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    return _source_digest(Path(path).read_text(encoding="utf-8"))
+
+
+@cache
+def _source_digest(source: str) -> str:
+    tree = ast.parse(source)
+    waiting: list[ast.AST] = [tree]
+    while waiting:  # definitions are statements: no need to look into expressions
+        node = waiting.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body = node.body[1:] or [ast.Pass()]
+        waiting += (own for own in ast.iter_child_nodes(node) if not isinstance(own, ast.expr))
     return digest_of(ast.dump(tree))
 
 
