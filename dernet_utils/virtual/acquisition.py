@@ -11,8 +11,8 @@ import numpy as np
 SOURCE_MM = 950.0  # focal spot to spine
 DETECTOR_MM = 1150.0  # focal spot to detector: the spine is 200 mm before it
 # Mass attenuation in cm²/g at 40, 60 and 80 keV: NIST, X-ray mass attenuation coefficients
-# (water, ICRU-44 cortical bone, titanium). The weights of the energies describe filtered beams at two
-# tube voltages and are interpolated between them.
+# (water, ICRU-44 cortical bone, titanium). The weights of the energies describe filtered beams at
+# two tube voltages and are interpolated between them.
 KVP = (70.0, 90.0)
 ENERGY_WEIGHTS = np.array([[0.40, 0.48, 0.12], [0.27, 0.50, 0.23]])
 WATER = np.array([0.2683, 0.2059, 0.1837])

@@ -1,7 +1,7 @@
 """Projection: a patient's shape, the rays of a view, and what each ray passes through.
 
-Rays are followed from the patient back into the donor's volume, where lesions move tissue, fill it or
-replace it by metal. `acquisition` turns the integrals into a radiograph.
+Rays are followed from the patient back into the donor's volume, where lesions move tissue, fill it
+or replace it by metal. `acquisition` turns the integrals into a radiograph.
 """
 
 from collections.abc import Iterable, Iterator
@@ -111,7 +111,7 @@ class Scene:
         return Block((0, _count(view.height_mm)), (0, _count(view.width_mm)), (0, steps))
 
     def _depths(self, view: View) -> tuple[np.ndarray, np.ndarray]:
-        """Return the depths of a ray's samples behind the spine's plane, and their distances, mm."""
+        """Return a ray's samples: depth behind the spine's plane, and spacing, mm."""
         sides = [(-a * self.shape.girth, (e - a) * self.shape.girth)
                  for a, e in zip(view.aim_mm, self.extent_mm[:2], strict=False)]  # fmt: skip
         along = [x * np.sin(view.angle_rad) - y * np.cos(view.angle_rad)
@@ -276,8 +276,8 @@ class Scene:
         """Interpolate the donor's density at positions in mm; 0 outside the scan.
 
         The two neighbouring slices are sampled as images, which OpenCV does several times faster
-        than a general sampler of volumes, and blended. The slices are stacked in one tall image; the
-        first and the last row of each is air.
+        than a general sampler of volumes, and blended. The slices are stacked in one tall image;
+        the first and the last row of each is air.
         """
         slice_mm, row_mm, column_mm = self.spacing_mm
         count, rows = self.density.shape[:2]
@@ -322,7 +322,8 @@ class Scene:
         bone = ((density - BONE_FROM) / BONE_SPAN).clamp(min=0.0)
         soft = density.clamp(max=BONE_FROM) * (1.0 - bone).clamp(min=0.0)
         metal = torch.zeros(bone[:, 0].shape) if metal is None else _along(metal, apart)
-        soft, bone = _along(soft, apart) / 1000.0, _along(bone, apart) * (CORTICAL_G_CM3 * self.shape.bone)
+        soft = _along(soft, apart) / 1000.0
+        bone = _along(bone, apart) * (CORTICAL_G_CM3 * self.shape.bone)
         return soft.numpy(), bone.numpy(), metal.numpy()
 
     @staticmethod
