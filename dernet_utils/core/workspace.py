@@ -16,7 +16,7 @@ class Workspace:
 
     Attributes:
         profile: The run's numbers.
-        folder: ``runs/<profile>``; created on first use.
+        folder: ``runs/<profile>``; its folders are created when first used.
     """
 
     profile: Profile
