@@ -35,10 +35,8 @@ def test_no_prevalence_where_f1_does_not_depend_on_it():
 
 @given(st.integers(1, 2077), st.integers(0, 2077), st.integers(0, 2077))
 def test_a_row_that_was_counted_is_found_possible(abnormal, true_positives, true_negatives):
-    true_positives, true_negatives = (
-        true_positives % (abnormal + 1),
-        true_negatives % (2078 - abnormal + 1),
-    )
+    true_positives %= abnormal + 1
+    true_negatives %= 2078 - abnormal + 1
     false_positives = 2078 - abnormal - true_negatives
     f1 = round(100 * 2 * true_positives / (true_positives + false_positives + abnormal), 2)
     sensitivity = round(100 * true_positives / abnormal, 2)

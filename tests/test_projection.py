@@ -77,9 +77,7 @@ def test_counterfactuals_are_the_block_with_and_without(body, how):
         alone = scene.paths(view, lesions, block)
         for name in ("soft", "bone", "metal"):
             assert np.array_equal(getattr(twin, name), getattr(alone, name))
-    assert not np.array_equal(
-        twins[0].soft, twins[1].soft
-    )  # one that moves carries the other along
+    assert not np.array_equal(twins[0].soft, twins[1].soft)  # one that moves carries others
 
 
 def test_metal_displaces_water(body):
