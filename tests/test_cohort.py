@@ -35,7 +35,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# Donor and anatomy -------------------------------------------------------------------------------
+# Donor and anatomy ------------------------------------------------------------------------------
 
 
 def test_vertebrae_are_found_from_l2_to_the_upper_thorax(anatomy):
@@ -65,7 +65,7 @@ def test_endplates_lie_where_bone_ends(anatomy):
         assert min(plates) > density(disc, disc.centre_mm)
 
 
-# Plan --------------------------------------------------------------------------------------------
+# Plan -------------------------------------------------------------------------------------------
 
 
 def test_one_seed_one_plan(anatomy, plans):
@@ -93,7 +93,7 @@ def test_heights_of_patient_and_donor_correspond_one_to_one(plans, anatomy):
         assert (np.diff(shape.z_patient_mm) > 0).all() and (np.diff(shape.z_donor_mm) > 0).all()
 
 
-# Films -------------------------------------------------------------------------------------------
+# Films ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_a_box_surrounds_its_shadow_and_stays_in_the_image():
     assert render.find_box(shadow, 0.5) == (0.0, 0.0, 80.0, 100.0)
 
 
-# Folder ------------------------------------------------------------------------------------------
+# Folder -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def kept(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-# The built-in donor ------------------------------------------------------------------------------
+# The built-in donor -----------------------------------------------------------------------------
 
 
 def test_a_missing_donor_names_the_command(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_vertebrae_have_totalsegmentators_numbers():
     assert LABELS[32] == "T12" and LABELS[43] == "T1" and len(LABELS) == 17
 
 
-# Another donor -----------------------------------------------------------------------------------
+# Another donor ----------------------------------------------------------------------------------
 
 
 def test_another_donor_is_resampled_and_freed_of_the_couch(tmp_path, kept):
@@ -203,7 +203,7 @@ def test_a_prepared_donor_that_is_only_a_part_is_made_again(tmp_path, kept):
         assert only.stat().st_size == whole
 
 
-# What is refused ---------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------
 
 
 def refused(ct: Path | None, mask: Path | None, words: str) -> str:
@@ -302,7 +302,7 @@ def test_a_mask_without_its_vertebrae(tmp_path, kept):
     refused(*save(tmp_path, hu, upside_down), "does not lie above")
 
 
-# Command line ------------------------------------------------------------------------------------
+# Command line -----------------------------------------------------------------------------------
 
 
 def test_the_command_passes_both_files_on(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Words that the package shares: the dataset's terms, names of networks, colours, the notice."""
 
-# The dataset --------------------------------------------------------------------------------------
+# The dataset ------------------------------------------------------------------------------------
 
 SPLITS = ("train", "test")
 NO_FINDING = "No finding"
@@ -28,7 +28,7 @@ RARER_TYPES = (
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 ANNOTATION_COLUMNS = ("study_id", "series_id", "image_id", "rad_id", "lesion_type", *CORNERS)
 
-# Networks -----------------------------------------------------------------------------------------
+# Networks ---------------------------------------------------------------------------------------
 
 NETWORKS = ("densenet121", "tf_efficientnetv2_s", "resnet50")  # paper, section 3.2; timm's names
 NETWORK_NAMES = {
@@ -37,7 +37,7 @@ NETWORK_NAMES = {
     "resnet50": "ResNet50",
 }
 
-# What readers see ---------------------------------------------------------------------------------
+# What readers see -------------------------------------------------------------------------------
 
 # One colour per lesion type, the same in every chapter: Okabe and Ito's palette, distinguishable
 # with any colour vision. Each type also has its own dash pattern, legible in a grey print.

@@ -213,7 +213,7 @@ def _prepare(ct: Path, mask: Path, digest: str, prepared: Path) -> Donor:
     return _recall(prepared)
 
 
-# Reading and checking ----------------------------------------------------------------------------
+# Reading and checking ---------------------------------------------------------------------------
 
 
 def _read(ct: Path, mask: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
@@ -391,7 +391,7 @@ def _check_spine(path: Path, hu: np.ndarray, labels: np.ndarray) -> None:
             )
 
 
-# Preparing ---------------------------------------------------------------------------------------
+# Preparing --------------------------------------------------------------------------------------
 
 
 def _grid(count: int, size_mm: float, wanted_mm: float) -> tuple[int, float]:

@@ -58,7 +58,7 @@ class Lesion:
     metal: float = 0.0
 
 
-# Shapes ------------------------------------------------------------------------------------------
+# Shapes -----------------------------------------------------------------------------------------
 
 
 def _frame(points: Points, part: Vertebra | Disc) -> Points:
@@ -105,7 +105,7 @@ def _shift(points: Points, axis: np.ndarray, by: Tensor) -> Points:
     return tuple(p + by * float(a) for p, a in zip(points, axis, strict=True))
 
 
-# Lesions that move tissue ------------------------------------------------------------------------
+# Lesions that move tissue -----------------------------------------------------------------------
 
 
 def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
@@ -233,7 +233,7 @@ def _body_region(body: Vertebra) -> Callable[[Points], Tensor]:
     return region
 
 
-# Lesions that change tissue ----------------------------------------------------------------------
+# Lesions that change tissue ---------------------------------------------------------------------
 
 
 def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float) -> list[Lesion]:
