@@ -2,6 +2,7 @@
 #
 #   make book [PROFILE=smoke|laptop|night|paper]   execute what changed, build the pages
 #   make test                                every test, chapters and pages included
+#   make test-quick                          the tests that take a moment each
 #   make lab                                 JupyterLab on the chapters
 #   make serve [PROFILE=…]                   the web page, with the last run's networks
 #   make clean                               delete what runs made; the environment stays
@@ -16,7 +17,7 @@ DONOR := $(or $(DERNET_DONOR),.cache/donor)/mask.nii.gz
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := book
-.PHONY: book test lab serve clean lock
+.PHONY: book test test-quick lab serve clean lock
 # A killed step leaves nothing that looks finished.
 .DELETE_ON_ERROR:
 
@@ -26,6 +27,9 @@ book: $(LOCKED) $(DONOR)
 test: $(LOCKED) $(DONOR)
 	@tools/system.sh chromium dciodvfy orthanc
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
+
+test-quick: $(LOCKED) $(DONOR)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow"
 
 lab: $(LOCKED) $(DONOR)
 	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks

@@ -1,4 +1,4 @@
-"""The book's rules: the chapters beside one another, then the pages; before them, the data.
+"""The book's rules: the data, then trainings and chapters in parallel, then the pages.
 
 `dernet run` calls this. On a cluster, call Snakemake itself with one of its executor plug-ins, first
 for the data, then for the book:
@@ -6,8 +6,8 @@ for the data, then for the book:
     snakemake prepare --config profile=paper --rerun-triggers params --executor slurm --jobs 8
     snakemake book --config profile=paper --rerun-triggers params --executor slurm --jobs 8
 
-Each rule's digest is a parameter; with --rerun-triggers params a rule runs again when the contents
-it depends on have changed, and file times do not count.
+Each rule's digest is one of its parameters: with --rerun-triggers params a rule runs again when the
+contents it depends on have changed; file times do not count.
 """
 
 import sys
@@ -21,7 +21,8 @@ dernet = f"'{sys.executable}' -m dernet_utils.cli"
 priorities = graph.priorities(graph.chapter_names())
 chapters = list(priorities)
 compute = " ".join(f"{name}={value}" for name, value in graph.TRAINING_ENVIRONMENT.items())
-# Snakemake frees more cores than it has, and starts two trainings at once, where a rule asks for more.
+# Never more threads than there are cores: Snakemake would later free more cores than it has, and
+# start too many jobs.
 every_core = min(workflow.cores or graph.MAX_THREADS, graph.MAX_THREADS)
 
 
@@ -39,9 +40,9 @@ rule book:
         "{dernet} build --profile {profile} 2>&1"
 
 
-# A network and a fold are one job. Its mark is all that the rules know of it; checkpoint and
-# checkpoint under the digest of all that shapes it, in weights/, probabilities in tables/triage/. The network that takes
-# longest comes first, so that no core waits at the end while another trains alone.
+# One job per network and fold. The rules only see its mark in trained/; the job itself keeps the
+# checkpoint in weights/, named by a digest of everything that shapes it, and the probabilities in
+# tables/triage/. The slowest network goes first, so that no core is idle at the end.
 for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
 
     rule:
@@ -52,8 +53,8 @@ for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
         params:
             digest=lambda _: graph.train_digest(workspace),
             network=network,
-        # Two trainings abreast, each on half of the cores, take less time than one after the other
-        # on all of them.
+        # Two trainings in parallel, on half of the cores each, take less time than one after the
+        # other on all of them.
         threads: max(1, every_core // 2)
         priority: rank
         benchmark:
@@ -63,8 +64,8 @@ for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
             " --profile {profile} --threads {threads} 2>&1"
 
 
-# The chapters that wait for no other job begin before the trainings do: one of them trains too. The
-# others come after them; what is left then takes all cores to the end.
+# Chapters that wait for no other job start before the trainings, since one of them trains too; the
+# others start after them.
 for chapter in chapters:
 
     rule:
@@ -89,8 +90,8 @@ for chapter in chapters:
             "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} 2>&1"
 
 
-# No rule's input: as one, whatever it depends on would run every chapter again. What a chapter takes
-# from the data is in the chapter's own digest.
+# Not an input of other rules: then each change of it would run every chapter again. What a chapter
+# reads of the data is part of the chapter's own digest.
 rule prepare:
     output:
         touch("prepared"),

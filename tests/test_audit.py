@@ -10,7 +10,7 @@ from dernet_utils.book import audit
 from dernet_utils.book.paper import TABLE_2, TABLE_3
 from dernet_utils.core.errors import DernetError
 
-share = st.floats(0.05, 0.95)
+fraction = st.floats(0.05, 0.95)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=50))
@@ -22,7 +22,7 @@ def test_f1_is_sklearns(rows):
     assert found == pytest.approx(f1_score(y, called))
 
 
-@given(share, share, share)
+@given(fraction, fraction, fraction)
 def test_prevalence_undoes_f1(sensitivity, specificity, prevalence):
     f1 = audit.f1_of(sensitivity, specificity, prevalence)
     assert audit.prevalence_of(f1, sensitivity, specificity) == pytest.approx(prevalence)
@@ -34,14 +34,15 @@ def test_no_prevalence_where_f1_does_not_depend_on_it():
 
 
 @given(st.integers(1, 2077), st.integers(0, 2077), st.integers(0, 2077))
-def test_a_row_that_was_counted_is_found_possible(abnormal, hits, cleared):
-    hits, cleared = hits % (abnormal + 1), cleared % (2078 - abnormal + 1)
-    alarms = 2078 - abnormal - cleared
-    f1 = round(100 * 2 * hits / (hits + alarms + abnormal), 2)
-    sensitivity = round(100 * hits / abnormal, 2)
-    specificity = round(100 * cleared / (2078 - abnormal), 2)
+def test_a_row_that_was_counted_is_found_possible(abnormal, true_positives, true_negatives):
+    true_positives %= abnormal + 1
+    true_negatives %= 2078 - abnormal + 1
+    false_positives = 2078 - abnormal - true_negatives
+    f1 = round(100 * 2 * true_positives / (true_positives + false_positives + abnormal), 2)
+    sensitivity = round(100 * true_positives / abnormal, 2)
+    specificity = round(100 * true_negatives / (2078 - abnormal), 2)
     assert abnormal in audit.possible_counts(2078, f1, sensitivity, specificity)
-    if 0.2 < hits / abnormal < 0.99 and 0.2 < cleared / (2078 - abnormal) < 0.99:
+    if 0.2 < true_positives / abnormal < 0.99 and 0.2 < true_negatives / (2078 - abnormal) < 0.99:
         allowed = audit.implied_prevalence(f1, sensitivity, specificity)
         assert allowed.low - 1e-9 <= 100 * abnormal / 2078 <= allowed.high + 1e-9
 

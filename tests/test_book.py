@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from test_notebooks import toc_files
 
+pytestmark = pytest.mark.slow  # a whole book, a browser
 PAGES = toc_files()
 CHROMIUM = "/usr/bin/chromium"
 QUIET = [
@@ -127,7 +128,7 @@ def test_a_word_is_found_by_the_search(site: str, browser: Browser):
     page.close()
 
 
-def test_dark_theme_keeps_films_on_white(site: str, browser: Browser):
+def test_dark_theme_keeps_figures_on_white(site: str, browser: Browser):
     page, _ = open_page(browser, f"{site}/notebooks/01_data.html", 1280)
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
     image = page.locator(".bd-article figure img").first

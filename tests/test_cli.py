@@ -188,6 +188,7 @@ def test_parameter_without_value():
         cli._parameter("clip_limit")
 
 
+@pytest.mark.slow
 def test_unknown_chapter_and_parameter(tmp_path: Path):
     done = run_dernet("chapter", "99_nothing", "--profile", "smoke", DERNET_RUNS=str(tmp_path))
     assert done.returncode == 1 and "99_nothing" in done.stderr
@@ -219,6 +220,7 @@ def test_a_signal_ends_a_command_that_ignored_it_from_its_shell(number: int):
     assert err.startswith("Interrupted") and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_estimate_takes_a_step_of_each_network(smoke_book: Path, tmp_path: Path):
     table, lines = measured("estimate", smoke_book, tmp_path)
     assert (table["image, px"] == 64).all() and (table["batch"] == 8).all()
@@ -226,6 +228,7 @@ def test_estimate_takes_a_step_of_each_network(smoke_book: Path, tmp_path: Path)
     assert all("seconds a step" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_speed_compares_both_loops_for_each_network(smoke_book: Path, tmp_path: Path):
     table, lines = measured("speed", smoke_book, tmp_path)
     ratio = table["plain, s"] / table["ours, s"]
@@ -234,6 +237,7 @@ def test_speed_compares_both_loops_for_each_network(smoke_book: Path, tmp_path: 
     assert all("plain / ours" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["estimate", "speed"])
 def test_the_detectors_step_is_measured_too(command: str, smoke_book: Path, tmp_path: Path):
     out, runs = tmp_path / "table.csv", str(smoke_book / "runs")

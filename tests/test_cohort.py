@@ -1,4 +1,4 @@
-"""The donor's landmarks, the plan of a cohort, its films, and the folder it becomes."""
+"""The donor's landmarks, the plan of a cohort, its radiographs, and the folder that it becomes."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,9 @@ from dernet_utils.core.workspace import Workspace
 from dernet_utils.dataset.check import check_dataset
 from dernet_utils.dataset.tables import read_dataset, read_manifest
 from dernet_utils.imaging.reader import read_radiograph
-from dernet_utils.virtual import anatomy as landmarks
 from dernet_utils.virtual import anatomy as virtual_anatomy
-from dernet_utils.virtual import cohort, projection, render
 from dernet_utils.virtual import cohort as virtual_cohort
+from dernet_utils.virtual import projection, render
 from dernet_utils.virtual.counterfactual import read_counterfactuals
 from dernet_utils.virtual.plan import ABNORMAL, plan_cohort
 
@@ -36,7 +35,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# ---------------------------------------------------------------- donor and anatomy
+# Donor and anatomy ------------------------------------------------------------------------------
 
 
 def test_vertebrae_are_found_from_l2_to_the_upper_thorax(anatomy):
@@ -66,7 +65,7 @@ def test_endplates_lie_where_bone_ends(anatomy):
         assert min(plates) > density(disc, disc.centre_mm)
 
 
-# ---------------------------------------------------------------- plan
+# Plan -------------------------------------------------------------------------------------------
 
 
 def test_one_seed_one_plan(anatomy, plans):
@@ -75,7 +74,7 @@ def test_one_seed_one_plan(anatomy, plans):
     json.dumps(plans)  # plain values
 
 
-def test_splits_hold_their_shares_and_every_type(plans):
+def test_splits_have_their_sizes_and_every_type(plans):
     assert sum(p["split"] == "test" for p in plans) == pytest.approx(8, abs=2)
     assert sum(bool(p["findings"]) for p in plans) == round(ABNORMAL * 40)
     for split in ("train", "test"):
@@ -94,7 +93,7 @@ def test_heights_of_patient_and_donor_correspond_one_to_one(plans, anatomy):
         assert (np.diff(shape.z_patient_mm) > 0).all() and (np.diff(shape.z_donor_mm) > 0).all()
 
 
-# ---------------------------------------------------------------- films
+# Films ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +101,15 @@ def abnormal(plans) -> dict:
     return next(p for p in plans if any(f["type"] == "Surgical implant" for f in p["findings"]))
 
 
-def test_a_film_has_the_size_and_the_range_that_were_planned(abnormal, anatomy):
-    film, drawn = render.render_radiograph(abnormal, 0, anatomy), abnormal["views"][0]
+def test_a_radiograph_has_the_planned_size_and_range(abnormal, anatomy):
+    image, drawn = render.render_radiograph(abnormal, 0, anatomy), abnormal["views"][0]
     expected = [round(drawn[s] / drawn["spacing_mm"]) for s in ("height_mm", "width_mm")]
-    assert list(film.grey.shape) == expected
-    assert film.grey.min() >= 0.0 and film.grey.max() <= 1.0 and film.grey.std() > 0.1
-    assert len(film.twins) == len(abnormal["findings"]) and 0.1 < film.mas < 2000.0
+    assert list(image.grey.shape) == expected
+    assert image.grey.min() >= 0.0 and image.grey.max() <= 1.0 and image.grey.std() > 0.1
+    assert len(image.twins) == len(abnormal["findings"]) and 0.1 < image.mas < 2000.0
 
 
-def test_a_twin_differs_only_behind_the_lesion(anatomy, abnormal):
+def test_a_counterfactual_differs_only_behind_the_lesion(anatomy, abnormal):
     finding = next(f for f in abnormal["findings"] if f["type"] == "Surgical implant")
     lesions = render.build_finding(finding, anatomy.bodies, anatomy.discs)
     shape = render.build_shape(abnormal, anatomy.bodies)
@@ -146,20 +145,20 @@ FINDINGS = {
 
 
 @pytest.mark.parametrize("form", FINDINGS)
-def test_a_lesion_of_severity_zero_has_a_twin_that_differs_nowhere(anatomy, plans, form):
+def test_a_lesion_of_severity_zero_has_a_counterfactual_that_differs_nowhere(anatomy, plans, form):
     for view in render.ANGLES:
         none = alone(anatomy, plans, view, severity=0.0, form=form, **FINDINGS[form])
-        film = render.render_radiograph(none, 0, anatomy)
-        assert film.twins == [None] or not film.twins[0].change.any()
+        image = render.render_radiograph(none, 0, anatomy)
+        assert image.twins == [None] or not image.twins[0].change.any()
         healthy = render.render_radiograph(none | {"findings": []}, 0, anatomy)
-        assert np.array_equal(film.grey, healthy.grey)
+        assert np.array_equal(image.grey, healthy.grey)
 
 
 @pytest.mark.parametrize("form", FINDINGS)
 def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, plans, form):
     seen = []
     for severity in (0.2, 0.6, 1.0):
-        films = (
+        images = (
             render.render_radiograph(
                 alone(anatomy, plans, view, severity=severity, form=form, **FINDINGS[form]),
                 0,
@@ -167,36 +166,36 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
             )
             for view in ("LATERAL", "AP")
         )
-        seen.append(max(film.twins[0].visibility if film.twins[0] else 0.0 for film in films))
+        seen.append(max(image.twins[0].visibility if image.twins[0] else 0.0 for image in images))
     assert seen[0] < min(seen[1:]) and max(seen) > virtual_cohort.LEAST_VISIBILITY
 
 
 @pytest.mark.parametrize("form", ["sclerotic", "claw", "narrowed", "screws"])
-def test_a_twin_is_the_film_without_the_finding(anatomy, plans, form):
+def test_a_counterfactual_is_the_radiograph_without_the_finding(anatomy, plans, form):
     """Rendered anew without it, at a dose without noise: the same, as far as tones allow.
 
-    The new film is adapted to its own densities, so its tones are fitted to the old one's first.
+    The new image is adapted to its own densities, so its tones are first fitted to the old one's.
     """
     finding = FINDINGS.get(form, {"type": "Surgical implant", "count": 2})
     plan = alone(anatomy, plans, "AP", severity=0.8, form=form, **finding)
     plan["views"][0] |= {"dose_ugy": 1000.0, "scatter": 0.25}
-    film = render.render_radiograph(plan, 0, anatomy)
+    image = render.render_radiograph(plan, 0, anatomy)
     healthy = render.render_radiograph(plan | {"findings": []}, 0, anatomy).grey
-    twin = film.twins[0]
-    without = film.grey.copy()
-    without[twin.part] += twin.change
-    tones = np.polynomial.Polynomial.fit(healthy[~twin.mask], film.grey[~twin.mask], 3)
+    other = image.twins[0]
+    without = image.grey.copy()
+    without[other.part] += other.change
+    tones = np.polynomial.Polynomial.fit(healthy[~other.mask], image.grey[~other.mask], 3)
     expected = tones(healthy)
-    here = twin.mask
-    missed, changed = np.abs(without - expected)[here].mean(), np.abs(film.grey - expected)[here]
+    here = other.mask
+    missed, changed = np.abs(without - expected)[here].mean(), np.abs(image.grey - expected)[here]
     assert missed < 0.2 * changed.mean(), (missed, changed.mean())
 
 
 def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
     plan = alone(anatomy, plans, "AP", severity=1.0, form="cages", type="Surgical implant", count=2)
-    film = render.render_radiograph(plan, 0, anatomy)
-    assert len(film.twins) == 1 and film.twins[0].visibility > 2 * virtual_cohort.LEAST_VISIBILITY
-    xmin, ymin, xmax, ymax = render.find_box(film.twins[0].mask, plan["views"][0]["spacing_mm"])
+    image = render.render_radiograph(plan, 0, anatomy)
+    assert len(image.twins) == 1 and image.twins[0].visibility > 2 * virtual_cohort.LEAST_VISIBILITY
+    xmin, ymin, xmax, ymax = render.find_box(image.twins[0].mask, plan["views"][0]["spacing_mm"])
     high, wide = ((b - a) * plan["views"][0]["spacing_mm"] for a, b in ((ymin, ymax), (xmin, xmax)))
     assert 25.0 < high < 80.0 and 20.0 < wide < 70.0  # two vertebrae, from pedicle to pedicle
 
@@ -204,9 +203,9 @@ def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
 def test_a_shutter_leaves_black_and_no_label_behind_it(anatomy, plans):
     plan = alone(anatomy, plans, "LATERAL", severity=0.8, form="wedge", **FINDINGS["wedge"])
     plan["views"][0]["shutter"] = [40, 0, 30, 0]
-    film = render.render_radiograph(plan, 0, anatomy)
-    assert not film.grey[:40].any() and not film.grey[:, :30].any()
-    assert not film.twins[0].mask[:40].any()
+    image = render.render_radiograph(plan, 0, anatomy)
+    assert not image.grey[:40].any() and not image.grey[:, :30].any()
+    assert not image.twins[0].mask[:40].any()
 
 
 @pytest.mark.parametrize("change", [{"cobb_deg": 30.0}, {"kyphosis_deg": 50.0}])
@@ -225,7 +224,7 @@ def test_a_curve_has_the_drawn_angle(anatomy, plans, change):
         assert own + more == pytest.approx(50.0, abs=1.0)
 
 
-def test_a_box_surrounds_its_shadow_and_stays_on_the_film():
+def test_a_box_surrounds_its_shadow_and_stays_in_the_image():
     shadow = np.zeros((100, 80), bool)
     shadow[10:20, 30:50] = True
     assert render.find_box(shadow, 0.5) == (27.0, 7.0, 53.0, 23.0)
@@ -233,7 +232,7 @@ def test_a_box_surrounds_its_shadow_and_stays_on_the_film():
     assert render.find_box(shadow, 0.5) == (0.0, 0.0, 80.0, 100.0)
 
 
-# ---------------------------------------------------------------- folder
+# Folder -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -241,7 +240,7 @@ def few(monkeypatch, plans):
     """A cohort of three patients, so that a test takes seconds."""
     chosen = [next(p for p in plans if p["split"] == s and bool(p["findings"]) == f)
               for s, f in (("train", True), ("train", False), ("test", True))]  # fmt: skip
-    monkeypatch.setattr(cohort, "plan_cohort", lambda *_: chosen)
+    monkeypatch.setattr(virtual_cohort, "plan_cohort", lambda *_: chosen)
     return chosen
 
 
@@ -269,18 +268,18 @@ def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path,
     assert manifest["virtual"] and len(manifest["studies"]) == 3
 
 
-def test_twins_are_read_back_as_they_were_made(tmp_path, few, anatomy):
+def test_counterfactuals_are_read_back_as_they_were_written(tmp_path, few, anatomy):
     virtual_cohort.write_cohort(tmp_path / "one", 3, 7, 1)
     study = next(s for s in read_manifest(tmp_path / "one")["studies"] if s["findings"])
     plan = next(p for p in few if p["patient"] == study["patient"])
-    film = render.render_radiograph(plan, 0, anatomy)
+    image = render.render_radiograph(plan, 0, anatomy)
     image_id = study["films"][0]["image_id"]
     kept = read_counterfactuals(tmp_path / "one", image_id)
     grey = read_radiograph(
         tmp_path / "one" / f"{plan['split']}_images" / f"{image_id}.dicom"
     ).pixels
-    assert len(kept) == len(film.twins) == len(study["findings"])
-    for one, other, entry in zip(kept, film.twins, study["films"][0]["findings"], strict=True):
+    assert len(kept) == len(image.twins) == len(study["findings"])
+    for one, other, entry in zip(kept, image.twins, study["films"][0]["findings"], strict=True):
         assert (one is None) == (other is None)
         if one is None:
             assert entry == {"visibility": None, "box": None}
@@ -291,7 +290,7 @@ def test_twins_are_read_back_as_they_were_made(tmp_path, few, anatomy):
         whole[0][one.part], whole[1][other.part] = one.change, other.change
         assert np.abs(whole[0] - whole[1]).max() <= 0.51 / 1023
         assert one.without(grey).shape == grey.shape
-    with pytest.raises(DernetError, match="only films of a virtual cohort"):
+    with pytest.raises(DernetError, match="virtual"):
         read_counterfactuals(tmp_path / "one", "0" * 32)
     path = tmp_path / "one" / "twins" / f"{image_id}.npz"
     path.write_bytes(path.read_bytes()[:200])
@@ -299,7 +298,7 @@ def test_twins_are_read_back_as_they_were_made(tmp_path, few, anatomy):
         read_counterfactuals(tmp_path / "one", image_id)
 
 
-def test_a_full_disk_is_told_before_anything_is_made(tmp_path, few, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_made(tmp_path, few, monkeypatch):
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr("dernet_utils.virtual.cohort.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DernetError, match="make room"):
@@ -308,9 +307,9 @@ def test_a_full_disk_is_told_before_anything_is_made(tmp_path, few, monkeypatch)
 
 
 def test_a_donor_of_few_vertebrae_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(landmarks, "find_vertebrae", lambda _: [])
+    monkeypatch.setattr(virtual_anatomy, "find_vertebrae", lambda _: [])
     virtual_anatomy._load_anatomy.cache_clear()
-    with pytest.raises(DernetError, match="shows 0 whole vertebrae"):
+    with pytest.raises(DernetError, match="0 whole vertebrae"):
         virtual_cohort.write_cohort(tmp_path / "one", 24, 7, 1)
     virtual_anatomy._load_anatomy.cache_clear()
     assert not (tmp_path / "one").exists() and not (tmp_path / "one.partial").exists()

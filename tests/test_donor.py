@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dernet_utils import cli
 from dernet_utils.core.errors import DernetError
-from dernet_utils.virtual import cohort, donor
+from dernet_utils.virtual import cohort
 from dernet_utils.virtual import donor as virtual_donor
 from dernet_utils.virtual.anatomy import find_vertebrae
 from dernet_utils.virtual.donor import LABELS, fetch_donor, load_donor
@@ -63,7 +63,7 @@ def kept(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- the built-in donor
+# The built-in donor -----------------------------------------------------------------------------
 
 
 def test_a_missing_donor_names_the_command(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_vertebrae_have_totalsegmentators_numbers():
     assert LABELS[32] == "T12" and LABELS[43] == "T1" and len(LABELS) == 17
 
 
-# ---------------------------------------------------------------- another donor
+# Another donor ----------------------------------------------------------------------------------
 
 
 def test_another_donor_is_resampled_and_freed_of_the_couch(tmp_path, kept):
@@ -183,7 +183,7 @@ def test_a_prepared_donor_is_kept_and_a_changed_file_prepared_anew(tmp_path, kep
         raise AssertionError("prepared again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(donor, "_prepare", refuse)
+        patch.setattr(virtual_donor, "_prepare", refuse)
         again = load_donor(ct, mask)
         assert (again.density == first.density).all() and again.digest == first.digest
     hu[labels == 33] = 900
@@ -203,7 +203,7 @@ def test_a_prepared_donor_that_is_only_a_part_is_made_again(tmp_path, kept):
         assert only.stat().st_size == whole
 
 
-# ---------------------------------------------------------------- what is refused
+# What is refused --------------------------------------------------------------------------------
 
 
 def refused(ct: Path | None, mask: Path | None, words: str) -> str:
@@ -302,7 +302,7 @@ def test_a_mask_without_its_vertebrae(tmp_path, kept):
     refused(*save(tmp_path, hu, upside_down), "does not lie above")
 
 
-# ---------------------------------------------------------------- command line
+# Command line -----------------------------------------------------------------------------------
 
 
 def test_the_command_passes_both_files_on(tmp_path, monkeypatch):

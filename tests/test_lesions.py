@@ -131,7 +131,7 @@ GROWING = {
 
 
 def effect(lesion: lesions.Lesion, points: tuple) -> torch.Tensor:
-    """Return how much a lesion changes at each place: millimetres moved, or share filled."""
+    """Return how much a lesion changes at each position: millimetres moved, or fraction filled."""
     if lesion.move:
         moved = lesion.move(points)
         return sum((m - p) ** 2 for m, p in zip(moved, points, strict=True)).sqrt()
@@ -153,7 +153,7 @@ def test_more_severe_is_larger(name):
     assert 0.0 < small < middle < large
 
 
-def test_two_screws_a_vertebra_and_a_rod_a_side():
+def test_two_screws_per_vertebra_and_a_rod_per_side():
     assert len(lesions.implant(BODIES, [], "screws")) == 2 * 3 + 2
     assert len(lesions.implant(BODIES[:1], [], "screws")) == 2
 

@@ -13,6 +13,11 @@ from dernet_utils.core.files import PROJECT
 
 NOTEBOOKS = PROJECT / "notebooks"
 CHAPTERS = chapter_names()
+# The template, as book/chapter_template.md explains it.
+MOST_CODE_CELLS = 35
+MOST_CELL_LINES, MOST_HIDDEN_CELL_LINES = 25, 30
+WORDS = (1500, 3300)  # of Markdown
+MOST_COLUMNS = 120  # of a source line
 
 
 def toc_files() -> list[str]:
@@ -26,6 +31,10 @@ def read(name: str) -> nbformat.NotebookNode:
 
 def code_cells(notebook: nbformat.NotebookNode) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def markdown_of(notebook: nbformat.NotebookNode) -> str:
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 
 def test_every_chapter_has_its_pair_and_every_pair_its_chapter():
@@ -63,14 +72,35 @@ def test_chapter_keeps_the_frame(name: str):
     assert len(parameters) == 1
     assert re.search(r'^profile = ""', parameters[0].source, re.MULTILINE)
 
-    markdown = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    markdown = markdown_of(notebook)
     assert 3 <= len(re.findall(r"^[`:]{3,}\{exercise(?:-start)?\}", markdown, re.MULTILINE)) <= 5
     assert len(re.findall(r"^[`:]{3,}\{solution(?:-start)?\}", markdown, re.MULTILINE)) >= 3
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
+def test_chapter_keeps_the_template(name: str):
+    notebook = read(name)
+    markdown = markdown_of(notebook)
+    for part in ("You will be able to", "\n## Exercises", "\n## Takeaways"):
+        assert part in markdown
+    assert WORDS[0] <= len(markdown.split()) <= WORDS[1]
+    cells = code_cells(notebook)
+    assert len(cells) <= MOST_CODE_CELLS
+    too_long = []
+    for cell in cells:
+        tags = cell.metadata.get("tags", [])
+        hidden = any("hide-input" in tag or "remove-" in tag for tag in tags)
+        lines = cell.source.splitlines()
+        if len(lines) > (MOST_HIDDEN_CELL_LINES if hidden else MOST_CELL_LINES):
+            too_long.append((len(lines), lines[0]))
+    assert too_long == []
+    source = (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert [n for n, line in enumerate(source, 1) if len(line) > MOST_COLUMNS] == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_figures_have_a_label_and_alternative_text(name: str):
-    markdown = "\n".join(c.source for c in read(name).cells if c.cell_type == "markdown")
+    markdown = markdown_of(read(name))
     fences = re.findall(r"^([`:]{3,})\{(?:glue:)?figure\}(.*?)^\1", markdown, re.M | re.S)
     assert fences
     for _, figure in fences:
@@ -86,6 +116,7 @@ def test_toc_holds_what_exists_and_all_of_it():
     assert sorted(files) == sorted(pages + [f"notebooks/{name}" for name in CHAPTERS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_chapter_was_executed_whole(name: str, smoke_book: Path):
     path = smoke_book / "runs" / "smoke" / "chapters" / f"{name}.ipynb"

@@ -61,7 +61,7 @@ def films(root: Path, dataset: Dataset) -> pd.DataFrame:
     return dataset.images.merge(pd.DataFrame(rows), on="image_id", validate="one_to_one")
 
 
-# ---------------------------------------------------------------- frequencies
+# Frequencies ------------------------------------------------------------------------------------
 
 
 def test_about_half_of_the_films_show_a_finding(dataset):
@@ -118,7 +118,7 @@ def test_the_body_does_not_depend_on_the_lesions(films):
         assert scipy_stats.mannwhitneyu(one, other).pvalue > 0.01, column
 
 
-# ---------------------------------------------------------------- files
+# Files ------------------------------------------------------------------------------------------
 
 
 def test_the_check_finds_no_problem(root):
@@ -137,7 +137,7 @@ def test_dciodvfy_finds_no_error_in_a_film_of_each_encoding(films):
     assert not errors, errors
 
 
-# ---------------------------------------------------------------- no shortcut
+# No shortcut ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What printed numbers imply for one another."""
+"""What the numbers of a printed table imply for one another."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from dernet_utils.core.errors import DernetError
 
-HALF = 0.005  # per cent: how far a number printed with two decimals may lie from what was rounded
+HALF = 0.005  # per cent: the rounding error of a number printed with two decimals, at most
 
 
 @dataclass(frozen=True)
@@ -16,51 +16,52 @@ class Range:
     """All values that a quantity may have, given numbers that were rounded.
 
     Attributes:
-        low: The least; nan where none is possible.
-        high: The largest.
+        low: The smallest; nan where none is possible.
+        high: The largest; nan where none is possible.
     """
 
     low: float
     high: float
 
     def holds(self, value: float) -> bool:
-        """Return whether the value is possible."""
+        """Return whether a value lies in the range, its ends included."""
         return bool(self.low <= value <= self.high)
 
 
 def f1_of(sensitivity: float, specificity: float, prevalence: float) -> float:
-    """Return F1 from sensitivity, specificity and the share of abnormal images, all in [0, 1].
+    """Return F1 from sensitivity, specificity and the fraction of abnormal images, all in [0, 1].
 
-    F1 is 2 hits / (2 hits + misses + false alarms), each a share of all images.
+    F1 is 2 TP / (2 TP + FN + FP): true positives, false negatives and false positives, each as a
+    fraction of all images.
 
     >>> f1_of(0.5, 1.0, 0.5)
     0.6666666666666666
     """
-    hits = sensitivity * prevalence
-    false_alarms = (1 - specificity) * (1 - prevalence)
-    return 2 * hits / (hits + false_alarms + prevalence)
+    true_positives = sensitivity * prevalence
+    false_positives = (1 - specificity) * (1 - prevalence)
+    return 2 * true_positives / (true_positives + false_positives + prevalence)
 
 
 def prevalence_of(f1: float, sensitivity: float, specificity: float) -> float:
-    """Return the share of abnormal images at which `f1_of` gives this F1, all in [0, 1].
+    """Return the fraction of abnormal images at which `f1_of` gives this F1, all in [0, 1].
 
-    nan where no share does: F1 does not depend on it for a specificity of 1.
+    nan where there is none, as for a specificity of 1, at which F1 does not depend on it.
 
     >>> round(prevalence_of(2 / 3, 0.5, 0.9), 3)
     1.0
     >>> round(prevalence_of(f1_of(0.8, 0.7, 0.3), 0.8, 0.7), 3)
     0.3
     """
-    false_alarms = 1 - specificity
+    false_positive_rate = 1 - specificity
     rest = 2 * sensitivity - f1 * (sensitivity + specificity)
-    if not false_alarms or not rest:
+    if not false_positive_rate or not rest:
         return float("nan")
-    prevalence = f1 * false_alarms / rest
+    prevalence = f1 * false_positive_rate / rest
     return prevalence if 0 <= prevalence <= 1 + 1e-12 else float("nan")
 
 
 def implied_prevalence(f1: float, sensitivity: float, specificity: float) -> Range:
-    """Return the shares of abnormal images, in per cent, that a printed row allows.
+    """Return the fractions of abnormal images, in per cent, that a printed row allows.
 
     Args:
         f1, sensitivity, specificity: In per cent, each rounded to two decimals.
@@ -71,11 +72,11 @@ def implied_prevalence(f1: float, sensitivity: float, specificity: float) -> Ran
 
 
 def possible_counts(images: int, f1: float, sensitivity: float, specificity: float) -> list[int]:
-    """Return the numbers of abnormal images at which a row can come from counting films.
+    """Return the numbers of abnormal images at which a row can come from counting images.
 
-    A sensitivity is a whole number of hits over one of abnormal images, and so on; of all
-    numbers of abnormal images only few give the printed decimals (compare Brown and Heathers' GRIM
-    test, Social Psychological and Personality Science 8, 2017).
+    A sensitivity is a whole number of true positives over a whole number of abnormal images, and so
+    on; only few numbers of abnormal images give the printed decimals (compare Brown and Heathers'
+    GRIM test, Social Psychological and Personality Science 8, 2017).
 
     Args:
         images: Of the test split.
@@ -86,20 +87,22 @@ def possible_counts(images: int, f1: float, sensitivity: float, specificity: flo
     """
     abnormal = np.arange(1, images)
     normal = images - abnormal
-    # Within half a film of the printed share lies one whole number at most that rounds to it.
-    hits = np.round(sensitivity / 100 * abnormal)
-    cleared = np.round(specificity / 100 * normal)
-    found = 100 * np.stack([
-        2 * hits / (hits + normal - cleared + abnormal), hits / abnormal, cleared / normal
-    ])  # fmt: skip
+    # At most one whole number lies within half an image of the printed fraction.
+    true_positives = np.round(sensitivity / 100 * abnormal)
+    true_negatives = np.round(specificity / 100 * normal)
+    f1_found = 2 * true_positives / (true_positives + normal - true_negatives + abnormal)
+    found = 100 * np.stack([f1_found, true_positives / abnormal, true_negatives / normal])
     printed = np.array([[f1], [sensitivity], [specificity]])
     return abnormal[(np.abs(found - printed) <= HALF + 1e-9).all(axis=0)].tolist()
 
 
 def largest_agreement(ranges: dict[str, Range]) -> tuple[list[str], Range]:
-    """Return the most rows that one value can satisfy, and the values that do.
+    """Return the largest set of rows that one value can satisfy, and the values that do.
 
-    Of equally large sets the one that comes first is taken.
+    The first of several equally large sets is returned.
+
+    Raises:
+        DernetError: There are no ranges.
 
     >>> largest_agreement({"a": Range(0, 2), "b": Range(1, 3), "c": Range(4, 5)})
     (['a', 'b'], Range(low=1, high=2))
@@ -116,7 +119,7 @@ def largest_agreement(ranges: dict[str, Range]) -> tuple[list[str], Range]:
 
 
 def implied_mean(values: tuple[float, ...]) -> Range:
-    """Return what the mean of printed values may be, as printed: rounded to two decimals.
+    """Return the means that printed values allow, themselves rounded to two decimals.
 
     >>> implied_mean((1.0, 2.0))
     Range(low=1.49, high=1.51)
@@ -128,8 +131,8 @@ def implied_mean(values: tuple[float, ...]) -> Range:
 def hanley_mcneil(auroc: float, abnormal: int, normal: int) -> float:
     """Return an AUROC's standard error from its value and the numbers of images alone.
 
-    Hanley and McNeil, Radiology 143, 1982, Eqs. 1 and 2: exact where scores are exponential, and
-    close for others; all images independent.
+    Hanley and McNeil, Radiology 143, 1982, Eqs. 1 and 2: exact for exponentially distributed
+    scores and close for others; all images are taken as independent.
 
     Args:
         auroc: In [0, 1].
@@ -144,7 +147,7 @@ def hanley_mcneil(auroc: float, abnormal: int, normal: int) -> float:
     if not 0 <= auroc <= 1 or abnormal < 1 or normal < 1:
         raise DernetError(
             "An AUROC lies between 0 and 1 and needs an image of each class: "
-            f"{auroc}, {abnormal} and {normal} came."
+            f"not {auroc}, {abnormal} and {normal}."
         )
     q1, q2 = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
     spread = auroc * (1 - auroc)
@@ -153,5 +156,10 @@ def hanley_mcneil(auroc: float, abnormal: int, normal: int) -> float:
 
 
 def difference_p(first: float, second: float, error: float) -> float:
-    """Return the two-sided p-value of two values being equal, by the normal law."""
+    """Return the two-sided p-value of a difference, by the normal distribution.
+
+    Args:
+        first, second: The two values.
+        error: Standard error of their difference, above 0.
+    """
     return float(2 * norm.sf(abs(first - second) / error))

@@ -1,7 +1,7 @@
-"""What a training takes on this machine: one step at full size, and two ways of it compared.
+"""What training takes on this machine: one step at full size, and two training loops compared.
 
-The comparison is between the loop that trains the book's networks and the plainest one that gives
-the same lessons. Both tables say on which processor and from which commit they come.
+The comparison is between the loop that trains the book's networks and the plainest loop over the
+same batches. Each table names the processor and the commit that it comes from.
 """
 
 import multiprocessing
@@ -10,7 +10,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -23,11 +23,12 @@ from torch import nn
 
 from dernet_utils.book.graph import TRAINING_ENVIRONMENT
 from dernet_utils.book.paper import TRAIN_IMAGES
+from dernet_utils.book.progress import Say
 from dernet_utils.core import machine
 from dernet_utils.core.vocabulary import LESION_TYPES, NETWORK_NAMES, NETWORKS
 from dernet_utils.core.workspace import Workspace, commit
-from dernet_utils.detection import images as detection_images
 from dernet_utils.detection import yolo
+from dernet_utils.detection.images import DetectorRecipe, detection_images, write_training_set
 from dernet_utils.metrics.classification import auroc
 from dernet_utils.metrics.intervals import bootstrap_by_study
 from dernet_utils.triage.crossvalidation import triage_images
@@ -50,34 +51,32 @@ from dernet_utils.triage.training import (
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import NUM_THREADS
 
-Say = Callable[[str], None]
+# Triage -----------------------------------------------------------------------------------------
 
 
 def estimate_triage(
     workspace: Workspace, threads: int, report: Say, images: int = TRAIN_IMAGES
 ) -> pd.DataFrame:
-    """Take one measured step of each network at a profile's image size and batch.
+    """Measure one training step of each triage network at a profile's image size and batch size.
 
-    The step is taken on films of the run's own training split, read, enhanced and loaded as every
-    training's are. Each network has a process of its own, whose memory then is the step's.
+    The step is taken on images of the run's own training split, read, enhanced and loaded as for
+    any training. Each network gets its own process, whose memory is therefore that of its step.
 
     Args:
-        workspace: The run; of its recipe the epochs on crops are left out.
+        workspace: The run; the epochs on crops of its recipe are left out.
         threads: Threads of the libraries.
-        report: Is given a line a network.
-        images: Training images of all folds together for which hours are told; else as many as
-            VinDr-SpineXR has.
+        report: Called with one line per network.
+        images: Training images of all folds together, for which the hours are estimated; by
+            default as many as VinDr-SpineXR has.
 
     Returns:
-        One row a network, as text for a page: name, image side, batch, seconds a step, memory,
-        hours for the steps of all epochs of all folds one after the other, processor, commit.
+        One row per network, as text for a page: name, image side, batch size, seconds per step,
+        memory, hours for all epochs of all folds one after another, processor, commit.
     """
-    recipe, folds = (
-        replace(TriageRecipe.of(workspace.profile), crop_epochs=0),
-        workspace.profile.folds,
-    )
+    recipe = replace(TriageRecipe.of(workspace.profile), crop_epochs=0)
+    folds = workspace.profile.folds
     steps = folds * recipe.epochs * (images * (folds - 1) // folds // recipe.batch)
-    # For the processes below: torch and glibc read them once, when they start.
+    # For the processes below: torch and glibc read these when they start.
     os.environ.update(TRAINING_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)})
     rows = []
     for name in NETWORKS:
@@ -99,11 +98,10 @@ def estimate_triage(
 
 
 def measure_step(workspace: Workspace, name: str, recipe: TriageRecipe) -> tuple[float, float]:
-    """Take two optimisation steps on a run's first films; measure the second.
+    """Take two optimisation steps on a run's first images, and measure the second.
 
     Returns:
-        Seconds of the second step, and the most memory in GB that this process has held (on a
-        GPU, that torch has).
+        Seconds of the second step, and the peak memory in GB of this process (on a GPU, of torch).
     """
     images = triage_images(workspace)
     train = images[images["split"] == "train"]
@@ -115,24 +113,24 @@ def measure_step(workspace: Workspace, name: str, recipe: TriageRecipe) -> tuple
         started = time.perf_counter()
         train_epoch(network, optimizer, sample, recipe, 1)  # waits for the loss
         seconds = time.perf_counter() - started
-    return seconds, _held_gb()
+    return seconds, _peak_gb()
 
 
 def compare_loops(workspace: Workspace, image_px: int, report: Say) -> pd.DataFrame:
     """Train each network twice on the same images, by the book's loop and by `plain_epoch`.
 
-    One epoch of crops, where the profile has any, and one of whole films, by turns: the two loops
-    see the same lessons one after the other, on the folds from 1; fold 0 judges.
+    One epoch on crops, where the profile has any, and one on whole images. The two loops run
+    alternately, epoch by epoch, on the same batches of all folds but fold 0, which evaluates them.
 
     Args:
         workspace: The run.
-        image_px: Side of the images; crops keep their share of it.
-        report: Is given a line a network.
+        image_px: Side of the images; crops keep their fraction of it.
+        report: Called with one line per network.
 
     Returns:
-        One row a network, as text for a page: name, image side, seconds by each loop, their
-        ratio, the held-out AUROC by each with its 95 % interval by study, their number, processor,
-        commit.
+        One row per network, as text for a page: name, image side, seconds by each loop, their
+        ratio, the held-out AUROC by each with its 95 % interval by study, the number of held-out
+        images, processor, commit.
     """
     recipe = TriageRecipe.of(workspace.profile)
     crop_px = 16 * round(recipe.crop_px * image_px / recipe.image_px / 16)
@@ -140,13 +138,13 @@ def compare_loops(workspace: Workspace, image_px: int, report: Say) -> pd.DataFr
     recipe = replace(recipe, image_px=image_px, crop_px=crop_px, crop_epochs=crop_epochs, epochs=1)
     images = triage_images(workspace)
     train, held = images[images["fold"] > 0], images[images["fold"] == 0]
-    sample, judged = Sample.load(train, recipe.train_px), Sample.load(held, image_px)
+    sample, held_out = Sample.load(train, recipe.train_px), Sample.load(held, image_px)
     rows = []
     for name in NETWORKS:
         plain, fast, seconds = _race(name, sample, recipe)
         scores = {
-            word: _held_out(network, judged, held["study_id"], workspace)
-            for word, network in (("plain", plain), ("ours", fast))
+            loop: _held_out_auroc(network, held_out, held["study_id"], workspace)
+            for loop, network in (("plain", plain), ("ours", fast))
         }
         row = {
             "network": NETWORK_NAMES[name],
@@ -167,7 +165,7 @@ def compare_loops(workspace: Workspace, image_px: int, report: Say) -> pd.DataFr
 def _race(
     name: str, sample: Sample, recipe: TriageRecipe
 ) -> tuple[nn.Module, nn.Module, dict[str, float]]:
-    """Both networks after their epochs, and the seconds that each loop took."""
+    """Return the network of the plain loop, that of ours, and the seconds that each loop took."""
     fast, optimizer = start_training(name, None, recipe)
     plain = build_network(name, None, recipe.seed).to(machine.device())
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=recipe.lr)
@@ -190,7 +188,12 @@ def plain_epoch(
     recipe: TriageRecipe,
     epoch: int,
 ) -> None:
-    """Give an epoch's lessons in the plainest loop: float32, and memory as torch lays it out."""
+    """Train for one epoch by the plainest loop: float32, and torch's default memory layout.
+
+    Args:
+        network, optimizer: They are changed in place.
+        train, recipe, epoch: As `triage.training.train_epoch` takes them.
+    """
     network.train()
     for grey, y, lr in training_batches(train, recipe, epoch, next(network.parameters()).device):
         for group in optimizer.param_groups:
@@ -202,26 +205,22 @@ def plain_epoch(
         optimizer.step()
 
 
-def _held_out(network: nn.Module, judged: Sample, studies: pd.Series, workspace: Workspace) -> str:
-    y, prob = judged.y.numpy(), predict_probabilities(network, judged.pixels)
+def _held_out_auroc(
+    network: nn.Module, held_out: Sample, studies: pd.Series, workspace: Workspace
+) -> str:
+    y, prob = held_out.y.numpy(), predict_probabilities(network, held_out.pixels)
     profile = workspace.profile
-    return format(
-        bootstrap_by_study(
-            lambda rows: auroc(y[rows], prob[rows]), studies, profile.bootstrap, profile.seed
-        ),
-        ".2f",
+    interval = bootstrap_by_study(
+        lambda rows: auroc(y[rows], prob[rows]), studies, profile.bootstrap, profile.seed
     )
+    return format(interval, ".2f")
 
 
-def _measured_on() -> dict[str, str]:
-    return {"processor": machine.processor_name(), "commit": commit()}
-
-
-# The detector
+# Detector ---------------------------------------------------------------------------------------
 
 
 class StockTrainer(yolo.MosaicDecay):
-    """ultralytics' own step on the same views: its network, loss, memory layout and optimizer."""
+    """ultralytics' own step on the same images: its network, loss, memory layout and optimizer."""
 
     def build_optimizer(self, *given, **named) -> torch.optim.Optimizer:
         """Return the optimizer as ultralytics builds it."""
@@ -229,33 +228,32 @@ class StockTrainer(yolo.MosaicDecay):
 
 
 def estimate_detector(workspace: Workspace, threads: int, report: Say) -> pd.DataFrame:
-    """Take two steps of YOLO11-L at a profile's size and batch, and measure the second.
+    """Measure one training step of YOLO11-L at a profile's image size and batch size.
 
     Args:
         workspace: The run.
         threads: Threads of the libraries.
-        report: Is given a line.
+        report: Called with one line.
 
     Returns:
-        One row, as text for a page: image size, batch, seconds a step, memory, hours for the steps
-        of all epochs on as many films as the run's detector learns from, processor, commit.
+        One row, as text for a page: image size, batch size, seconds per step, memory, the number
+        of images that the run's detector is trained on, hours for all epochs on them, processor,
+        commit.
     """
     os.environ.update(TRAINING_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)})
-    recipe, films = (
-        detection_images.DetectorRecipe.of(workspace.profile),
-        len(detection_images.detection_images(workspace).training),
-    )
+    recipe = DetectorRecipe.of(workspace.profile)
+    images = len(detection_images(workspace).training)
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
         seconds, memory_gb = pool.submit(measure_detector_step, workspace, recipe).result()
-    steps = recipe.epochs * -(-films // recipe.batch)
+    steps = recipe.epochs * -(-images // recipe.batch)
     row = {
         "network": "YOLO11-L",
         "image, px": "{} × {}".format(*recipe.input_size),
         "batch": recipe.batch,
         "seconds a step": f"{seconds:.1f}",
         "memory, GB": f"{memory_gb:.1f}",
-        "films": films,
+        "films": images,
         "hours": f"{seconds * steps / 3600:,.1f}",
         **_measured_on(),
     }
@@ -263,39 +261,35 @@ def estimate_detector(workspace: Workspace, threads: int, report: Say) -> pd.Dat
     return pd.DataFrame([row])
 
 
-def measure_detector_step(
-    workspace: Workspace, recipe: detection_images.DetectorRecipe
-) -> tuple[float, float]:
-    """Return the seconds of a second step, and the most memory in GB that the process held."""
+def measure_detector_step(workspace: Workspace, recipe: DetectorRecipe) -> tuple[float, float]:
+    """Take two steps, and return the seconds of the second and the process's peak memory in GB."""
     with (
         _trainer(yolo.MosaicDecay, workspace, recipe) as trainer,
         machine.denormals_flushed(),
     ):
         seconds = [_step(trainer, batch) for batch in _batches(trainer, 2)][-1]
-    return seconds, _held_gb()
+    return seconds, _peak_gb()
 
 
 def compare_steps(
     workspace: Workspace, view: tuple[int, int], report: Say, rounds: int = 5
 ) -> pd.DataFrame:
-    """Take steps of YOLO11-L by turns: ultralytics' as it comes, with all threads, and ours.
+    """Time steps of YOLO11-L, alternately: stock ultralytics, it with all threads, and ours.
 
-    As it comes, ultralytics leaves one core of a processor to others.
+    By default ultralytics leaves one core of the processor idle.
 
     Args:
-        workspace: The run; its first films with lesions are the batches.
+        workspace: The run; the batches are its first images with lesions.
         view: Height and width of the input, px.
-        report: Is given a line.
+        report: Called with one line.
         rounds: Steps of each, after one that is not counted.
 
     Returns:
-        One row, as text for a page: image size, batch, the median seconds of a step in each way,
+        One row, as text for a page: image size, batch size, the median seconds per step of each,
         how many times faster ours is, processor, commit.
     """
-    recipe, every = (
-        replace(detection_images.DetectorRecipe.of(workspace.profile), view=view),
-        torch.get_num_threads(),
-    )
+    recipe = replace(DetectorRecipe.of(workspace.profile), input_size=view)
+    every = torch.get_num_threads()
     ways = {"stock": (StockTrainer, NUM_THREADS), "stock, all threads": (StockTrainer, every)}
     ways["ours"] = (yolo.MosaicDecay, every)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -330,13 +324,13 @@ def compare_steps(
 def _trainer(
     kind: type[yolo.MosaicDecay],
     workspace: Workspace,
-    recipe: detection_images.DetectorRecipe,
-):
-    """A trainer before its first step, on a few films; its files are gone afterwards."""
-    films = detection_images.detection_images(workspace)
-    some = films.training.head(2 * recipe.batch)
+    recipe: DetectorRecipe,
+) -> Iterator[yolo.MosaicDecay]:
+    """Yield a trainer before its first step, on a few images; its files are deleted afterwards."""
+    images = detection_images(workspace)
+    some = images.training.head(2 * recipe.batch)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = kind(detection_images.write_training_set(some, films.boxes, recipe, Path(folder)))
+        trainer = kind(write_training_set(some, images.boxes, recipe, Path(folder)))
         network = yolo.build_detector(LESION_TYPES, recipe.seed)
         if kind is StockTrainer:
             stock = DetectionModel("yolo11l.yaml", nc=len(LESION_TYPES), verbose=False)
@@ -351,7 +345,7 @@ def _trainer(
 
 
 def _batches(trainer: yolo.MosaicDecay, steps: int) -> Iterator[dict]:
-    """Batches, prepared; all films again where they have come to an end."""
+    """Yield so many preprocessed batches, going through the images as often as needed."""
     while steps:
         for batch in trainer.train_loader:
             if steps and len(batch["img"]) == trainer.batch_size:
@@ -360,7 +354,7 @@ def _batches(trainer: yolo.MosaicDecay, steps: int) -> Iterator[dict]:
 
 
 def _step(trainer: yolo.MosaicDecay, batch: dict) -> float:
-    """Seconds of one optimisation step, as ultralytics' loop takes it."""
+    """Take one optimisation step as ultralytics' loop does, and return its seconds."""
     started = time.perf_counter()
     loss, _ = trainer.model(batch)
     loss.sum().backward()
@@ -368,7 +362,14 @@ def _step(trainer: yolo.MosaicDecay, batch: dict) -> float:
     return time.perf_counter() - started
 
 
-def _held_gb() -> float:
+# Machine ----------------------------------------------------------------------------------------
+
+
+def _measured_on() -> dict[str, str]:
+    return {"processor": machine.processor_name(), "commit": commit()}
+
+
+def _peak_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

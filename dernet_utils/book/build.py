@@ -1,4 +1,4 @@
-"""The pages staged, built and published; whole runs, which Snakemake carries out."""
+"""Pages: staged, built and published. Whole runs, whose steps Snakemake carries out."""
 
 import fcntl
 import json
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from dernet_utils.book.graph import book_digest, chapter_names, data_digest
+from dernet_utils.book.graph import book_digest, chapter_names
+from dernet_utils.book.prepare import is_prepared
 from dernet_utils.book.progress import (
     Say,
     clock,
@@ -28,7 +29,11 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
 from dernet_utils.core.workspace import Workspace, commit
 
-# The book ---------------------------------------------------------------------------------------
+# Signals that end a process, and how long each may take, s.
+ENDINGS = ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5))
+
+
+# Pages ------------------------------------------------------------------------------------------
 
 
 def stage_book(workspace: Workspace) -> Path:
@@ -62,7 +67,7 @@ def build_book(workspace: Workspace, report: Say) -> Path:
     """Stage and build the book; return the folder of its HTML pages.
 
     Raises:
-        DernetError: Sphinx warned or failed; the message has its lines.
+        DernetError: Sphinx warned or failed; the message quotes its lines.
     """
     started = time.monotonic()
     report("book: started")
@@ -77,7 +82,7 @@ def build_book(workspace: Workspace, report: Say) -> Path:
     if done.returncode != 0:
         faults = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|rror:", line)]
         raise DernetError(
-            f"The book was not built: its faults are below, all that Sphinx said is in "
+            f"The book was not built: its faults are below, Sphinx's whole log is in "
             f"{shown_path(workspace.folder / 'book.log')}.\n\n" + "\n".join(faults[:20])
         )
     html = stage / "_build" / "html"
@@ -92,7 +97,7 @@ def publish(workspace: Workspace, html: Path) -> None:
     """Copy the built pages to `html`, where they are not there already.
 
     Raises:
-        DernetError: The folder holds something else than an earlier book.
+        DernetError: The folder holds files that are not an earlier book.
     """
     built = workspace.folder / "book" / "_build" / "html"
     mark = html / "digest.json"
@@ -100,7 +105,7 @@ def publish(workspace: Workspace, html: Path) -> None:
         return
     if html.exists() and not mark.is_file() and any(html.iterdir()):
         raise DernetError(
-            f"{html} holds something else than an earlier book; name another folder or empty it."
+            f"{html} holds files that are not an earlier book; name another folder or empty it."
         )
     fresh = html.with_name(html.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -110,25 +115,28 @@ def publish(workspace: Workspace, html: Path) -> None:
     fresh.rename(html)
 
 
+# Runs -------------------------------------------------------------------------------------------
+
+
 def run(workspace: Workspace, html: Path, report: Say) -> None:
     """Bring the book up to date: data, chapters, pages; what has not changed is left alone.
 
     Args:
         workspace: The run.
         html: Where the pages go.
-        report: Is given a line of progress at a time.
+        report: Called with one line of progress at a time.
 
     Raises:
-        DernetError: A step failed, or another run of this profile is under way.
+        DernetError: A step failed, or another run of this profile is in progress.
         KeyboardInterrupt: The run was interrupted; every process it started has ended.
     """
-    data_digest(workspace)  # an unreadable data folder is told before anything starts
     started = time.monotonic()
-    if not (workspace.data_root / "annotations" / "train.csv").is_file():
-        (workspace.folder / "prepared").unlink(missing_ok=True)  # someone deleted the cohort
+    prepared = is_prepared(workspace)  # first: it reports a data folder that cannot be read
     with _only_run(workspace) as lock:
-        for target in ("prepare", "book"):
-            _snakemake(target, workspace, lock)
+        if not prepared:
+            (workspace.folder / "prepared").unlink(missing_ok=True)  # tables may have been deleted
+            _snakemake("prepare", workspace, lock)
+        _snakemake("book", workspace, lock)
         publish(workspace, html)
     report(f"The book ({workspace.profile.name}) is {html / 'index.html'}, {clock(started)}.")
 
@@ -138,13 +146,13 @@ def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
     command = [
         *(sys.executable, "-m", "snakemake", target, "--snakefile", str(PROJECT / "Snakefile")),
         *("--config", f"profile={workspace.profile.name}", "--cores", str(cores())),
-        # Digests are parameters of the rules, so these alone decide what runs again.
+        # Digests are parameters of the rules, so they alone decide what runs again.
         *("--rerun-triggers", "params", "--rerun-incomplete"),
-        # Ours is the lock, which a killed run cannot leave behind.
+        # Our own lock cannot be left behind by a killed run.
         *("--nolock", "--nocolor", "--quiet", "host", "progress", "reason", "rules"),
     ]
     environment = os.environ | {"DERNET_RUNS": str(workspace.folder.parent), "DERNET_STEP": "1"}
-    # What a step reports comes by standard output; Snakemake's own words go to its log.
+    # A step reports on standard output; Snakemake's own messages go to its log.
     with log.open("w") as messages:
         process = subprocess.Popen(
             command,
@@ -175,15 +183,15 @@ def _only_run(workspace: Workspace) -> Iterator[IO]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DernetError(
-                f"Another run of the profile {workspace.profile.name!r} is under way in "
-                f"{shown_path(workspace.folder)}; wait for its end."
+                f"Another run of the profile {workspace.profile.name!r} is in progress in "
+                f"{shown_path(workspace.folder)}; wait until it ends."
             ) from error
         yield lock
 
 
 def _end_group(process: subprocess.Popen) -> None:
-    """End a process and all that it started: asked first, then told."""
-    for number, patience_s in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+    """End a process and all that it started: by a request first, then by force."""
+    for number, patience_s in ENDINGS:
         try:
             os.killpg(process.pid, number)
             process.wait(patience_s)

@@ -19,7 +19,8 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
 from dernet_utils.core.workspace import Workspace
 
-# One chapter ------------------------------------------------------------------------------------
+KERNEL_START_S = 300  # a busy machine takes its time
+KERNEL_STOP_S = 10
 
 
 def execute_chapter(
@@ -37,10 +38,10 @@ def execute_chapter(
 
     Args:
         name: Chapter, such as ``02_imaging``.
-        workspace: The run; its profile is passed as the parameter `profile`.
+        workspace: The run; the name of its profile becomes the parameter `profile`.
         threads: How many threads numerical libraries may use.
-        report: Is given a line of progress at a time.
-        parameters: Further values for the chapter's `parameters` cell.
+        report: Called with one line of progress at a time.
+        parameters: Further values for the cell tagged `parameters`.
         project: The folder that holds `notebooks`.
 
     Raises:
@@ -56,14 +57,14 @@ def execute_chapter(
     notebook = jupytext.read(source)
     values = {"profile": workspace.profile.name} | (parameters or {})
     _check_parameters(name, notebook, values)
-    # A trial with values of one's own does not replace the book's copy.
+    # A trial with other parameters does not replace the book's copy.
     executed = workspace.chapters / f"{name}{'.trial' if parameters else ''}.ipynb"
     partial = executed.with_suffix(".partial.ipynb")
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
     report(f"{name}: started, {cells} code cells")
     started = time.monotonic()
     environment = _kernel_environment(workspace, threads)
-    if chapter_needs(name).cores != "all":  # what is timed runs as it comes
+    if chapter_needs(name).cores != "all":  # where times are measured, libraries run untuned
         environment |= TRAINING_ENVIRONMENT
     job = _ChapterJob(notebook, partial, values, environment, source)
     try:
@@ -98,7 +99,7 @@ def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
         "DERNET_RUNS": str(workspace.folder.parent),
         "OMP_NUM_THREADS": str(threads),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        # The run is offline: nothing looks for newer versions, weights or fonts.
+        # The run is offline: no library looks for newer versions, weights or fonts.
         "YOLO_OFFLINE": "1",
         "YOLO_CONFIG_DIR": str(workspace.folder.parent / ".ultralytics"),
         "HF_HUB_OFFLINE": "1",
@@ -106,10 +107,10 @@ def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
 
 
 class _ChapterJob(threading.Thread):
-    """Papermill in a thread, so that the main thread can tell the time and hear Ctrl-C.
+    """Papermill in a thread, so that the main thread can report progress and receive Ctrl-C.
 
-    nbclient takes over the signals when it runs in the main thread and reports an interrupt as
-    a kernel that died.
+    In the main thread nbclient would handle the signals itself, and report an interrupt as a
+    kernel that died.
     """
 
     def __init__(self, notebook, output: Path, values: dict, environment: dict, source: Path):
@@ -118,14 +119,14 @@ class _ChapterJob(threading.Thread):
         self.environment, self.source = environment, source
         self.client = None
         self.error: Exception | None = None
-        # Not `join`: interrupted, Python 3.11's takes a living thread for a dead one.
+        # Not `join`: interrupted, it takes a running thread for a finished one in Python 3.11.
         self.finished = threading.Event()
 
     def run(self) -> None:
         import papermill
         from papermill.engines import papermill_engines
 
-        # Papermill takes an engine by name; ours shares the kernel's client with this thread.
+        # Papermill finds an engine by name; ours shares the kernel's client with this thread.
         papermill_engines.register("dernet", _engine_of(self))
         try:
             papermill.execute_notebook(
@@ -143,20 +144,20 @@ class _ChapterJob(threading.Thread):
             self.finished.set()
 
     def cell(self) -> int:
-        """Return the number of the code cell under way, counted from 1."""
-        # One of those executed is papermill's own, with the values of the parameters.
+        """Return the number of the code cell that is running, counted from 1."""
+        # One of the executed cells is papermill's own, which sets the parameters.
         return max(self.client.code_cells_executed - 1, 1) if self.client is not None else 1
 
     def stop(self) -> None:
-        """End the kernel and all that it started, where they still run."""
+        """Kill the kernel and all processes that it started, if they are still running."""
         if self.finished.is_set():
             return
         provisioner = getattr(getattr(self.client, "km", None), "provisioner", None)
         process = getattr(provisioner, "process", None)
         if process is not None:
-            # The kernel leads a process group of its own, which its workers belong to.
+            # The kernel leads its own process group, to which its workers belong.
             os.killpg(process.pid, signal.SIGKILL)
-        self.finished.wait(10)
+        self.finished.wait(KERNEL_STOP_S)
 
 
 def _engine_of(job: _ChapterJob) -> type:
@@ -167,8 +168,8 @@ def _engine_of(job: _ChapterJob) -> type:
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **_):
             job.client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None)
-            job.client.startup_timeout = 300
-            # What the kernel itself says, such as why it died.
+            job.client.startup_timeout = KERNEL_START_S
+            # The kernel's own messages, such as why it died.
             with job.output.with_suffix("").with_suffix(".log").open("w") as log:
                 job.client.execute(env=job.environment, stderr=log)
 
@@ -179,9 +180,9 @@ def _failure(name: str, job: _ChapterJob, partial: Path, cells: int) -> DernetEr
     from papermill.exceptions import PapermillExecutionError
 
     error = job.error
-    kept = f"the notebook as far as it came is {shown_path(partial)}"
+    kept = f"the partly executed notebook is {shown_path(partial)}"
     if is_disk_full(error, partial.parent):
-        return DernetError(f"Chapter {name} stopped because the disk is full; make room; {kept}.")
+        return DernetError(f"Chapter {name} stopped because the disk is full; make room ({kept}).")
     if not isinstance(error, PapermillExecutionError):
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         return DernetError(f"Chapter {name} stopped in code cell {job.cell()}: {reason}; {kept}.")
@@ -192,7 +193,7 @@ def _failure(name: str, job: _ChapterJob, partial: Path, cells: int) -> DernetEr
 
 
 def _tidy(path: Path) -> None:
-    """Take papermill's notes out of a notebook: they hold times and this machine's paths."""
+    """Remove papermill's notes from a notebook: they hold times and this machine's paths."""
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)

@@ -1,4 +1,4 @@
-"""The drawing that chapters share: one style, one way to show a film and its boxes."""
+"""Drawing that chapters share: one style, one way to show a radiograph and its boxes."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,7 +29,7 @@ def use_style() -> None:
 
 
 def show_figure(key: str, fig: Figure) -> None:
-    """Show a figure in the notebook, and hand it to the book under a key.
+    """Show a figure in the notebook, and store it for the book under a key.
 
     Args:
         key: Name for MyST's ``glue:figure``, such as ``c01-fig-sizes``.
@@ -45,7 +45,7 @@ def show_radiograph(ax: Axes, grey: np.ndarray, title: str = "") -> None:
     Args:
         ax: Where to draw.
         grey: 8-bit image, shape (H, W), 0 black to 255 white.
-        title: Text above the film.
+        title: Text above the image.
     """
     ax.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
     ax.set_title(title)
@@ -53,12 +53,12 @@ def show_radiograph(ax: Axes, grey: np.ndarray, title: str = "") -> None:
 
 
 def show_boxes(ax: Axes, boxes: pd.DataFrame, scale: float = 1.0, names: bool = True) -> None:
-    """Draw lesion boxes on a film.
+    """Draw lesion boxes on a radiograph.
 
     Args:
-        ax: Axes that show the film.
+        ax: Axes that show the radiograph.
         boxes: Rows with `lesion_type`, `xmin`, `ymin`, `xmax`, `ymax` in stored pixels, and
-            perhaps `score` (probability), which is then written beside the name.
+            optionally `score` (0 to 1), which is then written beside the name.
         scale: Shown pixels per stored pixel.
         names: Whether to write the lesion type beside the box.
     """
@@ -80,14 +80,14 @@ def show_boxes(ax: Axes, boxes: pd.DataFrame, scale: float = 1.0, names: bool = 
 def draw_stage(
     ax: Axes, x: float, y: float, text: str, width: float, colour: str = "#dbe9f6"
 ) -> None:
-    """Draw a stage of a schematic: a rounded box, 0.9 high, with a text in its middle.
+    """Draw a stage of a schematic: a rounded box, 0.9 high, with a centred text.
 
     Args:
-        ax: Where to draw; a stage and its ways are in its units.
+        ax: Where to draw; positions and sizes are in its data units.
         x, y: Lower left corner.
         text: One line or two.
         width: Of the box.
-        colour: Of its ground.
+        colour: Of its background.
     """
     shape = FancyBboxPatch((x, y), width, 0.9, "round,pad=0.06", fc=colour, ec="0.3", lw=0.8)
     ax.add_patch(shape)
@@ -97,16 +97,22 @@ def draw_stage(
 def draw_arrow(
     ax: Axes, start: tuple[float, float], end: tuple[float, float], text: str = ""
 ) -> None:
-    """Draw an arrow from one stage of a schematic to another, with a text above its middle."""
+    """Draw an arrow between two stages of a schematic, with a text above its middle.
+
+    Args:
+        ax: Where to draw.
+        start, end: (x, y) in its data units.
+        text: One line.
+    """
     ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "0.3"})
     ax.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.12, text, fontsize=8, ha="center")
 
 
 def draw_learning_curves(curves: pd.DataFrame) -> Figure:
-    """Draw loss and held-out AUROC over epochs, a line a fold; epochs on crops lie on grey.
+    """Draw loss and held-out AUROC over epochs, one line per fold; epochs on crops lie on grey.
 
     Args:
-        curves: As `crossvalidation.CrossValidated` has them.
+        curves: As `triage.crossvalidation.CrossValidated` has them.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.1))
     for fold, rows in curves.groupby("fold"):
@@ -116,7 +122,7 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
         right.plot(
             rows["epoch"], rows["validation_auroc"], "s--", ms=3, color=colour, label=f"fold {fold}"
         )
-    left.plot([], [], "o-", ms=3, color="0.3", label="learnt from")
+    left.plot([], [], "o-", ms=3, color="0.3", label="training")
     left.plot([], [], "s--", ms=3, color="0.3", label="held out")
     left.axhline(np.log(2), color="0.4", lw=0.8, ls=":", label="always one half")
     left.set(xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, 1.5))
@@ -133,11 +139,11 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
 
 
 def draw_roc(bands: dict[str, pd.DataFrame], stars: dict[str, tuple[float, float]]) -> Figure:
-    """Draw receiver operating characteristics, the first with its band.
+    """Draw receiver operating characteristics, the first one with its band.
 
     Args:
-        bands: A label each, and what `evaluate.roc_band` returns.
-        stars: Working points: a label each, and sensitivity and specificity.
+        bands: For each label, what `metrics.classification.roc_band` returns.
+        stars: Operating points: for each label, sensitivity and specificity.
     """
     fig, ax = plt.subplots(figsize=(4.8, 4.6))
     for number, (label, band) in enumerate(bands.items()):
@@ -158,42 +164,42 @@ def draw_roc(bands: dict[str, pd.DataFrame], stars: dict[str, tuple[float, float
 
 
 def draw_most_confident(films: pd.DataFrame, threshold: float) -> Figure:
-    """Show the surest answer of each kind: found, left alone, missed, false alarm.
+    """Show the most confident true positive, true negative, false negative and false positive.
 
     Args:
-        films: Rows with ``path`` of the cached image, ``label`` (bool), ``prob`` and ``lesions`` as
-            `crossvalidation.run_images` returns them; these are marked.
-        threshold: Abnormal is what lies above it.
+        films: One row per image: ``cached_path``, ``label`` (bool), ``prob`` and ``lesions``, whose
+            centres are marked, as `triage.crossvalidation.triage_images` returns them.
+        threshold: Images with a probability above it are called abnormal.
     """
-    films = films.assign(called=films["prob"] > threshold, sure=(films["prob"] - threshold).abs())
+    called, margin = films["prob"] > threshold, (films["prob"] - threshold).abs()
     kinds = {
-        "abnormal, found": (True, True),
-        "normal, left alone": (False, False),
-        "abnormal, missed": (True, False),
-        "normal, false alarm": (False, True),
+        "true positive": (True, True),
+        "true negative": (False, False),
+        "false negative": (True, False),
+        "false positive": (False, True),
     }
     fig, axes = plt.subplots(2, 2, figsize=(6.4, 7.4))
-    for ax, (name, (label, called)) in zip(axes.flat, kinds.items(), strict=True):
-        rows = films[(films["label"] == label) & (films["called"] == called)]
+    for ax, (name, (abnormal, positive)) in zip(axes.flat, kinds.items(), strict=True):
+        rows = margin[(films["label"] == abnormal) & (called == positive)]
         ax.set_axis_off()
         ax.set_title(f"{name}: none")
         if len(rows):
-            film = rows.loc[rows["sure"].idxmax()]
-            title = f"{name} ({len(rows)} films)\nprobability {film['prob']:.2f}"
-            grey = load_cached(film["cached_path"])
+            image = films.loc[rows.idxmax()]
+            title = f"{name} (1 of {len(rows)})\nprobability {image['prob']:.2f}"
+            grey = load_cached(image["cached_path"])
             show_radiograph(ax, grey, title)
-            _mark_lesions(ax, film["lesions"], *grey.shape)
+            _mark_lesions(ax, image["lesions"], *grey.shape)
     return fig
 
 
 def _mark_lesions(ax: Axes, lesions: np.ndarray, height: int, width: int) -> None:
-    """Put a ring around each lesion's centre, and name its type once."""
+    """Draw a ring around each lesion's centre, and name each type in a legend."""
     named = set()
     for x, y, kind in lesions:
         name = LESION_TYPES[int(kind)]
         colour, dash = LESION_STYLE[name]
-        place = (x * width, y * height)
-        ax.add_patch(Circle(place, 0.05 * width, fc="none", ec=colour, ls=dash, lw=1.3))
+        centre = (x * width, y * height)
+        ax.add_patch(Circle(centre, 0.05 * width, fc="none", ec=colour, ls=dash, lw=1.3))
         if name not in named:
             named.add(name)
             ax.plot([], [], color=colour, ls=dash, label=name)

@@ -1,7 +1,7 @@
-"""What depends on what: the table of chapters, and digests of all that a step's results come from.
+"""What depends on what: the table of chapters, and a digest of everything that shapes a result.
 
-A rule of the Snakefile runs again when the digest of what it depends on differs from the one it ran
-with. Only contents count, never file times; of code neither comments nor docstrings.
+A rule of the Snakefile runs again when the digest of what it depends on has changed since it last
+ran. Only contents count, never file times; in the package's code neither comments nor docstrings.
 """
 
 import ast
@@ -11,22 +11,40 @@ from pathlib import Path
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT, code_digest, digest_of
-from dernet_utils.core.vocabulary import NETWORKS
+from dernet_utils.core.vocabulary import NETWORKS, SPLITS
 from dernet_utils.core.workspace import Workspace
 
 PACKAGE = PROJECT / "dernet_utils"
+# Modules whose code no result depends on. Of the profiles only the run's own numbers matter, and
+# they are in each digest; the other two steer and report.
+NOT_COUNTED = frozenset({"core.profiles", "book.graph", "book.progress"})
+MAX_THREADS = 8  # none of our networks gains from more
+QUICKEST_FIRST = ("densenet121", "resnet50", "tf_efficientnetv2_s")  # by training time
+# Environment variables that glibc, torch and OpenMP read when a process starts; numbers do not
+# depend on them. Each training step allocates the same large blocks: they are kept, in huge pages,
+# and not returned to the system and requested again. Waiting threads sleep: where trainings run in
+# parallel, spinning ones would slow each other down.
+TRAINING_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+# Chapters ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """What a chapter needs before it is executed, and what it takes.
+    """What a chapter needs before it is executed, and the cores it gets.
 
     Attributes:
-        networks: Triage networks whose trainings, a job for each fold, it reads.
+        networks: Triage networks whose trainings, one job per fold, it reads.
         after: Chapters whose results it reads.
-        cores: ``one``; ``half`` of them, where it trains or runs networks; ``all``, where it
-            measures times: then the machine is its own, and libraries run as they come.
-        trains: Whether it trains a network that is no job of its own, which may take long.
+        cores: ``one``; ``half`` of the cores, where it trains or runs networks; ``all``, where it
+            measures times: then no other job runs, and libraries keep their own settings.
+        trains: Whether it trains a network itself, which may take long.
     """
 
     networks: tuple[str, ...] = ()
@@ -58,59 +76,40 @@ CHAPTERS = {
     "17_outliers": Chapter(("resnet50",), cores="half"),
     "A1_virtual_radiographs": Chapter(),
 }
-MAX_THREADS = 8  # more help none of our networks
-QUICKEST_FIRST = ("densenet121", "resnet50", "tf_efficientnetv2_s")  # by a training's time
-# Read by glibc, torch and OpenMP when a process starts; numbers do not depend on them. A step of
-# training asks for the same large blocks again and again: they are kept, in huge pages, and not
-# fetched anew from the system each time. A thread that waits sleeps: where trainings run side by
-# side, spinning ones stall one another.
-TRAINING_ENVIRONMENT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "THP_MEM_ALLOC_ENABLE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-
-
-# Jobs -------------------------------------------------------------------------------------------
 
 
 def chapter_names(project: Path = PROJECT) -> list[str]:
-    """Return the names of the chapters in reading order, such as ``02_imaging``.
-
-    Those that are in the folder; a chapter that `CHAPTERS` does not know depends on no job.
-    """
+    """Return the names of the chapters in the folder, in reading order, such as ``02_imaging``."""
     return sorted(path.stem for path in (project / "notebooks").glob("[0-9A][0-9]_*.py"))
 
 
 def chapter_needs(name: str) -> Chapter:
-    """Return what a chapter needs; one that `CHAPTERS` does not know needs nothing."""
+    """Return what a chapter needs; nothing, if it is not in `CHAPTERS`."""
     return CHAPTERS.get(name, Chapter())
 
 
 def cores_for(name: str, available: int) -> int:
     """Return how many of the available cores a chapter gets."""
-    shares = {"one": 1, "half": max(1, available // 2), "all": available}
-    return shares[chapter_needs(name).cores]
+    return {"one": 1, "half": max(1, available // 2), "all": available}[chapter_needs(name).cores]
 
 
 def trainings_of(name: str, folds: int) -> list[tuple[str, int]]:
-    """Return the trainings that a chapter reads: a network and a fold each."""
+    """Return the trainings that a chapter reads, as pairs of a network and a fold."""
     return [(network, fold) for network in chapter_needs(name).networks for fold in range(folds)]
 
 
 def priorities(names: list[str]) -> dict[str, int]:
-    """Return each chapter's priority among all jobs; trainings' begin at the chapters' number.
+    """Return the chapters' priorities; those of the trainings start at the number of chapters.
 
-    A chapter that waits for no job is above the trainings, any other one below them. Among them
-    one goes first that many chapters wait for, or that trains, which takes long.
+    A chapter that waits for no job comes before the trainings, any other after them. Among each
+    group come first those that many chapters wait for, or that train a network.
     """
     found = {}
     for name in names:
         needs = chapter_needs(name)
-        behind = sum(name in chapter_needs(other).after for other in names)
+        waiting = sum(name in chapter_needs(other).after for other in names)
         above = 0 if needs.networks or needs.after else len(names) + len(QUICKEST_FIRST)
-        found[name] = above + behind + needs.trains
+        found[name] = above + waiting + needs.trains
     return found
 
 
@@ -135,7 +134,7 @@ def modules_of(path: Path, package: Path = PACKAGE) -> frozenset[str]:
     while waiting:
         new = direct_imports(waiting.pop(), package) - found
         found |= new
-        waiting += [package / f"{name.replace('.', '/')}.py" for name in new]
+        waiting += [_module_file(name, package) for name in new]
     return frozenset(found)
 
 
@@ -146,83 +145,89 @@ def direct_imports(path: Path, package: Path = PACKAGE) -> set[str]:
         DernetError: The file is not valid Python.
     """
     try:
-        names = _names_imported(path.read_text(encoding="utf-8"))
+        names = _imported_names(path.read_text(encoding="utf-8"), package.name)
     except SyntaxError as error:
         raise DernetError(
             f"{path.name} is not valid Python: {error.msg} in line {error.lineno}; correct it."
         ) from error
-    ours = {name.partition(".")[2] for name in names if name.startswith(f"{package.name}.")}
-    # A name may be that of something in a module: as many of its parts as are one count.
-    ends = {tuple(name.split(".")[:n]) for name in ours for n in (1, 2)}
-    return {".".join(end) for end in ends if package.joinpath(*end).with_suffix(".py").is_file()}
+    return {name for name in names if _module_file(name, package).is_file()}
 
 
 @cache
-def _names_imported(source: str) -> frozenset[str]:
+def _imported_names(source: str, package: str) -> frozenset[str]:
+    """What a source imports from a package: names of modules, perhaps of what is in them."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return frozenset(names)
+        waiting += (own for own in ast.iter_child_nodes(node) if not isinstance(own, ast.expr))
+    ours = (name.split(".")[1:] for name in names if name.startswith(f"{package}."))
+    # `imaging.reader.read_radiograph` is a function of the module `imaging.reader`.
+    return frozenset(".".join(parts[:n]) for parts in ours for n in (1, 2) if n <= len(parts))
 
 
-def _code(*modules: str) -> str:
-    """A digest of some modules of the package and of all that they import."""
-    every = set(modules)
-    for name in modules:
-        every |= modules_of(PACKAGE / f"{name.replace('.', '/')}.py")
-    return _code_of(frozenset(every))
+def _module_file(name: str, package: Path = PACKAGE) -> Path:
+    return package / f"{name.replace('.', '/')}.py"
 
 
-@cache
+def _code_with_imports(module: str) -> str:
+    """Return a digest of a module of the package and of all that it imports."""
+    return _code_of(modules_of(_module_file(module)) | {module})
+
+
 def _code_of(modules: frozenset[str]) -> str:
-    # Of the profiles only the run's numbers count, and they are in each digest already: another
-    # profile's number is no reason to run a step again.
-    names = sorted(modules - {"core.profiles"})
-    return digest_of(*names, *(code_digest(PACKAGE / f"{n.replace('.', '/')}.py") for n in names))
+    names = sorted(modules - NOT_COUNTED)
+    return digest_of(*names, *(code_digest(_module_file(name)) for name in names))
 
 
 # Digests ----------------------------------------------------------------------------------------
 
 
 def data_digest(workspace: Workspace) -> str:
-    """Return a digest of what the run's data are made from.
+    """Return a digest of what the run's dataset is made from.
 
-    For the virtual cohort these are its code, its numbers and the locked libraries; for a
-    VinDr-SpineXR folder they are its two tables.
+    For the virtual cohort: its code, its numbers and the locked libraries. For a VinDr-SpineXR
+    folder: its two tables.
 
     Raises:
         DernetError: The folder that ``DERNET_DATA`` names has no tables.
     """
     profile = workspace.profile
     if profile.virtual:
-        return digest_of(f"{profile.patients} {profile.seed}", _code("virtual.cohort"), _lock())
-    tables = [workspace.data_root / "annotations" / f"{split}.csv" for split in ("train", "test")]
+        code = _code_with_imports("virtual.cohort")
+        return digest_of(f"{profile.patients} {profile.seed}", code, _lock())
+    tables = [workspace.data_root / "annotations" / f"{split}.csv" for split in SPLITS]
     for table in tables:
         if not table.is_file():
             raise DernetError(
-                f"{workspace.data_root} is not a VinDr-SpineXR folder: {table.name} was expected "
-                "in its folder annotations; correct DERNET_DATA."
+                f"{workspace.data_root} is not a VinDr-SpineXR folder, which holds annotations/"
+                f"{table.name}: correct DERNET_DATA."
             )
     return digest_of(str(workspace.data_root), *(table.read_bytes() for table in tables))
 
 
 def prepare_digest(workspace: Workspace) -> str:
-    """Return a digest of all that `prepare` depends on."""
-    code = _code("dataset.tables", "dataset.folds", "imaging.cache")
+    """Return a digest of everything that `prepare.prepare` depends on."""
+    code = _code_with_imports("book.prepare")
     return digest_of(_numbers(workspace), code, data_digest(workspace))
 
 
 def train_digest(workspace: Workspace) -> str:
-    """Return a digest of all that a training of triage depends on."""
-    code = _code("triage.crossvalidation")
+    """Return a digest of everything that the training of a triage network depends on."""
+    code = _code_with_imports("triage.crossvalidation")
     return digest_of(_numbers(workspace), code, data_digest(workspace), _lock())
 
 
 def chapter_digest(name: str, workspace: Workspace) -> str:
-    """Return a digest of all that a chapter's results depend on."""
+    """Return a digest of everything that a chapter's results depend on.
+
+    Raises:
+        DernetError: As `data_digest` and `modules_of` raise.
+    """
     path = PROJECT / "notebooks" / f"{name}.py"
     return digest_of(
         path.read_bytes(),
@@ -235,7 +240,7 @@ def chapter_digest(name: str, workspace: Workspace) -> str:
 
 
 def book_digest(workspace: Workspace) -> str:
-    """Return a digest of all that the book's pages depend on."""
+    """Return a digest of everything that the book's pages depend on."""
     pages = [PROJECT / "_config.yml", PROJECT / "_toc.yml"]
     pages += sorted(path for path in (PROJECT / "book").rglob("*") if path.is_file())
     parts: list[str | bytes] = []

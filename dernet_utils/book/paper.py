@@ -1,12 +1,13 @@
-"""The paper's Tables 2 and 3, and ours beside them: columns of their own, never mixed."""
+"""The paper's Tables 2 and 3, and this run's results beside them, in separate columns."""
 
 import pandas as pd
 
 from dernet_utils.core.profiles import Profile
 from dernet_utils.core.vocabulary import NETWORK_NAMES
+from dernet_utils.metrics.intervals import Interval
 
 TRAIN_IMAGES = 8389  # VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021)
-# AUROC, F1, sensitivity, specificity in per cent; None: not printed.
+# AUROC, F1, sensitivity, specificity in per cent, in the order of METRICS; None: not printed.
 TABLE_2 = {
     "VinDr Ensemble": (88.61, 81.06, 83.07, 79.32),
     "HealNNet": (88.84, 81.20, None, None),
@@ -34,16 +35,17 @@ METRICS = {"auroc": "AUROC", "f1": "F1", "sensitivity": "Sensitivity", "specific
 def compare_with_table_2(
     profile: Profile, found: dict[str, dict[str, pd.DataFrame]], methods: tuple[str, ...]
 ) -> pd.DataFrame:
-    """Return rows of the paper's Table 2 with ours beside them.
+    """Return rows of the paper's Table 2 with this run's results beside them.
 
     Args:
-        profile: The run's; names our dataset.
-        found: For each of our columns, such as ``out of fold``, a table by method as
-            `evaluate.classification_table` returns it.
-        methods: Rows, of the keys of `TABLE_2`.
+        profile: The run's; names its dataset.
+        found: For each column of ours, such as ``out of fold``, a table by method as
+            `metrics.classification.classification_table` returns it.
+        methods: Which rows, by the keys of `TABLE_2`.
 
     Returns:
-        One row a method and metric; as text, in per cent, ours with their intervals.
+        One row per method and metric; text, in per cent, ours with 95 % intervals. A dash stands
+        where a value was not printed or not measured.
     """
     ours = "virtual cohort" if profile.virtual else "VinDr-SpineXR"
     rows = {}
@@ -60,9 +62,5 @@ def compare_with_table_2(
 
 
 def _percent(row: pd.Series) -> str:
-    from dernet_utils.metrics.intervals import (
-        Interval,  # here: a server that starts needs names only
-    )
-
     interval = Interval(**row)
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

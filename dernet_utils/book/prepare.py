@@ -2,25 +2,32 @@
 
 import shutil
 import time
+from pathlib import Path
 
 from dernet_utils.book.graph import data_digest, prepare_digest
 from dernet_utils.book.progress import Say, clock, cores, heartbeat
 from dernet_utils.core.files import write_whole
+from dernet_utils.core.vocabulary import SPLITS
 from dernet_utils.core.workspace import Workspace
+
+STAMP = "prepared.txt"  # in the run's tables: the digest that they were made with
 
 
 def prepare(workspace: Workspace, workers: int, report: Say) -> None:
-    """Make everything that chapters and trainings share, and write the tables that they read.
+    """Make everything that chapters and trainings share: images on disk and the two tables.
+
+    The tables are ``tables/images.parquet`` and ``tables/boxes.parquet``, as `dataset.prepared`
+    reads them.
 
     Args:
         workspace: The run.
         workers: How many processes work at once.
-        report: Is given a line of progress at a time.
+        report: Called with one line of progress at a time.
 
     Raises:
-        DernetError: The data are not what they should be.
+        DernetError: The dataset or the donor CT is missing, damaged or inconsistent.
     """
-    # here: whoever asks whether a run is prepared needs none of them
+    # Here: asking whether a run is prepared needs none of them.
     from dernet_utils.dataset.folds import make_folds
     from dernet_utils.dataset.prepared import write_tables
     from dernet_utils.dataset.tables import read_dataset
@@ -28,6 +35,7 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     from dernet_utils.virtual.cohort import ensure_cohort
 
     started, profile = time.monotonic(), workspace.profile
+    digest = prepare_digest(workspace)  # before the work: a file may be edited meanwhile
     _forget_other_data(workspace)
     with heartbeat("virtual patients", started, report) as progress:
         ensure_cohort(workspace, progress)
@@ -39,13 +47,24 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     images = dataset.images.merge(folds[["image_id", "fold"]], how="left", on="image_id")
     images = images.merge(cached[["image_id", "cached_path", "scale"]], validate="one_to_one")
     write_tables(workspace, images.astype({"fold": "Int64"}), dataset.boxes)
-    digest = prepare_digest(workspace)
-    write_whole(workspace.tables / "prepared.txt", lambda part: part.write_text(digest))
+    write_whole(workspace.tables / STAMP, lambda part: part.write_text(digest))
     report(f"data: {len(dataset.images)} images ready after {clock(started)}")
 
 
+def is_prepared(workspace: Workspace) -> bool:
+    """Return whether the dataset and the tables are there, made from today's data and code.
+
+    Raises:
+        DernetError: As `graph.prepare_digest` raises.
+    """
+    digest = prepare_digest(workspace)
+    needed = [workspace.data_root / "annotations" / f"{split}.csv" for split in SPLITS]
+    needed += [workspace.tables / name for name in ("images.parquet", "boxes.parquet", STAMP)]
+    return all(map(Path.is_file, needed)) and (workspace.tables / STAMP).read_text() == digest
+
+
 def ensure_prepared(workspace: Workspace, report: Say = lambda line: None) -> None:
-    """Prepare a run's data where that was not done yet, or was done from something else.
+    """Prepare a run's data unless that has been done from the same data and code.
 
     Args:
         workspace: The run.
@@ -54,8 +73,7 @@ def ensure_prepared(workspace: Workspace, report: Say = lambda line: None) -> No
     Raises:
         DernetError: As `prepare` raises.
     """
-    stamp = workspace.tables / "prepared.txt"
-    if not stamp.is_file() or stamp.read_text() != prepare_digest(workspace):
+    if not is_prepared(workspace):
         prepare(workspace, cores(), report)
 
 
@@ -69,5 +87,5 @@ def _forget_other_data(workspace: Workspace) -> None:
             shutil.rmtree(workspace.folder / name, ignore_errors=True)
     shutil.rmtree(workspace.folder / "tables", ignore_errors=True)
     workspace.folder.mkdir(parents=True, exist_ok=True)
-    # Written first: a killed run leaves a part of these data, and the next goes on with it.
+    # Written before the data: what a killed run leaves is of these data, and the next resumes it.
     stamp.write_text(digest)

@@ -1,4 +1,4 @@
-"""What a long step tells while it lasts: heartbeats in a log, bars in a notebook."""
+"""How a long step reports its progress: heartbeats in a log, bars in a notebook."""
 
 import os
 import re
@@ -12,12 +12,8 @@ from pathlib import Path
 from dernet_utils.core.files import PROJECT
 from dernet_utils.core.profiles import Profile
 
-Say = Callable[[str], None]
-HEARTBEAT_S = 30  # ours: often enough to see that a training lives
-
-
-def is_disk_full(error: Exception | None, folder: Path) -> bool:
-    return "No space left on device" in str(error) or shutil.disk_usage(folder).free < 2**20
+Say = Callable[[str], None]  # prints, logs or collects one line
+HEARTBEAT_S = 30  # ours: often enough to see that a training is alive
 
 
 def cores() -> int:
@@ -25,13 +21,27 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def is_disk_full(error: Exception | None, folder: Path) -> bool:
+    """Return whether an error, or a folder's disk with less than 1 MiB free, means a full disk."""
+    return "No space left on device" in str(error) or shutil.disk_usage(folder).free < 2**20
+
+
 @contextmanager
 def heartbeat(what: str, started: float, report: Say) -> Iterator[Callable[[int, int], None]]:
-    """Report now and then, while a step lasts; yields what the step may tell its progress to."""
+    """Report every `HEARTBEAT_S` seconds that a step is still running, and for how long.
+
+    Args:
+        what: The step.
+        started: When it started, by `time.monotonic`.
+        report: Called with one line at a time.
+
+    Yields:
+        A function that the step may call with how many parts are done, and of how many.
+    """
     over = threading.Event()
     count = ""
 
-    def tell(done: int, of: int) -> None:
+    def progress(done: int, of: int) -> None:
         nonlocal count
         count = f"{done} of {of}, "
 
@@ -42,31 +52,45 @@ def heartbeat(what: str, started: float, report: Say) -> Iterator[Callable[[int,
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield tell
+        yield progress
     finally:
         over.set()
         thread.join()
 
 
 def clock(started: float) -> str:
+    """Return the time since `started` (by `time.monotonic`), such as ``1:05 min``."""
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     return f"{minutes}:{seconds:02d} min"
 
 
 def without_colours(text: str) -> str:
+    """Return a text without a terminal's escape sequences.
+
+    >>> without_colours("\\x1b[31mred\\x1b[0m")
+    'red'
+    """
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
 def shown_path(path: Path) -> str:
+    """Return a path as messages show it: relative to the project where it lies inside."""
     return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
 def epoch_bars(network: str, profile: Profile) -> Callable[[int, dict], None]:
-    """Return what `cross_validate` may call after each epoch: a bar a fold, wherever one can be.
+    """Return a callback for `cross_validate` that shows one progress bar per fold.
 
     A notebook shows a widget, a terminal a line of text.
+
+    Args:
+        network: Its name, shown beside the bar.
+        profile: Gives the numbers of folds and epochs.
+
+    Returns:
+        A function of a fold and an epoch's row of the training curve.
     """
-    from tqdm.auto import tqdm  # here: it asks whether this is a notebook, which takes a moment
+    from tqdm.auto import tqdm  # here: finding out whether this is a notebook takes a moment
 
     bars: dict[int, tqdm] = {}
     total = profile.triage_crop_epochs + profile.triage_epochs

@@ -1,4 +1,4 @@
-"""Results of long runs, kept as small JSON in the book's folder, and how they are told apart."""
+"""Results of long runs, kept as small JSON files in the folder ``book/results``."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import pandas as pd
 
 from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.files import PROJECT
+from dernet_utils.core.files import PROJECT, write_whole
 from dernet_utils.core.workspace import Workspace, commit
 
 KEPT = PROJECT / "book" / "results"
@@ -22,14 +22,15 @@ def detector_record(
     films: int,
     seconds: float,
 ) -> dict:
-    """Return what a run found out about detectors, and how, fit for JSON.
+    """Return a run's results on detectors, and how they were obtained, fit for JSON.
 
     Args:
         workspace: The run.
-        tables: Of each detector, what `detection_metrics.detection_table` returns.
-        terms: A row a detector of what it was given, such as its steps; not of all.
-        films: Training films.
-        seconds: Of training.
+        tables: For each detector, what `metrics.detection.detection_table` returns.
+        terms: One row per detector of its training conditions, such as its steps; some detectors
+            may have none.
+        films: Number of training images.
+        seconds: Training time of all detectors together.
     """
     given = json.loads(terms.to_json(orient="index"))
     return {
@@ -50,10 +51,13 @@ def detector_record(
 
 
 def keep_record(workspace: Workspace) -> Path:
-    """Keep a run's record of detectors in the book's folder, under the profile's name.
+    """Keep a run's record of detectors in `KEPT`, under the profile's name.
+
+    Returns:
+        The kept file.
 
     Raises:
-        DernetError: The run has none, or was made from files that differ from the commit.
+        DernetError: The run has no record, or was made from files that differ from its commit.
     """
     made = workspace.tables / "detectors.json"
     if not made.is_file():
@@ -64,13 +68,13 @@ def keep_record(workspace: Workspace) -> Path:
     record = json.loads(made.read_text(encoding="utf-8"))
     if "local changes" in record["commit"] or record["commit"] == "unknown":
         raise DernetError(
-            f"The run was made from {record['commit']!r}, which nobody can go back to: commit, and "
+            f"The run was made from {record['commit']!r}, which cannot be reproduced: commit, and "
             "run again."
         )
     KEPT.mkdir(exist_ok=True)
     kept = KEPT / f"{workspace.profile.name}-detectors.json"
-    kept.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return kept
+    text = json.dumps(record, indent=1) + "\n"
+    return write_whole(kept, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def kept_record(name: str) -> dict | None:

@@ -13,6 +13,6 @@ class DernetError(Exception):
 
 
 def where_raised(error: Exception) -> str:
-    """Return kind and place of an error, fit for a log: its words may quote a patient's header."""
+    """Return an error's type and line for a log: its message may quote a patient's header."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}"

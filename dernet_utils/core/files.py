@@ -1,4 +1,4 @@
-"""Where the project lies, and files that are written whole or not at all."""
+"""The project's folder, atomic writes, and digests of contents and of code."""
 
 import ast
 import hashlib
@@ -8,15 +8,15 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
+PROJECT = Path(__file__).resolve().parent.parent.parent  # holds the package and the chapters
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     """Write a file under another name and rename it, so that a killed run never leaves half of it.
 
     Args:
-        path: The file; one that is there is replaced.
-        write: Is given the other name, in the same folder and with the same suffix.
+        path: The file; replaced where it exists.
+        write: Called with the other name, in the same folder and with the same suffix.
 
     Returns:
         `path`.
@@ -39,7 +39,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def digest_of(*parts: str | bytes) -> str:
-    """Return the SHA-256 of some parts, hexadecimal; where one ends and the next begins counts.
+    """Return the SHA-256 of some parts, hexadecimal; the boundaries between them count.
 
     >>> digest_of("ab", "c") == digest_of("a", "bc")
     False
@@ -52,14 +52,16 @@ def digest_of(*parts: str | bytes) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal, without holding it in memory."""
+    """Return the SHA-256 of a file, hexadecimal, without reading it into memory at once."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@cache
 def code_digest(path: Path) -> str:
     """Return a digest of what a Python file does: comments and docstrings do not count.
+
+    Raises:
+        SyntaxError: The file is not valid Python.
 
     >>> import tempfile
     >>> first, other = (Path(tempfile.mkdtemp()) / "a.py" for _ in range(2))
@@ -68,16 +70,24 @@ def code_digest(path: Path) -> str:
     >>> code_digest(first) == code_digest(other)
     True
     """
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    return _source_digest(Path(path).read_text(encoding="utf-8"))
+
+
+@cache
+def _source_digest(source: str) -> str:
+    tree = ast.parse(source)
+    waiting: list[ast.AST] = [tree]
+    while waiting:  # definitions are statements: no need to look into expressions
+        node = waiting.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body = node.body[1:] or [ast.Pass()]
+        waiting += (own for own in ast.iter_child_nodes(node) if not isinstance(own, ast.expr))
     return digest_of(ast.dump(tree))
 
 
 def modules_digest(*modules: str) -> str:
-    """Return a digest of what some modules of the package do, such as ``triage/training``."""
+    """Return a digest of the code of some modules of the package, such as ``triage/training``."""
     folder = PROJECT / "dernet_utils"
     return digest_of(*(code_digest(folder / f"{module}.py") for module in modules))

@@ -16,9 +16,9 @@ Side = Annotated[int, Field(gt=0, multiple_of=32)]
 class Profile(BaseModel):
     """The numbers of a run.
 
-    Sizes are in pixels, epochs are passes over the training images, seeds are unsigned
-    integers. `patients` is the number of virtual patients; None means that the data are a
-    VinDr-SpineXR folder named by the environment variable ``DERNET_DATA``.
+    Sizes are in pixels; an epoch is one pass over the training images. `patients` is the number of
+    virtual patients; None means that the data are a VinDr-SpineXR folder, named by the environment
+    variable ``DERNET_DATA``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,7 +34,7 @@ class Profile(BaseModel):
     triage_epochs: int = Field(gt=0)
     triage_batch: int = Field(gt=0)
     triage_lr: float = Field(gt=0)
-    triage_detail: int = Field(1, ge=1, description="side of a training image, over triage_px")
+    triage_detail: int = Field(1, ge=1, description="side of a training image over triage_px")
     triage_crop_px: int = Field(48, gt=0, multiple_of=16)
     triage_crop_epochs: int = Field(0, ge=0, description="epochs on crops, before whole images")
     detect_size: tuple[Side, Side] = Field(description="height and width of the input")
@@ -46,12 +46,12 @@ class Profile(BaseModel):
     focal_alpha: float = Field(0.25, gt=0, lt=1)  # companion code
     detect_scale: float = Field(0.5, ge=0, lt=1)  # ultralytics' own
     detect_repeat: bool = Field(False, description="rare lesion types drawn more often")
-    detect_paste: bool = Field(False, description="rare lesion types pasted into other films")
+    detect_paste: bool = Field(False, description="rare lesion types pasted into other images")
     baseline_seconds: float = Field(gt=0, description="training time of each detector of Table 3")
     bootstrap: int = Field(1000, ge=100)  # paper, section 4.1
-    timings: int = Field(15, ge=2, description="rounds in which runtimes are timed by turns")
-    timed_px: int = Field(384, gt=0, multiple_of=32, description="side of triage's input there")
-    timed_size: tuple[Side, Side] = Field((640, 640), description="the detector's input there")
+    timings: int = Field(15, ge=2, description="rounds of interleaved runtime measurements")
+    timed_px: int = Field(384, gt=0, multiple_of=32, description="side of triage's input in these")
+    timed_size: tuple[Side, Side] = Field((640, 640), description="the detector's input in these")
 
     @property
     def virtual(self) -> bool:
@@ -62,7 +62,7 @@ class Profile(BaseModel):
 PROFILES = {
     profile.name: profile
     for profile in (
-        # Tests and continuous integration: the same networks, a step or two.
+        # Tests and continuous integration: the same networks, for a step or two.
         Profile(
             name="smoke", patients=24, folds=3, cache_px=256,
             triage_px=64, triage_epochs=1, triage_batch=8, triage_lr=1e-3,
@@ -71,8 +71,8 @@ PROFILES = {
             mosaic_until=2, baseline_seconds=1,
             bootstrap=200, timings=2, timed_px=64, timed_size=(96, 64),
         ),
-        # A person's first run: from random weights, so the learning rate is higher than the
-        # paper's, which starts from ImageNet and COCO.
+        # A first run. Networks start from random weights, so the learning rate is higher than in
+        # the paper, whose networks start from ImageNet and COCO weights.
         Profile(
             name="laptop", patients=560, folds=2, cache_px=640,
             triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
@@ -81,7 +81,7 @@ PROFILES = {
             detect_scale=0.2, detect_repeat=True, mosaic_until=13, baseline_seconds=30,
             focal_gamma=0.0, focal_alpha=0.5,  # cross-entropy, halved: see Deviations
         ),
-        # A night's run on two cores: the laptop's, with more time for each detector.
+        # A night on two cores: the profile `laptop`, with more time for each detector.
         Profile(
             name="night", patients=560, folds=2, cache_px=640,
             triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
@@ -89,7 +89,7 @@ PROFILES = {
             detect_size=(192, 128), detect_epochs=60, detect_batch=6, detect_lr=5e-4,
             detect_scale=0.2, detect_repeat=True, mosaic_until=27, baseline_seconds=480,
         ),
-        # The paper's protocol: its section 4.1, Algorithm 1 and its authors' companion code.
+        # The paper's protocol: section 4.1, Algorithm 1 and the authors' companion code.
         Profile(
             name="paper", patients=None, cache_px=1280,
             triage_px=384, triage_epochs=60, triage_batch=16, triage_lr=1e-4,

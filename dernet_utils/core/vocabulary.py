@@ -1,4 +1,6 @@
-"""The words that the package shares: the dataset's, names of networks, colours, the notice."""
+"""Words that the package shares: the dataset's terms, names of networks, colours, the notice."""
+
+# The dataset ------------------------------------------------------------------------------------
 
 SPLITS = ("train", "test")
 NO_FINDING = "No finding"
@@ -25,14 +27,20 @@ RARER_TYPES = (
 )
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 ANNOTATION_COLUMNS = ("study_id", "series_id", "image_id", "rad_id", "lesion_type", *CORNERS)
+
+# Networks ---------------------------------------------------------------------------------------
+
 NETWORKS = ("densenet121", "tf_efficientnetv2_s", "resnet50")  # paper, section 3.2; timm's names
 NETWORK_NAMES = {
     "densenet121": "DenseNet121",
     "tf_efficientnetv2_s": "EfficientNetV2-S",
     "resnet50": "ResNet50",
 }
-# One colour a lesion type, the same in every chapter: Okabe and Ito's palette, distinguishable
-# with any colour vision; each also has its own dash, so that a grey print is legible.
+
+# What readers see -------------------------------------------------------------------------------
+
+# One colour per lesion type, the same in every chapter: Okabe and Ito's palette, distinguishable
+# with any colour vision. Each type also has its own dash pattern, legible in a grey print.
 LESION_STYLE = {
     "Disc space narrowing": ("#56B4E9", "-"),
     "Foraminal stenosis": ("#CC79A7", "--"),

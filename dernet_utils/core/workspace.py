@@ -16,7 +16,7 @@ class Workspace:
 
     Attributes:
         profile: The run's numbers.
-        folder: ``runs/<profile>``; created on first use.
+        folder: ``runs/<profile>``; its folders are created when first used.
     """
 
     profile: Profile
@@ -24,7 +24,11 @@ class Workspace:
 
     @property
     def data_root(self) -> Path:
-        """The dataset: the virtual cohort, or the folder that ``DERNET_DATA`` names."""
+        """The dataset: the virtual cohort, or the folder that ``DERNET_DATA`` names.
+
+        Raises:
+            DernetError: The dataset is not virtual, and ``DERNET_DATA`` is not set.
+        """
         if self.profile.virtual:
             return self.folder / "cohort"
         named = os.environ.get("DERNET_DATA", "")
@@ -47,7 +51,7 @@ class Workspace:
 
     @property
     def models(self) -> Path:
-        """Networks as ONNX files, and their manifest."""
+        """Networks as ONNX files, with their manifest."""
         return self._made("models")
 
     @property
@@ -69,10 +73,10 @@ class Workspace:
 def open_workspace(profile: str = "") -> Workspace:
     """Return the workspace of a profile.
 
+    Runs are kept in the project's folder ``runs``, or in the folder that ``DERNET_RUNS`` names.
+
     Args:
         profile: A name as `get_profile` takes it.
-
-    The runs are kept beside the package, or in the folder that ``DERNET_RUNS`` names.
 
     Raises:
         DernetError: The profile is unknown.
@@ -83,7 +87,7 @@ def open_workspace(profile: str = "") -> Workspace:
 
 
 def commit() -> str:
-    """Return the project's commit, short, and whether files differ from it; or ``unknown``."""
+    """Return the project's short commit, with a note if files differ from it; or ``unknown``."""
     git = ["git", "-C", str(PROJECT)]
     try:
         found = subprocess.run(

@@ -1,4 +1,7 @@
-"""From a volume to a film: the patient's shape, the rays, Beer and Lambert, the detector."""
+"""Acquisition: Beer–Lambert attenuation, scatter, the detector, and processing for display.
+
+What `projection` has integrated along the rays becomes a detector's signal, and this grey values.
+"""
 
 from dataclasses import dataclass
 
@@ -8,8 +11,8 @@ import numpy as np
 SOURCE_MM = 950.0  # focal spot to spine
 DETECTOR_MM = 1150.0  # focal spot to detector: the spine is 200 mm before it
 # Mass attenuation in cm²/g at 40, 60 and 80 keV: NIST, X-ray mass attenuation coefficients
-# (water, ICRU-44 cortical bone, titanium); the weights stand for filtered beams, and between their
-# voltages they are interpolated.
+# (water, ICRU-44 cortical bone, titanium). The weights of the energies describe filtered beams at
+# two tube voltages and are interpolated between them.
 KVP = (70.0, 90.0)
 ENERGY_WEIGHTS = np.array([[0.40, 0.48, 0.12], [0.27, 0.50, 0.23]])
 WATER = np.array([0.2683, 0.2059, 0.1837])
@@ -17,12 +20,12 @@ CORTICAL_BONE = np.array([0.6655, 0.3148, 0.2229])
 TITANIUM = np.array([2.214, 0.7661, 0.4052])
 FOCUS_MM = 0.18  # blur of a focal spot of 0.6 mm in the plane of the spine, as a deviation
 SCINTILLATOR_MM = 0.12  # blur of the detector, as a deviation
-QUANTA = 30_000.0  # to a µGy and mm²: IEC 62220-1, RQA5
+QUANTA = 30_000.0  # per µGy and mm²: IEC 62220-1, RQA5
 
 
 @dataclass(frozen=True)
 class Paths:
-    """What the rays went through, g/cm², each of shape (rows, columns)."""
+    """What each ray passed through, g/cm², arrays of shape (rows, columns)."""
 
     soft: np.ndarray
     bone: np.ndarray
@@ -30,14 +33,14 @@ class Paths:
 
 
 def transmission(paths: Paths, kvp: float) -> np.ndarray:
-    """Return the share of photons that passes, by the Beer–Lambert law.
+    """Return the fraction of photons that is transmitted, by the Beer–Lambert law.
 
     Each energy of a small spectrum decays by exp(-sum of mass attenuation times path); what
     arrives is their weighted sum, so a thick part hardens the beam.
 
     Args:
-        paths: What is in the way.
-        kvp: Tube voltage, between the two of `KVP`.
+        paths: What the rays pass through.
+        kvp: Tube voltage, kV, between the two of `KVP`.
 
     Returns:
         Shape (rows, columns), above 0 and at most 1.
@@ -50,12 +53,12 @@ def transmission(paths: Paths, kvp: float) -> np.ndarray:
 
 
 def scattered_radiation(arrived: np.ndarray, spacing_mm: float, scatter: float) -> np.ndarray:
-    """Return the scattered radiation behind the grid, as a share of what left the tube, (H, W).
+    """Return the scattered radiation behind the grid, as a fraction of what left the tube, (H, W).
 
     Args:
-        arrived: Share of photons that passes, shape (H, W).
+        arrived: Fraction of photons that is transmitted, shape (H, W).
         spacing_mm: Pixel size in the plane of the spine.
-        scatter: Scattered over primary radiation.
+        scatter: Ratio of scattered to primary radiation.
     """
     return scatter * _smooth(arrived, 25.0 / spacing_mm)
 
@@ -71,12 +74,12 @@ def expose(
     """Turn transmission into a detector's signal: scatter, focal spot, grid, quanta, blur.
 
     Args:
-        arrived: Share of photons that passes, shape (H, W).
+        arrived: Fraction of photons that is transmitted, shape (H, W).
         spacing_mm: Pixel size in the plane of the spine.
         dose_ugy: Air kerma behind the patient, µGy, that automatic exposure control aims at.
-        scatter: Scattered over primary radiation behind the grid.
-        grid_lines_px: Period of the lines that a grid leaves, px; 0 for a grid that moves.
-        rng: Source of the quanta.
+        scatter: Ratio of scattered to primary radiation behind the grid.
+        grid_lines_px: Period of the lines that a stationary grid leaves, px; 0 for a moving grid.
+        rng: Draws the quantum noise.
 
     Returns:
         Signal relative to its mean, shape (H, W), above 0.
@@ -93,23 +96,27 @@ def expose(
 
 
 class DisplayProcessing:
-    """A film's way from a detector's signal to grey values for reading.
+    """Processing of a detector's signal into grey values for reading.
 
-    A logarithm (so that thickness adds), less of the slow variation (so that the whole field is
-    readable), enhancement of detail, and an S-shaped tone curve, as radiography systems do. What
-    the film was adapted to is kept, so that its twins are developed alike.
+    A logarithm (so that thicknesses add), less of the slow variation (so that the whole field is
+    readable), enhancement of detail, and an S-shaped tone curve, as radiography systems do. The
+    parameters that were adapted to the image are kept, so that its counterfactuals are processed
+    alike.
 
     Args:
         signal: As `expose` returns it, shape (H, W).
         spacing_mm: Pixel size in the plane of the spine.
         contrast: Steepness of the tone curve.
         detail: Gain of structures between 1 and 8 mm.
+
+    Attributes:
+        grey: The processed image, 0 black to 1 white, shape (H, W).
     """
 
     def __init__(self, signal: np.ndarray, spacing_mm: float, contrast: float, detail: float):
         self.spacing_mm, self.contrast, self.detail = spacing_mm, contrast, detail
         self.dense = -np.log(signal)
-        # Metal is left out of what the film is adapted to: it would darken all the rest.
+        # Metal does not count for the adaptation: it would darken everything else.
         self.ceiling = np.percentile(self.dense, 90.0) + 0.3
         slow = _smooth(np.minimum(self.dense, self.ceiling), 18.0 / spacing_mm)
         self.slow = 0.65 * (slow - slow.mean())
@@ -119,14 +126,15 @@ class DisplayProcessing:
         self.grey = self._curve(image)
 
     def change(self, extra: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
-        """Return what another density would have changed on the developed film.
+        """Return how another density would have changed the processed image.
 
         Args:
-            extra: The other density less this film's (natural logarithm), shape (H, W), zero
+            extra: The other density less this image's (natural logarithm), shape (H, W), zero
                 outside some part.
 
         Returns:
-            Rows and columns of the part, and the other film's grey less this one's there.
+            Rows and columns of the part, and the other image's grey less this one's there; both
+            empty where `extra` is zero everywhere.
         """
         reach = int(np.ceil(15.0 / self.spacing_mm))  # three deviations of the widest filter
         spans = []
@@ -135,7 +143,7 @@ class DisplayProcessing:
             if not len(where):
                 return np.s_[0:0, 0:0], np.zeros((0, 0))
             spans.append((where[0] - reach, where[-1] + 1 + reach, size))
-        # The filters see as far again, so that the part's rim is developed as the whole film is.
+        # The filters get a margin as wide again, so that the part's rim is exact, too.
         wide = tuple(slice(max(a - reach, 0), min(b + reach, size)) for a, b, size in spans)
         part = tuple(slice(max(a, 0), min(b, size)) for a, b, size in spans)
         inner = tuple(
@@ -159,7 +167,7 @@ class DisplayProcessing:
 
 
 def _smooth(image: np.ndarray, sigma_px: float) -> np.ndarray:
-    """Blur by a Gaussian; wide ones on a smaller copy, which is as good and much faster."""
+    """Blur by a Gaussian; wide ones on a smaller copy, which is much faster and as accurate."""
     shrink = max(1, int(sigma_px / 6.0))
     small = cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
     small = cv2.GaussianBlur(small, (0, 0), sigma_px / shrink, borderType=cv2.BORDER_REFLECT)

@@ -1,4 +1,4 @@
-"""Landmarks of the donor's spine: a frame for each vertebra, a place for each disc."""
+"""Landmarks of the donor's spine: a coordinate frame for each vertebra and each disc."""
 
 from functools import cache
 from itertools import pairwise
@@ -11,13 +11,13 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.virtual.donor import LABELS, Donor, load_donor
 from dernet_utils.virtual.spine import Disc, Vertebra
 
-MID_MM = 7.0  # half width of the midline slab in which the vertebral canal is looked for
-LEAST_BODIES = 6  # of a donor
-CUT_MM = 2.5  # a body that reaches closer to the scan's end than one slice is cut through
+LEAST_BODIES = 6  # whole vertebrae of a donor
+MID_MM = 7.0  # half width of the midline slab in which the vertebral canal is searched
+CUT_MM = 2.5  # a body that ends closer to the scan's end than one slice counts as cut through
 
 
 class Anatomy(NamedTuple):
-    """A donor with its landmarks, vertebrae and discs from below."""
+    """A donor with its landmarks; vertebrae and discs from the lowest to the highest."""
 
     donor: Donor
     bodies: list[Vertebra]
@@ -25,7 +25,7 @@ class Anatomy(NamedTuple):
 
 
 def load_anatomy(ct: Path | None = None, mask: Path | None = None) -> Anatomy:
-    """Load a donor and its landmarks, once a process.
+    """Load a donor and its landmarks, once per process.
 
     Args:
         ct, mask: As `load_donor` takes them; None for the built-in donor.
@@ -43,7 +43,7 @@ def _load_anatomy(ct: Path | None, mask: Path | None) -> Anatomy:
     if len(bodies) < LEAST_BODIES:
         raise DernetError(
             f"The donor shows {len(bodies)} whole vertebrae ({', '.join(b.name for b in bodies)}), "
-            f"where a spine film needs {LEAST_BODIES}: take a scan that shows more of the spine."
+            f"and a spine radiograph needs {LEAST_BODIES}: take a scan of more of the spine."
         )
     return Anatomy(donor, bodies, find_discs(bodies))
 
@@ -51,7 +51,7 @@ def _load_anatomy(ct: Path | None, mask: Path | None) -> Anatomy:
 def find_vertebrae(donor: Donor) -> list[Vertebra]:
     """Measure the donor's whole vertebral bodies, from the lowest to the highest.
 
-    Vertebrae that the scan cuts through are left out.
+    Vertebrae that the scan's ends cut through are left out.
     """
     order = sorted(LABELS)  # TotalSegmentator numbers from the lowest vertebra up
     top_mm = (len(donor.labels) - 1) * donor.spacing_mm[0]
@@ -95,11 +95,11 @@ def _measure(name: str, points: np.ndarray) -> Vertebra:
     top, base = np.full(count, -np.inf), np.full(count, np.inf)
     np.maximum.at(top, column, body[:, 2])
     np.minimum.at(base, column, body[:, 2])
-    place = np.zeros((count, 2))
-    np.add.at(place, column, body[:, :2])
-    place = place / np.bincount(column)[:, None] - centre[:2]
-    inner = (np.abs(place) < 11.0).all(axis=1) & (top - base > 8.0)
-    design = np.column_stack([place[inner], np.ones(inner.sum())])
+    position = np.zeros((count, 2))
+    np.add.at(position, column, body[:, :2])
+    position = position / np.bincount(column)[:, None] - centre[:2]
+    inner = (np.abs(position) < 11.0).all(axis=1) & (top - base > 8.0)
+    design = np.column_stack([position[inner], np.ones(inner.sum())])
     upper, lower = (np.linalg.lstsq(design, edge[inner], rcond=None)[0] for edge in (top, base))
     centre[2] = (upper[2] + lower[2]) / 2
     slope = (upper[:2] + lower[:2]) / 2
@@ -110,7 +110,7 @@ def _measure(name: str, points: np.ndarray) -> Vertebra:
 
 
 def _canal_front(y: np.ndarray) -> float:
-    """Return where the vertebral body begins: in front of the emptiest midline stretch."""
+    """Return the y at which the vertebral body begins, in front of the canal's gap in bone."""
     edges = np.arange(y.min(), y.max() + 1.0, 1.0)
     counts, _ = np.histogram(y, edges)
     smooth = np.convolve(counts, np.ones(5) / 5, "same")

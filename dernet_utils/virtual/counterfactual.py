@@ -1,8 +1,9 @@
-"""What only a virtual film has: each finding's exact mask, and the film as it were without it.
+"""Counterfactuals: each finding's exact mask, and the same radiograph without the finding.
 
-Stored beside the films as ``twins/<image_id>.npz``, one entry a finding of the manifest and in its
-order: a mask as bits inside its rectangle, and the change of grey from the film to its twin, in
-steps of 1/1023 inside the rectangle where there is any. A finding that is off the film has none.
+Only virtual radiographs have them. They are stored as ``twins/<image_id>.npz``, one entry per
+finding in the manifest's order: the mask as bits inside its bounding rectangle, and the change of
+grey to the counterfactual in steps of 1/1023, inside the rectangle where there is any. A finding
+out of the field has no entry.
 """
 
 import zipfile
@@ -15,17 +16,17 @@ import pandas as pd
 
 from dernet_utils.core.errors import DernetError
 
-STEPS = 1023  # of grey from black to white: as fine as a film of 10 bits
+STEPS = 1023  # of grey from black to white: as fine as an image of 10 bits
 
 
 class Counterfactual(NamedTuple):
-    """How a film differs from the same film without one finding.
+    """How a radiograph differs from the same radiograph without one finding.
 
     Attributes:
-        visibility: Contrast to noise inside the mask.
-        mask: Where the finding's shadow is, bool (H, W).
-        part: Rows and columns outside which the two films are the same.
-        change: The film without the finding less the film, there; from -1 to 1.
+        visibility: Contrast-to-noise ratio inside the mask.
+        mask: The finding's shadow, bool (H, W).
+        part: Rows and columns outside which the two radiographs are the same.
+        change: The radiograph without the finding less the one with it, in `part`; -1 to 1.
     """
 
     visibility: float
@@ -34,26 +35,33 @@ class Counterfactual(NamedTuple):
     change: np.ndarray
 
     def without(self, grey: np.ndarray) -> np.ndarray:
-        """Return the film without the finding.
+        """Return the radiograph without the finding.
 
         Args:
-            grey: The film as `imaging.read_radiograph` decodes it, uint8 (H, W).
+            grey: The radiograph as `imaging.reader.read_radiograph` decodes it, uint8 (H, W).
 
         Returns:
             uint8 (H, W).
 
         Raises:
-            ValueError: The film has another shape than the mask.
+            ValueError: The radiograph has another shape than the mask.
         """
         if grey.shape != self.mask.shape:
-            raise ValueError(f"The film is {grey.shape}, its twin {self.mask.shape} pixels.")
-        twin = grey.astype(np.float64)
-        twin[self.part] += 255.0 * self.change
-        return twin.round().clip(0, 255).astype(np.uint8)
+            raise ValueError(
+                f"The radiograph is {grey.shape} pixels, its counterfactual {self.mask.shape}."
+            )
+        changed = grey.astype(np.float64)
+        changed[self.part] += 255.0 * self.change
+        return changed.round().clip(0, 255).astype(np.uint8)
 
 
 def write_counterfactuals(path: Path, twins: list[Counterfactual | None]) -> None:
-    """Write a film's twins, one entry a finding; the same twins give the same bytes."""
+    """Write a radiograph's counterfactuals; the same ones give the same bytes.
+
+    Args:
+        path: The file, ``<image_id>.npz``; replaced where it exists.
+        twins: One entry per finding; None where a finding is out of the field.
+    """
     arrays = {}
     for number, twin in enumerate(twins):
         if twin is None:
@@ -72,22 +80,22 @@ def write_counterfactuals(path: Path, twins: list[Counterfactual | None]) -> Non
 
 
 def read_counterfactuals(root: Path, image_id: str) -> list[Counterfactual | None]:
-    """Read a virtual film's twins.
+    """Read a virtual radiograph's counterfactuals.
 
     Args:
         root: The cohort's folder.
-        image_id: The film.
+        image_id: The radiograph.
 
     Returns:
-        One entry a finding of the study, in the manifest's order; None where a finding is off
-        the film.
+        One entry per finding of the study, in the manifest's order; None where a finding is out of
+        the field.
 
     Raises:
-        DernetError: There are none, as in a dataset of real films, or the file is damaged.
+        DernetError: There are none, as in a dataset of real radiographs, or the file is damaged.
     """
     path = Path(root) / "twins" / f"{image_id}.npz"
     if not path.is_file():
-        raise DernetError(f"There is no {path}: only films of a virtual cohort have twins.")
+        raise DernetError(f"There is no {path}: only virtual radiographs have counterfactuals.")
     try:
         with np.load(path) as arrays:
             return [_counterfactual(arrays, number) for number in range(int(arrays["findings"]))]
@@ -107,35 +115,35 @@ def _counterfactual(arrays: dict, number: int) -> Counterfactual | None:
 
 
 def _spans(where: np.ndarray) -> list[tuple[int, int]]:
-    """Return the first and one past the last row and column that hold anything."""
+    """Return the first and one past the last row and column with any true value."""
     indices = [np.flatnonzero(where.any(axis=axis)) for axis in (1, 0)]
     return [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, 0) for i in indices]
 
 
 def labelled_findings(manifest: dict | None) -> pd.DataFrame:
-    """Return the findings of a virtual cohort that its tables have a box for.
+    """Return the findings of a virtual cohort that have a box in its tables.
 
     Args:
-        manifest: As `read_manifest` returns it.
+        manifest: As `dataset.tables.read_manifest` returns it.
 
     Returns:
-        One row a box: ``image_id``, ``number`` (the finding's place among those that `read_twins`
-        returns for the film), ``lesion_type`` and ``visibility``.
+        One row per box: ``image_id``, ``number`` (the finding's index in what
+        `read_counterfactuals` returns for the image), ``lesion_type`` and ``visibility``.
 
     Raises:
         DernetError: There is no manifest.
     """
     if manifest is None:
         raise DernetError(
-            "Exact masks are known of virtual films only, and this dataset has no manifest: take a "
-            "profile with a virtual cohort."
+            "Exact masks are known for virtual radiographs only, and this dataset has no "
+            "manifest: take a profile with a virtual cohort."
         )
     rows = [
-        (film["image_id"], number, finding["type"], seen["visibility"])
+        (image["image_id"], number, finding["type"], seen["visibility"])
         for study in manifest["studies"]
-        for film in study["films"]
+        for image in study["films"]
         for number, (finding, seen) in enumerate(
-            zip(study["findings"], film["findings"], strict=True)
+            zip(study["findings"], image["findings"], strict=True)
         )
         if seen["box"] is not None
     ]

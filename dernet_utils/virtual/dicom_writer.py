@@ -1,4 +1,4 @@
-"""A virtual film as a DICOM file, complete enough for a viewer and a validator."""
+"""A virtual radiograph as a DICOM file, complete enough for a viewer and a validator."""
 
 from pathlib import Path
 
@@ -20,18 +20,18 @@ from dernet_utils.virtual.acquisition import DETECTOR_MM, SOURCE_MM
 
 GAMMA = 1.6  # ours: exponent of a VOI LUT
 TUBE_MA = 250  # ours: one fixed tube current; the exposure time follows from it and the mAs
-FOCAL_SPOT_MM = 0.6  # nominal; its blur is `films.FOCUS_MM`
+FOCAL_SPOT_MM = 0.6  # nominal; its blur is `acquisition.FOCUS_MM`
 # View Position (0018,5101), PS3.3, C.8.1.1, and the code of CID 4010 "DX View", PS3.16. A lateral
-# is named for the side at the detector: on LL the beam goes from right to left. The terms have
-# no posterior oblique, so an oblique takes the lateral oblique of the side at the detector: the
-# left back on LPO, hence LLO; the right back on RPO, hence RLO. The code says posterior.
+# view is named for the side at the detector: on LL the beam goes from right to left. The defined
+# terms have no posterior oblique, so an oblique view takes the lateral oblique of the side at the
+# detector: the left back on LPO, hence LLO; the right back on RPO, hence RLO. The code has it.
 VIEWS = {
     "AP": ("AP", codes.cid4010.AnteroPosterior),
     "LATERAL": ("LL", codes.cid4010.LeftLateral),
     "LPO": ("LLO", codes.cid4010.LeftPosteriorOblique),
     "RPO": ("RLO", codes.cid4010.RightPosteriorOblique),
 }
-# The patient's direction along a row of the film, PS3.3, C.7.6.1.1.1: where an LPO's or an RPO's
+# The patient's direction along a row of the image, PS3.3, C.7.6.1.1.1: where an LPO's or an RPO's
 # two letters are equally true, the side comes first.
 ACROSS = {"AP": "L", "LATERAL": "A", "LPO": "LA", "RPO": "LP"}
 MIRRORED = {"LATERAL": "P"}
@@ -52,16 +52,16 @@ SYNTAXES = {
 def write_dicom(
     path: Path, grey: np.ndarray, plan: dict, number: int, ids: dict, mas: float
 ) -> None:
-    """Write a film as Digital X-Ray Image Storage - For Presentation (DICOM PS3.3, A.26).
+    """Write a radiograph as Digital X-Ray Image Storage - For Presentation (DICOM PS3.3, A.26).
 
-    That storage class asks for a window or a VOI LUT; a film that has neither is written as
+    That storage class requires a window or a VOI LUT; an image that has neither is written as
     Computed Radiography Image Storage (A.2), which does not.
 
     Args:
         path: The file; replaced where it exists.
         grey: 0 black to 1 white, shape (H, W).
-        plan: The patient's plan.
-        number: Which of its views this is.
+        plan: The patient's plan, as `plan.plan_cohort` returns it.
+        number: Which of its views this is, from 0.
         ids: ``study_id``, ``series_id`` and ``image_id``, from which the UIDs are made.
         mas: Tube current-time product of the exposure, mAs.
     """
@@ -89,7 +89,7 @@ def write_dicom(
 
 
 def _put_identity(data: Dataset, plan: dict, number: int, ids: dict) -> None:
-    """Say whose film it is: nobody's."""
+    """Add the patient, study and series, none of them a person's."""
     data.SOPInstanceUID = generate_uid(entropy_srcs=[ids["image_id"]])
     data.StudyInstanceUID = generate_uid(entropy_srcs=[ids["study_id"]])
     data.SeriesInstanceUID = generate_uid(entropy_srcs=[ids["series_id"]])
@@ -106,12 +106,12 @@ def _put_identity(data: Dataset, plan: dict, number: int, ids: dict) -> None:
 
 
 def _put_geometry(data: Dataset, drawn: dict) -> None:
-    """Say what was in the beam, from where, and which way up the film hangs."""
+    """Add the body part, the view, the image's orientation, and the distances."""
     data.BodyPartExamined = "SPINE"
     data.ViewPosition = VIEWS[drawn["name"]][0]
     across = MIRRORED if drawn["mirrored"] else ACROSS
     data.PatientOrientation = [across[drawn["name"]], "F"]
-    # Pixels are measured at the detector, the plan's spacing is that of the spine's plane.
+    # Pixels are measured at the detector; the plan's spacing is that of the spine's plane.
     enlarged = DETECTOR_MM / SOURCE_MM
     data.ImagerPixelSpacing = [f"{drawn['spacing_mm'] * enlarged:.4f}"] * 2
     data.DistanceSourceToDetector = f"{DETECTOR_MM:.0f}"
@@ -120,10 +120,10 @@ def _put_geometry(data: Dataset, drawn: dict) -> None:
 
 
 def _put_exposure(data: Dataset, drawn: dict, mas: float) -> None:
-    """Say how the tube was set (PS3.3, C.8.7.9, and C.8.1.2 for computed radiography).
+    """Add the tube's settings (PS3.3, C.8.7.9, and C.8.1.2 for computed radiography).
 
     Exposure (0018,1152) and Exposure Time (0018,1150) are whole numbers of mAs and ms; their
-    companions in µAs and µs hold what was rounded away.
+    companions in µAs and µs are not rounded to these.
     """
     data.KVP = f"{drawn['kvp']:.1f}"
     data.ExposureInuAs = round(1000.0 * mas)
@@ -135,14 +135,14 @@ def _put_exposure(data: Dataset, drawn: dict, mas: float) -> None:
 
 
 def _put_collimator(data: Dataset, shutter: list[int], size: tuple[int, int]) -> None:
-    """Say where the collimator's edges lie: the X-Ray Collimator module, PS3.3, C.8.7.3.
+    """Add the collimator's edges: the X-Ray Collimator module, PS3.3, C.8.7.3.
 
     Rows and columns count from 1. An edge is the outermost row or column that the beam reaches.
 
     Args:
         data: The header.
         shutter: Dark rows or columns at the top, bottom, left and right.
-        size: Rows and columns of the film.
+        size: Rows and columns of the image.
     """
     top, bottom, left, right = shutter
     data.CollimatorShape = "RECTANGULAR"
@@ -153,7 +153,7 @@ def _put_collimator(data: Dataset, shutter: list[int], size: tuple[int, int]) ->
 
 
 def _put_digital(data: Dataset, drawn: dict, size: tuple[int, int]) -> None:
-    """Add what digital X-ray storage asks for beyond computed radiography."""
+    """Add what digital X-ray storage requires beyond computed radiography."""
     data.PresentationIntentType = "FOR PRESENTATION"
     data.ImageLaterality = "U"  # the spine is not paired
     data.PositionerType, data.DetectorType = "COLUMN", "SCINTILLATOR"
@@ -181,7 +181,7 @@ def _coded(code) -> Sequence:
 
 
 def _put_pixels(data: Dataset, grey: np.ndarray, drawn: dict) -> None:
-    """Store grey values (0 to 1) so that the file's own VOI and photometric give them back."""
+    """Store grey values (0 to 1) so that the header's VOI and photometric terms restore them."""
     bits = drawn["bits"]
     top = 2**bits - 1
     low, high = (0.05 * top, 0.80 * top) if drawn["voi"] == "window" else (0.0, top)

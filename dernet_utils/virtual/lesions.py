@@ -1,10 +1,10 @@
-"""Seven types of lesion, put into the donor's spine in three dimensions.
+"""Seven types of lesion, modelled in the donor's spine in three dimensions.
 
-A lesion either moves tissue (a narrowed disc, a collapsed vertebra, a slipped one) or changes
-what tissue is made of (an osteophyte, a screw, a sclerotic focus), or both. It says so with two
-functions of place, and a third that says where it is. All places are the donor's millimetres,
-so that a lesion follows its vertebra through every deformation of the patient. All sizes grow from
-nothing with severity: a lesion of severity 0 changes no voxel.
+A lesion moves tissue (a narrowed disc, a collapsed or a slipped vertebra), changes what tissue is
+made of (an osteophyte, a screw, a sclerotic focus), or both: `Lesion.move` and `Lesion.region` are
+functions of position. All positions are in the donor's millimetres, so that a lesion follows its
+vertebra through every deformation of the patient. All sizes grow from zero with severity: a lesion
+of severity 0 changes no voxel.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from torch import Tensor
 from dernet_utils.virtual.spine import Disc, Vertebra
 
 Points = tuple[Tensor, Tensor, Tensor]  # x, y, z in donor millimetres, all of one shape
-SKIN_MM = 0.8  # from its surface inward, a lesion goes from nothing to all: no voxel staircase
+Tubes = list[tuple[list[np.ndarray], list[float]]]  # of each tube its nodes and its radii, mm
+SKIN_MM = 0.8  # depth over which occupancy rises from 0 at the surface to 1: no voxel staircase
 BONE = 1850.0  # HU + 1000 of an osteophyte: half compact bone at 1,500 HU, half spongy at 200
 SHEAR_MM = 5.0  # beyond the disc's edges, a slip's shear fades out
 CEMENT = 2600.0  # HU + 1000 of bone cement with barium
@@ -30,16 +31,16 @@ class Lesion:
     """A lesion in the donor's space.
 
     Attributes:
-        lesion_type: One of `data.LESION_TYPES`.
-        form: What kind of it, such as ``wedge``.
-        level: Where, such as ``L1`` or ``T12/L1``.
-        severity: From 0, not there, to 1.
-        centre_mm: Middle of the sphere outside which the lesion changes nothing, (x, y, z).
+        lesion_type: One of `vocabulary.LESION_TYPES`.
+        form: Its kind, such as ``wedge``.
+        level: Its vertebra or disc, such as ``L1`` or ``T12/L1``.
+        severity: From 0, absent, to 1.
+        centre_mm: Centre of the sphere outside which the lesion changes nothing, (x, y, z).
         reach_mm: Radius of that sphere.
-        size_mm: Radius of a sphere about the same centre that holds the region.
-        move: Maps a place of the patient with the lesion to the place in the donor whose
-            tissue is found there; None where nothing moves.
+        size_mm: Radius of a sphere about the same centre that contains the region.
         region: Occupancy, 0 to 1, of the volume that a reader would call the lesion.
+        move: Maps a position in the patient with the lesion to the position in the donor whose
+            tissue is found there; None where nothing moves.
         fill: Density (HU + 1000) that the region takes; None where tissue stays as it is.
         metal: Density of titanium in g/cm³ inside the region; 0 for tissue.
     """
@@ -57,11 +58,11 @@ class Lesion:
     metal: float = 0.0
 
 
-# ---------------------------------------------------------------- shapes
+# Shapes -----------------------------------------------------------------------------------------
 
 
 def _frame(points: Points, part: Vertebra | Disc) -> Points:
-    """Return places as millimetres to the left, to the front and up from a part's centre."""
+    """Return positions in a part's frame: mm to the left, to the front and up from its centre."""
     offset = [p - float(c) for p, c in zip(points, part.centre_mm, strict=True)]
     left = np.cross(part.front, part.up)
     axes = (left, part.front, part.up)
@@ -74,18 +75,18 @@ def _inside(distance: Tensor) -> Tensor:
 
 
 def _fade(distance: Tensor, near: float, far: float) -> Tensor:
-    """Return 1 up to `near`, 0 from `far` on, and a smooth step between."""
+    """Return 1 up to `near`, 0 beyond `far`, and a smooth step between."""
     t = ((far - distance) / (far - near)).clamp(0.0, 1.0)
     return t * t * (3.0 - 2.0 * t)
 
 
-def _chain(points: tuple[Tensor, ...], places: np.ndarray, radii: np.ndarray) -> Tensor:
-    """Return the occupancy of a tapering tube through some places, mm, shape (n, 2 or 3)."""
+def _tube(points: tuple[Tensor, ...], nodes: np.ndarray, radii: np.ndarray) -> Tensor:
+    """Return the occupancy of a tapering tube through nodes, mm, shape (n, 2) or (n, 3)."""
     distance = torch.full(points[0].shape, torch.inf)
-    for start, end, r0, r1 in zip(places, places[1:], radii, radii[1:], strict=False):
+    for start, end, r0, r1 in zip(nodes, nodes[1:], radii, radii[1:], strict=False):
         along = end - start
         offset = [p - float(s) for p, s in zip(points, start, strict=True)]
-        length = max(float(along @ along), 1e-9)  # two places may be one, at severity 0
+        length = max(float(along @ along), 1e-9)  # at severity 0 nodes may coincide
         t = sum(o * float(a) for o, a in zip(offset, along, strict=True)) / length
         t = t.clamp(0.0, 1.0)
         square = sum((o - t * float(a)) ** 2 for o, a in zip(offset, along, strict=True))
@@ -93,23 +94,22 @@ def _chain(points: tuple[Tensor, ...], places: np.ndarray, radii: np.ndarray) ->
     return _inside(distance)
 
 
-def _ellipsoid(place: Points, centre: tuple, radii: tuple) -> Tensor:
+def _ellipsoid(points: Points, centre: tuple, radii: tuple) -> Tensor:
     """Return the occupancy of an ellipsoid in a frame's millimetres."""
-    square = sum(
-        ((p - c) / r) ** 2 for p, c, r in zip(place, centre, radii, strict=True)
-    )  # fmt: skip
+    square = sum(((p - c) / r) ** 2 for p, c, r in zip(points, centre, radii, strict=True))
     return _inside((square.sqrt() - 1.0) * min(radii))
 
 
 def _shift(points: Points, axis: np.ndarray, by: Tensor) -> Points:
+    """Move positions along an axis by a distance of each, mm."""
     return tuple(p + by * float(a) for p, a in zip(points, axis, strict=True))
 
 
-# ---------------------------------------------------------------- lesions that move tissue
+# Lesions that move tissue -----------------------------------------------------------------------
 
 
 def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
-    """A disc that has lost up to 85 % of its height, with sclerosis of both endplates."""
+    """Return a disc that has lost up to 85 % of its height, with sclerosis of both endplates."""
     lost = disc.height_mm * 0.85 * severity
     half, left_half = disc.height_mm / 2, (disc.height_mm - lost) / 2
     depth, width = disc.below.depth_mm / 2, disc.below.width_mm / 2
@@ -147,24 +147,29 @@ def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
 
 
 def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesion]:
-    """A wedge, biconcave or crush fracture that lost up to 48 % of the body's height.
+    """Return a wedge, biconcave or crush fracture with up to 48 % of the body's height lost.
 
-    Bone is pressed together under a broken endplate and shows as a dense band.
+    Bone is impacted under a broken endplate and shows as a dense band.
 
-    By Genant's grades (J Bone Miner Res 1993; 8: 1137) a loss from 20 % on is mild, from 25 %
-    moderate, and from 40 % severe.
+    By Genant's grades (J Bone Miner Res 1993; 8: 1137) a loss of at least 20 % is mild, of 25 %
+    moderate, and of 40 % severe.
+
+    Args:
+        body: The vertebral body.
+        severity: Fraction of the largest loss, 0 to 1.
+        form: ``wedge``, ``biconcave`` or ``crush``.
     """
     half, depth = body.height_mm / 2, body.depth_mm / 2
     most = 0.48 * severity * body.height_mm
 
     def lost(front: Tensor, above: Tensor) -> Tensor:
-        """Height lost on one side of the middle, mm."""
-        place = (front / depth).clamp(-1.2, 1.2)
+        """Return the height lost on one side of the middle, mm."""
+        along = (front / depth).clamp(-1.2, 1.2)  # from the back to the front wall
         if form == "wedge":
-            return most * above * ((place + 1.0) / 2).clamp(0.0, 1.0)
+            return most * above * ((along + 1.0) / 2).clamp(0.0, 1.0)
         if form == "biconcave":
-            return most / 2 * (1.0 - place**2).clamp(min=0.0)
-        return most / 2 * torch.ones_like(place)
+            return most / 2 * (1.0 - along**2).clamp(min=0.0)
+        return most / 2 * torch.ones_like(along)
 
     def move(points: Points) -> Points:
         left, front, up = _frame(points, body)
@@ -175,7 +180,7 @@ def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesio
         return _shift(points, body.up, up.sign() * torch.minimum(inner, outer) * window)
 
     def impacted(points: Points) -> Tensor:
-        """Bone pressed together under each broken endplate."""
+        """Return the occupancy of the impacted bone under each broken endplate."""
         left, front, up = _frame(points, body)
         rim = ((left / (body.width_mm / 2)) ** 2 + (front / depth) ** 2).sqrt()
         height = up if form == "wedge" else up.abs()
@@ -190,7 +195,10 @@ def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesio
 
 
 def spondylolisthesis(disc: Disc, severity: float) -> list[Lesion]:
-    """The upper vertebra slipped forward by up to half the depth: Meyerding's grades I and II."""
+    """Return an upper vertebra that slipped forward by up to half the depth of the lower one.
+
+    These are Meyerding's grades I and II.
+    """
     slip = disc.below.depth_mm * 0.5 * severity
     height, tall = disc.height_mm, disc.above.height_mm
 
@@ -215,7 +223,7 @@ def spondylolisthesis(disc: Disc, severity: float) -> list[Lesion]:
 
 
 def _body_region(body: Vertebra) -> Callable[[Points], Tensor]:
-    """Return the occupancy of a vertebral body: an elliptic drum."""
+    """Return the region of a vertebral body: an elliptic cylinder."""
 
     def region(points: Points) -> Tensor:
         left, front, up = _frame(points, body)
@@ -225,27 +233,27 @@ def _body_region(body: Vertebra) -> Callable[[Points], Tensor]:
     return region
 
 
-# ---------------------------------------------------------------- lesions that change tissue
+# Lesions that change tissue ---------------------------------------------------------------------
 
 
 def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float) -> list[Lesion]:
-    """A spur on a body's rim, next to a disc: a ridge along up to 55 degrees of it.
+    """Return a spur on a body's rim, next to a disc: a ridge along up to 55 degrees of the rim.
 
     Args:
-        disc: The disc that the spur flanks.
-        severity: Length, up to 11 mm at 1.
+        disc: The disc beside the spur.
+        severity: Fraction of the largest length, 11 mm; 0 to 1.
         form: ``claw`` bends over the disc, ``traction`` points outward, ``bridging`` joins
             the two bodies.
         upper: Whether it grows on the vertebra above the disc.
-        angle: Place on the rim in radians: 0 in front, positive to the patient's left.
+        angle: Position on the rim in radians: 0 in front, positive to the patient's left.
     """
     body = disc.above if upper else disc.below
-    toward = -1.0 if upper else 1.0  # the direction of the disc along `up`
+    toward = -1.0 if upper else 1.0  # direction of the disc along `up`
     length, thick = 11.0 * severity, 3.4 * severity**0.5
-    arc = 0.48 * severity**0.5 + 1e-3  # half of the stretch of rim that it grows on, radians
+    arc = 0.48 * severity**0.5 + 1e-3  # half of its extent along the rim, radians
     reach = {"claw": 0.75, "traction": 0.9, "bridging": 0.8}[form] * length
     rise = {"claw": 0.65, "traction": 0.05, "bridging": 0.4}[form] * length
-    # Its section through the rim: (outward, toward the disc) in mm from the rim's edge.
+    # Its cross-section: (outward, toward the disc) in mm from the rim's edge.
     section = np.array([[-1.5, -1.5], [0.7 * reach, 0.2 * rise], [reach, rise]])
     radii = np.array([thick, 0.8 * thick, 0.35 * thick])
     if form == "bridging":
@@ -259,8 +267,8 @@ def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float
         out = (left**2 + front**2).sqrt() - _rim(body, torch.atan2(left, front))
         # A ridge: highest in its middle, level with the rim at its ends.
         taper = (1.0 - (turned / arc) ** 2).clamp(min=0.0).sqrt()
-        place = (out + (1.0 - taper) * (reach + thick), toward * up - body.height_mm / 2)
-        return _chain(place, section, radii) * (turned.abs() < arc)
+        across = (out + (1.0 - taper) * (reach + thick), toward * up - body.height_mm / 2)
+        return _tube(across, section, radii) * (turned.abs() < arc)
 
     rim = float(_rim(body, torch.tensor(angle)))
     out = np.cos(angle) * body.front + np.sin(angle) * body.left
@@ -276,30 +284,30 @@ def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float
         radius = float(_rim(body, torch.tensor(angle + turned))) + section[:, 0] - sunk
         aside = np.cos(angle + turned) * body.front + np.sin(angle + turned) * body.left
         up = toward * (body.height_mm / 2 + section[:, 1])
-        places = body.centre_mm + radius[:, None] * aside + up[:, None] * body.up
-        size = max(size, float((np.linalg.norm(places - centre, axis=1) + radii).max()) + SKIN_MM)
+        nodes = body.centre_mm + radius[:, None] * aside + up[:, None] * body.up
+        size = max(size, float((np.linalg.norm(nodes - centre, axis=1) + radii).max()) + SKIN_MM)
     name = "Osteophytes"
     return [Lesion(name, form, body.name, severity, centre, size, size, region, fill=BONE)]
 
 
 def _rim(body: Vertebra, angle: Tensor) -> Tensor:
-    """Return how far a body's wall is from its axis at an angle from the front, mm."""
+    """Return the distance of a body's wall from its axis at an angle from the front, mm."""
     front, left = angle.cos() / (body.depth_mm / 2), angle.sin() / (body.width_mm / 2)
     return (front**2 + left**2) ** -0.5
 
 
 def foraminal_stenosis(disc: Disc, severity: float) -> list[Lesion]:
-    """Bone of the facets grown into both foramina behind a disc."""
+    """Return bone of the facets that has grown into both foramina behind a disc."""
     radius = 7.5 * severity
     back = -(disc.below.depth_mm / 2 + 5.0)
     side = disc.below.width_mm * 0.36
 
     def region(points: Points) -> Tensor:
-        place = _frame(points, disc)
+        local = _frame(points, disc)
         radii = (4.0 * severity + 1e-3, radius * 0.8 + 1e-3, radius + 1e-3)
         return torch.maximum(
-            _ellipsoid(place, (side, back, 2.0), radii),
-            _ellipsoid(place, (-side, back, 2.0), radii),
+            _ellipsoid(local, (side, back, 2.0), radii),
+            _ellipsoid(local, (-side, back, 2.0), radii),
         )
 
     name, centre = "Foraminal stenosis", disc.centre_mm + disc.front * back
@@ -309,7 +317,14 @@ def foraminal_stenosis(disc: Disc, severity: float) -> list[Lesion]:
 
 
 def other_lesion(body: Vertebra, severity: float, form: str, place: np.ndarray) -> list[Lesion]:
-    """A sclerotic, lytic or mixed focus in a body; `place` is in half sizes, shape (3,)."""
+    """Return a focus in a body.
+
+    Args:
+        body: The vertebral body.
+        severity: Fraction of the largest radius, 10.5 mm; 0 to 1.
+        form: ``sclerotic``, ``lytic`` or ``mixed``.
+        place: Its position (left, front, up) in half sizes of the body, shape (3,).
+    """
     radius = 10.5 * severity
     size = radius + 1.0
     centre = body.point(*place)
@@ -332,13 +347,13 @@ def other_lesion(body: Vertebra, severity: float, form: str, place: np.ndarray) 
 
 
 def implant(bodies: list[Vertebra], discs: list[Disc], form: str) -> list[Lesion]:
-    """Hardware over neighbouring vertebrae, from below; each screw, rod and cage is a lesion.
+    """Return hardware over neighbouring vertebrae; each screw, rod and cage is one `Lesion`.
 
     Args:
-        bodies: The vertebrae that it spans.
+        bodies: The vertebrae that it spans, from the lowest up.
         discs: The discs between them.
-        form: Pedicle ``screws`` and rods, these with ``cages`` in the discs, an anterior
-            ``plate``, or ``cement`` in the bodies.
+        form: Pedicle ``screws`` and rods; these with ``cages`` in the discs; an anterior
+            ``plate``; or ``cement`` in the bodies.
     """
     level = bodies[0].name if len(bodies) == 1 else f"{bodies[-1].name}-{bodies[0].name}"
     what = {"fill": CEMENT} if form == "cement" else {"metal": TITANIUM}
@@ -348,11 +363,11 @@ def implant(bodies: list[Vertebra], discs: list[Disc], form: str) -> list[Lesion
         return Lesion("Surgical implant", form, level, 1.0, centre, size, size, region, **what)
 
     parts = []
-    for places, radii in tubes:
-        places, radii = np.array(places), np.array(radii)
-        centre = (places.min(axis=0) + places.max(axis=0)) / 2
-        size = float(np.linalg.norm(places - centre, axis=1).max() + radii.max() + 1.0)
-        parts.append(make(centre, size, partial(_chain, places=places, radii=radii)))
+    for nodes, radii in tubes:
+        nodes, radii = np.array(nodes), np.array(radii)
+        centre = (nodes.min(axis=0) + nodes.max(axis=0)) / 2
+        size = float(np.linalg.norm(nodes - centre, axis=1).max() + radii.max() + 1.0)
+        parts.append(make(centre, size, partial(_tube, nodes=nodes, radii=radii)))
     for disc in discs if form == "cages" else []:
         size = float(np.linalg.norm(_cage_size(disc)) + 1.0)
         parts.append(make(disc.centre_mm, size, partial(_cage, disc=disc)))
@@ -373,8 +388,8 @@ def _cage(points: Points, disc: Disc) -> Tensor:
     return _inside(torch.maximum(outer, -hollow))
 
 
-def _screws(bodies: list[Vertebra]) -> list:
-    """Two pedicle screws a vertebra and a rod on each side; radii in mm."""
+def _screws(bodies: list[Vertebra]) -> Tubes:
+    """Return two pedicle screws per vertebra and a rod on each side, as nodes and radii in mm."""
     parts = []
     for side in (-1.0, 1.0):
         heads = []
@@ -391,8 +406,8 @@ def _screws(bodies: list[Vertebra]) -> list:
     return parts
 
 
-def _plate(bodies: list[Vertebra]) -> list:
-    """A plate in front of the bodies, two screws in each."""
+def _plate(bodies: list[Vertebra]) -> Tubes:
+    """Return a plate in front of the bodies with two screws in each, as nodes and radii in mm."""
     parts = []
     for side in (-0.25, 0.25):
         rail = [body.point(left=side, front=1.12) for body in bodies]
@@ -404,8 +419,8 @@ def _plate(bodies: list[Vertebra]) -> list:
     return parts
 
 
-def _cement(bodies: list[Vertebra]) -> list:
-    """Bone cement spread in the body along both pedicles' directions."""
+def _cement(bodies: list[Vertebra]) -> Tubes:
+    """Return cement in each body along both pedicles' directions, as nodes and radii in mm."""
     parts = []
     for body in bodies:
         for side in (-1.0, 1.0):

@@ -1,4 +1,4 @@
-"""The plan of a virtual cohort: bodies, lesions and films as plain values, drawn from one seed."""
+"""The plan of a virtual cohort: bodies, lesions and radiographs as plain values from one seed."""
 
 import numpy as np
 
@@ -6,10 +6,11 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.virtual.dicom_writer import SYNTAXES
 from dernet_utils.virtual.spine import Vertebra
 
-VERSION = 2  # of the cohort's recipe; a change makes old cohorts stale
-ABNORMAL = 0.52  # of patients; about half of the images then show a finding, as in the dataset
-TEST = 0.20  # of patients: 1,000 of the dataset's 5,000 studies
-# Share of patients who carry a type, chosen so that labelled boxes a class follow the dataset's
+VERSION = 2  # of the cohort's recipe; a new version makes old cohorts stale
+# Fractions of the patients.
+ABNORMAL = 0.52  # about half of the images then show a finding, as in the dataset
+TEST = 0.20  # 1,000 of the dataset's 5,000 studies
+# Who have a lesion of a class, chosen so that the labelled boxes per class follow the dataset's
 # training split (book/data_card.md); osteophytes are in nine of ten abnormal patients.
 CARRIERS = {
     "Vertebral collapse": 0.047,
@@ -20,8 +21,8 @@ CARRIERS = {
     "Disc space narrowing": 0.165,
 }
 SPURS = 0.90  # of abnormal patients
-# Severity runs from the least that a reader would report to the worst. The least: a fifth of the
-# height for a collapse (Genant), a tenth of the depth for a slip, and what can be seen for others.
+# Severity is drawn between the least that a reader would report and 1. The least is a fifth of the
+# height for a collapse (Genant), a tenth of the depth for a slip, else what is just visible.
 LEAST = {
     "Vertebral collapse": 0.42,
     "Other lesions": 0.35,
@@ -30,7 +31,7 @@ LEAST = {
     "Disc space narrowing": 0.35,
     "Osteophytes": 0.12,
 }
-# How many images a study has, as in the dataset 2.1 in the mean, and from which sides.
+# The views of a study and their probability; 2.1 images per study on average, as in the dataset.
 STUDIES = {
     ("LATERAL",): 0.09,
     ("AP",): 0.09,
@@ -39,17 +40,21 @@ STUDIES = {
     ("LATERAL", "AP", "RPO"): 0.05,
     ("LATERAL", "AP", "LPO", "RPO"): 0.08,
 }
-FIELD_MARGIN_MM = 12.0  # rendered beyond the collimated field, for the film's rotation
-SHOULDERS_MM = 100.0  # a field's middle lies as far below the highest vertebra but one, or more
+FIELD_MARGIN_MM = 12.0  # rendered beyond the collimated field, since the detector may be rotated
+SHOULDERS_MM = 100.0  # least distance of the field's middle below the second highest vertebra
 
 
 def plan_cohort(patients: int, seed: int, bodies: list[Vertebra]) -> list[dict]:
-    """Draw a cohort's patients: plain values, one dictionary each.
+    """Draw a cohort's patients.
 
     Args:
         patients: How many, at least 20, so that each lesion type is in both splits.
-        seed: One seed, one cohort.
+        seed: The same seed gives the same cohort.
         bodies: The donor's vertebrae, from the lowest up.
+
+    Returns:
+        One dictionary of plain values per patient: ``patient`` (number), ``seed``, ``split``,
+        ``age`` (years), ``sex``, ``shape``, ``views`` and ``findings``, as the manifest holds them.
 
     Raises:
         DernetError: Fewer than 20 patients.
@@ -61,9 +66,9 @@ def plan_cohort(patients: int, seed: int, bodies: list[Vertebra]) -> list[dict]:
     carried: dict[int, list[str]] = {int(p): [] for p in abnormal}
     test: set[int] = set()
     train: set[int] = set()
-    # The rarest first: at least one carrier of each type in either split.
-    for lesion_type, share in CARRIERS.items():
-        carriers = rng.choice(abnormal, max(2, round(share * patients)), replace=False)
+    # The rarest first: each split gets at least one carrier of each type.
+    for lesion_type, fraction in CARRIERS.items():
+        carriers = rng.choice(abnormal, max(2, round(fraction * patients)), replace=False)
         wanted = max(1, round(TEST * len(carriers)))
         for patient in map(int, carriers):
             carried[patient].append(lesion_type)
@@ -115,7 +120,7 @@ def _plan_patient(
 
 
 def _plan_shape(age: int, sex: str, bodies: int, rng: np.random.Generator) -> dict:
-    """Draw a body; whether it has a lesion plays no part (sources: book/data_card.md)."""
+    """Draw a body, independently of its lesions (sources: book/data_card.md)."""
     # Adults differ by 4 % in stature, women and men by 7 (NCD-RisC, eLife 2016).
     stature = _normal(rng, 1.035 if sex == "M" else 0.965, 0.04, 0.87, 1.13)
     # Curves beyond 10 degrees: 8.85 % of adults (Kebaish, Spine 2011); most of them are mild.
@@ -128,23 +133,23 @@ def _plan_shape(age: int, sex: str, bodies: int, rng: np.random.Generator) -> di
         "curve_mm": float(rng.uniform(240.0, 340.0)),
         # Of the thorax, 27 degrees at 25 years, 41 at 75 (Fon, Am J Roentgenol 1980).
         "kyphosis_deg": _normal(rng, 27.0 + 0.28 * (age - 25), 8.0, 12.0, 58.0),
-        # Beside the donor's own; between L1 and L5 it varies by 11 degrees (Vialle, JBJS 2005).
+        # Added to the donor's own; between L1 and L5 its SD is 11 degrees (Vialle, JBJS 2005).
         "lordosis_deg": _normal(rng, 0.0, 11.0, -22.0, 22.0),
         "girth": _normal(rng, 1.0, 0.12, 0.78, 1.28),
-        # Spongy bone loses 1.4 % of its value at 50 a year (Jang, Radiology 2019); half of a
-        # vertebra's mineral is in its cortex, which keeps more.
+        # Trabecular bone loses 1.4 % per year of its value at 50 (Jang, Radiology 2019); half of
+        # a vertebra's mineral is in its cortex, which loses less.
         "bone": _normal(rng, 1.55 * (1.0 - 0.007 * (age - 50)), 0.16, 0.8, 2.1),
         "proportions": [float(v) for v in rng.normal(1.0, 0.04, 2 * bodies)],
     }
 
 
 def _normal(rng: np.random.Generator, mean: float, sd: float, low: float, high: float) -> float:
-    """Draw from a normal distribution, limited to a range."""
+    """Draw from a normal distribution, clipped to a range."""
     return float(np.clip(rng.normal(mean, sd), low, high))
 
 
 def _plan_view(name: str, height_mm: float, aim_z: float, rng: np.random.Generator) -> dict:
-    """Draw how one film is taken, processed and stored."""
+    """Draw how one radiograph is taken, processed and stored."""
     lateral, spacing_mm = name == "LATERAL", float(np.exp(rng.uniform(np.log(0.2), np.log(0.5))))
     height_mm = height_mm * float(rng.uniform(0.94, 1.0))
     width_mm = float(rng.uniform(0.54, 0.76) * height_mm)
@@ -191,7 +196,7 @@ def _plan_findings(
     findings: list[dict] = []
 
     def add(lesion_type: str, form: str, level: int, **more) -> None:
-        severity = float(rng.uniform(LEAST.get(lesion_type, 1.0), 1.0))  # evenly: of all sizes
+        severity = float(rng.uniform(LEAST.get(lesion_type, 1.0), 1.0))
         findings.append(
             {"type": lesion_type, "form": form, "level": level, "severity": severity} | more
         )

@@ -1,4 +1,8 @@
-"""From a volume to a film: the patient's shape, the rays, Beer and Lambert, the detector."""
+"""Projection: a patient's shape, the rays of a view, and what each ray passes through.
+
+Rays are followed from the patient back into the donor's volume, where lesions move tissue, fill it
+or replace it by metal. `acquisition` turns the integrals into a radiograph.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,15 +17,20 @@ from dernet_utils.virtual.donor import Donor
 from dernet_utils.virtual.lesions import Lesion
 from dernet_utils.virtual.spine import Vertebra
 
-GRID_MM = 0.7  # rays are this far apart in the plane of the spine
-STEP_MM = 1.5  # and are sampled this often along their way through the spine,
-FAR_STEP_MM = 4.0  # and this often where there is no spine: half of the time, no visible change
+# Rays and their samples.
+GRID_MM = 0.7  # distance of the rays in the plane of the spine
+STEP_MM = 1.5  # distance of the samples along a ray near the spine
+FAR_STEP_MM = 4.0  # and elsewhere: half the computing time, no visible change
 NEAR_MM = 56.0  # how far from the spine's axis the finer steps reach
 MARGIN_MM = 14.0  # how far a lesion that moves tissue may carry another, or itself
-SAMPLES = 700_000  # in one go: bounds the memory, and fits the processor's cache
-MOST_ROWS = 48  # in one go: the slices that they meet make one picture, of at most 32,767 rows
-BONE_FROM = 1080.0  # HU + 1000 from which tissue counts as part bone
-BONE_SPAN = 1520.0  # to pure cortical bone, 1.92 g/cm³
+# Materials.
+BONE_FROM = 1080.0  # HU + 1000 above which tissue counts partly as bone
+BONE_SPAN = 1520.0  # from there to pure cortical bone
+CORTICAL_G_CM3 = 1.92  # density of cortical bone
+BEYOND_MM = 45.0  # distance from the spine beyond which a patient's girth scales the donor's body
+# What is computed at once.
+SAMPLES = 700_000  # bounds the memory, and fits the processor's cache
+MOST_ROWS = 48  # of rays: the slices that they meet make one image, of at most 32,767 rows
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,11 @@ class Shape:
     """How a patient's body differs from the donor's: functions of height, as tables.
 
     Attributes:
-        z_patient_mm, z_donor_mm: Heights that correspond, increasing, shape (n,).
+        z_patient_mm, z_donor_mm: Corresponding heights, both increasing, shape (n,).
         shift_x_mm, shift_y_mm: Offset of the spine at those heights (scoliosis, kyphosis).
         turn_rad: Axial rotation at those heights.
-        girth: Width of soft tissue beside the spine, relative to the donor's.
-        bone: Mineral relative to the donor's; 0.7 is osteoporotic.
+        girth: Width of the soft tissue beside the spine, relative to the donor's.
+        bone: Mineral density relative to the donor's; 0.7 is osteoporotic.
     """
 
     z_patient_mm: np.ndarray
@@ -47,15 +56,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class View:
-    """How a film was taken.
+    """The geometry of a radiograph.
 
     Attributes:
-        name: ``LATERAL`` or ``AP``.
+        name: ``AP``, ``LATERAL``, ``LPO`` or ``RPO``.
         angle_rad: Direction of the beam: 0 from front to back, pi/2 from right to left.
-        aim_mm: Donor place (x, y, z) in the middle of the film.
+        aim_mm: Donor position (x, y, z) in the middle of the image.
         height_mm, width_mm: Collimated field in the plane of the spine.
-        tilt_deg: Rotation of the film.
-        mirrored: Whether the film is shown from its other side.
+        tilt_deg: Rotation of the detector in its plane.
+        mirrored: Whether the image is shown from its other side.
     """
 
     name: str
@@ -77,7 +86,14 @@ class Block:
 
 
 class Scene:
-    """One patient before the X-ray tube: the donor, a shape, and the lesions in it."""
+    """One patient in front of the X-ray tube.
+
+    Args:
+        donor: The volume.
+        spine: The donor's vertebrae, from the lowest up; the beam's aim follows their axis.
+        shape: How the patient's body differs from the donor's.
+        lesions: All lesions of the patient.
+    """
 
     def __init__(self, donor: Donor, spine: list[Vertebra], shape: Shape, lesions: list[Lesion]):
         self.density, self.spacing_mm = donor.density, donor.spacing_mm
@@ -95,7 +111,7 @@ class Scene:
         return Block((0, _count(view.height_mm)), (0, _count(view.width_mm)), (0, steps))
 
     def _depths(self, view: View) -> tuple[np.ndarray, np.ndarray]:
-        """Return where a ray is sampled, from the spine's plane, and how far apart; both in mm."""
+        """Return a ray's samples: depth behind the spine's plane, and spacing, mm."""
         sides = [(-a * self.shape.girth, (e - a) * self.shape.girth)
                  for a, e in zip(view.aim_mm, self.extent_mm[:2], strict=False)]  # fmt: skip
         along = [x * np.sin(view.angle_rad) - y * np.cos(view.angle_rad)
@@ -112,11 +128,11 @@ class Scene:
     def donor_places(
         self, view: View, block: Block, every: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Follow the rays of a block and return where in the donor each sample lies.
+        """Follow the rays of a block and return the donor position of each sample.
 
         Args:
-            view: The film.
-            block: The part of it.
+            view: The geometry.
+            block: The part of the view.
             every: Take every n-th row, step and column.
 
         Returns:
@@ -137,7 +153,7 @@ class Scene:
             for table in (shape.shift_x_mm, shape.shift_y_mm)
         ]  # fmt: skip
         aim = [np.interp(view.aim_mm[2], self.axis[:, 2], self.axis[:, i]) for i in (0, 1)]
-        # Seen from the spine: how far the film's middle line passes, then turned with the body.
+        # The offset of the image's middle line from the spine, which then turns with the body.
         offset = [
             np.interp(view.aim_mm[2], shape.z_donor_mm, table) + centre + target - centre
             for table, centre, target in zip(
@@ -162,24 +178,37 @@ class Scene:
         return x + middle[0], y + middle[1], z
 
     def paths(self, view: View, lesions: list[Lesion], block: Block | None = None) -> Paths:
-        """Integrate soft tissue, bone and metal along every ray of a block (default: the view)."""
+        """Integrate soft tissue, bone and metal along every ray.
+
+        Args:
+            view: The geometry.
+            lesions: The lesions that are present.
+            block: The part of the view; by default all of it.
+        """
         block = block or self.whole(view)
         apart = self._apart(view, block)
         strips = (self._tissue(view, lesions, strip) for strip in _strips(block))
         return _join(self._integrate(*tissue, apart) for tissue in strips)
 
     def _apart(self, view: View, block: Block) -> Tensor:
-        """Return how far apart the samples of a block are, cm, shape (steps,)."""
+        """Return the distances of a block's samples, cm, shape (steps,)."""
         return torch.from_numpy(self._depths(view)[1][slice(*block.steps)] / 10.0).float()
 
     def twins(
         self, view: View, lesions: list[Lesion], finding: list[Lesion], block: Block
     ) -> tuple[Paths, Paths]:
-        """Integrate a block twice: with all lesions, and with all but those of one finding."""
+        """Integrate a block twice: with all lesions, and without those of one finding.
+
+        Args:
+            view: The geometry.
+            lesions: All lesions of the patient.
+            finding: Those of the finding.
+            block: The part of the view that the finding covers.
+        """
         others = [lesion for lesion in lesions if lesion not in finding]
         if any(lesion.move for lesion in finding):
             return self.paths(view, lesions, block), self.paths(view, others, block)
-        # Nothing moves: the rays, and the tissue before any lesion is put in, are the same.
+        # Nothing moves: the rays and the tissue, before any lesion is inserted, are the same.
         pairs, apart = [], self._apart(view, block)
         for strip in _strips(block):
             density, near = self._tissue(view, lesions, strip)
@@ -192,19 +221,19 @@ class Scene:
     def shadow(
         self, view: View, finding: list[Lesion], lesions: list[Lesion], block: Block
     ) -> np.ndarray:
-        """Return the millimetres of a finding's regions on each ray, shape (rows, columns)."""
+        """Return how many millimetres of a finding's regions each ray crosses, (rows, columns)."""
         points = tuple(p.contiguous() for p in self.donor_places(view, block))
         self._move(points, [(other, self._near(points, other)) for other in lesions if other.move])
         solid = torch.zeros(points[0].shape)
         for lesion in finding:
-            place = self._near(points, lesion)
-            if place:
-                share = lesion.region(tuple(p[place] for p in points))
-                solid[place] = torch.maximum(solid[place], share)
+            where = self._near(points, lesion)
+            if where:
+                occupancy = lesion.region(tuple(p[where] for p in points))
+                solid[where] = torch.maximum(solid[where], occupancy)
         return _along(solid, self._apart(view, block)).numpy() * 10.0
 
     def blocks(self, view: View, findings: list[list[Lesion]]) -> list[Block | None]:
-        """Return the part of a view that each finding covers; None where it is off the film."""
+        """Return the part of a view that each finding covers; None where it is out of the field."""
         whole, every = self.whole(view), 4
         points = self.donor_places(view, whole, every)
         found = []
@@ -229,33 +258,33 @@ class Scene:
         """Sample the moved tissue on a few rows of rays.
 
         Returns:
-            Density (rows, steps, columns), and the lesions near: each with where, and its occupancy
-            there if it changes tissue.
+            Density, shape (rows, steps, columns), and the nearby lesions that fill a region: each
+            with the slices around it and its occupancy there.
         """
         points = tuple(p.contiguous() for p in self.donor_places(view, strip))
         near = [(lesion, self._near(points, lesion)) for lesion in lesions]
-        near = [(lesion, place) for lesion, place in near if place]
+        near = [(lesion, where) for lesion, where in near if where]
         self._move(points, near)
         changing = [
-            (lesion, place, lesion.region(tuple(p[place] for p in points)))
-            for lesion, place in near
+            (lesion, where, lesion.region(tuple(p[where] for p in points)))
+            for lesion, where in near
             if lesion.fill is not None or lesion.metal
         ]
         return torch.from_numpy(self._sample(*(p.numpy() for p in points))), changing
 
     def _sample(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Interpolate the donor's density at places in mm; 0 outside the scan.
+        """Interpolate the donor's density at positions in mm; 0 outside the scan.
 
-        Two slices are sampled as pictures, which OpenCV does several times faster than a general
-        sampler of volumes, and mixed. The slices lie below one another in one tall picture; the
-        first and the last row of each is air.
+        The two neighbouring slices are sampled as images, which OpenCV does several times faster
+        than a general sampler of volumes, and blended. The slices are stacked in one tall image;
+        the first and the last row of each is air.
         """
         slice_mm, row_mm, column_mm = self.spacing_mm
         count, rows = self.density.shape[:2]
         z = z / slice_mm
         inside = (z >= 0.0) & (z <= count - 1)
         lower = np.clip(np.floor(z), 0, count - 2)
-        share = (z - lower) * inside
+        fraction = (z - lower) * inside
         first, last = int(lower.min()), int(lower.max()) + 2
         tall = self.density[first:last].reshape(-1, self.density.shape[2])
         across = x * np.float32(1.0 / column_mm)
@@ -267,33 +296,34 @@ class Scene:
                       borderMode=cv2.BORDER_CONSTANT).reshape(x.shape)
             for shift in (np.float32(0.0), np.float32(rows))
         )  # fmt: skip
-        below *= inside - share
-        above *= share
+        below *= inside - fraction
+        above *= fraction
         below += above
         return below
 
     @staticmethod
     def _move(points: tuple, near: list) -> None:
-        """Put the places where lesions find their tissue in the stead of those they move."""
-        for lesion, place in near:
-            if lesion.move and place:
-                moved = lesion.move(tuple(p[place] for p in points))
+        """Replace the positions that lesions move by those where they find their tissue."""
+        for lesion, where in near:
+            if lesion.move and where:
+                moved = lesion.move(tuple(p[where] for p in points))
                 for p, q in zip(points, moved, strict=True):
-                    p[place] = q
+                    p[where] = q
 
     def _integrate(self, density: Tensor, near: list, apart: Tensor) -> tuple:
-        """Put lesions into the tissue, which is changed, and sum along the rays: g/cm²."""
+        """Insert lesions into the density, in place, and integrate along the rays: g/cm²."""
         metal = torch.zeros(density.shape) if any(some.metal for some, *_ in near) else None
-        for lesion, place, share in near:
+        for lesion, where, occupancy in near:
             if lesion.fill is not None:
-                density[place] += share * (lesion.fill - density[place])
+                density[where] += occupancy * (lesion.fill - density[where])
             if lesion.metal:
-                metal[place] = torch.maximum(metal[place], share * lesion.metal)  # g/cm³
-                density[place] *= 1.0 - share
+                metal[where] = torch.maximum(metal[where], occupancy * lesion.metal)  # g/cm³
+                density[where] *= 1.0 - occupancy
         bone = ((density - BONE_FROM) / BONE_SPAN).clamp(min=0.0)
         soft = density.clamp(max=BONE_FROM) * (1.0 - bone).clamp(min=0.0)
         metal = torch.zeros(bone[:, 0].shape) if metal is None else _along(metal, apart)
-        soft, bone = _along(soft, apart) / 1000.0, _along(bone, apart) * (1.92 * self.shape.bone)
+        soft = _along(soft, apart) / 1000.0
+        bone = _along(bone, apart) * (CORTICAL_G_CM3 * self.shape.bone)
         return soft.numpy(), bone.numpy(), metal.numpy()
 
     @staticmethod
@@ -320,7 +350,7 @@ def _along(values: Tensor, apart: Tensor) -> Tensor:
 
 
 def _strips(block: Block) -> Iterator[Block]:
-    """Cut a block into strips of a few rows, each small enough to be sampled in one go."""
+    """Cut a block into strips of a few rows, each small enough to be sampled at once."""
     columns, steps = (high - low for low, high in (block.columns, block.steps))
     at_once = min(max(1, SAMPLES // (columns * steps)), MOST_ROWS)
     for start in range(block.rows[0], block.rows[1], at_once):
@@ -329,7 +359,7 @@ def _strips(block: Block) -> Iterator[Block]:
 
 
 def _join(strips: Iterable[tuple]) -> Paths:
-    """Put strips together again."""
+    """Join the strips of a block."""
     return Paths(*(np.concatenate(part) for part in zip(*strips, strict=True)))
 
 
@@ -338,5 +368,5 @@ def _count(size_mm: float) -> int:
 
 
 def _slimmer(offset: Tensor, girth: float) -> Tensor:
-    """Map a patient's distance from the spine to the donor's: beyond 45 mm it is scaled."""
-    return torch.lerp(offset.clamp(-45.0, 45.0), offset, 1.0 / girth)
+    """Map a patient's distance from the spine to the donor's: beyond `BEYOND_MM` it is scaled."""
+    return torch.lerp(offset.clamp(-BEYOND_MM, BEYOND_MM), offset, 1.0 / girth)

@@ -1,4 +1,4 @@
-"""A planned patient's films: rendered, developed, and compared with their twins."""
+"""Rendering of a planned patient's radiographs, and of the counterfactual of each finding."""
 
 from typing import NamedTuple
 
@@ -20,21 +20,24 @@ from dernet_utils.virtual.plan import FIELD_MARGIN_MM, VERSION
 from dernet_utils.virtual.projection import GRID_MM, Block, Scene, Shape, View
 from dernet_utils.virtual.spine import Disc, Vertebra
 
-ANGLES = {"AP": 0.0, "LATERAL": 90.0, "LPO": 45.0, "RPO": -45.0}
-BOX_MARGIN_MM = 1.5  # annotators draw a little outside the lesion's edge
-PART_ON_FILM = 0.5  # least share of a lesion's shadow inside the collimated field
+# Bodies.
 LUMBAR_MM = 150.0  # from L1 to L5, over which a lordosis is spread
-TURN = 0.35  # axial rotation to lateral curvature in a scoliosis: ours, after Nash and Moe's grades
-AIR_UGY = 30.0  # behind the table and grid, for 1 mAs at 80 kVp and nobody in the beam
+TURN = 0.35  # rotation over lateral curvature in a scoliosis: ours, after Nash and Moe's grades
+# Views.
+ANGLES = {"AP": 0.0, "LATERAL": 90.0, "LPO": 45.0, "RPO": -45.0}  # of the beam, degrees
+AIR_UGY = 30.0  # air kerma behind table and grid for 1 mAs at 80 kVp, without a patient
+# Labels.
+PART_IN_FIELD = 0.5  # least fraction of a lesion's shadow inside the collimated field
+BOX_MARGIN_MM = 1.5  # annotators draw a little outside the lesion's edge
 
 
 class RenderedRadiograph(NamedTuple):
-    """A rendered film.
+    """A rendered radiograph.
 
     Attributes:
         grey: 0 black to 1 white, shape (H, W).
-        mas: Tube current times exposure time that automatic exposure control took, mAs.
-        twins: For each finding of the plan, its twin; None where it is off the film.
+        mas: Tube current-time product that automatic exposure control chose, mAs.
+        twins: For each finding of the plan, its counterfactual; None where it is out of the field.
     """
 
     grey: np.ndarray
@@ -43,7 +46,12 @@ class RenderedRadiograph(NamedTuple):
 
 
 def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
-    """Turn a patient's drawn numbers into the tables that `films` reads."""
+    """Turn a patient's planned numbers into the tables that `projection.Scene` reads.
+
+    Args:
+        plan: The patient's plan, as `plan_cohort` returns it.
+        bodies: The donor's vertebrae, from the lowest up.
+    """
     drawn = plan["shape"]
     edges = [(b.point(up=-1.0)[2], b.point(up=1.0)[2]) for b in bodies]
     knots = np.maximum.accumulate(np.array(edges).ravel())
@@ -58,7 +66,7 @@ def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
     patient -= np.interp(0.0, z, patient)
     wave = np.sin(2 * np.pi * z / drawn["curve_mm"] + drawn["curve_phase"])
     cobb = np.deg2rad(drawn["cobb_deg"])
-    # Curvature of the sagittal profile beside the donor's, in radians a mm.
+    # Curvature of the sagittal profile in addition to the donor's, radians per mm.
     low, high = (body.centre_mm[2] for body in _thorax(bodies))
     more = np.deg2rad(drawn["kyphosis_deg"]) - _kyphosis(bodies)
     bend = np.where((z > low) & (z < high), more / (high - low), 0.0)
@@ -69,7 +77,7 @@ def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
     return Shape(
         z_patient_mm=patient,
         z_donor_mm=z,
-        # A sine of this height has the drawn angle between its steepest places.
+        # A sine of this amplitude has the planned angle between its steepest points.
         shift_x_mm=drawn["curve_mm"] / (2 * np.pi) * np.tan(cobb / 2) * wave,
         shift_y_mm=sagittal - np.interp((low + high) / 2, z, sagittal),
         turn_rad=TURN * cobb * wave,
@@ -91,19 +99,24 @@ def _kyphosis(bodies: list[Vertebra]) -> float:
 
 
 def _soften(values: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur a table by a Gaussian of `sigma` entries; its ends go on as they are."""
+    """Blur a table by a Gaussian of `sigma` entries; its end values are repeated."""
     reach = int(3 * sigma) + 1
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     return np.convolve(np.pad(values, reach, "edge"), kernel / kernel.sum(), "valid")
 
 
 def _sum(values: np.ndarray, step: float) -> np.ndarray:
-    """Integrate a table by trapezia, from 0."""
+    """Integrate a table by the trapezoidal rule, from 0."""
     return np.concatenate([[0.0], np.cumsum((values[1:] + values[:-1]) / 2 * step)])
 
 
 def build_finding(finding: dict, bodies: list[Vertebra], discs: list[Disc]) -> list[Lesion]:
-    """Turn a planned finding into the lesions that make it up."""
+    """Turn a planned finding into the lesions that it consists of.
+
+    Args:
+        finding: An entry of a plan's ``findings``.
+        bodies, discs: The donor's, from the lowest up.
+    """
     level, severity, form = finding["level"], finding["severity"], finding["form"]
     match finding["type"]:
         case "Disc space narrowing":
@@ -126,11 +139,11 @@ def build_finding(finding: dict, bodies: list[Vertebra], discs: list[Disc]) -> l
 
 
 def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadiograph:
-    """Render one film of a patient, and each finding's twin without it.
+    """Render one radiograph of a patient, and the counterfactual of each finding.
 
     Args:
-        plan: The patient's plan.
-        number: Which of its views.
+        plan: The patient's plan, as `plan_cohort` returns it.
+        number: Which of its views, from 0.
         anatomy: The donor.
     """
     drawn = plan["views"][number]
@@ -143,7 +156,7 @@ def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadi
     paths = scene.paths(view, everything)
     frame = _Frame(drawn)
     arrived = transmission(
-        Paths(*(np.maximum(frame.place(p), 0.0) for p in vars(paths).values())), drawn["kvp"]
+        Paths(*(np.maximum(frame.resample(p), 0.0) for p in vars(paths).values())), drawn["kvp"]
     )
     spacing_mm = drawn["spacing_mm"]
     signal = expose(
@@ -162,27 +175,35 @@ def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadi
     if drawn["marker"]:
         _put_marker(grey, drawn["name"] == "LATERAL", frame, rng)
     grey[~frame.open] = 0.0
-    # A viewer without a window stretches a film to its range, so that range is the whole.
+    # A viewer without a window stretches an image to its range, so its range is 0 to 1.
     low, high = grey.min(), grey.max()
     twins = [t and t._replace(change=t.change / (high - low)) for t in twins]
     return RenderedRadiograph((grey - low) / (high - low), mas, twins)
 
 
 class _Frame:
-    """From the grid of rays to the film's pixels: enlarge, rotate, mirror, collimate."""
+    """From the grid of rays to the image's pixels: scale, rotate, mirror, collimate.
+
+    Args:
+        drawn: The view's plan.
+
+    Attributes:
+        size: Rows and columns of the image.
+        open: Whether the collimator leaves a pixel open, bool (H, W).
+    """
 
     def __init__(self, drawn: dict):
         self.drawn = drawn
         size = (round(drawn[side] / drawn["spacing_mm"]) for side in ("height_mm", "width_mm"))
         self.size = tuple(size)
-        self.open = np.ones(self.size, bool)  # what the collimator leaves open
+        self.open = np.ones(self.size, bool)
         if drawn["shutter"]:
             top, bottom, left, right = drawn["shutter"]
             self.open[:top] = self.open[self.size[0] - bottom :] = False
             self.open[:, :left] = self.open[:, self.size[1] - right :] = False
 
-    def place(self, rays: np.ndarray) -> np.ndarray:
-        """Return what a film's pixels see of a picture on the grid of rays."""
+    def resample(self, rays: np.ndarray) -> np.ndarray:
+        """Interpolate an array on the grid of rays at the image's pixels, float32 (H, W)."""
         scale = self.drawn["spacing_mm"] / GRID_MM
         tilt = np.deg2rad(self.drawn["tilt_deg"])
         turn = scale * np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
@@ -199,7 +220,12 @@ class _Frame:
 
 
 def plan_to_view(drawn: dict, bodies: list[Vertebra]) -> View:
-    """Return the geometry of a planned view."""
+    """Return the geometry of a planned view.
+
+    Args:
+        drawn: An entry of a plan's ``views``.
+        bodies: The donor's vertebrae, from the lowest up.
+    """
     axis = np.array([body.centre_mm for body in bodies])
     x, y = (np.interp(drawn["aim_z_mm"], axis[:, 2], axis[:, i]) for i in (0, 1))
     across = np.deg2rad(ANGLES[drawn["name"]])
@@ -221,12 +247,12 @@ def _counterfactual(
     developed: DisplayProcessing,
     frame: _Frame,
 ) -> Counterfactual | None:
-    """Compare a film with its twin without one finding; None where most of it is off the film.
+    """Compare an image with its counterfactual; None where most of the finding is out of the field.
 
-    The mask is where rays pass through 0.8 mm or more of the finding, and at least 15 % of its
-    thickest part. The visibility is contrast to noise inside it: the root mean square of the change
-    in that quarter of the mask that changes most, for an eye is drawn by edges, over the standard
-    deviation of the twin film in the mask and 3 mm around it.
+    The mask is where rays cross at least 0.8 mm of the finding, and at least 15 % of its thickest
+    part. The visibility is the contrast-to-noise ratio inside it: the root mean square of the
+    change in the quarter of the mask that changes most, since edges draw the eye, over the standard
+    deviation of the counterfactual image in the mask and 3 mm around it.
 
     Args:
         haze: Scattered over primary radiation at each pixel, shape (H, W).
@@ -239,31 +265,39 @@ def _counterfactual(
     solid = shadow > max(0.8, 0.15 * shadow.max())
     if not solid.any():
         return None
-    mask = (frame.place(solid.astype(np.float32)) > 0.5) & frame.open
-    if mask.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 < PART_ON_FILM * solid.sum():
+    mask = (frame.resample(solid.astype(np.float32)) > 0.5) & frame.open
+    if mask.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 < PART_IN_FIELD * solid.sum():
         return None
     with_it, without = map(vars, scene.twins(view, everything, group, block))
-    more = np.zeros_like(paths.soft)  # of what passes without the finding, natural logarithm
+    more = np.zeros_like(paths.soft)  # log of how much more passes without the finding
     before = {k: v[where] for k, v in vars(paths).items()}
     after = {k: np.maximum(before[k] + (without[k] - with_it[k]), 0.0) for k in before}
     before = {k: np.maximum(v, 0.0) for k, v in before.items()}
     arrive = (np.log(transmission(Paths(**p), frame.drawn["kvp"])) for p in (after, before))
     more[where] = np.subtract(*arrive)
-    # Scatter comes from all around and stays as it is, so that it veils what lies behind metal.
-    part, change = developed.change(-np.log1p(np.expm1(frame.place(more)) / (1.0 + haze)))
+    # Scatter comes from all around and stays as it is, so it veils what lies behind metal.
+    part, change = developed.change(-np.log1p(np.expm1(frame.resample(more)) / (1.0 + haze)))
     change = change * frame.open[part]
-    here, film = mask[part], developed.grey[part]
+    here, grey = mask[part], developed.grey[part]
     if not here.any():
         return None
     px = 2 * round(3.0 / frame.drawn["spacing_mm"]) + 1
     around = cv2.dilate(here.astype(np.uint8), np.ones((px, px), np.uint8)).astype(bool)
-    noise = max(float((film + change)[around].std()), 0.02)
+    noise = max(float((grey + change)[around].std()), 0.02)
     most = np.sort(np.abs(change[here]))[-max(1, here.sum() // 4) :]
     return Counterfactual(float(np.sqrt((most**2).mean())) / noise, mask, part, change)
 
 
 def find_box(shadow: np.ndarray, spacing_mm: float) -> tuple[float, float, float, float]:
-    """Return the box that an annotator would draw round a shadow, (xmin, ymin, xmax, ymax) px."""
+    """Return the box that an annotator would draw around a shadow.
+
+    Args:
+        shadow: The finding's mask, bool (H, W), not empty.
+        spacing_mm: Pixel size.
+
+    Returns:
+        (xmin, ymin, xmax, ymax) in pixels, within the image.
+    """
     rows, columns = (np.flatnonzero(shadow.any(axis=a)) for a in (1, 0))
     margin = BOX_MARGIN_MM / spacing_mm
     height, width = shadow.shape
@@ -273,10 +307,10 @@ def find_box(shadow: np.ndarray, spacing_mm: float) -> tuple[float, float, float
 
 
 def _put_marker(grey: np.ndarray, lateral: bool, frame: _Frame, rng: np.random.Generator) -> None:
-    """Lay a lead letter on the film, in a corner of the open field.
+    """Draw a lead letter into a corner of the open field, in place.
 
-    The patient's right is on a frontal or oblique film's left; a lateral one has the side that is
-    next to the detector, in any corner.
+    On frontal and oblique views the patient's right is on the left; a lateral view has the letter
+    of the side next to the detector, in any corner.
     """
     rows, columns = (np.flatnonzero(frame.open.any(axis=a)) for a in (1, 0))
     size = len(rows) / 420.0
@@ -285,6 +319,6 @@ def _put_marker(grey: np.ndarray, lateral: bool, frame: _Frame, rng: np.random.G
     column = columns[0] + int(len(columns) * (0.05 if right else 0.88))
     letter = "R" if right and not lateral else "L"
     lead = np.zeros(grey.shape, np.float32)
-    place, thick = (int(column), int(row)), max(1, round(2 * size))
-    cv2.putText(lead, letter, place, cv2.FONT_HERSHEY_SIMPLEX, size, 1.0, thick, cv2.LINE_AA)
+    corner, thick = (int(column), int(row)), max(1, round(2 * size))
+    cv2.putText(lead, letter, corner, cv2.FONT_HERSHEY_SIMPLEX, size, 1.0, thick, cv2.LINE_AA)
     grey += (0.97 - grey) * cv2.GaussianBlur(lead, (0, 0), 0.8)

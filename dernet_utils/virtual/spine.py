@@ -1,4 +1,4 @@
-"""The parts of a spine, each as a frame in the donor's millimetres."""
+"""The parts of a spine, each as a coordinate frame in the donor's millimetres."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Vertebra:
-    """A vertebral body as a frame in the donor's millimetres, vectors in (x, y, z) order.
+    """A vertebral body as a coordinate frame in the donor's millimetres, vectors as (x, y, z).
 
     Attributes:
         name: Level, such as ``L1``.
@@ -33,7 +33,7 @@ class Vertebra:
         return np.cross(self.up, self.front) * -1.0
 
     def point(self, left: float = 0.0, front: float = 0.0, up: float = 0.0) -> np.ndarray:
-        """Return a place on the body, in half widths, half depths and half heights.
+        """Return a position on the body, given in half widths, half depths and half heights.
 
         ``point(front=1, up=1)`` is the upper front edge; shape (3,), donor millimetres.
         """
@@ -47,7 +47,15 @@ class Vertebra:
 
 @dataclass(frozen=True)
 class Disc:
-    """The disc between two vertebrae, as a frame in the donor's millimetres."""
+    """The disc between two vertebrae, as a coordinate frame in the donor's millimetres.
+
+    Attributes:
+        below, above: The vertebrae.
+        centre_mm: Centre of the disc, shape (3,).
+        up: Unit vector across the disc, shape (3,).
+        front: Unit vector to the anterior, at right angles to `up`, shape (3,).
+        height_mm: Distance of the two endplates.
+    """
 
     below: Vertebra
     above: Vertebra
