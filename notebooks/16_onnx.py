@@ -57,8 +57,10 @@ from dernet_utils.core import machine
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, NETWORK_NAMES, NETWORKS
 from dernet_utils.dataset.prepared import load_cached
 from dernet_utils.detection import images, prediction, yolo
+from dernet_utils.detection.training import load_detector
 from dernet_utils.imaging.boxes import letterbox
 from dernet_utils.inference import export, onnx_backend
+from dernet_utils.inference.models import read_models
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
 from dernet_utils.metrics import classification, detection, intervals
 from dernet_utils.triage import networks, training
@@ -222,6 +224,18 @@ pd.Series({
 # {ref}`chap:ensemble` and {ref}`chap:yolo11-training`.
 
 # %%
+def eager(module):
+    """Run a module as PyTorch does: one operation after the other."""
+    module.to(memory_format=torch.channels_last)
+
+    def run(batch):
+        with torch.no_grad():
+            out = module(torch.from_numpy(batch))
+        return [one.numpy() for one in (out if isinstance(out, tuple) else (out,))]
+
+    return run
+
+
 decision = read_decision(workspace)
 scored = found[NETWORKS[0]].test["image_id"]
 prob = np.column_stack([found[name].test["prob"] for name in NETWORKS])
@@ -231,24 +245,29 @@ y = pd.Series(open_test_labels(workspace), scored).reindex(test["image_id"]).to_
 boxes_by_torch = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
 enhanced = [load_cached(path) for path in test["cached_path"]]
 stored = list(zip(test["height"], test["width"], strict=True))
+letterboxed = [letterbox(image, numbers.detect_size)[0] for image in enhanced]
+detector, _ = load_detector(workspace.weights / read_models(workspace)["detector"])
+by_eager = eager(export.DetectorModule(detector.cpu()))
+raw_torch = np.stack([by_eager(image[None, None])[0][0] for image in letterboxed])  # (n, 4 + 7, anchors)
 
 
 # %%
-def ask_all(engine):
-    """Each network's probability of every test film by one engine, and boxes down to the smallest score."""
+def run_all(engine):
+    """Each network's probability of every test image by one engine, the raw boxes, and those kept."""
     pipeline = onnx_backend.open_pipeline(folder, engine, threads=1)
     pipeline = replace(pipeline, score_threshold=prediction.MIN_SCORE)
-    looks = [pipeline.run_triage(film) for film in enhanced]
-    columns = np.array([[look.prob for look in own.values()] for own in looks])
+    outputs = [pipeline.run_triage(image) for image in enhanced]
+    columns = np.array([[output.prob for output in own.values()] for own in outputs])
+    raw = np.stack([pipeline.detector(image) for image in letterboxed])
     found_boxes = [
         pipeline.detect(film, shape).assign(image_id=image_id)
         for film, shape, image_id in zip(enhanced, stored, test["image_id"], strict=True)
     ]
-    return columns, pd.concat(found_boxes, ignore_index=True)
+    return columns, raw, pd.concat(found_boxes, ignore_index=True)
 
 
-with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # so many engines abreast
-    answers = dict(zip(onnx_backend.ENGINES, pool.map(ask_all, onnx_backend.ENGINES), strict=True))
+with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # as many engines in parallel
+    results = dict(zip(onnx_backend.ENGINES, pool.map(run_all, onnx_backend.ENGINES), strict=True))
 
 
 # %%
@@ -267,7 +286,7 @@ def furthest_box(own):
 study, rows, falls = test["study_id"].to_numpy(), {}, {}
 area_torch = classification.weighted_auroc(y, by_torch)
 map_torch = detection.mean_average_precision(truth, boxes_by_torch)[0]
-for engine, (columns, own) in answers.items():
+for engine, (columns, raw, own) in results.items():
     score = decision.prob(columns)
     area = classification.weighted_auroc(y, score)
     fall = intervals.bootstrap(lambda w, a=area: a(w) - area_torch(w), study, **draws)
@@ -276,14 +295,21 @@ for engine, (columns, own) in answers.items():
     rows[engine] = {
         "score, furthest": np.abs(score - by_torch).max(),
         "any network's, furthest": np.abs(columns - prob).max(), "box, furthest, px": furthest_box(own),
+        "raw box, furthest, px": np.abs(raw - raw_torch)[:, :4].max(),
+        "raw confidence, furthest": np.abs(raw - raw_torch)[:, 4:].max(),
         "AUROC": classification.auroc(y, score), "less torch's": f"{fall:+.4f}",
         "mAP@0.5": detection.mean_average_precision(truth, own)[0], "less torch's ": f"{in_map:+.4f}",
     }  # fmt: skip
 exact = rows["onnxruntime"], rows["openvino"]
 assert all(row["score, furthest"] < 1e-4 and row["box, furthest, px"] < 0.5 for row in exact)
 assert all(row["any network's, furthest"] < 1e-4 for row in exact)  # a vote may hide one
-assert all(abs(row["AUROC"] - classification.auroc(y, by_torch)) < 5e-4 for row in exact)
-assert all(abs(row["mAP@0.5"] - map_torch) < 5e-4 for row in exact)
+assert all(row["raw box, furthest, px"] < 0.5 for row in exact)
+assert all(row["raw confidence, furthest"] < 1e-4 for row in exact)
+# An untrained detector gives every box nearly the same score: their order, and with it AUROC and
+# mAP, is then decided by the last bit of a sum, which differs between processors.
+if boxes_by_torch["score"].max() > 0.05:
+    assert all(abs(row["AUROC"] - classification.auroc(y, by_torch)) < 5e-4 for row in exact)
+    assert all(abs(row["mAP@0.5"] - map_torch) < 5e-4 for row in exact)
 parity = pd.DataFrame(rows).T
 parity.drop(columns=["less torch's", "less torch's "]).astype(float).round(4)
 
@@ -340,18 +366,6 @@ def made(ask):
         open_gate, LESION_TYPES, 0.5, numbers.timed_px, numbers.timed_size, numbers.cache_px,
         numbers.clip_limit, numbers.tiles,
     )  # fmt: skip
-
-
-def eager(module):
-    """Run a module as PyTorch does: one operation after the other."""
-    module.to(memory_format=torch.channels_last)
-
-    def run(batch):
-        with torch.no_grad():
-            out = module(torch.from_numpy(batch))
-        return [one.numpy() for one in (out if isinstance(out, tuple) else (out,))]
-
-    return run
 
 
 asked = {"PyTorch eager": {name: eager(module) for name, module in modules.items()}}
