@@ -1,50 +1,8 @@
-"""Files as a client sends them: a radiograph of nobody, in each form."""
+"""Files as a client sends them, by the names that tests of the server use: see `dicom_files`."""
 
-from io import BytesIO
+from dicom_files import encode_picture as encoded
+from dicom_files import patient_film as film
+from dicom_files import picture as grey
+from dicom_files import to_bytes as written
 
-import cv2
-import numpy as np
-import pydicom
-
-
-def grey(height=300, width=200, seed=0):
-    """A picture as smooth, and as full of greys, as a radiograph."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    shown = 200 * np.exp(-3 * x**2) + 30 * np.sin(9 * y) + rng.normal(0, 3, (height, width))
-    return shown.clip(0, 255).astype(np.uint8)
-
-
-def film(seed=0, **header) -> bytes:
-    """A DICOM radiograph."""
-    shown = grey(seed=seed)
-    made = pydicom.Dataset()
-    made.file_meta = pydicom.dataset.FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    made.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
-    made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID
-    made.SOPInstanceUID = f"2.25.{1000 + seed}"
-    made.StudyInstanceUID, made.SeriesInstanceUID = "2.25.1", "2.25.2"
-    made.PatientName, made.PatientID, made.PatientBirthDate = "Roe^Jane", "SECRET-7", "19500101"
-    made.PatientSex, made.StudyID, made.AccessionNumber = "F", "1", ""
-    made.StudyDate, made.StudyTime, made.ReferringPhysicianName = "20260101", "120000", ""
-    made.Modality, made.BodyPartExamined = "DX", "LSPINE"
-    made.Rows, made.Columns = shown.shape
-    made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"
-    made.BitsAllocated = made.BitsStored = 8
-    made.HighBit, made.PixelRepresentation = 7, 0
-    made.PixelData = shown.tobytes()
-    for name, value in header.items():
-        setattr(made, name, value)
-    return written(made)
-
-
-def written(made: pydicom.Dataset) -> bytes:
-    """A data set as the bytes of a file."""
-    stream = BytesIO()
-    pydicom.dcmwrite(stream, made, enforce_file_format=True)
-    return stream.getvalue()
-
-
-def encoded(ending=".png", picture=None):
-    return cv2.imencode(ending, grey() if picture is None else picture)[1].tobytes()
+__all__ = ["encoded", "film", "grey", "written"]
