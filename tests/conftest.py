@@ -1,4 +1,4 @@
-"""A small folder in the form of VinDr-SpineXR, for every test that reads one."""
+"""Small folders in the form of VinDr-SpineXR, for every test that reads one."""
 
 import csv
 import shutil
@@ -7,12 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-import pydicom
 import pytest
+from dicom_files import encode, make_dataset
 from exported import detector, exported, networks, service  # noqa: F401  (fixtures)
-from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
-    DigitalXRayImageStorageForPresentation,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -34,31 +32,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_dataset(tmp_path: Path, _tiny_original: Path) -> Path:
     """A copy of its own for each test: 14 train and 4 test studies of two or three images.
 
-    Films are noise over a gradient, 64 to 112 px, in four transfer syntaxes, both photometric
+    Radiographs are noise over a gradient, 64 to 112 px, in four transfer syntaxes, both photometric
     interpretations and 10 to 14 bits. Of three studies one is normal, one has one abnormal image
     and one has two, with a bright patch in each of four boxes; all seven lesion types occur in
     both splits, once by a rarer name.
     """
-    root = tmp_path / "tiny"
-    shutil.copytree(_tiny_original, root)
-    return root
+    return Path(shutil.copytree(_tiny_original, tmp_path / "tiny"))
 
 
 @pytest.fixture(scope="session")
 def _tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "tiny"
+    return write_dataset(root, {"train": 14, "test": 4})
+
+
+def write_dataset(root: Path, studies: dict[str, int]) -> Path:
+    """Write a dataset with this many studies per split, always with the same content."""
     rng = np.random.default_rng(42)
     (root / "annotations").mkdir(parents=True)
-    for split, studies in (("train", 14), ("test", 4)):
+    for split, count in studies.items():
         (root / f"{split}_images").mkdir()
-        rows = [row for study in range(studies) for row in _study(root, split, study, rng)]
+        rows = [row for study in range(count) for row in _study(root, split, study, rng)]
         with (root / f"annotations/{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([ANNOTATION_COLUMNS, *rows])
     return root
 
 
 def _study(root: Path, split: str, study: int, rng: np.random.Generator) -> list[tuple]:
-    """Write a study's films and return its CSV rows."""
+    """Write a study's radiographs and return its CSV rows."""
     study_id, series_id = rng.bytes(16).hex(), rng.bytes(16).hex()
     rows = []
     for number in range(2 + study % 2):
@@ -70,7 +71,10 @@ def _study(root: Path, split: str, study: int, rng: np.random.Generator) -> list
         rows += [(*ids, name, *corners) for name, *corners in boxes]
         rows += [] if boxes else [(*ids, NO_FINDING, "", "", "", "")]
         path = root / f"{split}_images" / f"{image_id}.dicom"
-        write_film(path, height, width, [box[1:] for box in boxes], study + number, rng)
+        grey = np.linspace(0.2, 0.6, width) + rng.normal(0, 0.03, (height, width))
+        for _, xmin, ymin, xmax, ymax in boxes:
+            grey[int(ymin) : int(ymax), int(xmin) : int(xmax)] += 0.3
+        path.write_bytes(_dicom_file(grey, image_id, study + number))
     return rows
 
 
@@ -85,40 +89,22 @@ def _boxes(kind: int, height: int, width: int, rng: np.random.Generator) -> list
     return boxes
 
 
-def write_film(
-    path: Path, height: int, width: int, boxes: list, kind: int, rng: np.random.Generator
-) -> None:
-    """Write one DICOM film whose encoding depends on `kind`."""
-    bits = 10 + kind % 5
-    grey = np.linspace(0.2, 0.6, width) + rng.normal(0, 0.03, (height, width))
-    for xmin, ymin, xmax, ymax in boxes:
-        grey[int(ymin) : int(ymax), int(xmin) : int(xmax)] += 0.3
-    inverted = kind % 3 == 0
-    grey = np.clip(1 - grey if inverted else grey, 0, 1) * (2**bits - 1)
-    film = Dataset()
-    film.file_meta = FileMetaDataset()
-    film.file_meta.TransferSyntaxUID = SYNTAXES[kind % 4]
-    film.SOPClassUID = DigitalXRayImageStorageForPresentation
-    film.SOPInstanceUID = f"2.25.{int(path.stem, 16)}"
-    film.Modality, film.PatientName, film.PatientID = "DX", "", ""
-    film.Rows, film.Columns, film.SamplesPerPixel = height, width, 1
-    film.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
-    film.BitsAllocated, film.BitsStored, film.HighBit = 16, bits, bits - 1
-    film.PixelRepresentation = 0
+def _dicom_file(grey: np.ndarray, image_id: str, kind: int) -> bytes:
+    """A DICOM file of a picture, 0 to 1, whose encoding depends on `kind`."""
+    bits, inverted = 10 + kind % 5, kind % 3 == 0
+    stored = np.clip(1 - grey if inverted else grey, 0, 1) * (2**bits - 1)
+    header = {"SOPInstanceUID": f"2.25.{int(image_id, 16)}"}
+    if inverted:
+        header["PhotometricInterpretation"] = "MONOCHROME1"
     if kind % 2:
-        film.WindowCenter, film.WindowWidth = 2 ** (bits - 1), 2**bits
-    film.PixelData = grey.round().astype("<u2").tobytes()
-    film["PixelData"].VR = "OW"
-    syntax = film.file_meta.TransferSyntaxUID
-    if syntax.is_compressed:
-        film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        film.compress(syntax, generate_instance_uid=False)
-    pydicom.dcmwrite(path, film, enforce_file_format=True)
+        header |= {"WindowCenter": 2 ** (bits - 1), "WindowWidth": 2**bits}
+    dataset = make_dataset(stored.round().astype("<u2"), bits, **header)
+    return encode(dataset, SYNTAXES[kind % 4])
 
 
 @pytest.fixture
 def films(tmp_path):
-    """Six films of noise with a bright patch in each box; the last two for validation."""
+    """Six images of noise with a bright patch in each box; the last two for validation."""
     rng = np.random.default_rng(0)
     images, boxes = [], []
     for number in range(6):

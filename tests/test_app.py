@@ -21,9 +21,9 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import encode_picture, grey_picture, patient_radiograph, to_bytes
 from fastapi.testclient import TestClient
 from pydicom.data import get_testdata_files
-from sent import dicom, encoded, grey, written
 
 from dernet_utils.core.vocabulary import CORNERS, NOTICE
 from dernet_utils.imaging import dicom as imaging_dicom
@@ -43,14 +43,14 @@ from dernet_utils.serving.service import InferenceService
 @pytest.fixture(scope="module")
 def client(service, exported, tmp_path_factory):
     samples = tmp_path_factory.mktemp("samples")
-    (samples / "virtual-1.dcm").write_bytes(dicom())
+    (samples / "virtual-1.dcm").write_bytes(patient_radiograph())
     about = onnx_backend.read_export(exported)
     application = web.make_app(service, about, samples=samples)
     return TestClient(application, base_url="http://127.0.0.1", raise_server_exceptions=False)
 
 
 @pytest.mark.parametrize(
-    "data", [dicom(), encoded(".png"), encoded(".jpg")], ids=["dcm", "png", "jpg"]
+    "data", [patient_radiograph(), encode_picture(".png"), encode_picture(".jpg")], ids=["dcm", "png", "jpg"]
 )
 def test_each_form_is_analysed(client, service, data):
     response = client.post("/api/v1/analyse?picture=true&heat=true", content=data)
@@ -71,7 +71,7 @@ def _png(text):
 
 
 def test_a_rejection_has_reasons_and_may_be_overridden(client):
-    data = dicom(Modality="CT", BodyPartExamined="CHEST")
+    data = patient_radiograph(Modality="CT", BodyPartExamined="CHEST")
     result = client.post("/api/v1/analyse", content=data).json()
     assert result["rejected"] and not result["overridden"] and "score" not in result
     assert [reason["layer"] for reason in result["reasons"]] == ["header", "header"]
@@ -89,23 +89,23 @@ def test_a_rejection_has_reasons_and_may_be_overridden(client):
 
 
 def test_the_html_report(client, service):
-    page = client.post("/api/v1/report/html", content=dicom()).text
-    prediction = service.analyse(dicom()).prediction
+    page = client.post("/api/v1/report/html", content=patient_radiograph()).text
+    prediction = service.analyse(patient_radiograph()).prediction
     assert f"{prediction.score:.3f}" in page and NOTICE in page and "class=warning" not in page
     assert page.count("<tr><td>") == len(prediction.boxes) + 4
     assert "http" not in page  # nothing is loaded from elsewhere
-    pixels = reader.decode_radiograph(encoded()).pixels
+    pixels = reader.decode_radiograph(encode_picture()).pixels
     found_none, not_run = (
         html_page(pixels, replace(prediction, threshold=limit, boxes=prediction.boxes.head(0)), {})
         for limit in (0.0, 1.0)
     )
     assert "None found" in found_none and "not run" in not_run
-    record = client.post("/api/v1/report/json", content=dicom()).json()
+    record = client.post("/api/v1/report/json", content=patient_radiograph()).json()
     assert record["score"] == prediction.score and record["overridden"] == []
 
 
 def test_dicom_reports_hold_the_prediction(client, service):
-    data = dicom()
+    data = patient_radiograph()
     prediction, source = service.analyse(data).prediction, pydicom.dcmread(BytesIO(data))
     response = client.post("/api/v1/report/sr", content=data)
     assert response.headers["content-type"] == "application/dicom"
@@ -129,7 +129,7 @@ def test_dicom_reports_hold_the_prediction(client, service):
 
 @pytest.mark.parametrize("form", ["sr", "sc"])
 def test_dicom_reports_have_no_errors(client, form, tmp_path):
-    data = dicom(Modality="CT")
+    data = patient_radiograph(Modality="CT")
     response = client.post(f"/api/v1/report/{form}?override=true", content=data)
     (tmp_path / "made.dcm").write_bytes(response.content)
     checked = subprocess.run(["dciodvfy", tmp_path / "made.dcm"], capture_output=True, text=True)
@@ -141,12 +141,12 @@ def test_dicom_reports_have_no_errors(client, form, tmp_path):
 
 def test_a_picture_has_no_dicom_report(client):
     for form in ("sr", "sc"):
-        refused = client.post(f"/api/v1/report/{form}", content=encoded())
+        refused = client.post(f"/api/v1/report/{form}", content=encode_picture())
         assert refused.status_code == 422 and "DICOM image" in refused.json()["error"]
 
 
 def test_a_batch_gets_one_line_per_file(client):
-    files = [("files", (f"../{n}", data)) for n, data in enumerate([dicom(), b"junk", encoded()])]
+    files = [("files", (f"../{n}", data)) for n, data in enumerate([patient_radiograph(), b"junk", encode_picture()])]
     response = client.post("/api/v1/analyse-batch", files=files)
     assert response.headers["content-type"].startswith("application/x-ndjson")
     lines = [json.loads(line) for line in response.text.splitlines()]
@@ -178,7 +178,7 @@ def parses(monkeypatch):
 
 
 def test_one_parse_serves_the_analysis_and_every_report(service, exported, parses):
-    analysis, about = service.analyse(dicom()), onnx_backend.read_export(exported)
+    analysis, about = service.analyse(patient_radiograph()), onnx_backend.read_export(exported)
     radiograph, prediction = analysis.radiograph, analysis.prediction
     html_page(radiograph.pixels, prediction, about, analysis.overridden)
     encode(structured_report(radiograph.header, prediction, "test"))
@@ -187,7 +187,7 @@ def test_one_parse_serves_the_analysis_and_every_report(service, exported, parse
 
 
 def test_a_picture_is_parsed_once(service, parses):
-    analysis = service.analyse(encoded())
+    analysis = service.analyse(encode_picture())
     html_page(analysis.radiograph.pixels, analysis.prediction, {}, analysis.overridden)
     assert parses == {"recognise": 1, "imdecode": 1}
 
@@ -197,7 +197,7 @@ def test_a_picture_is_parsed_once(service, parses):
     ["analyse?picture=true&heat=true", "report/html", "report/json", "report/sr", "report/sc"],
 )
 def test_each_request_parses_its_file_once(client, parses, path):
-    assert client.post(f"/api/v1/{path}", content=dicom()).status_code == 200
+    assert client.post(f"/api/v1/{path}", content=patient_radiograph()).status_code == 200
     assert parses == {"dcmread": 1, "recognise": 1}
 
 
@@ -216,7 +216,7 @@ def test_health_model_samples_and_the_page(client):
     paths = client.get("/api/v1/openapi.json").json()["paths"]
     assert {"/api/v1/analyse", "/api/v1/analyse-batch", "/api/v1/report/{form}"} <= set(paths)
     assert client.get("/api/v1/samples").json() == ["virtual-1.dcm"]
-    assert client.get("/api/v1/samples/virtual-1.dcm").content == dicom()
+    assert client.get("/api/v1/samples/virtual-1.dcm").content == patient_radiograph()
     for name in ("..%2Fmanifest.json", "none", "%2Fetc%2Fpasswd"):
         assert client.get(f"/api/v1/samples/{name}").status_code == 404
     page = client.get("/")
@@ -246,15 +246,15 @@ def bomb(side=40_000):
 
 
 def without_pixels():
-    made = pydicom.dcmread(BytesIO(dicom()))
+    made = pydicom.dcmread(BytesIO(patient_radiograph()))
     del made.PixelData
-    return written(made)
+    return to_bytes(made)
 
 
 def zipped():
     stream = BytesIO()
     with zipfile.ZipFile(stream, "w") as made:
-        made.writestr("image.dcm", dicom())
+        made.writestr("image.dcm", patient_radiograph())
     return stream.getvalue()
 
 
@@ -263,17 +263,17 @@ TEXT, NUMBERS = (
 )  # a body part's element, by value representation
 BAD = {
     "text": b"hello", "nothing": b"", "a renamed file": b"%PDF-1.7 " + bytes(500),
-    "truncated DICOM": dicom()[:2000], "cut in the header": dicom()[:140], "huge": bomb(),
-    "a zip": zipped(), "several frames": dicom(NumberOfFrames=2),
+    "truncated DICOM": patient_radiograph()[:2000], "cut in the header": patient_radiograph()[:140], "huge": bomb(),
+    "a zip": zipped(), "several frames": patient_radiograph(NumberOfFrames=2),
     "no pixels": without_pixels(), "invalid UTF-8": b"\xff\xfe\xfa" * 50,
     "hostile SVG": b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
-    "cut PNG": encoded()[:-40], "cut JPEG": encoded(".jpg")[:500],
-    "rows without end": dicom(Rows=65_535, Columns=65_535),
-    "three samples": dicom(SamplesPerPixel=3, PlanarConfiguration=0, PixelData=bytes(180_000)),
-    "colour DICOM": dicom(PhotometricInterpretation="RGB", SamplesPerPixel=3,
+    "cut PNG": encode_picture()[:-40], "cut JPEG": encode_picture(".jpg")[:500],
+    "rows without end": patient_radiograph(Rows=65_535, Columns=65_535),
+    "three samples": patient_radiograph(SamplesPerPixel=3, PlanarConfiguration=0, PixelData=bytes(180_000)),
+    "colour DICOM": patient_radiograph(PhotometricInterpretation="RGB", SamplesPerPixel=3,
                           PlanarConfiguration=0),
-    "bits elsewhere": dicom(HighBit=6),
-    "a body part of numbers": dicom(BodyPartExamined="Roe^Jane^2").replace(TEXT, NUMBERS),
+    "bits elsewhere": patient_radiograph(HighBit=6),
+    "a body part of numbers": patient_radiograph(BodyPartExamined="Roe^Jane^2").replace(TEXT, NUMBERS),
 }  # fmt: skip
 
 
@@ -288,9 +288,9 @@ def test_an_unreadable_file_is_refused_with_a_sentence(client, data, path):
 
 
 def test_a_file_that_inflates_without_end_is_refused(client, monkeypatch):
-    made = pydicom.dcmread(BytesIO(dicom()))
+    made = pydicom.dcmread(BytesIO(patient_radiograph()))
     made.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
-    data = written(made)
+    data = to_bytes(made)
     assert client.post("/api/v1/analyse?override=true", content=data).status_code == 200
     monkeypatch.setattr(imaging_dicom, "MOST_PIXELS", 100_000)
     start = 144 + int.from_bytes(data[140:144], "little")
@@ -302,7 +302,7 @@ def test_a_file_that_inflates_without_end_is_refused(client, monkeypatch):
 def compressed(client, made, coded):
     """Return the response to a DICOM image with these bytes as its compressed pixels."""
     made.PixelData = pydicom.encaps.encapsulate([coded])
-    return client.post("/api/v1/analyse?override=true", content=written(made))
+    return client.post("/api/v1/analyse?override=true", content=to_bytes(made))
 
 
 @pytest.mark.parametrize(
@@ -310,16 +310,16 @@ def compressed(client, made, coded):
     [(".jpg", pydicom.uid.JPEGBaseline8Bit), (".jp2", pydicom.uid.JPEG2000)],
 )
 def test_a_compressed_picture_has_the_size_of_its_header(client, ending, syntax):
-    made = pydicom.dcmread(BytesIO(dicom()))
+    made = pydicom.dcmread(BytesIO(patient_radiograph()))
     made.file_meta.TransferSyntaxUID = syntax
     for shape, status in (((300, 200), 200), ((310, 200), 422)):
-        response = compressed(client, made, encoded(ending, grey(*shape)))
+        response = compressed(client, made, encode_picture(ending, grey_picture(*shape)))
         assert response.status_code == status
     assert "310" in response.json()["error"] and "200" in response.json()["error"]
 
 
 def test_run_lengths_are_no_more_than_a_picture_needs(client):
-    made = pydicom.dcmread(BytesIO(dicom()))
+    made = pydicom.dcmread(BytesIO(patient_radiograph()))
     made.compress(pydicom.uid.RLELossless)
     frame = pydicom.encaps.get_frame(made.PixelData, 0, number_of_frames=1)
     for coded, status in ((frame, 200), (frame + bytes(2 * 300 * 200), 422)):
@@ -342,7 +342,7 @@ ODD = {
 @pytest.mark.parametrize("form", ["sr", "sc"])
 def test_an_odd_header_still_gets_its_report(client, form, header):
     """Values that a report cannot hold are left empty; names are kept in any character set."""
-    response = client.post(f"/api/v1/report/{form}", content=dicom(**header))
+    response = client.post(f"/api/v1/report/{form}", content=patient_radiograph(**header))
     assert response.status_code == 200, response.text
     report = pydicom.dcmread(BytesIO(response.content))
     name = header.get("PatientName", "Roe^Jane")
@@ -353,17 +353,17 @@ def test_an_odd_header_still_gets_its_report(client, form, header):
 @pytest.mark.parametrize("header", ODD.values(), ids=ODD)
 def test_reports_leave_the_header_as_it_was(service, header):
     """So that the second report from one analysis has the same names as the first."""
-    analysis = service.analyse(dicom(**header))
+    analysis = service.analyse(patient_radiograph(**header))
     radiograph, prediction = analysis.radiograph, analysis.prediction
-    before = written(deepcopy(radiograph.header))
+    before = to_bytes(deepcopy(radiograph.header))
     report = structured_report(radiograph.header, prediction, "test")
     capture = secondary_capture(radiograph.header, radiograph.pixels, prediction)
-    assert written(deepcopy(radiograph.header)) == before
+    assert to_bytes(deepcopy(radiograph.header)) == before
     assert capture.PatientName == report.PatientName and str(report.PatientName).startswith("Roe")
 
 
 def test_a_header_that_no_report_can_hold_is_refused(client):
-    refused = client.post("/api/v1/report/sr", content=dicom(SOPClassUID="1.2.3.4.5"))
+    refused = client.post("/api/v1/report/sr", content=patient_radiograph(SOPClassUID="1.2.3.4.5"))
     assert refused.status_code == 422 and "header" in refused.json()["error"]
 
 
@@ -386,9 +386,9 @@ def test_an_upload_beyond_the_limit_is_refused(client, monkeypatch):
 
 
 def test_a_malformed_parameter_is_named(client):
-    refused = client.post("/api/v1/report/pdf", content=dicom())
+    refused = client.post("/api/v1/report/pdf", content=patient_radiograph())
     assert refused.status_code == 422 and "form" in refused.json()["error"]
-    refused = client.post("/api/v1/analyse?override=perhaps", content=dicom())
+    refused = client.post("/api/v1/analyse?override=perhaps", content=patient_radiograph())
     assert refused.status_code == 422 and "override" in refused.json()["error"]
 
 
@@ -458,8 +458,8 @@ def test_an_internal_error_is_reported_and_its_message_is_not_logged(client, cap
         client.app, base_url="http://127.0.0.1"
     )  # it raises what the application does not handle
     with caplog.at_level(logging.DEBUG):
-        response = strict.post("/api/v1/analyse", content=dicom())
-        files = [("files", ("a.dcm", dicom()))] * 2
+        response = strict.post("/api/v1/analyse", content=patient_radiograph())
+        files = [("files", ("a.dcm", patient_radiograph()))] * 2
         lines = strict.post("/api/v1/analyse-batch", files=files).text.splitlines()
     assert response.status_code == 500 and len(lines) == 2
     for body in (response.json(), *map(json.loads, lines)):
@@ -481,12 +481,12 @@ def test_a_stalled_upload_ends_with_an_error(monkeypatch):
 
 def test_nothing_is_kept_or_logged(client, caplog, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    odd = dicom(PatientSex="Roe, too long for a code", Modality="Roe-modality-Roe")
+    odd = patient_radiograph(PatientSex="Roe, too long for a code", Modality="Roe-modality-Roe")
     caplog.clear()
     with caplog.at_level(logging.DEBUG):
-        client.post("/api/v1/analyse", content=dicom())
+        client.post("/api/v1/analyse", content=patient_radiograph())
         assert client.post("/api/v1/report/sr?override=true", content=odd).status_code == 200
-        client.post("/api/v1/analyse-batch", files=[("files", ("Roe^Jane.dcm", dicom() * 3))])
+        client.post("/api/v1/analyse-batch", files=[("files", ("Roe^Jane.dcm", patient_radiograph() * 3))])
     for secret in ("Roe", "SECRET-7", "19500101"):
         assert secret not in caplog.text
     assert list(tmp_path.iterdir()) == []
@@ -508,7 +508,7 @@ def held_up(service, monkeypatch):
 
 @pytest.mark.parametrize(
     "held, admitted",
-    [(web.MAX_BYTES_HELD, web.MAX_WAITING + 1), (2 * len(dicom()), 2)],
+    [(web.MAX_BYTES_HELD, web.MAX_WAITING + 1), (2 * len(patient_radiograph()), 2)],
     ids=["many", "much"],
 )
 def test_requests_beyond_the_queue_are_asked_to_retry(
@@ -523,7 +523,7 @@ def test_requests_beyond_the_queue_are_asked_to_retry(
     ):
 
         def send():
-            responses.append(client.post("/api/v1/analyse", content=dicom()))
+            responses.append(client.post("/api/v1/analyse", content=patient_radiograph()))
 
         clients = [threading.Thread(target=send) for _ in range(admitted + 3)]
         for one in clients:

@@ -15,8 +15,8 @@ import pydicom
 import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
+from dicom_files import encode_picture, grey_picture, patient_radiograph
 from playwright.sync_api import Page, sync_playwright
-from sent import dicom, encoded, grey
 
 from dernet_utils.core.vocabulary import NOTICE
 from dernet_utils.inference import onnx_backend
@@ -27,7 +27,7 @@ from dernet_utils.serving import web
 def address(service, exported, tmp_path_factory) -> Iterator[str]:
     """The address of a running server."""
     samples = tmp_path_factory.mktemp("samples")
-    (samples / "virtual-1.dcm").write_bytes(dicom(seed=3))
+    (samples / "virtual-1.dcm").write_bytes(patient_radiograph(seed=3))
     about = onnx_backend.read_export(exported)
     application = web.make_app(service, about, samples=samples)
     with socket.socket() as free:
@@ -90,7 +90,7 @@ def picture_of(page: Page) -> np.ndarray:
 
 
 def test_each_form_is_shown_with_its_result(page):
-    upload(page, ("a.dcm", dicom()), ("b.png", encoded()), ("c.jpg", encoded(".jpg")))
+    upload(page, ("a.dcm", patient_radiograph()), ("b.png", encode_picture()), ("c.jpg", encode_picture(".jpg")))
     assert page.locator("#radiographs small").all_text_contents()[0].startswith("abnormal, score")
     for number in range(3):
         page.locator("#radiographs button").nth(number).click()
@@ -102,7 +102,7 @@ def test_each_form_is_shown_with_its_result(page):
 
 
 def test_dragging_changes_the_window_and_buttons_the_view(page):
-    upload(page, ("a.png", encoded()))
+    upload(page, ("a.png", encode_picture()))
     page.locator("#minimum").fill("1")  # without boxes
     first = picture_of(page)
     page.locator("#canvas").evaluate("canvas => canvas.scrollIntoView({block: 'center'})")
@@ -135,7 +135,7 @@ def test_dragging_changes_the_window_and_buttons_the_view(page):
 
 
 def test_boxes_are_switched_by_type_and_confidence(page):
-    upload(page, ("a.dcm", dicom()))
+    upload(page, ("a.dcm", patient_radiograph()))
     rows = page.locator("#boxes tr").count()
     shown = picture_of(page)
     first = page.locator("#types label").first
@@ -150,7 +150,7 @@ def test_boxes_are_switched_by_type_and_confidence(page):
 
 
 def test_no_lesion_found_differs_from_a_detector_not_run(page):
-    upload(page, ("chest.dcm", dicom(BodyPartExamined="CHEST")))
+    upload(page, ("chest.dcm", patient_radiograph(BodyPartExamined="CHEST")))
     decisions = iter(("abnormal", "normal"))
 
     def respond(route):
@@ -160,14 +160,14 @@ def test_no_lesion_found_differs_from_a_detector_not_run(page):
     page.locator("#override").click()
     page.locator("#none", has_text="found no lesions").wait_for()
     assert page.locator("#boxes-part").is_hidden()
-    upload(page, ("chest.dcm", dicom(BodyPartExamined="CHEST")))
+    upload(page, ("chest.dcm", patient_radiograph(BodyPartExamined="CHEST")))
     page.locator("#radiographs button").nth(1).click()
     page.locator("#override").click()
     page.locator("#none", has_text="not run").wait_for()
 
 
 def test_every_report_is_downloaded(page, tmp_path):
-    upload(page, ("a.dcm", dicom()))
+    upload(page, ("a.dcm", patient_radiograph()))
     for form in ("html", "json", "sr", "sc"):
         with page.expect_download() as waiting:
             page.locator(f"#reports [data-form={form}]").click()
@@ -183,8 +183,8 @@ def test_every_report_is_downloaded(page, tmp_path):
 
 
 def test_a_rejection_is_shown_and_overridden(page):
-    photo = np.dstack([grey(), grey(seed=1) // 2, grey()])
-    upload(page, ("photo.png", encoded(picture=photo)), ("words.txt", b"no picture at all"))
+    photo = np.dstack([grey_picture(), grey_picture(seed=1) // 2, grey_picture()])
+    upload(page, ("photo.png", encode_picture(picture=photo)), ("words.txt", b"no picture at all"))
     states = page.locator("#radiographs small").all_text_contents()
     assert states[0] == "rejected" and states[1].endswith(".") and "DICOM" in states[1]
     page.locator("#radiographs button").first.click()
@@ -199,7 +199,7 @@ def test_a_rejection_is_shown_and_overridden(page):
 def test_a_radiograph_chosen_while_it_waits_is_shown_when_it_is_analysed(page):
     held = []
     page.route("**/api/v1/analyse*", lambda route: held.append(route))
-    files = [(f"{name}.png", encoded()) for name in "abc"]
+    files = [(f"{name}.png", encode_picture()) for name in "abc"]
     page.set_input_files(
         "#files", [{"name": n, "mimeType": "image/png", "buffer": d} for n, d in files]
     )
@@ -216,12 +216,12 @@ def test_a_radiograph_chosen_while_it_waits_is_shown_when_it_is_analysed(page):
     assert last.get_attribute("aria-current") == "true"
     assert last.evaluate("button => button === document.activeElement")  # the focus has stayed
     page.unroute("**/api/v1/analyse*")
-    upload(page, ("d.png", encoded()))
+    upload(page, ("d.png", encode_picture()))
     assert page.locator("#radiographs button").nth(3).get_attribute("aria-current") == "true"
 
 
 def test_an_override_that_fails_leaves_the_rejection(page):
-    upload(page, ("chest.dcm", dicom(BodyPartExamined="CHEST")))
+    upload(page, ("chest.dcm", patient_radiograph(BodyPartExamined="CHEST")))
     gone = {"status": 422, "json": {"error": "Gone."}}
     page.route("**/api/v1/analyse*override=true", lambda route: route.fulfill(**gone))
     page.locator("#override").click()
@@ -234,17 +234,17 @@ def test_an_override_that_fails_leaves_the_rejection(page):
 
 
 def test_failed_files_are_not_counted_as_analysed(page):
-    upload(page, ("a.png", encoded()), ("words.dcm", b"no picture at all"))
+    upload(page, ("a.png", encode_picture()), ("words.dcm", b"no picture at all"))
     assert page.locator("#status").text_content().startswith("1 of 2 ")
     assert "words.dcm: " in page.locator("#status").text_content()
     page.route("**/api/v1/analyse*", lambda route: route.abort())
-    upload(page, ("b.png", encoded()))
+    upload(page, ("b.png", encode_picture()))
     status = page.locator("#status").text_content()
     assert status.startswith("0 of 1 ") and "could not be sent" in status
 
 
 def test_two_clicks_request_one_heat_map(page):
-    upload(page, ("a.png", encoded()), ("b.png", encoded()))
+    upload(page, ("a.png", encode_picture()), ("b.png", encode_picture()))
     held = []
     page.route("**/api/v1/analyse?heat=true*", lambda route: held.append(route))
     buttons = page.locator("#radiographs button")
@@ -261,7 +261,7 @@ def test_two_clicks_request_one_heat_map(page):
 
 
 def test_an_override_is_listed_while_another_radiograph_is_shown(page):
-    upload(page, ("chest.dcm", dicom(BodyPartExamined="CHEST")), ("b.png", encoded()))
+    upload(page, ("chest.dcm", patient_radiograph(BodyPartExamined="CHEST")), ("b.png", encode_picture()))
     page.locator("#radiographs button").nth(0).click()
     held = []
     page.route("**/api/v1/analyse*override=true", lambda route: held.append(route))
@@ -272,7 +272,7 @@ def test_an_override_is_listed_while_another_radiograph_is_shown(page):
 
 
 def test_the_browser_keeps_its_keys(page):
-    upload(page, ("a.png", encoded()))
+    upload(page, ("a.png", encode_picture()))
     page.locator("#minimum").fill("1")
     first = picture_of(page)
     page.locator("#canvas").press("Control+i")
@@ -288,13 +288,13 @@ def test_a_sample_radiograph(page):
 
 
 def test_axe_finds_no_accessibility_violation(page):
-    upload(page, ("a.dcm", dicom()))
+    upload(page, ("a.dcm", patient_radiograph()))
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
 
 
 def test_the_keyboard_reaches_everything(page):
-    upload(page, ("a.dcm", dicom()))
+    upload(page, ("a.dcm", patient_radiograph()))
     reached = set()
     page.locator("body").press("Tab")
     for _ in range(40):

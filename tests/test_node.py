@@ -6,9 +6,9 @@ from io import BytesIO
 
 import pydicom
 import pytest
+from dicom_files import patient_radiograph
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import CTImageStorage, DigitalXRayImageStorageForPresentation
-from sent import dicom
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.serving.dicom_node import REPORTS, Node, Peer
@@ -57,11 +57,11 @@ def logged(caplog):
 def test_an_image_comes_in_and_two_reports_go_out(service, archive, caplog):
     peer, reports, both = archive
     with caplog.at_level(logging.INFO), Node(service, "test", peer, port=0) as node:
-        assert send(node, dicom()) == 0x0000
+        assert send(node, patient_radiograph()) == 0x0000
         assert both.wait(60)
     report, capture = reports
-    source = pydicom.dcmread(BytesIO(dicom()))
-    prediction = service.analyse(dicom()).prediction
+    source = pydicom.dcmread(BytesIO(patient_radiograph()))
+    prediction = service.analyse(patient_radiograph()).prediction
     assert read_report(report)["score"] == pytest.approx(prediction.score, abs=1e-6)
     assert report.StudyInstanceUID == capture.StudyInstanceUID == source.StudyInstanceUID
     assert capture.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
@@ -73,9 +73,9 @@ def test_an_image_comes_in_and_two_reports_go_out(service, archive, caplog):
 def test_a_rejected_or_unreadable_image_gets_no_report(service, archive, caplog):
     peer, reports, both = archive
     with Node(service, "test", peer, port=0) as node:
-        assert send(node, dicom(BodyPartExamined="CHEST")) == 0x0000
-        assert send(node, dicom(PhotometricInterpretation="PALETTE COLOR")) == 0x0000
-        assert send(node, dicom(seed=2)) == 0x0000  # and the node goes on
+        assert send(node, patient_radiograph(BodyPartExamined="CHEST")) == 0x0000
+        assert send(node, patient_radiograph(PhotometricInterpretation="PALETTE COLOR")) == 0x0000
+        assert send(node, patient_radiograph(seed=2)) == 0x0000  # and the node goes on
         assert both.wait(60)
     assert len(reports) == 2
     warnings = logged(caplog)
@@ -92,7 +92,7 @@ def test_an_invalid_title_is_refused(service, title):
 
 def test_the_log_names_an_image_without_reports_and_the_unreachable_peer(service, caplog):
     with Node(service, "test", Peer("NOBODY", "127.0.0.1", 9), port=0) as node:
-        assert send(node, dicom()) == 0x0000
+        assert send(node, patient_radiograph()) == 0x0000
     (line,) = logged(caplog)
     assert line.startswith("2.25.1000") and "NOBODY at 127.0.0.1:9" in line
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
-from sent import dicom
+from dicom_files import patient_radiograph
 
 from dernet_utils.serving.dicom_node import Node, Peer
 from dernet_utils.serving.dicom_report import read_report
@@ -85,8 +85,8 @@ def archive(service, tmp_path):
 
 
 def test_an_archive_sends_an_image_and_gets_its_reports(archive, service, tmp_path):
-    source = pydicom.dcmread(BytesIO(dicom()))
-    stored = json.loads(archive.request("instances", dicom()))["ID"]
+    source = pydicom.dcmread(BytesIO(patient_radiograph()))
+    stored = json.loads(archive.request("instances", patient_radiograph()))["ID"]
     archive.request("modalities/dernet/store", stored.encode())
     for _ in range(600):
         if len(json.loads(archive.request("instances"))) == 3:
@@ -104,7 +104,7 @@ def test_an_archive_sends_an_image_and_gets_its_reports(archive, service, tmp_pa
         assert "Error" not in checked.stdout + checked.stderr
 
     stored_report = pydicom.dcmread(tmp_path / f"{report}.dcm")
-    contents, prediction = read_report(stored_report), service.analyse(dicom()).prediction
+    contents, prediction = read_report(stored_report), service.analyse(patient_radiograph()).prediction
     assert contents["score"] == pytest.approx(prediction.score, abs=1e-6)
     assert len(contents["boxes"]) == len(prediction.boxes) > 0
     assert stored_report.PatientID == source.PatientID

@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import grey_picture, to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sent import grey, written
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.radiograph import Radiograph
@@ -55,7 +55,7 @@ def test_each_header_reason_names_the_values(tiny_dataset, header, values):
     dataset = pydicom.dcmread(next((tiny_dataset / "test_images").glob("*.dicom")))
     for name, value in header.items():
         setattr(dataset, name, value)
-    reasons = ood.header_reasons(decode_radiograph(written(dataset)))
+    reasons = ood.header_reasons(decode_radiograph(to_bytes(dataset)))
     assert [reason.layer for reason in reasons] == ["header"] * len(values)
     for reason, expected in zip(reasons, values, strict=True):
         assert all(value in reason.text for value in expected)
@@ -67,12 +67,12 @@ def test_a_malformed_element_is_an_error(monkeypatch):
 
     monkeypatch.setattr(pydicom.Dataset, "get", fail)
     with pytest.raises(DernetError, match="malformed") as refused:
-        ood.header_reasons(Radiograph(grey(), "DICOM", pydicom.Dataset()))
+        ood.header_reasons(Radiograph(grey_picture(), "DICOM", pydicom.Dataset()))
     assert "Roe" not in str(refused.value)
 
 
 def test_a_picture_has_no_header():
-    assert ood.header_reasons(read(grey())) == []
+    assert ood.header_reasons(read(grey_picture())) == []
 
 
 # --- Picture -----------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def test_a_picture_has_no_header():
 
 def test_a_radiograph_is_not_rejected():
     for seed in range(5):
-        assert facts_outside(grey(seed=seed)) == set()
-    jpeg = cv2.imencode(".jpg", grey())[1].tobytes()
+        assert facts_outside(grey_picture(seed=seed)) == set()
+    jpeg = cv2.imencode(".jpg", grey_picture())[1].tobytes()
     assert ood.picture_reasons(ood.picture_facts(decode_radiograph(jpeg))) == []
 
 
@@ -95,11 +95,11 @@ def page():
 @pytest.mark.parametrize(
     ("picture", "fact"),
     [
-        (np.dstack([grey(), grey(seed=1) // 2, grey()]), "colour"),
-        (grey(100, 60), "short_side"),
-        (grey(2000, 200), "elongation"),
-        (100 + grey() // 20, "range"),
-        (grey() // 16 * 16, "levels"),
+        (np.dstack([grey_picture(), grey_picture(seed=1) // 2, grey_picture()]), "colour"),
+        (grey_picture(100, 60), "short_side"),
+        (grey_picture(2000, 200), "elongation"),
+        (100 + grey_picture() // 20, "range"),
+        (grey_picture() // 16 * 16, "levels"),
         (page(), "paper"),
         (np.random.default_rng(0).integers(0, 256, (300, 300), dtype=np.uint8), "smoothness"),
         (np.zeros((300, 300), np.uint8), "levels"),

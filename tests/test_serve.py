@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from sent import dicom
+from dicom_files import patient_radiograph
 from smoke import run_dernet
 
 from dernet_utils.core.files import PROJECT
@@ -72,18 +72,18 @@ def test_many_clients_at_once(server):
     """Each response is right or asks to retry later; memory does not grow."""
     process, address = server
     url = f"{address}analyse?override=true"
-    expected = json.loads(post(url, dicom())[1])
+    expected = json.loads(post(url, patient_radiograph())[1])
     responses, stop = [], time.monotonic() + SECONDS
 
     def send():
         while time.monotonic() < stop:
-            status, body, headers = post(url, dicom())
+            status, body, headers = post(url, patient_radiograph())
             responses.append((status, body, headers))
             if status == 503:
                 time.sleep(0.2)
 
     for _ in range(8):
-        post(url, dicom())
+        post(url, patient_radiograph())
     before = megabytes(process)
     clients = [threading.Thread(target=send) for _ in range(CLIENTS)]
     for client in clients:
@@ -111,13 +111,13 @@ def test_a_batch_that_has_begun_is_finished(server):
 
     def send():
         while not stop.is_set():
-            post(single, dicom())
+            post(single, patient_radiograph())
 
     clients = [threading.Thread(target=send) for _ in range(CLIENTS)]
     boundary, parts = "together", b""
     for number in range(4):
         head = f'Content-Disposition: form-data; name="files"; filename="{number}"'
-        parts += f"--{boundary}\r\n{head}\r\n\r\n".encode() + dicom(seed=number) + b"\r\n"
+        parts += f"--{boundary}\r\n{head}\r\n\r\n".encode() + patient_radiograph(seed=number) + b"\r\n"
     request = urllib.request.Request(
         f"{address}analyse-batch?override=true",
         parts + f"--{boundary}--\r\n".encode(),
@@ -141,9 +141,9 @@ def test_a_client_that_disconnects_frees_its_place(server):
     head = f"POST {url.path}analyse HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Length: 9999\r\n\r\n"
     for _ in range(CLIENTS):
         with socket.create_connection((url.hostname, url.port)) as client:
-            client.sendall(head.encode() + dicom()[:2000])
+            client.sendall(head.encode() + patient_radiograph()[:2000])
     deadline = time.monotonic() + 10
-    while (status := post(f"{address}analyse", dicom())[0]) == 503:
+    while (status := post(f"{address}analyse", patient_radiograph())[0]) == 503:
         assert time.monotonic() < deadline
     assert status == 200
 
@@ -152,7 +152,7 @@ def test_no_name_is_printed(server):
     """Libraries warn of names without parts; the fixture asserts that the server prints nothing."""
     _, address = server
     for form in ("sr", "sc"):
-        data = dicom(PatientName="Roe", PatientSex="Roe, too long for a code")
+        data = patient_radiograph(PatientName="Roe", PatientSex="Roe, too long for a code")
         assert post(f"{address}report/{form}?override=true", data)[0] == 200
 
 

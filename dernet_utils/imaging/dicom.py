@@ -120,6 +120,8 @@ def _read(file: BinaryIO, whole: bool) -> pydicom.Dataset:
         file.seek(0)
         header = pydicom.dcmread(file, stop_before_pixels=not whole)
         reason = _refusal(header, whole)
+    except UserWarning as error:  # pydicom's "End of file reached"
+        raise DernetError("the DICOM file is cut short; copy it again.") from error
     except Exception as error:
         raise DernetError(
             f"the DICOM header cannot be read ({brief_reason(error)}); copy or export the file "

@@ -4,6 +4,8 @@
 packed two entries to a word, and its VOI LUT of 8-bit entries wraps positions beyond 255.
 """
 
+import math
+
 import numpy as np
 import pydicom
 
@@ -115,15 +117,14 @@ def _apply_window(values: np.ndarray, center: float, width: float, function: str
 def _lut_table(dataset: pydicom.Dataset, item: pydicom.Dataset) -> np.ndarray:
     """Return the entries of a LUT, float (N,)."""
     data = item.LUTData
+    if data is None:
+        raise ValueError("a LUT without entries")
     if isinstance(data, bytes):
         entries = int(item.LUTDescriptor[0]) or 2**16
         order = "<" if dataset.original_encoding[1] else ">"
         # 8-bit entries may be packed two to a word.
         data = np.frombuffer(data, "u1" if len(data) < 2 * entries else f"{order}u2")[:entries]
-    table = np.atleast_1d(np.asarray(data, float))
-    if table.size == 0:
-        raise ValueError("a LUT without entries")
-    return table
+    return np.atleast_1d(np.asarray(data, float))
 
 
 def _look_up(table: np.ndarray, item: pydicom.Dataset, values: np.ndarray) -> np.ndarray:
@@ -138,4 +139,9 @@ def _first(dataset: pydicom.Dataset, keyword: str) -> float | None:
     value = dataset.get(keyword)
     if isinstance(value, pydicom.multival.MultiValue):
         value = value[0] if len(value) else None
-    return None if value is None or value == "" else float(value)
+    if value is None or value == "":
+        return None
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{keyword} is {number}")
+    return number
