@@ -1,4 +1,4 @@
-"""data.py: every kind of dirt is found where it is, and a clean folder is read as it is."""
+"""A folder's problems are found where they are, and a clean folder is read as it is."""
 
 import csv
 import json
@@ -9,16 +9,14 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from dicom_files import cut_frame, make_dataset, to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydicom.encaps import encapsulate, generate_frames
 
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.profiles import get_profile
 from dernet_utils.core.vocabulary import ANNOTATION_COLUMNS, LESION_TYPES, PAPER_CODES, RARER_TYPES
-from dernet_utils.core.workspace import Workspace
 from dernet_utils.dataset.check import check_dataset, repair_dataset
-from dernet_utils.dataset.folds import load_folds, make_folds
+from dernet_utils.dataset.folds import make_folds
 from dernet_utils.dataset.tables import BOXES, IMAGES, read_dataset, read_manifest
 
 TRAIN, TEST = "annotations/train.csv", "annotations/test.csv"
@@ -68,13 +66,12 @@ def messages(root: Path) -> str:
     return "\n".join(str(problem) for problem in check_dataset(root).problems)
 
 
-# ── A clean folder ───────────────────────────────────────────────────────────────────────
+# --- A clean folder ---------------------------------------------------------------------------
 
 
 def test_a_clean_folder_has_no_problem_and_a_fingerprint_that_counts_what_is_there(tiny_dataset):
     report = check_dataset(tiny_dataset)
     assert report.problems == []
-    rows = pd.concat([pd.read_csv(tiny_dataset / file) for file in (TRAIN, TEST)])
     for split, studies in (("train", 14), ("test", 4)):
         prints = report.fingerprint[split]
         files = list((tiny_dataset / f"{split}_images").iterdir())
@@ -112,9 +109,19 @@ def test_reading_gives_typed_tables_that_equal_the_files(tiny_dataset):
     assert dataset.images["boxes"].sum() == len(lesions)
     assert list(dataset.images.columns) == list(IMAGES.columns)
     for image in dataset.images.itertuples():
-        header = pydicom.dcmread(image.path, stop_before_pixels=True)
+        header = pydicom.dcmread(image.dicom_path, stop_before_pixels=True)
         assert header.SOPInstanceUID == f"2.25.{int(image.image_id, 16)}"
+        assert (image.height, image.width, image.view) == (header.Rows, header.Columns, "")
         assert image.abnormal == (image.image_id in set(lesions["image_id"]))
+
+
+def test_the_view_is_that_of_the_header(tiny_dataset):
+    row = row_of(tiny_dataset, lesion=False)
+    stored = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    film(tiny_dataset, row).write_bytes(to_bytes(make_dataset(stored, 12, ViewPosition="LL")))
+    images = read_dataset(tiny_dataset).images.set_index("image_id")
+    image = images.loc[cell(tiny_dataset, row, "image_id")]
+    assert (image.view, image.height, image.width) == ("LL", 3, 4)
 
 
 def test_the_columns_may_stand_in_any_order_and_with_a_byte_order_mark(tiny_dataset):
@@ -140,7 +147,7 @@ def test_each_rarer_type_is_folded(tiny_dataset, name):
     assert read_dataset(tiny_dataset).boxes["lesion_type"].iloc[0] == "Other lesions"
 
 
-# ── Dirt ─────────────────────────────────────────────────────────────────────────────────
+# --- Dirt -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("column", ANNOTATION_COLUMNS)
@@ -280,10 +287,8 @@ def test_a_cut_codestream_in_a_whole_file_is_found(tiny_dataset):
     for path in (tiny_dataset / "train_images").iterdir():
         header = pydicom.dcmread(path)
         if header.file_meta.TransferSyntaxUID.is_compressed:
-            frame = next(generate_frames(header.PixelData, number_of_frames=1))
-            header.PixelData = encapsulate([frame[: len(frame) // 2 * 2 - 64]])
-            header.save_as(path)
-            assert f"{path.name} is truncated or damaged" in messages(tiny_dataset)
+            cut_frame(header).save_as(path)
+            assert f"{path.name} cannot be used" in messages(tiny_dataset)
             return
     pytest.fail("no compressed film in the fixture")
 
@@ -319,7 +324,7 @@ def test_a_folder_that_is_no_dataset(tmp_path, function):
             function(folder)
 
 
-# ── Repair ───────────────────────────────────────────────────────────────────────────────
+# --- Repair -----------------------------------------------------------------------------------
 
 
 def test_repair_drops_and_clips_and_says_so(tiny_dataset, tmp_path):
@@ -375,7 +380,7 @@ def test_repair_overwrites_nothing_and_leaves_other_problems(tiny_dataset, tmp_p
     assert found(tmp_path / "other") == [(TRAIN, row)]
 
 
-# ── Folds ────────────────────────────────────────────────────────────────────────────────
+# --- Folds ------------------------------------------------------------------------------------
 
 
 def images_of(sizes: list[int], labels: list[bool]) -> pd.DataFrame:
@@ -422,39 +427,6 @@ def test_folds_refuse_the_test_split_too_few_studies_and_one_label():
         make_folds(images, 7, 42)
     with pytest.raises(DernetError, match="normal and abnormal"):
         make_folds(images.assign(abnormal=True), 3, 42)
-
-
-@pytest.fixture
-def workspace(tiny_dataset, tmp_path, monkeypatch) -> Workspace:
-    monkeypatch.setenv("DERNET_DATA", str(tiny_dataset))
-    return Workspace(get_profile("paper"), tmp_path / "runs/paper")
-
-
-def test_folds_are_written_once_and_read_afterwards(workspace):
-    images = read_dataset(workspace.data_root).images
-    folds = load_folds(workspace, images)
-    path = workspace.tables / "folds.parquet"
-    written = path.stat().st_mtime_ns
-    train = images.query("split == 'train'")
-    pd.testing.assert_frame_equal(folds, make_folds(train, 5, 42), check_dtype=False)
-    pd.testing.assert_frame_equal(load_folds(workspace, images), folds)
-    assert path.stat().st_mtime_ns == written
-    assert [file.name for file in workspace.tables.iterdir()] == ["folds.parquet"]
-
-
-def test_folds_that_do_not_fit_are_refused_not_replaced(workspace):
-    path = workspace.tables / "folds.parquet"
-    images = read_dataset(workspace.data_root).images
-    folds = load_folds(workspace, images)
-    for wrong in (folds.iloc[1:], folds.assign(fold=0), folds.assign(fold=np.arange(35) % 5)):
-        wrong.to_parquet(path, index=False)
-        before = path.read_bytes()
-        with pytest.raises(DernetError, match="delete it"):
-            load_folds(workspace, images)
-        assert path.read_bytes() == before
-    path.write_bytes(b"half a file")
-    with pytest.raises(DernetError, match="no table of folds"):
-        load_folds(workspace, images)
 
 
 def test_manifest(tmp_path):

@@ -70,7 +70,7 @@ def test_a_file_on_its_own_is_refused_with_reason_and_remedy(case):
 
 
 def test_an_unreadable_file_is_named(root):
-    row, path = an_image(root)
+    _, path = an_image(root)
     path.unlink()
     path.mkdir()
     (problem,) = check_dataset(root).problems
