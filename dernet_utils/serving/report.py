@@ -68,8 +68,9 @@ def draw_prediction(
         corners = np.array([box.xmin, box.ymin, box.xmax, box.ymax]) * scale
         left, top, right, bottom = corners.round().astype(int).tolist()
         cv2.rectangle(picture, (left, top), (right, bottom), colour, stroke)
-        position = (left, max(top - 2 * stroke, 12 * stroke))
         text = f"{box.lesion_type} {box.score:.2f}"
+        last = picture.shape[1] - _text_width(text, font_scale) - stroke  # where it still fits
+        position = (max(0, min(left, last)), max(top - 2 * stroke, 12 * stroke))
         for shade, thickness in (((0, 0, 0), 3 * stroke), (colour, stroke)):  # outlined in black
             style = {"fontScale": font_scale, "color": shade, "thickness": thickness}
             cv2.putText(picture, text, position, **font, **style)

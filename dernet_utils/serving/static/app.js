@@ -149,6 +149,7 @@ function choose(number) {
   const radiograph = radiographs[number];
   for (const other of radiographs) if (other !== radiograph) other.sheet = other.sheetKey = null;
   showList();
+  $("welcome").hidden = Boolean(radiograph.image);
   $("viewer").hidden = !radiograph.image;
   $("result").hidden = !radiograph.image;
   if (!radiograph.image) return;
@@ -215,7 +216,8 @@ function typeSwitch(type) {
     render();
   });
   const swatch = element("span", "", { class: "swatch" });
-  swatch.style.borderTopColor = model.lesion_types[type]?.colour;
+  swatch.style.color = model.lesion_types[type]?.colour;
+  swatch.dataset.dash = model.lesion_types[type]?.dash;
   label.append(box, swatch, element("span", type));
   return label;
 }
