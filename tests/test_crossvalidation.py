@@ -31,7 +31,8 @@ from dernet_utils.dataset.folds import make_folds
 from dernet_utils.dataset.prepared import read_boxes, read_images
 from dernet_utils.metrics import intervals
 from dernet_utils.metrics.classification import auroc, youden_threshold
-from dernet_utils.triage import crossvalidation, ensemble, networks, training
+from dernet_utils.triage import crossvalidation, ensemble, training
+from dernet_utils.triage.networks import as_input, predict_probabilities
 
 NETWORK = "densenet121"  # the quickest of the three
 NUMBERS = {
@@ -173,13 +174,11 @@ def test_each_training_image_is_scored_once_by_a_network_that_never_saw_it(works
         # By hand: this fold's network on this fold's images, and on the test split.
         network, _ = training.load_network(NETWORK, checkpoint)
         rows = train[train["fold"] == fold]
-        prob = networks.predict_probabilities(
-            network, training.load_pixels(rows["cached_path"], 32)
-        )
+        prob = predict_probabilities(network, training.load_pixels(rows["cached_path"], 32))
         assert found.out_of_fold["prob"][rows.index].to_numpy() == pytest.approx(prob, abs=1e-6)
         pixels, network = training.load_pixels(rows["cached_path"], 32), network.eval()
         with torch.no_grad():  # as after the epoch: not mirrored, in bfloat16 where that is faster
-            plain = network(networks.as_input(pixels)).squeeze(1).sigmoid().numpy()
+            plain = network(as_input(pixels)).squeeze(1).sigmoid().numpy()
         said = found.epochs[found.epochs["epoch"] == epochs].set_index("image_id")["prob"]
         assert said[rows["image_id"]].to_numpy() == pytest.approx(plain, abs=0.02)
         facts = training.checkpoint_facts(checkpoint)
@@ -187,7 +186,7 @@ def test_each_training_image_is_scored_once_by_a_network_that_never_saw_it(works
         assert json.loads(facts["recipe"])["seed"] == 42 and facts["commit"]
     test = images.loc[images["split"] == "test", "cached_path"]
     networks = [training.load_network(NETWORK, path)[0] for path in found.checkpoints]
-    each = [networks.predict_probabilities(one, training.load_pixels(test, 32)) for one in networks]
+    each = [predict_probabilities(one, training.load_pixels(test, 32)) for one in networks]
     assert found.test["prob"].to_numpy() == pytest.approx(np.mean(each, axis=0), abs=1e-6)
     of_image = found.epochs.groupby("image_id")["epoch"].agg(list)
     assert set(of_image.index) == set(train["image_id"])
@@ -385,7 +384,7 @@ def test_canary_study_gives_the_label_away_and_our_folds_do_not_hear_it(tmp_path
 
 
 def test_a_fold_that_is_none_and_a_network_that_is_none(workspace):
-    with pytest.raises(DernetError, match="0 to 1.* 2"):
+    with pytest.raises(DernetError, match=r"0 to 1.* 2"):
         crossvalidation.train_fold(workspace, NETWORK, 2)
     with pytest.raises(DernetError, match="one of densenet121"):
         crossvalidation.train_fold(workspace, "vgg16", 0)
