@@ -362,7 +362,7 @@ def test_canary_study_gives_the_label_away_and_our_folds_do_not_hear_it(tmp_path
 
     monkeypatch.setattr(training, "build_network", small)
     images = images_of_studies(tmp_path / "images", studies=24, each=8)
-    numbers = {"triage_epochs": 16, "triage_batch": 8, "triage_lr": 2e-3, "triage_detail": 1}
+    numbers = {"triage_epochs": 10, "triage_batch": 8, "triage_lr": 3e-3, "triage_detail": 1}
     workspace = workspace_at(tmp_path / "run", **numbers)
     ours = make_folds(images.assign(abnormal=images["label"]), 2, seed=0)[["image_id", "fold"]]
     by_image = ours.assign(fold=np.arange(len(ours)) % 2)  # every study in both
