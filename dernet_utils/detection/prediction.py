@@ -74,7 +74,8 @@ def collect_boxes(
 def suppress_boxes(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Filter an image's raw boxes by non-maximum suppression (Algorithm 1, line 18).
 
-    `imaging.boxes.non_maximum_suppression` is the same rule in NumPy, for inference without torch.
+    `imaging.boxes.non_maximum_suppression` is the same rule in NumPy, for inference without torch;
+    the two differ by rounding and in the order of equal scores.
 
     Args:
         raw: Per anchor, centre, width and height in pixels, then one probability per lesion type,
