@@ -1,4 +1,4 @@
-"""Augmented images: what Algorithm 1 asks of the mosaic, rare types, and labels that are refused."""
+"""Augmented images: Algorithm 1's mosaic, rare types, and labels that are refused."""
 
 import numpy as np
 import pytest

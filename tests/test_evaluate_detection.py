@@ -555,7 +555,7 @@ def test_errors_say_what_to_do():
         detection_table(truth, found, other)
     with pytest.raises(DernetError, match="not in it"):
         froc_curve(truth, found, other)
-    with pytest.raises(DernetError, match="no film came"):
+    with pytest.raises(DernetError, match="at least one image"):
         froc_curve(truth[:0], found[:0], other[:0])
     with pytest.raises(DernetError, match="score"):
         type_confusion(truth, truth, 0.5)
