@@ -113,7 +113,7 @@ def test_in_float32_ours_and_ultralytics_say_the_same_but_for_the_class_term(mon
     assert float(2 * half) == pytest.approx(float(theirs["cls_loss"]), rel=0.01)
 
 
-def test_answers_are_ultralytics_own_in_float32(monkeypatch):
+def test_predictions_are_ultralytics_own_in_float32(monkeypatch):
     monkeypatch.setattr(machine, "bfloat16_helps", lambda device: True)
     network = a_network().eval()
     images = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
@@ -155,7 +155,7 @@ def test_boxes_return_from_the_letterbox(height, width, rows, columns):
     assert back == pytest.approx(stored, abs=1e-6)
 
 
-def test_boxes_end_at_the_edge_of_the_film():
+def test_boxes_end_at_the_edge_of_the_image():
     outside = np.array([[-50.0, -50.0, 500.0, 500.0]])
     assert from_letterbox(outside, (10, 0, 44, 64), 640, 440).tolist() == [[0, 0, 440, 640]]
 
@@ -167,7 +167,7 @@ def test_export_is_what_ultralytics_reads(films, tmp_path):
     data = {"names": NAMES, "nc": 7, "channels": 3}
     dataset = SpineDataset(str(folder), imgsz=96, augment=False, data=data)
     assert len(dataset) == 6
-    assert len(dataset.labels[1]["cls"]) == 0  # a film without lesions stays in
+    assert len(dataset.labels[1]["cls"]) == 0  # an image without lesions stays in
     label = dataset.labels[2]
     own = boxes[boxes["image_id"] == "film2"]
     assert [LESION_TYPES[int(c)] for c in label["cls"].ravel()] == own["lesion_type"].tolist()
@@ -271,7 +271,7 @@ def test_views_show_mosaic_until_tau_and_boxes_stay_on_their_patches(films, tmp_
             assert inside.mean() > 100  # patches are bright, the noise around them is not
 
 
-def test_suppression_keeps_the_surer_of_two_and_both_types():
+def test_suppression_keeps_the_higher_score_of_two_and_both_types():
     raw = torch.zeros(4 + 7, 4)
     raw[:4] = torch.tensor([[20, 20, 10, 10], [21, 20, 10, 10], [20, 20, 10, 10], [50, 50, 8, 8]]).T
     raw[4, 0], raw[4, 1], raw[5, 2] = 0.6, 0.9, 0.8
@@ -354,7 +354,7 @@ def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
 
     path = tmp_path / "yolo11l.pt"
     torch.save({"model": Harm()}, path)
-    with pytest.raises(DernetError, match="no layer"):
+    with pytest.raises(DernetError, match="not a layer"):
         yolo.read_start(path)
 
 
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_other_classes_is_named(tmp_path):
     other = yolo.build_detector(LESION_TYPES[:3], seed=0)
     tensors = {name: value.contiguous() for name, value in other.state_dict().items()}
     save_file(tensors, tmp_path / "other.safetensors", {"history": "[]"})
-    with pytest.raises(DernetError, match="of 3 classes, and 7 are asked for"):
+    with pytest.raises(DernetError, match="3 classes instead of 7"):
         training.load_detector(tmp_path / "other.safetensors")
 
 

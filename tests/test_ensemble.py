@@ -122,7 +122,7 @@ def test_net_benefit_of_calling_all_and_of_knowing():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ensemble.soft_vote([[0.1, 0.2]], [1.0]), "one weight for each of 2"),
+        (lambda: ensemble.soft_vote([[0.1, 0.2]], [1.0]), "one weight per network"),
         (lambda: ensemble.soft_vote([[0.1, 0.2]], [0.7, 0.7]), "sum to 1"),
         (lambda: ensemble.soft_vote([[0.1, 0.2]], [1.5, -0.5]), "at least 0"),
         (lambda: ensemble.soft_vote([0.1, 0.2], [0.5, 0.5]), "shape"),

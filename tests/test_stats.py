@@ -359,7 +359,7 @@ def test_studies_needed_reach_their_power():
     [
         (lambda: significance.paired_t([1.0]), "at least two"),
         (lambda: significance.paired_t([1.0, np.nan]), "at least two"),
-        (lambda: significance.paired_t([1.0, 2.0], -1), "share"),
+        (lambda: significance.paired_t([1.0, 2.0], -1), "at least 0"),
         (lambda: significance.mcnemar([1, 0], [1]), "same images"),
         (lambda: significance.holm([0.5, 1.5]), "between 0 and 1"),
         (lambda: significance.holm([np.nan]), "between 0 and 1"),

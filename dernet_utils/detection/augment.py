@@ -1,8 +1,8 @@
-"""What the detector is shown: films with boxes, as Algorithm 1 wants them.
+"""A detector's augmented images with boxes, as Algorithm 1 defines them.
 
-ultralytics reads the films and turns, moves, scales and mirrors them. Added here are the paper's
-mosaic, upright views (a spine is longer than wide), two means against rare lesion types, and errors
-where ultralytics would leave a film out.
+ultralytics reads the images and rotates, shifts, scales and mirrors them. Added here are the
+paper's mosaic, upright inputs (a spine is longer than wide), two measures for rare lesion types,
+and errors where ultralytics would skip an image.
 """
 
 import random
@@ -23,63 +23,63 @@ from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils.instance import Instances
 
 CENTRE = (0.3, 0.7)  # paper, Algorithm 1, line 10: the mosaic's centre as a fraction of its width
-RARE_BELOW = 1.0  # of the films; a type on fewer is shown more often. Ours, for a few hundred films
-PASTE_FROM = 2.0  # repeat factor from which a lesion is pasted: a type on a quarter of the films
-PASTE = 0.3  # share of views that get a rare lesion pasted in, where that is asked for
-MARGIN = 0.25  # of a pasted lesion's surroundings, as a share of its box, faded in
+RARE_BELOW = 1.0  # fraction of images; a type on fewer is repeated. Ours, for a few hundred images
+PASTE_FROM = 2.0  # repeat factor from which a lesion is pasted: a type on a quarter of the images
+PASTE = 0.3  # fraction of images that get a rare lesion pasted in, with `paste`
+MARGIN = 0.25  # surroundings of a pasted lesion that are faded in, as a fraction of its box
 
 
 def repeat_factors(classes: Sequence[np.ndarray], types: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how often to show a lesion type, and a film, relative to once.
+    """Return how often to repeat each lesion type, and each image.
 
-    A type on a share f of the films gets max(1, sqrt(t / f)), t being `RARE_BELOW`, and a film the
-    largest factor of its types (Gupta et al., LVIS, 2019).
+    A type on a fraction f of the images gets max(1, sqrt(t / f)), where t is `RARE_BELOW`, and an
+    image the largest factor of its types (Gupta et al., LVIS, 2019).
 
     Args:
-        classes: Of each film, the numbers of its boxes' types, in any shape.
-        types: How many types there are.
+        classes: Per image, the numbers of its boxes' types, in any shape.
+        types: Number of types.
 
     Returns:
-        Factors of the types, shape (types,), 1 for one without a box; of the films, (films,).
+        Factors of the types, shape (types,), 1 for a type without a box; of the images, (images,).
 
-    >>> films = [np.array([0])] * 99 + [np.array([0, 1])]
-    >>> of_type, of_film = repeat_factors(films, 2)
-    >>> of_type.round(2).tolist(), of_film[-2:].round(2).tolist()
+    >>> images = [np.array([0])] * 99 + [np.array([0, 1])]
+    >>> of_type, of_image = repeat_factors(images, 2)
+    >>> of_type.round(2).tolist(), of_image[-2:].round(2).tolist()
     ([1.0, 10.0], [1.0, 10.0])
     """
     shows = np.zeros((len(classes), types), bool)
     for row, own in enumerate(classes):
         shows[row, np.ravel(own).astype(int)] = True
-    share = shows.mean(axis=0)
-    of_type = np.sqrt(RARE_BELOW / np.where(share > 0, share, RARE_BELOW)).clip(min=1)
+    fraction = shows.mean(axis=0)
+    of_type = np.sqrt(RARE_BELOW / np.where(fraction > 0, fraction, RARE_BELOW)).clip(min=1)
     return of_type, np.where(shows, of_type, 1.0).max(axis=1, initial=1.0)
 
 
 def check_labels(films: Sequence[str], types: int) -> None:
-    """Refuse label files that ultralytics would leave out with their film, or take for empty.
+    """Refuse label files that ultralytics would skip with their image, or treat as empty.
 
     Args:
-        films: Image files, in a folder ``images``; the labels lie in ``labels`` beside it.
-        types: How many types there are.
+        films: Image files, in a folder ``images``; their labels are in ``labels`` beside it.
+        types: Number of types.
 
     Raises:
-        DernetError: A film has no label file, or a line is not a class from 0 to `types` - 1 and a
-            box within the film.
+        DernetError: An image has no label file, or a line is not a class from 0 to `types` - 1 and
+            a box inside the image.
     """
-    for film in map(Path, films):
-        path = film.parent.parent / "labels" / f"{film.stem}.txt"
+    for image in map(Path, films):
+        path = image.parent.parent / "labels" / f"{image.stem}.txt"
         if not path.is_file():
             raise DernetError(
-                f"{film} has no label file {path}: a film without lesions has an empty one. Export "
-                "the films again."
+                f"{image} has no label file {path}: an image without lesions has an empty one. "
+                "Export the images again."
             )
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if fault := _fault(line, types):
-                raise DernetError(f"{path}, line {number}: {fault}, and {line!r} came.")
+                raise DernetError(f"{path}, line {number}: {fault}; got {line!r}.")
 
 
 def _fault(line: str, types: int) -> str:
-    """What is wrong with a line of a label file; nothing where nothing is."""
+    """What is wrong with a line of a label file; empty for a correct line."""
     try:
         kind, x, y, width, height = (float(value) for value in line.split())
     except ValueError:
@@ -89,47 +89,51 @@ def _fault(line: str, types: int) -> str:
     edges = np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
     tiny = 1e-5  # centre and size are written with six decimals
     if not (width > 0 and height > 0 and (edges >= -tiny).all() and (edges <= 1 + tiny).all()):
-        return "A box lies within the film, in fractions of its width and height"
+        return "A box lies inside the image, in fractions of its width and height"
     return ""
 
 
 class SpineDataset(YOLODataset):
-    """ultralytics' dataset with the paper's mosaic, upright views, and two means against rarity.
+    """ultralytics' dataset with the paper's mosaic, upright inputs, and measures for rare types.
 
-    Beside ultralytics' own keys, `data` may hold ``view``: height and width of what is shown, for
-    a square of `imgsz`; ``repeat``: whether films of rare types are drawn more often; ``paste``:
-    whether rare lesions are pasted into other films.
+    Besides ultralytics' own keys, `data` may hold ``view``, height and width of an augmented image
+    in place of a square of `imgsz`; ``repeat``, whether images with rare types are drawn more
+    often; and ``paste``, whether rare lesions are pasted into other images.
     """
 
     def get_labels(self) -> list[dict]:
-        """Return what ultralytics reads, after `check_labels` has found nothing.
+        """Return what ultralytics reads, after `check_labels`.
 
-        Of boxes that are equal in class and place, one is kept.
+        Of boxes with equal class and corners one is kept.
+
+        Raises:
+            DernetError: As `check_labels` raises, or an image cannot be read.
         """
-        films = list(self.im_files)
-        check_labels(films, self.data["nc"])
+        images = list(self.im_files)
+        check_labels(images, self.data["nc"])
         labels = super().get_labels()
-        if damaged := sorted(set(films) - {own["im_file"] for own in labels}):
-            raise DernetError(f"{damaged[0]} cannot be read: export the films again.")
+        if damaged := sorted(set(images) - {own["im_file"] for own in labels}):
+            raise DernetError(f"{damaged[0]} cannot be read: export the images again.")
         self.of_type, self.of_film = repeat_factors([own["cls"] for own in labels], self.data["nc"])
         self.rows = np.arange(len(labels))
         return labels
 
     def __getitem__(self, index: int) -> dict:
-        """Return the view of a drawn film, augmented."""
+        """Return an image of the epoch's draw, augmented."""
         return super().__getitem__(int(self.rows[index]))
 
     def draw(self, rng: np.random.Generator) -> None:
-        """Draw an epoch's films: each once or, with ``repeat``, in proportion to its factor."""
+        """Draw an epoch's images: each once or, with ``repeat``, in proportion to its factor."""
         if self.data.get("repeat"):
             steps = (np.arange(len(self.rows)) + rng.random()) / len(self.rows)
             self.rows = np.searchsorted(np.cumsum(self.of_film) / self.of_film.sum(), steps)
 
     def build_transforms(self, hyp: SimpleNamespace | None = None) -> Compose:
-        """Return the augmentations, with the mosaic's centre and neighbours as the paper has them.
+        """Return the augmentations, with the paper's mosaic.
 
-        ultralytics draws the centre from the middle half of the canvas, and the three other
-        films from the last few it has read; here the centre is Algorithm 1's and any film serves.
+        ultralytics draws the mosaic's centre from the middle half of the canvas, and the three
+        other images from the last few that it has read; here the centre is Algorithm 1's, and the
+        other images are any.
         """
         transforms = super().build_transforms(hyp)
         if self.augment:
@@ -158,30 +162,30 @@ def mosaic_of(transforms: Compose) -> Mosaic:
 
 
 class PasteRare(BaseTransform):
-    """Paste a lesion of a rare type, with its surroundings faded in, where no lesion lies.
+    """Paste a lesion of a rare type, its surroundings faded in, where there is no lesion.
 
-    A lesion keeps its place in the film: a vertebra is pasted among vertebrae. Boxes have no
-    outline, so a patch is what can be moved (compare Ghiasi et al., 2021, who move outlines).
+    A lesion keeps its relative position: a vertebra is pasted among vertebrae. Boxes have no
+    outline, so a patch is moved (Ghiasi et al., 2021, move outlined objects).
 
     Args:
-        dataset: The films to take lesions from.
+        dataset: The images to take lesions from.
     """
 
     def __init__(self, dataset: SpineDataset):
         self.dataset = dataset
         self.rare = [
-            (film, row)
-            for film, own in enumerate(dataset.labels)
+            (number, row)
+            for number, own in enumerate(dataset.labels)
             for row, kind in enumerate(own["cls"].ravel().astype(int))
             if dataset.of_type[kind] >= PASTE_FROM
         ]
 
     def __call__(self, labels: dict) -> dict:
-        """Return the film, in `PASTE` of all cases with one lesion more."""
+        """Return the image, with probability `PASTE` with one more lesion."""
         if not self.rare or random.random() >= PASTE:
             return labels
-        film, row = random.choice(self.rare)
-        donor = self.dataset.get_image_and_label(film)
+        number, row = random.choice(self.rare)
+        donor = self.dataset.get_image_and_label(number)
         height, width = donor["img"].shape[:2]
         boxes = donor["instances"]
         boxes.convert_bbox("xyxy")
@@ -190,11 +194,11 @@ class PasteRare(BaseTransform):
 
     @staticmethod
     def paste(labels: dict, donor: np.ndarray, box: np.ndarray, kind: np.ndarray) -> dict:
-        """Return the film with a lesion of another one pasted at the same relative place.
+        """Return an image with another image's lesion pasted at the same relative position.
 
         Args:
-            labels: ultralytics' film and boxes; left as it is where the lesion would touch another.
-            donor: The other film, shape (H, W, channels).
+            labels: ultralytics' image and boxes; unchanged where the lesion would touch another.
+            donor: The other image, shape (H, W, channels).
             box: The lesion's corners in it, px, shape (4,).
             kind: Its type, shape (1,).
         """
@@ -218,8 +222,8 @@ class PasteRare(BaseTransform):
         edge_y, edge_x = round(rows * MARGIN / 2), round(columns * MARGIN / 2)
         fade[edge_y : rows - edge_y, edge_x : columns - edge_x] = 1
         fade = cv2.blur(fade, (2 * edge_x + 1, 2 * edge_y + 1))[..., None]
-        place = target[y : y + rows, x : x + columns]
-        mixed = fade * patch + (1 - fade) * place
+        under = target[y : y + rows, x : x + columns]
+        mixed = fade * patch + (1 - fade) * under
         labels["img"] = target.copy()
         labels["img"][y : y + rows, x : x + columns] = mixed.round().astype(target.dtype)
         boxes = np.vstack([lesions.bboxes, moved[None]]).astype(np.float32)
@@ -231,6 +235,6 @@ class PasteRare(BaseTransform):
 
 
 def seed_augmentations(seed: int) -> None:
-    """Seed the two generators that ultralytics' augmentations draw from, which are global."""
+    """Seed Python's and NumPy's global generators, which ultralytics' augmentations draw from."""
     random.seed(seed)
     np.random.seed(seed)

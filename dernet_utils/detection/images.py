@@ -1,4 +1,4 @@
-"""Where the lesions are: YOLO11-L trained on boxes, and its boxes on new films."""
+"""A detector's training images: the split, the files that ultralytics reads, augmented images."""
 
 import shutil
 from collections.abc import Iterator
@@ -29,14 +29,14 @@ class DetectorRecipe:
 
     Attributes:
         input_size: Height and width of the network's input, px, multiples of 32.
-        epochs: Passes over the training images; all are made, the last one counts.
-        batch: Images a step.
+        epochs: Passes over the training images; the network after the last one is kept.
+        batch: Images per step.
         lr: Peak of AdamW's learning rate, which then falls to a hundredth along a cosine.
         mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
-        gamma, alpha: Eq. 6's exponent, and its weight of a lesion; 1 - alpha is that of none.
-        scale: How much larger or smaller a training film may be shown, as a share.
-        repeat: Whether films of rare lesion types are drawn more often.
-        paste: Whether lesions of rare types are pasted into other films.
+        gamma, alpha: Eq. 6's exponent, and its weight of a lesion; background weighs 1 - alpha.
+        scale: The largest random change of size in augmentation, as a fraction.
+        repeat: Whether images with rare lesion types are drawn more often.
+        paste: Whether lesions of rare types are pasted into other images.
         seed: Seed of the weights, the order of images and the augmentations.
     """
 
@@ -54,7 +54,7 @@ class DetectorRecipe:
 
     @classmethod
     def of(cls, profile: Profile) -> "DetectorRecipe":
-        """Return the recipe that a profile asks for."""
+        """Return the recipe of a profile."""
         return cls(
             profile.detect_size,
             profile.detect_epochs,
@@ -71,12 +71,12 @@ class DetectorRecipe:
 
     @property
     def focal(self) -> dict[str, float]:
-        """What `dernet_utils.losses.focal_loss` is told."""
+        """Arguments of `losses.focal_loss`."""
         return {"gamma": self.gamma, "alpha": self.alpha}
 
     @property
     def shown(self) -> dict:
-        """What `dernet_utils.views.SpineDataset` is told of the views."""
+        """Entries of `augment.SpineDataset`'s `data`."""
         return {"view": self.input_size, "repeat": self.repeat, "paste": self.paste}
 
 
@@ -85,13 +85,13 @@ class DetectorRecipe:
 
 @dataclass(frozen=True)
 class DetectionImages:
-    """What a run's detector learns from and is judged on.
+    """The images that a run's detector is trained and evaluated on.
 
     Attributes:
-        training: Films that show a lesion, of the training studies but fold 0.
-        validation: All films of fold 0.
-        test: All films of the test split.
-        boxes: Of all films: `image_id`, `lesion_type` and corners in stored pixels.
+        training: Images with a lesion, of the training studies except fold 0.
+        validation: All images of fold 0.
+        test: All images of the test split.
+        boxes: Of all images: `image_id`, `lesion_type` and corners in stored pixels.
     """
 
     training: pd.DataFrame
@@ -101,15 +101,15 @@ class DetectionImages:
 
 
 def detection_images(workspace: Workspace) -> DetectionImages:
-    """Return a run's films, enhanced and cached, as chapter 10 deals them.
+    """Return a run's enhanced and cached images, split for the detector as in chapter 10.
 
     Raises:
-        DernetError: The dataset is not clean.
+        DernetError: The run has not been prepared.
     """
     images = read_images(workspace)
-    learnt = images[images["split"] == "train"]
-    dealt = make_folds(learnt, FOLDS, workspace.profile.seed).set_index("image_id")["fold"]
-    fold = images["image_id"].map(dealt)
+    train = images[images["split"] == "train"]
+    folds = make_folds(train, FOLDS, workspace.profile.seed).set_index("image_id")["fold"]
+    fold = images["image_id"].map(folds)
     return DetectionImages(
         images[(fold > 0) & images["abnormal"]],
         images[fold == 0],
@@ -121,18 +121,18 @@ def detection_images(workspace: Workspace) -> DetectionImages:
 def export_yolo(
     images: pd.DataFrame, boxes: pd.DataFrame, view: tuple[int, int], folder: Path
 ) -> Path:
-    """Write films and boxes in the form that YOLO trains on.
+    """Write images and boxes in the form that YOLO is trained on.
 
     Args:
         images: `image_id`, `cached_path`, and the stored image's `height` and `width`.
         boxes: `image_id`, `lesion_type` and corners in stored pixels.
-        view: Height and width of the written images, px; films are letterboxed.
+        view: Height and width of the written images, px; they are letterboxed.
         folder: Replaced where it exists.
 
     Returns:
-        The folder of images; ``labels`` beside it holds one text file an image, with a line
-        ``class x y width height`` a box: class in the order of LESION_TYPES, centre and size as
-        fractions of the image. A film without lesions has an empty file.
+        The folder of images; ``labels`` beside it holds one text file per image, with a line
+        ``class x y width height`` per box: class in the order of LESION_TYPES, centre and size as
+        fractions of the image. An image without lesions has an empty file.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("images", "labels"):
@@ -162,15 +162,15 @@ def _label_lines(lesion_types: pd.Series, fractions: np.ndarray) -> list[str]:
 def write_training_set(
     images: pd.DataFrame, boxes: pd.DataFrame, recipe: DetectorRecipe, folder: Path
 ) -> dict:
-    """Write what a training reads, and return ultralytics' settings for it.
+    """Write the files that a training run reads, and return ultralytics' settings for it.
 
     Args:
         images, boxes: As `export_yolo` takes them.
         recipe: The run's recipe.
-        folder: For the films, the list of what is trained on, and what the trainer leaves.
+        folder: For the images, the run's description, and the trainer's own files.
     """
-    films = export_yolo(images, boxes, recipe.input_size, folder / "yolo")
-    run = yolo.write_run(folder, films, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
+    exported = export_yolo(images, boxes, recipe.input_size, folder / "yolo")
+    run = yolo.write_run(folder, exported, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
     return trainer_settings(recipe, run, folder / "trainer")
 
 
@@ -181,18 +181,18 @@ def augmented_dataset(
     folder: Path,
     mosaic: bool = False,
 ) -> SpineDataset:
-    """Return films as a training shows them, each once.
+    """Return images augmented as in training, each once.
 
     Args:
         images, boxes, folder: As `export_yolo` takes them.
-        recipe: Its view and augmentations.
-        mosaic: Whether as in an epoch with mosaic.
+        recipe: Its input size and augmentations.
+        mosaic: Whether to augment as in an epoch with mosaic.
     """
-    films = str(export_yolo(images, boxes, recipe.input_size, folder))
+    exported = str(export_yolo(images, boxes, recipe.input_size, folder))
     hyp = yolo.settings_of(trainer_settings(recipe, folder, folder))
     data = {"names": dict(enumerate(LESION_TYPES)), "nc": len(LESION_TYPES), "channels": 3}
     dataset = SpineDataset(
-        films, imgsz=max(recipe.input_size), augment=True, hyp=hyp, data=data | recipe.shown
+        exported, imgsz=max(recipe.input_size), augment=True, hyp=hyp, data=data | recipe.shown
     )
     dataset.set_mosaic(hyp, mosaic)
     return dataset
@@ -201,17 +201,17 @@ def augmented_dataset(
 def augmented_images(
     images: pd.DataFrame, boxes: pd.DataFrame, recipe: DetectorRecipe, epoch: int, folder: Path
 ) -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
-    """Yield what the network may be shown of each film in an epoch.
+    """Yield each image as it may be augmented in an epoch.
 
     Args:
         images, boxes: As `export_yolo` takes them.
         recipe: Its `mosaic_until` decides whether the epoch is one with mosaic.
         epoch: From 1.
-        folder: Where the films are exported to; replaced where it exists.
+        folder: For the exported images; replaced where it exists.
 
     Yields:
-        The augmented film, 8-bit, of the view's shape, and its boxes, with `lesion_type`
-        and corners in its pixels.
+        The augmented image, 8-bit, of the input's size, and its boxes: `lesion_type` and corners
+        in its pixels.
     """
     dataset = augmented_dataset(images, boxes, recipe, folder, mosaic=epoch < recipe.mosaic_until)
     seed_augmentations(recipe.seed)
@@ -225,17 +225,28 @@ def augmented_images(
 
 
 def unseen_types(training: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
-    """Return the lesion types without a box on the training films: none of them will be found."""
+    """Return the lesion types without a box on the training images: none of them can be found.
+
+    Args:
+        training: `image_id`.
+        boxes: `image_id` and `lesion_type`.
+    """
     own = boxes[boxes["image_id"].isin(training["image_id"])]
     return [name for name in LESION_TYPES if not (own["lesion_type"] == name).any()]
 
 
 def trainer_settings(recipe: DetectorRecipe, run: Path, folder: Path) -> dict:
-    """ultralytics' settings: the paper's, its companion code's, and what a short run needs."""
+    """Return ultralytics' settings: the paper's, its companion code's, and what a short run needs.
+
+    Args:
+        recipe: The run's recipe.
+        run: The file of `yolo.write_run`.
+        folder: For the trainer's own files.
+    """
     return {
         "model": "yolo11l.yaml", "save_dir": str(folder), "data": str(run), "pretrained": False,
         "imgsz": max(recipe.input_size), "epochs": recipe.epochs, "batch": recipe.batch,
-        "nbs": recipe.batch,  # one optimiser step a batch
+        "nbs": recipe.batch,  # one optimiser step per batch
         "optimizer": "AdamW", "lr0": recipe.lr, "lrf": 0.01, "cos_lr": True,
         "weight_decay": 5e-4,
         "warmup_epochs": recipe.epochs * 3 / 55,  # 3 of the paper's 55 epochs
@@ -243,9 +254,9 @@ def trainer_settings(recipe: DetectorRecipe, run: Path, folder: Path) -> dict:
         "box": 7.5, "cls": 0.5, "dfl": 1.5,  # paper, Eq. 4
         "mosaic": 1.0, "close_mosaic": 0,  # MosaicDecay closes it
         "degrees": 5.0, "translate": 0.1, "scale": recipe.scale,
-        "fliplr": 0.5, "flipud": 0.0,  # no film hangs upside down
+        "fliplr": 0.5, "flipud": 0.0,  # no radiograph is upside down
         "copy_paste": 0.2,  # moves outlines; boxes have none, so it does nothing here
-        "hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.2,  # grey films; brightness as the classifiers'
+        "hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.2,  # grey images; brightness as for triage
         "augmentations": [], "mixup": 0.0, "cutmix": 0.0,
         "seed": recipe.seed, "deterministic": True, "workers": 0, "cache": False,
         "amp": False,  # its check would download weights; the forward pass is bfloat16 anyway

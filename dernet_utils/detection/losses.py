@@ -1,8 +1,8 @@
-"""The detector's loss (Eq. 4) and its three terms, written for reading.
+"""The detector's loss (Eq. 4) and its three terms, written to be read.
 
-Each function is differentiable and vectorised, and gives one number a box or an anchor: sums and
-weights are `total_loss`'s. ultralytics' own forms of the three are held to the ones here by tests,
-gradients included.
+Each function is differentiable and vectorised, and returns one number per box or anchor;
+`total_loss` weights and sums them. Tests compare them with ultralytics' own forms, gradients
+included.
 """
 
 import math
@@ -19,18 +19,18 @@ TINY = 1e-7  # keeps quotients of empty boxes finite, as ultralytics does
 
 
 def complete_iou_loss(boxes: Tensor, truth: Tensor) -> Tensor:
-    """Return Eq. 5: how far boxes are from the ones that they should be.
+    """Return Eq. 5, the complete-IoU loss of predicted boxes.
 
-    One less their overlap, plus the squared distance of the centres over that of the corners of
-    the smallest box round both, plus alpha v for another aspect ratio. The factor alpha weighs
-    the shape by the overlap; it is taken for a constant when the gradient is (Zheng et al., 2020).
+    One minus the overlap, plus the squared distance of the centres over the squared diagonal of
+    the smallest box around both, plus alpha v for a different aspect ratio. The factor alpha
+    weights the shape by the overlap and is constant in the gradient (Zheng et al., 2020).
 
     Args:
         boxes: Corners, shape (..., 4).
         truth: The same shape.
 
     Returns:
-        Shape (...); 0 for equal boxes, 1 and more for boxes that do not meet.
+        Shape (...); 0 for equal boxes, at least 1 for boxes that do not overlap.
 
     >>> one = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
     >>> [round(float(complete_iou_loss(one, one + shift)), 3) for shift in (0.0, 2.0)]
@@ -55,26 +55,26 @@ def complete_iou_loss(boxes: Tensor, truth: Tensor) -> Tensor:
 
 
 def _size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Width and height of corners (..., 4); the height is never nothing, for it is divided by."""
+    """Width and height of corners (..., 4); the height is above 0, since it is divided by."""
     return boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1] + TINY
 
 
 def focal_loss(
     logits: Tensor, target: Tensor, gamma: float = GAMMA, alpha: float = ALPHA
 ) -> Tensor:
-    """Return Eq. 6: binary cross-entropy in which what is easy counts little.
+    """Return Eq. 6, the focal loss: binary cross-entropy with a low weight for easy examples.
 
     The paper's equation is for targets 0 and 1. YOLO11's are soft: how well an anchor's box and
     class fit the lesion that it is assigned to. With a target t, 1 - p_t becomes |t - p|, alpha_t
-    the mean t alpha + (1 - t)(1 - alpha), and -log p_t the cross-entropy with t. At 0 and 1 that is
-    Eq. 6, and the least loss, nothing, is at t (without alpha the quality focal loss of Li et al.,
-    2020, Eq. 2).
+    the mean t alpha + (1 - t)(1 - alpha), and -log p_t the cross-entropy with t. For t of 0 and 1
+    this is Eq. 6, and its minimum, zero, is at p = t (without alpha it is the quality focal loss of
+    Li et al., 2020, Eq. 2).
 
     Args:
         logits: Any shape.
         target: In [0, 1], the same shape.
-        gamma: How quickly the weight falls with p_t; 0 leaves alpha-weighted cross-entropy.
-        alpha: Weight of target 1; 1 - alpha is that of target 0.
+        gamma: How quickly the weight falls with p_t; 0 gives alpha-weighted cross-entropy.
+        alpha: Weight of target 1; target 0 has the weight 1 - alpha.
 
     Returns:
         The same shape.
@@ -88,14 +88,14 @@ def focal_loss(
 
 
 def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:
-    """Return how badly a distribution over whole distances says where an edge lies.
+    """Return the loss of a distribution over whole distances that encodes an edge's position.
 
     An edge at 3.2 should have probability 0.8 at 3 and 0.2 at 4: the cross-entropy with those two
     (Li et al., 2020, Eq. 6).
 
     Args:
         logits: Shape (..., bins), of the distances 0, 1, ..., bins - 1.
-        distance: Shape (...), brought into [0, bins - 1.01] first, so that a bin lies above it.
+        distance: Shape (...), clamped to [0, bins - 1.01], so that a bin lies above it.
 
     Returns:
         Shape (...).
@@ -103,20 +103,20 @@ def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:
     bins = logits.shape[-1]
     distance = distance.clamp(0, bins - 1.01)
     below = distance.long()
-    above_share = distance - below
+    above = distance - below
     log_prob = F.log_softmax(logits, dim=-1)
     log_below = log_prob.gather(-1, below[..., None])[..., 0]
     log_above = log_prob.gather(-1, below[..., None] + 1)[..., 0]
-    return -(1 - above_share) * log_below - above_share * log_above
+    return -(1 - above) * log_below - above * log_above
 
 
 class Assigned(NamedTuple):
-    """What each anchor has said and what it should have.
+    """Each anchor's output and target.
 
     Attributes:
         class_logits: Shape (anchors, classes).
         edge_logits: Of its box's left, top, right and lower edge, shape (anchors, 4, bins).
-        anchors: Its place in units of its stride, shape (anchors, 2).
+        anchors: Its position in units of its stride, shape (anchors, 2).
         class_target: In [0, 1], shape (anchors, classes); 0 where no lesion is assigned.
         box_target: Corners in units of the stride, shape (anchors, 4).
         lesion: Whether a lesion is assigned, bool, shape (anchors,).
@@ -139,13 +139,14 @@ def total_loss(
 ) -> dict[str, Tensor]:
     """Return the weighted terms of Eq. 4 over a batch's anchors; their sum is the loss.
 
-    Anchors with a lesion count as much as their class target says; all terms are divided by the
-    sum of these, or by 1 where it is less. The class term is over all anchors.
+    The box and DFL terms sum over anchors with a lesion, weighted by their class target; the class
+    term sums over all anchors. All are divided by the sum of the class targets, or by 1 if that is
+    less.
 
     Args:
         given: All anchors of the batch.
         box, classes, dfl: The paper's weights.
-        class_loss: Takes logits and targets; one number for each.
+        class_loss: Takes logits and targets; returns one number per logit.
 
     Returns:
         ``box``, ``cls`` and ``dfl``, scalars.

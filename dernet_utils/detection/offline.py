@@ -1,4 +1,4 @@
-"""ultralytics with its ways to the network closed. Imported before anything of ultralytics'."""
+"""Keeps ultralytics off the network; imported before anything else of ultralytics."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ from ultralytics.utils import SETTINGS
 
 from dernet_utils.core.files import PROJECT
 
-# Read by ultralytics while it is imported: no question to the network, nothing installed while it
-# runs, settings among the runs, no chatter, and not its own default of one thread.
+# ultralytics reads these while it is imported: no network access, no installation at run time, its
+# settings stored with the runs, no logging, and not its own default of one thread.
 RUNS = Path(os.environ.get("DERNET_RUNS") or PROJECT / "runs").resolve()
 os.environ["YOLO_OFFLINE"] = "1"
 os.environ["YOLO_AUTOINSTALL"] = "false"

@@ -1,4 +1,4 @@
-"""Where the lesions are: YOLO11-L trained on boxes, and its boxes on new films."""
+"""Boxes that a detector predicts on images."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,24 +14,22 @@ from dernet_utils.detection import yolo
 from dernet_utils.imaging.boxes import MAX_BOXES, NMS_IOU, from_letterbox, letterbox
 
 PREDICTION_COLUMNS = ["image_id", "lesion_type", *CORNERS, "score"]
-MIN_SCORE = 0.001  # ultralytics' floor for evaluation: a curve needs the weak boxes too
-
-# Prediction
+MIN_SCORE = 0.001  # ultralytics' threshold for evaluation: a curve needs low scores too
 
 
 def predict_boxes(
     network: yolo.Detector, images: pd.DataFrame, view: tuple[int, int], batch: int = 16
 ) -> pd.DataFrame:
-    """Return the boxes that a network finds, the surest of each film first.
+    """Return the boxes that a network predicts, per image with falling score.
 
-    Overlapping boxes of one lesion type are thinned by non-maximum suppression at IoU 0.5
+    Overlapping boxes of one lesion type are removed by non-maximum suppression at IoU 0.5
     (Algorithm 1, line 18).
 
     Args:
-        network: YOLO11; it is left in evaluation mode.
+        network: YOLO11; left in evaluation mode.
         images: `image_id`, `cached_path`, stored `height` and `width`.
         view: Height and width of the network's input, px.
-        batch: Films a forward pass.
+        batch: Images per forward pass.
 
     Returns:
         `image_id`, `lesion_type`, `xmin` … `ymax` in stored pixels within the image, and `score`,
@@ -50,37 +48,41 @@ def collect_boxes(
     """Return the boxes of any detector, as `predict_boxes` does.
 
     Args:
-        raw: Takes letterboxed films (B, 3, H, W) in [0, 1]; gives for each what `suppress` takes.
+        raw: Takes letterboxed images (B, 3, H, W) in [0, 1]; returns for each one what
+            `suppress_boxes` takes.
         images, view, batch: As `predict_boxes` takes them.
     """
-    films, found = list(images.itertuples()), []
-    for first in range(0, len(films), batch):
-        some = films[first : first + batch]
+    rows, found = list(images.itertuples()), []
+    for first in range(0, len(rows), batch):
+        some = rows[first : first + batch]
         filled, places = zip(
-            *(letterbox(load_cached(f.cached_path), view) for f in some), strict=True
+            *(letterbox(load_cached(image.cached_path), view) for image in some), strict=True
         )
-        shown = torch.from_numpy(np.stack(filled)).to(machine.device())
-        shown = (shown[:, None].float() / 255).expand(-1, 3, -1, -1)
+        x = torch.from_numpy(np.stack(filled)).to(machine.device())
+        x = (x[:, None].float() / 255).expand(-1, 3, -1, -1)
         with torch.no_grad():
-            answers = list(raw(shown.contiguous(memory_format=torch.channels_last)))
-        for film, place, answer in zip(some, places, answers, strict=True):
-            corners, classes, scores = suppress_boxes(answer.cpu())
-            stored = from_letterbox(corners.numpy(), place, film.height, film.width)
-            found.append(_table(film, stored, classes, scores))
+            outputs = list(raw(x.contiguous(memory_format=torch.channels_last)))
+        for image, place, output in zip(some, places, outputs, strict=True):
+            corners, classes, scores = suppress_boxes(output.cpu())
+            stored = from_letterbox(corners.numpy(), place, image.height, image.width)
+            found.append(_table(image, stored, classes, scores))
     return (
         pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=PREDICTION_COLUMNS)
     )
 
 
 def suppress_boxes(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Thin a film's raw boxes by non-maximum suppression (Algorithm 1, line 18).
+    """Filter an image's raw boxes by non-maximum suppression (Algorithm 1, line 18).
+
+    `imaging.boxes.non_maximum_suppression` is the same rule in NumPy, for inference without torch;
+    the two differ by rounding and in the order of equal scores.
 
     Args:
-        raw: Centre, width and height in pixels, then one probability a lesion type, of each
-            anchor: shape (4 + C, anchors).
+        raw: Per anchor, centre, width and height in pixels, then one probability per lesion type,
+            shape (4 + C, anchors).
 
     Returns:
-        Corners (n, 4) in pixels, classes (n,) and scores (n,), the surest first.
+        Corners (n, 4) in pixels, classes (n,) and scores (n,), with falling score.
     """
     corners, prob = box_convert(raw[:4].T, "cxcywh", "xyxy"), raw[4:].T
     anchors, classes = (prob > MIN_SCORE).nonzero(as_tuple=True)
@@ -89,8 +91,8 @@ def suppress_boxes(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return corners[anchors[kept]], classes[kept], scores[kept]
 
 
-def _table(film, xyxy, classes, scores) -> pd.DataFrame:
+def _table(image, xyxy, classes, scores) -> pd.DataFrame:
     table = pd.DataFrame(xyxy, columns=list(CORNERS))
-    table.insert(0, "image_id", film.image_id)
+    table.insert(0, "image_id", image.image_id)
     table.insert(1, "lesion_type", [LESION_TYPES[number] for number in classes])
     return table.assign(score=scores.numpy().astype(np.float64))

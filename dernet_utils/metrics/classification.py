@@ -1,4 +1,4 @@
-"""What a classifier's answers are worth: normal (0) or abnormal (1)."""
+"""Metrics of a classifier, normal (0) or abnormal (1): AUROC, operating points, thresholds."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from dernet_utils.metrics.intervals import draw_weights, interval_of, resample_b
 def auroc(y: np.ndarray, prob: np.ndarray) -> float:
     """Return the area under the receiver operating characteristic.
 
-    It is the chance that an abnormal image scores above a normal one, a tie counting half: the
+    The probability that an abnormal image scores above a normal one, a tie counting half: the
     Mann-Whitney statistic divided by its maximum (Hanley & McNeil, Radiology 143, 1982).
 
     Args:
@@ -60,20 +60,20 @@ def operating_point(y: np.ndarray, prob: np.ndarray, threshold: float) -> dict[s
     """
     y, prob = _checked(y, prob)
     called = prob > threshold
-    hits, misses = int((called & y).sum()), int((~called & y).sum())
-    false_alarms, cleared = int((called & ~y).sum()), int((~called & ~y).sum())
+    tp, fn = int((called & y).sum()), int((~called & y).sum())
+    fp, tn = int((called & ~y).sum()), int((~called & ~y).sum())
     return {
-        "f1": _ratio(2 * hits, 2 * hits + misses + false_alarms),
-        "sensitivity": _ratio(hits, hits + misses),
-        "specificity": _ratio(cleared, cleared + false_alarms),
+        "f1": _ratio(2 * tp, 2 * tp + fn + fp),
+        "sensitivity": _ratio(tp, tp + fn),
+        "specificity": _ratio(tn, tn + fp),
     }
 
 
 def youden_threshold(y: np.ndarray, prob: np.ndarray) -> float:
     """Return the threshold with the largest sensitivity + specificity - 1.
 
-    Candidates lie halfway between neighbouring scores. Of equally good ones the lowest is
-    taken, since a miss costs more than a false alarm in triage (Youden, Cancer 3, 1950).
+    Candidates lie halfway between neighbouring scores (Youden, Cancer 3, 1950). Ties go to the
+    lowest, since in triage a false negative costs more than a false positive.
 
     Args:
         y: Labels, shape (n,), 0 or 1, of out-of-fold images: a threshold chosen on the test
@@ -95,7 +95,7 @@ def youden_threshold(y: np.ndarray, prob: np.ndarray) -> float:
 
 
 def f1_threshold(y: np.ndarray, prob: np.ndarray) -> float:
-    """Return the threshold with the largest F1; of equally good ones the lowest.
+    """Return the threshold with the largest F1; ties go to the lowest.
 
     Args, returns and raises as `youden_threshold`.
 
@@ -103,14 +103,14 @@ def f1_threshold(y: np.ndarray, prob: np.ndarray) -> float:
     0.2
     """
     candidates, sensitivity, specificity = _working_points(y, prob)
-    share = np.mean(np.asarray(y, float))
-    hits, false_alarms = sensitivity * share, (1 - specificity) * (1 - share)
-    f1 = 2 * hits / (hits + false_alarms + share)
+    prevalence = np.mean(np.asarray(y, float))
+    tp, fp = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
+    f1 = 2 * tp / (tp + fp + prevalence)
     return float(candidates[np.argmax(np.round(f1, 12))])
 
 
 def sensitivity_threshold(y: np.ndarray, prob: np.ndarray, at_least: float = 0.9) -> float:
-    """Return the highest threshold that still finds a given share of the abnormal images.
+    """Return the highest threshold that keeps a given sensitivity.
 
     Args:
         y, prob: As in `youden_threshold`.
@@ -169,13 +169,13 @@ def classification_table(
         y: Labels, shape (n,), 0 or 1.
         prob: Probabilities of abnormal, shape (n,).
         studies: Study of each image, shape (n,).
-        threshold: As in `operating_point`; chosen on other images, or else the page says so.
+        threshold: As in `operating_point`; chosen on other images, or the page must say so.
         resamples: Number of bootstrap draws (paper, section 4.1: 1,000).
         seed: Seed of the draws; one seed pairs the four metrics draw by draw.
 
     Returns:
         One row per metric, indexed ``auroc``, ``f1``, ``sensitivity``, ``specificity``, with
-        the columns of `dernet_utils.stats.Interval` as fractions of one.
+        the columns of `intervals.Interval` as fractions of one.
 
     Raises:
         DernetError: As `auroc` and `resample_by_study` raise, or lengths differ.
@@ -206,7 +206,7 @@ def roc_band(
         studies: Study of each image, shape (n,).
         resamples: Number of bootstrap draws; those of one class are left out.
         seed: Seed of the draws.
-        level: Coverage of the band at each false-alarm rate, in (0, 1).
+        level: Coverage of the band at each false-positive rate, in (0, 1).
 
     Returns:
         101 rows: ``false_positive_rate`` (1 - specificity) from 0 to 1, ``sensitivity``, ``low``
@@ -242,12 +242,12 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def _checked(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool, scores as float64, both of shape (n,), or one sentence."""
+    """Labels as bool and scores as float64, both of shape (n,), checked."""
     y, prob = np.asarray(y), np.asarray(prob, dtype=np.float64)
     if y.ndim != 1 or y.shape != prob.shape:
         raise DernetError(
             f"Labels and scores are two lists of one length, not of shapes {y.shape} and "
-            f"{prob.shape}: pass one score for each label."
+            f"{prob.shape}: pass one score per label."
         )
     if not np.isin(y, (0, 1)).all():
         raise DernetError("Labels are 0 (normal) or 1 (abnormal): another value came.")
@@ -260,20 +260,20 @@ def _studies_of(y: np.ndarray, studies: np.ndarray) -> np.ndarray:
     studies = np.asarray(studies)
     if studies.shape != y.shape:
         raise DernetError(
-            f"Each label needs its study: {len(y)} labels and shape {studies.shape} came."
+            f"Each label needs its study: got {len(y)} labels and shape {studies.shape}."
         )
     return studies
 
 
-# Statistics of weighted images: a row of weights each for `dernet_utils.stats.bootstrap`
+# Statistics of weighted images, for `intervals.bootstrap`
 
 
 def weighted_auroc(y: np.ndarray, prob: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from weights of images, shape (draws, n), to AUROCs, shape (draws,).
 
-    Scores are sorted once. A draw's area is then two running sums: over each pair of an abnormal
-    and a normal image, the product of their weights where the abnormal one scores higher, half of
-    it at a tie, divided by the sum of all products.
+    Scores are sorted once; running sums then give each draw's area: the sum, over all pairs of an
+    abnormal and a normal image, of the product of their weights where the abnormal one scores
+    higher, half of it at a tie, divided by the sum of all products.
 
     Args:
         y, prob: As in `auroc`.
@@ -310,7 +310,7 @@ def weighted_auroc(y: np.ndarray, prob: np.ndarray) -> Callable[[np.ndarray], np
 def weighted_point(
     y: np.ndarray, prob: np.ndarray, threshold: float
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Return a function from weights, shape (draws, n), to what `operating_point` has of each draw.
+    """Return a function from weights, shape (draws, n), to each draw's `operating_point`.
 
     Args, raises: As `operating_point`.
     """

@@ -1,4 +1,4 @@
-"""What a detector's answers are worth: boxes against boxes, by COCO's rules as in pycocotools."""
+"""Average precision of a detector, its intervals and strata, by COCO's rules as in pycocotools."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,8 +17,8 @@ from dernet_utils.metrics.matching import (
     size_stratum,
 )
 
-RECALLS = np.linspace(0, 1, 101)  # where COCO reads the precision-recall curve
-SIZES = {"below 1 %": True, "1 % and above": False}  # of the field of view: whether small
+RECALLS = np.linspace(0, 1, 101)  # COCO samples the precision-recall curve here
+SIZES = {"below 1 %": True, "1 % and above": False}  # of the field of view; whether it is small
 
 
 def precision_recall(matches: Matches) -> pd.DataFrame:
@@ -33,10 +33,10 @@ def precision_recall(matches: Matches) -> pd.DataFrame:
 
 
 def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
-    """Precision at RECALLS where film i counts weights[:, i] times, shape (draws, 101).
+    """Precision at RECALLS where image i counts weights[:, i] times, shape (draws, 101).
 
-    Only hits move the recall, and only at a hit can the precision be the best at its recall or
-    beyond, so the curve is read at the hits alone.
+    Recall changes only at true positives, and only there can precision be the best at its recall
+    or beyond, so the curve is computed at true positives only.
     """
     stops = np.flatnonzero(matches.hit)
     hits = weights[:, matches.film[stops]].cumsum(1)
@@ -51,15 +51,15 @@ def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
 
 
 def _running(film: np.ndarray, stops: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Predictions up to and with each stop where films count `weights` times.
+    """Predictions up to and including each stop where images count `weights` times.
 
-    They are counted by film between one stop and the next, once, and weighed in one sparse
-    product: many times fewer steps than a cumulative sum over all predictions for every draw.
+    They are counted once per image between one stop and the next, and weighted in one sparse
+    product: far fewer steps than a cumulative sum over all predictions for every draw.
 
     Args:
-        film: Row of each prediction's film, surest first, shape (n,).
-        stops: Ranks to read at, rising, shape (stops,).
-        weights: Shape (draws, films).
+        film: Row of each prediction's image, with falling score, shape (n,).
+        stops: Ranks to count up to, rising, shape (stops,).
+        weights: Shape (draws, images).
 
     Returns:
         Shape (draws, stops).
@@ -72,7 +72,7 @@ def _running(film: np.ndarray, stops: np.ndarray, weights: np.ndarray) -> np.nda
 
 
 def _areas(matches: Matches, weights: np.ndarray, chunk: int = 100) -> np.ndarray:
-    """Average precision of each row of weights (draws, films); nan without a true box."""
+    """Average precision of each row of weights (draws, images); nan without a true box."""
     parts = [
         _curves(matches, weights[first : first + chunk]).mean(1)
         for first in range(0, len(weights), chunk)
@@ -87,7 +87,7 @@ def average_precision(
 
     Args:
         truth: `image_id`, `lesion_type`, `xmin`, `ymin`, `xmax`, `ymax`.
-        predictions: The same, and `score`; on the same films, in the same pixels.
+        predictions: The same, and `score`; on the same images, in the same pixels.
         lesion_type: The type to evaluate.
         iou: Least overlap that counts as found.
 
@@ -114,9 +114,9 @@ def weighted_average_precision(
     films: Sequence[str],
     iou: float = 0.5,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function from weights of films, shape (draws, films), to average precisions.
+    """Return a function from weights of images, shape (draws, images), to average precisions.
 
-    For `dernet_utils.stats.bootstrap`; boxes are matched once.
+    For `intervals.bootstrap`; boxes are matched once.
 
     Args, raises: As `match_boxes`.
 
@@ -156,21 +156,21 @@ def coco_average_precision(
     """Return COCO's AP@[0.5:0.95], the mean over ten overlaps, by the library faster-coco-eval.
 
     It shares no code with this module: its column 0.5 is a second computation of
-    `average_precision`. The other nine ask how closely boxes are drawn (Lin et al., ECCV 2014).
+    `average_precision`. The other nine measure how tightly boxes fit (Lin et al., ECCV 2014).
 
     Args:
         truth, predictions: As `average_precision` takes them.
 
     Returns:
         The mean over overlaps and over the lesion types that the truth holds, in [0, 1], nan
-        where there is no true box; and each type's value, one row a type by name, one column an
+        where there is no true box; and each type's value, one row per type by name, one column per
         overlap from 0.5 to 0.95.
 
     Raises:
         DernetError: A column is missing, a corner or a score is not a number, or a table is
             marked with a stratum, for which `size_stratum` is read by `average_precision`.
     """
-    # Here and not above: training a detector needs this module, and not the library.
+    # here, not above: training a detector needs this module, but not the library
     from faster_coco_eval import COCO, COCOeval_faster
 
     _all_sizes(truth, predictions)
@@ -227,21 +227,21 @@ def detection_table(
 ) -> pd.DataFrame:
     """Return each lesion type's average precision, and their mean, with 95 % intervals by study.
 
-    Predictions are matched once; a draw of studies only weighs the films anew.
+    Predictions are matched once; a draw of studies only changes the images' weights.
 
     Args:
         truth, predictions, iou: As `average_precision` takes them.
-        images: `image_id` and `study_id` of every film that was searched, also those without a
-            box: they count as studies, and their false alarms count.
+        images: `image_id` and `study_id` of every image that was searched, also those without a
+            box: they count as studies, and their false positives count.
         resamples: Number of bootstrap draws (paper, section 4.1: 1,000).
         seed: Seed of the draws; one seed pairs the rows draw by draw.
 
     Returns:
-        One row a lesion type of the truth and a last row ``mAP``, with `boxes` (true boxes) and
-        the columns of `dernet_utils.stats.Interval` as fractions of one.
+        One row per lesion type of the truth and a last row ``mAP``, with `boxes` (true boxes) and
+        the columns of `intervals.Interval` as fractions of one.
 
     Raises:
-        DernetError: As `match_boxes` and `resample_by_study` raise, or a box's film is not listed.
+        DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
     """
     films = _searched(truth, predictions, images)
     weights = _weights(images, resamples, seed)
@@ -280,9 +280,9 @@ def mean_difference(
     iou: float = 0.5,
     level: float = 0.95,
 ) -> Interval:
-    """Return how far one detector's mean average precision lies above another's.
+    """Return the difference of two detectors' mean average precisions, with its interval.
 
-    Both are drawn with the same studies, so that what is hard for both cancels.
+    Both use the same draws of studies, so what is hard for both cancels.
 
     Args:
         truth, predictions, images, resamples, seed, iou: As `detection_table` takes them.
@@ -304,14 +304,14 @@ def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFra
     films = list(images["image_id"])
     if strangers := {*truth["image_id"], *predictions["image_id"]} - set(films):
         raise DernetError(
-            f"Every box lies on a film of the list, and {len(strangers)} films are not in it: "
-            "pass all films that were searched."
+            f"Every box lies on an image of the list, and {len(strangers)} images are not in it: "
+            "pass all images that were searched."
         )
     return films
 
 
 def _weights(images: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
-    """How often each film counts: once, then as drawn by study, shape (1 + resamples, films)."""
+    """Weights of images: once each, then as drawn by study, shape (1 + resamples, images)."""
     drawn = draw_weights(images["study_id"].to_numpy(), resamples, seed)
     return np.vstack([np.ones(len(images)), drawn])
 

@@ -1,4 +1,4 @@
-"""What a detector's answers are worth: boxes against boxes, by COCO's rules as in pycocotools."""
+"""Detection at a threshold: free-response curves, and confusion of lesion types."""
 
 import numpy as np
 import pandas as pd
@@ -9,46 +9,37 @@ from dernet_utils.metrics.detection import _all_sizes, _running, _searched, _wei
 from dernet_utils.metrics.intervals import interval_of
 from dernet_utils.metrics.matching import Matches, _partners, box_numbers, match_boxes, need_columns
 
-FALSE_POSITIVES_PER_IMAGE = (
-    1 / 8,
-    1 / 4,
-    1 / 2,
-    1,
-    2,
-    4,
-    8,
-)  # a film (Setio et al., Med Image Anal 42, 2017)
+# Setio et al., Med Image Anal 42, 2017.
+FALSE_POSITIVES_PER_IMAGE = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 NO_LESION, NOT_FOUND = "no lesion", "not found"  # margins of `type_confusion`
-
-# Detection as a reader meets it: false alarms on a film, and one type taken for another.
 
 
 def froc_curve(
     truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame, iou: float = 0.5
 ) -> pd.DataFrame:
-    """Return the free-response curve: sensitivity against false alarms per film.
+    """Return the free-response curve: sensitivity against false positives per image.
 
-    All lesion types count together, each matched for itself: a hit is of the same type. For one
-    type, pass the boxes of that type. Average precision ranks; this says what a reader would see
-    at a threshold (Bunch et al., J Appl Photogr Eng 4, 1978).
+    All lesion types count together, and each is matched separately: a true positive is of the same
+    type. For one type, pass the boxes of that type. Average precision summarises a ranking; this
+    curve shows what a reader would see at a threshold (Bunch et al., J Appl Photogr Eng 4, 1978).
 
     Args:
         truth, predictions, iou: As `average_precision` takes them; types that the truth does not
-            hold give false alarms.
-        images: `image_id` of every film that was searched, also those without a box.
+            hold give false positives.
+        images: `image_id` of every image that was searched, also those without a box.
 
     Returns:
         A row for each distinct `score`, falling, where all predictions with at least that score
-        are accepted: `false_alarms_per_film`, a mean over films, 0 or more, and `sensitivity`,
-        the share of true boxes found, in [0, 1], nan where there is none. Before them a row that
-        accepts nothing, at the score inf.
+        are accepted: `false_alarms_per_film`, the mean number of false positives per image, 0 or
+        more, and `sensitivity`, the fraction of true boxes found, in [0, 1], nan where there is
+        none. The first row accepts nothing, at the score inf.
 
     Raises:
-        DernetError: As `match_boxes` raises, there is no film, or a box's film is not listed.
+        DernetError: As `match_boxes` raises, there is no image, or a box's image is not listed.
     """
     films = _searched(truth, predictions, images)
     if not films:
-        raise DernetError("False alarms are counted per film, and no film came: list the films.")
+        raise DernetError("False positives are counted per image: pass at least one image.")
     matches = _all_types(truth, predictions, films, iou)
     ends = _ends_of_scores(matches)
     hits = matches.hit.cumsum()[ends]
@@ -70,21 +61,21 @@ def froc_table(
     seed: int = 42,
     iou: float = 0.5,
 ) -> pd.DataFrame:
-    """Return the sensitivity at given false alarms per film, with 95 % intervals by study.
+    """Return the sensitivity at given false positives per image, with 95 % intervals by study.
 
-    It is the highest of `froc_curve` with at most that many false alarms. Every draw of studies
-    has its own threshold, as its own curve would.
+    The highest sensitivity of `froc_curve` with at most that many false positives. Every draw of
+    studies has its own curve, and so its own threshold.
 
     Args:
         truth, predictions, iou: As `froc_curve` takes them.
         images, resamples, seed: As `detection_table` takes them.
 
     Returns:
-        One row for each of `FALSE_ALARMS`, with the columns of `dernet_utils.stats.Interval` as
+        One row for each of `FALSE_POSITIVES_PER_IMAGE`, with the columns of `intervals.Interval` as
         fractions of one.
 
     Raises:
-        DernetError: As `match_boxes` and `resample_by_study` raise, or a box's film is not listed.
+        DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
     """
     films = _searched(truth, predictions, images)
     matches = _all_types(truth, predictions, films, iou)
@@ -98,7 +89,7 @@ def froc_table(
 def _all_types(
     truth: pd.DataFrame, predictions: pd.DataFrame, films: list[str], iou: float
 ) -> Matches:
-    """The matches of every type in one list, surest first."""
+    """The matches of all types in one list, with falling score."""
     types = sorted({*truth["lesion_type"], *predictions["lesion_type"]})
     parts = [match_boxes(truth, predictions, name, films, iou) for name in types]
     score = np.concatenate([part.score for part in parts] or [np.empty(0)])
@@ -117,17 +108,21 @@ def _ends_of_scores(matches: Matches) -> np.ndarray:
 
 
 def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
-    """Sensitivity at FALSE_ALARMS where film i counts weights[:, i] times, shape (draws, 7).
+    """Sensitivity at FALSE_POSITIVES_PER_IMAGE where image i counts weights[:, i] times.
 
-    Only scores that hold a hit move the sensitivity, so the curve is read at those alone.
+    Shape (draws, 7). Sensitivity changes only at scores with a true positive, so the curve is
+    computed at those only.
     """
     ends = _ends_of_scores(matches)
     stops = ends[np.unique(ends.searchsorted(np.flatnonzero(matches.hit)))]
     hits = weights[:, matches.film[matches.hit]].cumsum(1)[:, matches.hit.cumsum()[stops] - 1]
-    false_alarms = _running(matches.film, stops, weights) - hits
+    false_positives = _running(matches.film, stops, weights) - hits
     allowed = weights.sum(1)[:, None] * FALSE_POSITIVES_PER_IMAGE
     accepted = np.stack(
-        [row.searchsorted(most, "right") for row, most in zip(false_alarms, allowed, strict=True)]
+        [
+            row.searchsorted(most, "right")
+            for row, most in zip(false_positives, allowed, strict=True)
+        ]
     )
     hits = np.column_stack([np.zeros(len(hits)), hits])  # nothing accepted, nothing found
     truths = (weights @ matches.truths)[:, None]
@@ -137,10 +132,10 @@ def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
 def type_confusion(
     truth: pd.DataFrame, predictions: pd.DataFrame, threshold: float, iou: float = 0.5
 ) -> pd.DataFrame:
-    """Count how true boxes are named: by type, at one threshold.
+    """Count true boxes by their type and the type that is predicted, at one threshold.
 
-    Matching does not look at types: on each film the surest prediction takes the free true box
-    that it overlaps most, at least `iou`, and of equally overlapped ones one of its own type.
+    Matching ignores types: on each image, in the order of falling score, a prediction takes the
+    free true box that it overlaps most, at least `iou`; ties go to a box of its own type.
 
     Args:
         truth: `image_id`, `lesion_type` and corners.
@@ -149,14 +144,14 @@ def type_confusion(
         iou: Least overlap of a match, in (0, 1].
 
     Returns:
-        Counts of boxes. Rows are true types and a last row `NO_LESION`, the false alarms; columns
-        are found types and a last column `NOT_FOUND`, the misses. Types are those of either
-        table, in the order of the alphabet. A type's row adds up to its true boxes, its column to
+        Counts of boxes. Rows are true types and a last row `NO_LESION`, the false positives;
+        columns are predicted types and a last column `NOT_FOUND`, the false negatives. Types are
+        those of either table, in alphabetical order. A type's row adds up to its true boxes, its column to
         its accepted predictions.
 
     Raises:
         DernetError: A column is missing, a corner or a score is not a number, or a table is
-            marked with a stratum, which a count of all boxes does not know.
+            marked with a stratum, while all boxes are counted.
 
     >>> box = {"image_id": "a", "xmin": 0, "ymin": 0, "xmax": 9, "ymax": 9}
     >>> truth = pd.DataFrame([box | {"lesion_type": "Osteophytes"}])

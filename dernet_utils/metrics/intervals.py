@@ -1,8 +1,8 @@
-"""Intervals and tests.
+"""Bootstrap intervals by study.
 
-Images of one study resemble each other, so they are not independent observations. A bootstrap
-that draws images pretends that they are and gives intervals that are, as a rule, too narrow; this
-one draws whole studies, and DeLong's variance adds up whole studies.
+Images of one study resemble each other, so they are not independent observations. A bootstrap that
+draws images treats them as if they were, and its intervals are, as a rule, too narrow; this one
+draws whole studies.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,15 +16,15 @@ from dernet_utils.core.errors import DernetError
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its interval and what it rests on.
+    """A value with its interval and the numbers that it is based on.
 
     Attributes:
         value: The statistic on all rows.
         low: Lower end of the interval; nan where no resample defined it.
         high: Upper end of the interval; nan where no resample defined it.
-        n_images: Rows that the statistic saw.
+        n_images: Rows that the statistic is computed on.
         n_studies: Studies that the rows belong to.
-        resamples: Resamples that the interval rests on.
+        resamples: Resamples that the interval is computed from.
         undefined: Resamples left out because the statistic was nan there, as an AUROC is where
             all rows drawn are of one class.
 
@@ -78,6 +78,11 @@ def resample_by_study(
 
 
 def checked_groups(studies: np.ndarray, resamples: int = 1) -> np.ndarray:
+    """Return groups as an array, shape (n,).
+
+    Raises:
+        DernetError: There are no rows or no resamples, or `studies` is not one-dimensional.
+    """
     studies = np.asarray(studies)
     if studies.ndim != 1 or not len(studies):
         raise DernetError(
@@ -134,13 +139,13 @@ def bootstrap_by_study(
 
 
 def draw_weights(groups: np.ndarray, resamples: int = 1000, seed: int = 42) -> np.ndarray:
-    """Return how often each row counts in each draw of groups with replacement.
+    """Return each row's weight in each draw of groups with replacement.
 
     The draws are those of `resample_by_study`, so that a statistic of weighted rows and one of
     drawn rows agree draw by draw.
 
     Args:
-        groups: What is drawn whole, such as the study of each row, shape (n,); all different, to
+        groups: Group of each row, drawn whole, such as its study, shape (n,); all different to
             draw rows.
         resamples: Number of draws.
         seed: Seed of the draws.
@@ -164,7 +169,10 @@ def draw_weights(groups: np.ndarray, resamples: int = 1000, seed: int = 42) -> n
 
 
 def leave_one_out(groups: np.ndarray) -> np.ndarray:
-    """Return weights that leave one group out each, shape (groups, n), 0 or 1.
+    """Return weights that leave out one group each, shape (groups, n), 0 or 1.
+
+    Args:
+        groups: As `draw_weights` takes them.
 
     >>> leave_one_out(["a", "a", "b"]).tolist()
     [[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]
@@ -185,7 +193,7 @@ def bootstrap(
 
     Args:
         statistic: Takes weights of shape (draws, n) and returns a number for each draw, shape
-            (draws,); nan where it is undefined, as `dernet_utils.evaluate.weighted_auroc` does.
+            (draws,); nan where it is undefined, as `classification.weighted_auroc` does.
         groups: As `draw_weights` takes them.
         resamples: Number of draws; the paper's section 4.1 takes 1,000.
         seed: Seed of the draws.
@@ -194,8 +202,9 @@ def bootstrap(
             from leaving out one group at a time (Efron, JASA 82, 1987, section 6).
 
     Returns:
-        nan ends where no draw is defined, and for ``bca`` also where the statistic is the same
-        whichever group is left out, or where all draws lie on one side of it.
+        The statistic on all rows with its interval. The ends are nan where no draw is defined, and
+        for ``bca`` also where leaving out any one group gives the same statistic, or all draws lie
+        on one side of it.
 
     Raises:
         DernetError: `level` is outside (0, 1), another method, or as `resample_by_study` raises.
@@ -225,7 +234,8 @@ def interval_of(
         values: The statistic on all rows, then on each draw, shape (1 + draws,).
         groups: As `draw_weights` takes them, shape (n,).
         level: Coverage in (0, 1).
-        without: The statistic with one group left out each; then the interval is ``bca``.
+        without: The statistic with each group left out in turn, for a ``bca`` interval; None for
+            a percentile interval.
 
     Raises:
         DernetError: `level` is outside (0, 1).
@@ -253,7 +263,7 @@ def interval_of(
 def _bca_tails(
     value: float, draws: np.ndarray, without: np.ndarray, tails: np.ndarray
 ) -> np.ndarray:
-    """The shares of draws between which a bca interval lies (Efron, 1987, Eqs. 2.3, 6.6)."""
+    """The quantiles of the draws that are a bca interval's ends (Efron, 1987, Eqs. 2.3, 6.6)."""
     below = ((draws < value).sum() + (draws == value).sum() / 2) / max(len(draws), 1)
     without = without[~np.isnan(without)]
     if not 0 < below < 1 or not len(without) or not np.ptp(without) > 0:

@@ -1,4 +1,4 @@
-"""What a detector's answers are worth: boxes against boxes, by COCO's rules as in pycocotools."""
+"""Predicted boxes matched to true boxes, by COCO's rules as in pycocotools."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.vocabulary import CORNERS
 from dernet_utils.imaging.boxes import box_iou
 
-MOST_BOXES = 100  # of one lesion type on one film; COCO's limit
-SMALL_SHARE = 0.01  # of the field of view; below it a lesion is small (paper, section 3.3)
+MOST_BOXES = 100  # of one lesion type on one image; COCO's limit
+SMALL_SHARE = 0.01  # fraction of the field of view below which a lesion is small (section 3.3)
 
 
 @dataclass(frozen=True)
 class Matches:
-    """A lesion type's predictions, surest first, each matched to a true box or to none.
+    """A lesion type's predictions with falling score, each matched to a true box or to none.
 
     Attributes:
-        film: Row of each prediction's film in the list that was passed, shape (n,).
+        film: Row of each prediction's image in the list that was passed, shape (n,).
         score: Probability, shape (n,), falling.
-        hit: Whether it is a true box's one match, shape (n,).
-        truths: Number of true boxes of each film, shape (films,).
+        hit: Whether it is a true positive, shape (n,).
+        truths: Number of true boxes per image, shape (images,).
     """
 
     film: np.ndarray
@@ -39,37 +39,37 @@ def size_stratum(boxes: pd.DataFrame, images: pd.DataFrame, small: bool) -> pd.D
 
     Args:
         boxes: True boxes or predictions: `image_id` and corners, in stored pixels.
-        images: `image_id`, `height` and `width`, in pixels, of every film that has a box.
+        images: `image_id`, `height` and `width`, in pixels, of every image that has a box.
         small: Whether the stratum is that of the small boxes, or that of all others.
 
     Returns:
-        The boxes with a column `outside`, bool, which `match_boxes`, and with it every score of
-        this module that says nothing else, takes as COCO takes boxes outside an area range.
+        The boxes with a column `outside`, bool; `match_boxes`, and with it every metric that does
+        not say otherwise, treats these as COCO treats boxes outside an area range.
 
     Raises:
-        DernetError: A column is missing, a film is listed twice or not at all, or a film has no
-            area.
+        DernetError: A column is missing, an image is listed twice or not at all, or an image has
+            no area.
 
     >>> films = pd.DataFrame({"image_id": ["a"], "height": [100], "width": [100]})
     >>> box = pd.DataFrame({"image_id": ["a"], "xmin": [0], "ymin": [0], "xmax": [9], "ymax": [9]})
     >>> size_stratum(box, films, small=True)["outside"].tolist()
     [False]
     """
-    need_columns(images, ["image_id", "height", "width"], "The table of films")
+    need_columns(images, ["image_id", "height", "width"], "The table of images")
     need_columns(boxes, ["image_id", *CORNERS], "A table of boxes")
     if images["image_id"].duplicated().any():
-        raise DernetError("Each film has one size, and one is listed twice: drop duplicates.")
+        raise DernetError("Each image has one size, and one is listed twice: drop duplicates.")
     sizes = images.set_index("image_id")[["height", "width"]].astype(np.float64)
     fields_px = sizes.prod(axis=1).reindex(boxes["image_id"]).to_numpy()
     if not (fields_px > 0).all():
         raise DernetError(
-            f"A share of the field of view needs the size of each film: {(~(fields_px > 0)).sum()} "
-            "boxes lie on films that are not listed or have no area. Pass all films that have "
+            f"A fraction of the field of view needs each image's size: {(~(fields_px > 0)).sum()} "
+            "boxes lie on images that are not listed or have no area. Pass all images that have "
             "boxes, with height and width in pixels."
         )
     corners = boxes[list(CORNERS)].to_numpy(np.float64)
-    shares = (corners[:, 2:] - corners[:, :2]).prod(1) / fields_px
-    return boxes.assign(outside=(shares < SMALL_SHARE) != small)
+    fractions = (corners[:, 2:] - corners[:, :2]).prod(1) / fields_px
+    return boxes.assign(outside=(fractions < SMALL_SHARE) != small)
 
 
 def match_boxes(
@@ -79,28 +79,28 @@ def match_boxes(
     films: Sequence[str],
     iou: float = 0.5,
 ) -> Matches:
-    """Match a lesion type's predictions to its true boxes, film by film.
+    """Match a lesion type's predictions to its true boxes, image by image.
 
-    The surest prediction chooses first, and takes the free true box that it overlaps most, where
+    In the order of falling score, each prediction takes the free true box that it overlaps most, if
     that overlap is at least `iou`; a true box is taken once.
 
-    Inside a size stratum a prediction prefers true boxes of the stratum. One that takes a true
-    box outside, or takes none and is itself outside, is neither hit nor false alarm and is left
-    out, as COCO does for area ranges.
+    Inside a size stratum a prediction prefers true boxes of the stratum. A prediction that takes a
+    true box outside it, or takes none and is itself outside, is neither a true nor a false positive
+    and is left out, as in COCO's area ranges.
 
     Args:
         truth: `image_id`, `lesion_type` and corners; with `outside` where `size_stratum` added it.
         predictions: The same, and `score`.
         lesion_type: The type to match.
-        films: Image ids, each once; boxes of other films are left out.
+        films: Image ids, each once; boxes of other images are left out.
         iou: Least overlap of a match, in (0, 1].
 
     Raises:
-        DernetError: A column is missing, a film is listed twice, a score is not a number, or only
+        DernetError: A column is missing, an image is listed twice, a score is not a number, or only
             one of the tables is marked with a stratum.
     """
     if len(set(films)) != len(films):
-        raise DernetError("Each film is evaluated once, and one is listed twice: drop duplicates.")
+        raise DernetError("Each image is evaluated once, and one is listed twice: drop duplicates.")
     if ("outside" in truth) != ("outside" in predictions):
         raise DernetError(
             "A stratum is marked in both tables, and here in one: pass true boxes and predictions "
@@ -111,7 +111,7 @@ def match_boxes(
     found_of = by_image(predictions, lesion_type, ["score"])
     parts = [
         (row_of[film], *judge_predictions(true_of.get(film), found, iou))
-        for film, found in sorted(found_of.items())  # equal scores rank by film, as in COCO's
+        for film, found in sorted(found_of.items())  # equal scores rank by image, as in COCO's
         if film in row_of
     ]
     rows = np.concatenate([np.full(len(hit), row) for row, _, hit in parts] or [np.empty(0, int)])
@@ -125,7 +125,19 @@ def match_boxes(
 
 
 def by_image(boxes: pd.DataFrame, lesion_type: str, more: list[str]) -> dict[str, np.ndarray]:
-    """Corners (and score) of one lesion type, and whether outside, by film, surest first."""
+    """Return a lesion type's boxes by image, with falling score where there is one.
+
+    Args:
+        boxes: `image_id`, `lesion_type`, corners, and `outside` where a stratum is marked.
+        lesion_type: The type to select.
+        more: ``["score"]`` for predictions, of which the first `MOST_BOXES` are kept; else empty.
+
+    Returns:
+        Per image an array with the columns corners, `more`, and whether outside.
+
+    Raises:
+        DernetError: A column is missing, or a number is nan.
+    """
     need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")
     own = boxes[boxes["lesion_type"] == lesion_type]
     outside = own["outside"] if "outside" in own else np.zeros(len(own))
@@ -139,12 +151,17 @@ def by_image(boxes: pd.DataFrame, lesion_type: str, more: list[str]) -> dict[str
 
 
 def need_columns(table: pd.DataFrame, columns: list[str], name: str) -> None:
+    """Raise DernetError, which calls the table `name`, where a column is missing."""
     if missing := [column for column in columns if column not in table]:
         raise DernetError(f"{name} has the columns {columns}, and {missing} are missing.")
 
 
 def box_numbers(boxes: pd.DataFrame, more: list[str]) -> np.ndarray:
-    """Corners and the columns `more`, shape (n, 4 + more)."""
+    """Return corners and the columns `more` as float64, shape (n, 4 + more).
+
+    Raises:
+        DernetError: A column is missing, or a number is nan.
+    """
     need_columns(boxes, [*CORNERS, *more], "A table of boxes")
     values = boxes[[*CORNERS, *more]].to_numpy(np.float64)
     if np.isnan(values).any():
@@ -153,7 +170,12 @@ def box_numbers(boxes: pd.DataFrame, more: list[str]) -> np.ndarray:
 
 
 def judge_predictions(true: np.ndarray | None, found: np.ndarray, iou: float) -> tuple:
-    """Scores of a film's predictions that count, and which of them are hits."""
+    """Return the scores of an image's predictions that count, and which are true positives.
+
+    Args:
+        true, found: Boxes as `by_image` returns them, of one image; `true` may be None.
+        iou: Least overlap of a match, in (0, 1].
+    """
     score, outside = found[:, 4], found[:, -1] > 0
     if true is None:
         return score[~outside], np.zeros((~outside).sum(), bool)
@@ -166,11 +188,11 @@ def judge_predictions(true: np.ndarray | None, found: np.ndarray, iou: float) ->
 
 
 def _partners(overlaps: np.ndarray, keys: list[np.ndarray], iou: float) -> np.ndarray:
-    """True box that each prediction takes, surest first, or -1, shape (predictions,).
+    """True box that each prediction takes, in the order of rows, or -1, shape (predictions,).
 
-    Of the free true boxes with enough overlap, (predictions, true boxes), it takes the one with
-    the largest last key, of equal ones the largest key before, and at last, as pycocotools, the
-    last.
+    Of the free true boxes with enough overlap it takes the one with the largest last key; ties go
+    to the largest key before, and then, as in pycocotools, to the last box. Overlaps and keys are
+    of shape (predictions, true boxes).
     """
     partner = np.full(len(overlaps), -1)
     free = overlaps >= min(iou, 1 - 1e-10)

@@ -1,8 +1,7 @@
-"""Intervals and tests.
+"""Tests of significance: DeLong by study, paired t, McNemar, Holm, and numbers of studies.
 
-Images of one study resemble each other, so they are not independent observations. A bootstrap
-that draws images pretends that they are and gives intervals that are, as a rule, too narrow; this
-one draws whole studies, and DeLong's variance adds up whole studies.
+Images of one study resemble each other, so they are not independent observations: DeLong's variance
+adds up whole studies.
 """
 
 from dataclasses import dataclass
@@ -33,7 +32,12 @@ class Areas:
     n_studies: int
 
     def interval(self, which: int = 0, level: float = 0.95) -> Interval:
-        """Return one area with its normal interval, cut off at 0 and 1."""
+        """Return one area with its normal interval, clipped to [0, 1].
+
+        Args:
+            which: Column of the scores.
+            level: Coverage in (0, 1).
+        """
         contrast = np.zeros(len(self.values))
         contrast[which] = 1
         found = self._normal(contrast, level)
@@ -41,13 +45,21 @@ class Areas:
         return Interval(**(vars(found) | ends))
 
     def difference(self, first: int = 0, second: int = 1, level: float = 0.95) -> Interval:
-        """Return how far one area lies above another, with its normal interval."""
+        """Return the difference of two areas, first minus second, with its normal interval.
+
+        Args:
+            first, second: Columns of the scores.
+            level: Coverage in (0, 1).
+        """
         return self._normal(self._contrast(first, second), level)
 
     def p_value(self, first: int = 0, second: int = 1) -> float:
         """Return the two-sided p-value of two areas being equal.
 
-        1 where the two do not differ at all; 0 where they differ and nothing varies.
+        1 if the two are equal; 0 if they differ and the variance is zero.
+
+        Args:
+            first, second: Columns of the scores.
         """
         contrast = self._contrast(first, second)
         apart, error = contrast @ self.values, _root(contrast @ self.covariance @ contrast)
@@ -78,10 +90,10 @@ def delong(y: np.ndarray, prob: np.ndarray, groups: np.ndarray | None = None) ->
     Args:
         y: Labels, shape (n,), 0 or 1.
         prob: Scores, shape (n,) or (n, k), any monotone scale.
-        groups: What is independent, such as the study of each image, shape (n,); None for images.
+        groups: Independent unit of each image, such as its study, shape (n,); None for images.
 
     Returns:
-        Areas, and a covariance of nan where fewer than two independent units bear a class.
+        The areas; the covariance is nan where fewer than two independent units have a class.
 
     Raises:
         DernetError: Shapes do not fit, labels are not 0 or 1, a score is nan, or one class only.
@@ -91,7 +103,7 @@ def delong(y: np.ndarray, prob: np.ndarray, groups: np.ndarray | None = None) ->
     if y.ndim != 1 or prob.ndim != 2 or len(prob) != len(y) or np.isnan(prob).any():
         raise DernetError(
             "DeLong's variance needs a label and a score for each image, none of them nan: "
-            f"shapes {y.shape} and {prob.shape} came."
+            f"got shapes {y.shape} and {prob.shape}."
         )
     if not np.isin(y, (0, 1)).all() or len(np.unique(y)) < 2:
         raise DernetError("DeLong's variance needs labels 0 and 1, and both of them.")
@@ -127,7 +139,7 @@ def _freedom(unit: np.ndarray) -> float:
 
 
 def _root(variance: float) -> float:
-    """A standard error; what rounding has put below zero is zero."""
+    """A standard error; variances below zero by rounding count as zero."""
     return float(np.sqrt(variance if np.isnan(variance) else max(variance, 0.0)))
 
 
@@ -139,9 +151,9 @@ class PairedTest:
     """A two-sided test.
 
     Attributes:
-        statistic: Its value.
-        p: Probability of one as far from zero where there is no difference.
-        n: Pairs that it rests on.
+        statistic: The test statistic.
+        p: Probability of a statistic at least as far from zero if there is no difference.
+        n: Number of pairs.
     """
 
     statistic: float
@@ -150,19 +162,19 @@ class PairedTest:
 
 
 def paired_t(differences: np.ndarray, test_share: float = 0.0) -> PairedTest:
-    """Return Student's test of a mean difference of zero, as it is or corrected.
+    """Return Student's paired test, plain or corrected for cross-validation.
 
-    Across the folds of a cross-validation differences are not independent: two folds learn mostly
-    from the same images. Nadeau and Bengio (Machine Learning 52, 2003) enlarge the variance of the
-    mean from 1/k to 1/k + images tested / images learnt from.
+    Differences across folds are not independent: two folds' training sets overlap. Nadeau and
+    Bengio (Machine Learning 52, 2003) enlarge the variance of the mean from 1/k to 1/k + test
+    images / training images.
 
     Args:
-        differences: Of each pair, such as a fold, shape (k,).
-        test_share: Images tested over images learnt from in each fold, as 1/4 of five folds; 0
+        differences: One per pair, such as a fold, shape (k,).
+        test_share: Test images over training images in each fold, such as 1/4 for five folds; 0
             for the plain test.
 
     Raises:
-        DernetError: Fewer than two pairs, a difference that is nan, or a share below 0.
+        DernetError: Fewer than two pairs, a difference is nan, or the ratio is below 0.
 
     >>> round(paired_t([1.0, 2.0, 3.0]).p, 3)
     0.074
@@ -171,10 +183,10 @@ def paired_t(differences: np.ndarray, test_share: float = 0.0) -> PairedTest:
     if differences.ndim != 1 or len(differences) < 2 or np.isnan(differences).any():
         raise DernetError(
             "A paired t-test needs at least two differences, none of them nan: "
-            f"{differences.tolist()} came."
+            f"got {differences.tolist()}."
         )
     if test_share < 0:
-        raise DernetError(f"A share of images is at least 0, not {test_share}.")
+        raise DernetError(f"Test images over training images are at least 0, not {test_share}.")
     n, mean = len(differences), differences.mean()
     error = np.sqrt(differences.var(ddof=1) * (1 / n + test_share))
     if not error:
@@ -185,17 +197,17 @@ def paired_t(differences: np.ndarray, test_share: float = 0.0) -> PairedTest:
 
 
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
-    """Return McNemar's exact test of two classifiers being right equally often.
+    """Return McNemar's exact test of two classifiers being correct equally often.
 
-    Only images count on which one is right and the other wrong; where there is no difference,
-    each of these is a toss of a coin (McNemar, Psychometrika 12, 1947).
+    Only images count on which exactly one classifier is correct; without a difference, each is
+    equally likely to be that one (McNemar, Psychometrika 12, 1947). Computed by statsmodels.
 
     Args:
-        first_right, second_right: Whether each is right on each image, shape (n,).
+        first_right, second_right: Whether each is correct on each image, shape (n,).
 
     Returns:
-        The statistic is the images that the first alone has right less those that the second
-        alone has; n is their sum. p is 1 where there are none.
+        The statistic is the number of images on which only the first is correct minus the number
+        on which only the second is; n is their sum. p is 1 where n is 0.
 
     Raises:
         DernetError: Shapes differ.
@@ -209,8 +221,7 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
     first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
     if first.ndim != 1 or first.shape != second.shape:
         raise DernetError(
-            "McNemar's test compares the same images: shapes "
-            f"{first.shape} and {second.shape} came."
+            f"McNemar's test compares the same images: got shapes {first.shape} and {second.shape}."
         )
     alone, other = int((first & ~second).sum()), int((second & ~first).sum())
     p = exact_mcnemar([[0, alone], [other, 0]], exact=True).pvalue
@@ -220,7 +231,8 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
 def holm(p: np.ndarray) -> np.ndarray:
     """Return p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
 
-    Rejecting those at most alpha keeps the chance of one false rejection among all at most alpha.
+    Rejecting those at most alpha keeps the probability of any false rejection at most alpha.
+    Computed by statsmodels.
 
     Args:
         p: Shape (m,), in [0, 1].
@@ -238,24 +250,24 @@ def holm(p: np.ndarray) -> np.ndarray:
 
     p = np.asarray(p, np.float64)
     if not ((p >= 0) & (p <= 1)).all():
-        raise DernetError(f"P-values lie between 0 and 1: {p.tolist()} came.")
+        raise DernetError(f"P-values lie between 0 and 1: got {p.tolist()}.")
     return multipletests(p, method="holm")[1] if len(p) else p
 
 
 def studies_needed(
     difference: float, deviation: float, power: float = 0.8, level: float = 0.95
 ) -> int:
-    """Return how many studies show a difference with a given chance.
+    """Return how many studies are needed to detect a difference.
 
-    By the normal law: the standard error of a difference falls with the root of the number of
-    studies, and the two-sided test of that level must reject with probability `power`.
+    By the normal approximation: the standard error of a difference falls with the square root of
+    the number of studies, and the two-sided test must reject with probability `power`.
 
     Args:
         difference: True difference, not 0.
         deviation: Standard error of the difference times the root of the number of studies that
             it was estimated from.
         power: In (0.5, 1).
-        level: One less the chance of a false alarm, in (0, 1).
+        level: One minus the probability of a false positive, in (0, 1).
 
     Raises:
         DernetError: A number is outside its range.
@@ -266,8 +278,8 @@ def studies_needed(
     if not difference or not deviation > 0 or not 0.5 < power < 1 or not 0 < level < 1:
         raise DernetError(
             "A number of studies needs a difference that is not 0, a deviation above 0, a power "
-            f"between 0.5 and 1 and a level between 0 and 1: {difference}, {deviation}, {power} "
-            f"and {level} came."
+            f"between 0.5 and 1 and a level between 0 and 1: got {difference}, {deviation}, {power} "
+            f"and {level}."
         )
     reach = distributions.norm.ppf((1 + level) / 2) + distributions.norm.ppf(power)
     return int(np.ceil((reach * deviation / difference) ** 2))

@@ -1,7 +1,7 @@
-"""Where a network looked, and how good such a picture is: Grad-CAM, LIME, lesion masks, and judges.
+"""Which parts of an image a prediction rests on: Grad-CAM, LIME, lesion masks, and their metrics.
 
-A heat map is a float array of the image's shape, at least 0; the larger, the more an answer rests
-on the place. A map that says nothing is the same everywhere; a map of zeros is one of these.
+A heat map is a float array of the image's shape, at least 0; the larger a value, the more the
+prediction rests on that position. A map that is constant, such as one of zeros, localises nothing.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from dernet_utils.core.errors import DernetError
 from dernet_utils.triage.networks import as_input
 
-# The last maps before pooling: after them every place has one weight for the logit.
+# The last feature maps before pooling: beyond them all positions share one weight for the logit.
 LAYERS = {"densenet121": "features.norm5", "tf_efficientnetv2_s": "bn2", "resnet50": "layer4"}
 SEGMENTS = 64  # superpixels of an image; ours
-CLOSENESS = 0.5  # of places to greys, in a superpixel's measure of distance; ours
-PATCH = 8  # times the image's side: the blur that stands for "nothing here"
-CUTS = 3  # rounds of GrabCut; ours
-INNER = 0.8  # of a box's sides: where a lesion is likely; ours, chosen on training films
+CLOSENESS = 0.5  # weight of grey against position in a superpixel's distance; ours
+PATCH = 8  # the image's side over the deviation of the blur that removes all detail
+CUTS = 3  # iterations of GrabCut; ours
+INNER = 0.8  # fraction of a box's sides where a lesion is likely; ours, chosen on training images
 
 # Heat maps
 
@@ -32,10 +32,10 @@ def grad_cam(name: str, network: nn.Module, pixels: Tensor, batch: int = 16) -> 
     """Return Grad-CAM maps of the logit for abnormal (Selvaraju et al., ICCV 2017).
 
     Args:
-        name: One of `dernet_utils.profiles.NETWORKS`; it decides the layer.
-        network: As `triage.load_trained` returns it; put in evaluation mode.
+        name: One of `dernet_utils.core.vocabulary.NETWORKS`; it determines the layer.
+        network: As `training.load_network` returns it; left in evaluation mode.
         pixels: uint8, shape (n, 1, px, px).
-        batch: Images at a time.
+        batch: Images per pass.
 
     Returns:
         float32, shape (n, px, px), at least 0.
@@ -56,14 +56,17 @@ def grad_cam(name: str, network: nn.Module, pixels: Tensor, batch: int = 16) -> 
 
 
 def superpixels(grey: np.ndarray, segments: int = SEGMENTS) -> np.ndarray:
-    """Return a partition of an image into patches of like grey, numbers from 0.
+    """Return a partition of an image into patches of similar grey.
 
-    k-means on place and grey from a regular grid of centres: the idea of SLIC (Achanta et al.,
-    TPAMI 34, 2012), over the whole image.
+    k-means on position and grey, started from a regular grid of centres: the idea of SLIC (Achanta
+    et al., TPAMI 34, 2012), over the whole image.
 
     Args:
         grey: 8-bit image, shape (H, W).
-        segments: About how many; a square number of centres is taken.
+        segments: Approximate number; the nearest square number of centres is used.
+
+    Returns:
+        Numbers of the patches from 0, shape (H, W).
     """
     height, width = grey.shape
     side = max(1, round(segments**0.5))
@@ -81,20 +84,20 @@ def superpixels(grey: np.ndarray, segments: int = SEGMENTS) -> np.ndarray:
 def lime(
     network: nn.Module, pixels: Tensor, segments: np.ndarray, samples: int = 200, seed: int = 42
 ) -> np.ndarray:
-    """Return how much each superpixel speaks for abnormal (Ribeiro et al., KDD 2016).
+    """Return each superpixel's weight for abnormal (Ribeiro et al., KDD 2016).
 
-    Patches are blurred away at random, the network is asked again, and a linear model of its logit
-    is fitted, by ridge regression, to which patches were there.
+    Random patches are blurred, inference is run on each such image, and a linear model of the logit
+    on which patches are present is fitted by ridge regression.
 
     Args:
-        network: In evaluation mode afterwards, its memory laid out channels last, which is quicker.
+        network: Left in evaluation mode and channels-last memory, which is faster.
         pixels: One image, uint8, shape (1, 1, px, px).
         segments: As `superpixels` returns them, shape (px, px).
-        samples: Images asked about.
-        seed: Seed of the patches drawn; torch's global generator is left as it was.
+        samples: Number of images to run inference on.
+        seed: Seed of the patches; torch's global generator is left as it was.
 
     Returns:
-        A weight for each superpixel, of either sign.
+        A weight per superpixel, of either sign, shape (segments,).
     """
     network.eval().to(memory_format=torch.channels_last)
     device = _device(network)
@@ -110,19 +113,41 @@ def lime(
 
 
 def spread_over(weights: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """Return the heat map of superpixels' weights; those that speak against count nothing."""
+    """Return the heat map of superpixels' weights, negative weights as 0.
+
+    Args:
+        weights: As `lime` returns them, shape (segments,).
+        segments: As `superpixels` returns them, shape (H, W).
+
+    Returns:
+        Shape (H, W), at least 0.
+    """
     return np.maximum(weights, 0)[segments]
 
 
 def without_detail(pixels: Tensor) -> Tensor:
-    """Return images blurred so far that only light and dark remain, uint8, the same shape."""
+    """Return images blurred until no detail remains.
+
+    Args:
+        pixels: uint8, shape (n, 1, px, px).
+
+    Returns:
+        uint8, the same shape.
+    """
     side = pixels.shape[-1]
     blurred = [cv2.GaussianBlur(image.squeeze(0).numpy(), (0, 0), side / PATCH) for image in pixels]
     return torch.from_numpy(np.stack(blurred)).unsqueeze(1)
 
 
 def centred_map(shape: tuple[int, int]) -> np.ndarray:
-    """Return a map that looks at the middle of any image: a Gaussian, a quarter of a side wide."""
+    """Return a heat map of the image's centre: a Gaussian, a quarter of a side its deviation.
+
+    Args:
+        shape: Height and width.
+
+    Returns:
+        float, of that shape, in (0, 1].
+    """
     y, x = (np.linspace(-1, 1, extent) for extent in shape)
     return np.exp(-((y[:, None] ** 2 + x[None] ** 2) / (2 * 0.5**2)))
 
@@ -131,7 +156,15 @@ def centred_map(shape: tuple[int, int]) -> np.ndarray:
 
 
 def filled_box(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return which pixels of an image a box holds: bool, of `shape`, (height, width)."""
+    """Return a box as a mask.
+
+    Args:
+        box: Corners xmin, ymin, xmax, ymax, px, rounded; parts outside the image are cut off.
+        shape: Height and width of the image.
+
+    Returns:
+        bool, of that shape.
+    """
     left, top, right, bottom = np.round(box).astype(int).clip(0)
     held = np.zeros(shape, bool)
     held[top:bottom, left:right] = True
@@ -139,10 +172,10 @@ def filled_box(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def ellipse_in(box: np.ndarray, shape: tuple[int, int], share: float = INNER) -> np.ndarray:
-    """Return the ellipse in the middle of a box, whose axes are this share of its sides.
+    """Return the ellipse at the centre of a box, its axes a fraction of the box's sides.
 
     Args:
-        box: Corners xmin, ymin, xmax, ymax, px; what lies outside the image is cut off.
+        box: Corners xmin, ymin, xmax, ymax, px; parts outside the image are cut off.
         shape: Height and width of the image.
         share: In (0, 1]; 1 touches the box.
 
@@ -163,11 +196,11 @@ def ellipse_in(box: np.ndarray, shape: tuple[int, int], share: float = INNER) ->
 
 
 def lesion_mask(grey: np.ndarray, box: np.ndarray, heat: np.ndarray | None = None) -> np.ndarray:
-    """Return which pixels of a box are the lesion's, without ever having learnt from a mask.
+    """Return a mask of the lesion in a box, without training on masks.
 
-    GrabCut (Rother et al., SIGGRAPH 2004) parts the box's surroundings into two mixtures of greys.
-    It is told that there is no lesion outside the box's largest ellipse, and that the lesion is
-    likely in the inner one, but for that quarter of it where the heat map is lowest.
+    GrabCut (Rother et al., SIGGRAPH 2004) separates the box's surroundings into two mixtures of
+    greys. It starts with no lesion outside the box's largest ellipse, and a probable lesion in the
+    inner ellipse except for the quarter of it where the heat map is lowest.
 
     Args:
         grey: 8-bit image, shape (H, W).
@@ -181,7 +214,7 @@ def lesion_mask(grey: np.ndarray, box: np.ndarray, heat: np.ndarray | None = Non
         DernetError: As `ellipse_in` raises, or the map is of another shape.
     """
     if heat is not None and heat.shape != grey.shape:
-        raise DernetError(f"The map is of {heat.shape} and the image of {grey.shape} pixels.")
+        raise DernetError(f"The map has {heat.shape} pixels and the image {grey.shape}.")
     largest, inner = (ellipse_in(box, grey.shape, share) for share in (1.0, INNER))
     likely = inner.copy()
     if heat is not None:
@@ -202,34 +235,49 @@ def lesion_mask(grey: np.ndarray, box: np.ndarray, heat: np.ndarray | None = Non
     return found if found.any() else inner
 
 
-# Judges
+# Metrics of heat maps and masks
 
 
 def pointing(heat: np.ndarray, mask: np.ndarray) -> float:
-    """Return whether the hottest place lies in the mask; of several equally hot, the share that do.
+    """Return whether the map's maximum lies in the mask; of several maxima, the fraction that do.
 
-    The pointing game (Zhang et al., ECCV 2016). A map that says nothing scores the mask's share of
-    the image.
+    The pointing game (Zhang et al., ECCV 2016). A constant map scores the mask's fraction of the
+    image.
+
+    Args:
+        heat: Heat map, shape (H, W).
+        mask: bool, the same shape.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        DernetError: Shapes differ, or a value of the map is negative or not finite.
 
     >>> pointing(np.array([[0, 2], [1, 2]]), np.array([[False, True], [True, False]]))
     0.5
     """
-    heat, mask = _judged(heat, mask)
+    heat, mask = _checked(heat, mask)
     return float(mask[heat == heat.max()].mean())
 
 
 def energy(heat: np.ndarray, mask: np.ndarray) -> float:
-    """Return the share of the heat that lies in the mask; of a map of zeros, the mask's share.
+    """Return the fraction of the heat inside the mask; for a map of zeros, the mask's fraction.
+
+    Args, returns, raises: As `pointing`.
 
     >>> energy(np.array([[1.0, 3.0]]), np.array([[False, True]]))
     0.75
     """
-    heat, mask = _judged(heat, mask)
+    heat, mask = _checked(heat, mask)
     return float(heat[mask].sum() / heat.sum()) if heat.sum() else float(mask.mean())
 
 
 def overlap(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Return intersection over union and Dice of two masks; nan for two empty ones.
+    """Return intersection over union and Dice coefficient of two masks; nan if both are empty.
+
+    Args:
+        found, truth: bool, of one shape.
 
     >>> overlap(np.array([True, True, False]), np.array([False, True, True]))
     (0.3333333333333333, 0.5)
@@ -247,7 +295,7 @@ def removal_curve(
     steps: int = 16,
     insert: bool = False,
 ) -> np.ndarray:
-    """Return a network's score while the hottest places are blurred away, or come into a blur.
+    """Return a network's score while pixels are blurred, hottest first, or restored from a blur.
 
     Deletion and insertion (Petsiuk et al., BMVC 2018). A good map makes the first fall early and
     the second rise early.
@@ -255,12 +303,12 @@ def removal_curve(
     Args:
         score: Takes images, uint8 (n, 1, px, px); returns (n,).
         pixels: One image, shape (1, 1, px, px).
-        heat: Its map, shape (px, px); equal places go in the order of rows.
-        steps: Equal shares of the pixels.
-        insert: Whether they come instead of going.
+        heat: Its map, shape (px, px); equal values go in the order of rows.
+        steps: Equal fractions of the pixels.
+        insert: Whether to restore pixels (insertion) rather than to blur them (deletion).
 
     Returns:
-        Shape (steps + 1,), from none to all.
+        Shape (steps + 1,), from no pixel to all.
     """
     order = np.argsort(-heat.ravel(), kind="stable")
     start, end = pixels, without_detail(pixels)
@@ -273,14 +321,14 @@ def removal_curve(
     return score(shown.view(steps + 1, *pixels.shape[1:]))
 
 
-def _judged(heat: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(heat: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     heat, mask = np.asarray(heat, np.float64), np.asarray(mask, bool)
     if heat.shape != mask.shape or not heat.size:
         raise DernetError(
-            f"A map is judged by a mask of its shape: {heat.shape} and {mask.shape} came."
+            f"A map is compared with a mask of its shape: got {heat.shape} and {mask.shape}."
         )
     if not np.isfinite(heat).all() or (heat < 0).any():
-        raise DernetError("A heat map has finite values of at least 0, and this one has others.")
+        raise DernetError("A heat map has finite values of at least 0; this one has others.")
     return heat, mask
 
 

@@ -1,4 +1,4 @@
-"""Views: what Algorithm 1 asks of the mosaic, rare types, and labels that are refused."""
+"""Augmented images: Algorithm 1's mosaic, rare types, and labels that are refused."""
 
 import numpy as np
 import pytest
@@ -117,10 +117,10 @@ GOOD = "3 0.5 0.5 0.2 0.1\n"
     [
         ("7 0.5 0.5 0.2 0.1\n", "from 0 to 6"),
         ("1.5 0.5 0.5 0.2 0.1\n", "from 0 to 6"),
-        (GOOD + "2 0.95 0.5 0.2 0.1\n", "2: .*within the film"),
-        ("2 -0.1 0.5 0.2 0.1\n", "within the film"),
-        ("2 0.5 0.5 0 0.1\n", "within the film"),
-        ("2 nan 0.5 0.2 0.1\n", "within the film"),
+        (GOOD + "2 0.95 0.5 0.2 0.1\n", "2: .*inside the image"),
+        ("2 -0.1 0.5 0.2 0.1\n", "inside the image"),
+        ("2 0.5 0.5 0 0.1\n", "inside the image"),
+        ("2 nan 0.5 0.2 0.1\n", "inside the image"),
         ("2 0.5 0.5 0.2\n", "five numbers"),
         ("two 0.5 0.5 0.2 0.1\n", "five numbers"),
     ],
