@@ -144,6 +144,7 @@ FINDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FINDINGS)
 def test_a_lesion_of_severity_zero_has_a_counterfactual_that_differs_nowhere(anatomy, plans, form):
     for view in render.ANGLES:
@@ -154,6 +155,7 @@ def test_a_lesion_of_severity_zero_has_a_counterfactual_that_differs_nowhere(ana
         assert np.array_equal(image.grey, healthy.grey)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FINDINGS)
 def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, plans, form):
     seen = []
@@ -170,6 +172,7 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
     assert seen[0] < min(seen[1:]) and max(seen) > virtual_cohort.LEAST_VISIBILITY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["sclerotic", "claw", "narrowed", "screws"])
 def test_a_counterfactual_is_the_radiograph_without_the_finding(anatomy, plans, form):
     """Rendered anew without it, at a dose without noise: the same, as far as tones allow.
@@ -244,6 +247,7 @@ def few(monkeypatch, plans):
     return chosen
 
 
+@pytest.mark.slow
 def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path, few, anatomy):
     seen = []
     virtual_cohort.write_cohort(tmp_path / "one", 3, 7, 1, lambda done, of: seen.append((done, of)))
@@ -268,6 +272,7 @@ def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path,
     assert manifest["virtual"] and len(manifest["studies"]) == 3
 
 
+@pytest.mark.slow
 def test_counterfactuals_are_read_back_as_they_were_written(tmp_path, few, anatomy):
     virtual_cohort.write_cohort(tmp_path / "one", 3, 7, 1)
     study = next(s for s in read_manifest(tmp_path / "one")["studies"] if s["findings"])

@@ -93,6 +93,7 @@ def test_another_file_is_not_taken_for_the_donor(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "nothing of it is kept"
 
 
+@pytest.mark.slow
 def test_the_built_in_donor_is_what_it_was():
     built_in = load_donor()
     assert built_in.digest == virtual_donor.DIGEST

@@ -1,4 +1,4 @@
-"""A whole virtual cohort: its frequencies, its files, and no way to tell a lesion by anything else.
+"""A whole virtual cohort: its frequencies, its files, and no shortcut to its labels.
 
 The cohort is made once for this file, large enough for its frequencies; that takes some minutes.
 """
@@ -28,11 +28,12 @@ from dernet_utils.metrics.intervals import bootstrap_by_study
 from dernet_utils.virtual import cohort
 from dernet_utils.virtual.render import ANGLES
 
+pytestmark = pytest.mark.slow
 PATIENTS, SEED = 365, 2027  # not the seed of any profile
-# Boxes a class in VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021).
+# Boxes per class in VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021).
 PUBLISHED = pd.Series(dict(zip(LESION_TYPES, (924, 387, 12_562, 280, 429, 268, 248), strict=True)))
 AGE = 16 + 3 + 16 + 7  # column of the features
-SIZE = (96, 64)  # of a masked film for the small network, px
+SIZE = (96, 64)  # of a masked image for the small network, px
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,13 @@ def dataset(root: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def films(root: Path, dataset: Dataset) -> pd.DataFrame:
-    """One row a film: the dataset's columns, and what the manifest says of it."""
+    """One row per image: the dataset's columns, and the manifest's facts."""
     rows = [
-        {"image_id": film["image_id"], "age": study["age"], "sex": study["sex"],
+        {"image_id": image["image_id"], "age": study["age"], "sex": study["sex"],
          "metal": any(f["type"] == "Surgical implant" for f in study["findings"]),
          "bone": study["shape"]["bone"], "views": len(study["views"]), **view}
         for study in read_manifest(root)["studies"]
-        for view, film in zip(study["views"], study["films"], strict=True)
+        for view, image in zip(study["views"], study["films"], strict=True)
     ]  # fmt: skip
     return dataset.images.merge(pd.DataFrame(rows), on="image_id", validate="one_to_one")
 
@@ -64,12 +65,12 @@ def films(root: Path, dataset: Dataset) -> pd.DataFrame:
 # Frequencies ------------------------------------------------------------------------------------
 
 
-def test_about_half_of_the_films_show_a_finding(dataset):
+def test_about_half_of_the_images_show_a_finding(dataset):
     assert 0.45 <= dataset.images.abnormal.mean() <= 0.53
 
 
 def test_each_type_is_as_frequent_as_in_the_published_training_split(dataset):
-    """Each published share lies in our share's 99 % interval, whole studies resampled."""
+    """Each published fraction lies in our fraction's 99 % interval, whole studies resampled."""
     published = PUBLISHED / PUBLISHED.sum()
     types, studies = dataset.boxes.lesion_type.to_numpy(), dataset.boxes.study_id.to_numpy()
     for name in LESION_TYPES:
@@ -92,16 +93,17 @@ def test_the_imbalance_is_the_papers(dataset):
 
 
 def test_lesions_are_small(dataset):
-    boxes = dataset.boxes.merge(dataset.images[["image_id", "path"]], on="image_id")
-    headers = {p: pydicom.dcmread(p, stop_before_pixels=True) for p in boxes.path.unique()}
-    film = boxes.path.map({p: h.Rows * h.Columns for p, h in headers.items()})
-    area = (boxes.xmax - boxes.xmin) * (boxes.ymax - boxes.ymin) / film
+    boxes = dataset.boxes.merge(dataset.images[["image_id", "dicom_path"]], on="image_id")
+    paths = boxes.dicom_path.unique()
+    headers = {path: pydicom.dcmread(path, stop_before_pixels=True) for path in paths}
+    pixels = boxes.dicom_path.map({path: h.Rows * h.Columns for path, h in headers.items()})
+    area = (boxes.xmax - boxes.xmin) * (boxes.ymax - boxes.ymin) / pixels
     assert area.median() < 0.01
     spurs = area[boxes.lesion_type == "Osteophytes"]
     assert spurs.quantile(0.05) < 0.004 and spurs.quantile(0.95) > 0.015, "of many sizes"
 
 
-def test_studies_and_films_vary_as_the_dataset_does(films):
+def test_studies_and_images_vary_as_the_dataset_does(films):
     per_study = films.groupby("study_id").size()
     assert per_study.min() == 1 and per_study.max() == 4
     assert per_study.mean() == pytest.approx(8389 / 4000, abs=0.15)
@@ -125,10 +127,10 @@ def test_the_check_finds_no_problem(root):
     assert check_dataset(root).problems == []
 
 
-def test_dciodvfy_finds_no_error_in_a_film_of_each_encoding(films):
+def test_dciodvfy_finds_no_error_in_an_image_of_each_encoding(films):
     sample = films.groupby(["photometric", "bits", "syntax", "voi", "name"]).head(1)
     errors = {}
-    for path in sample.path:
+    for path in sample.dicom_path:
         found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True)
         words = found.stdout + found.stderr
         assert "XImage" in words or "CRImage" in words, words
@@ -142,9 +144,9 @@ def test_dciodvfy_finds_no_error_in_a_film_of_each_encoding(films):
 
 @pytest.fixture(scope="module")
 def pairs(films: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
-    """Abnormal films without metal, and as many normal ones that lend their boxes' places.
+    """Abnormal images without metal, and as many normal ones that get the same boxes.
 
-    Each abnormal film is paired with a normal one that was taken alike: view, mirroring, and the
+    Each abnormal image is paired with a normal one that was taken alike: view, mirroring, and the
     nearest height of the beam.
     """
     films = films[~films.metal].reset_index(drop=True)
@@ -154,32 +156,32 @@ def pairs(films: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
         normal = alike[~alike.abnormal]
         abnormal = alike[alike.abnormal]
         for index in rng.permutation(len(abnormal))[: len(normal)]:
-            film = abnormal.iloc[index]
-            nearest = (normal.aim_z_mm - film.aim_z_mm).abs().idxmin()
-            for one in (film, normal.loc[nearest]):
-                rows.append(one.to_dict() | {"places": _places(boxes[film.image_id], film)})
+            image = abnormal.iloc[index]
+            nearest = (normal.aim_z_mm - image.aim_z_mm).abs().idxmin()
+            for one in (image, normal.loc[nearest]):
+                rows.append(one.to_dict() | {"places": _places(boxes[image.image_id], image)})
             normal = normal.drop(nearest)
     return pd.DataFrame(rows)
 
 
-def _places(boxes: pd.DataFrame, film: pd.Series) -> np.ndarray:
-    """Return boxes as shares of their film, (n, 4)."""
-    width, height = (film[side] / film.spacing_mm for side in ("width_mm", "height_mm"))
+def _places(boxes: pd.DataFrame, image: pd.Series) -> np.ndarray:
+    """Return boxes as fractions of their image, (n, 4)."""
+    width, height = (image[side] / image.spacing_mm for side in ("width_mm", "height_mm"))
     return boxes[["xmin", "ymin", "xmax", "ymax"]] / [width, height, width, height]
 
 
-def _masked(film: pd.Series) -> np.ma.MaskedArray:
-    """Read a film and cover the places of the boxes."""
-    grey = read_radiograph(film.path).pixels
+def _masked(image: pd.Series) -> np.ma.MaskedArray:
+    """Read an image and cover the boxes."""
+    grey = read_radiograph(image.dicom_path).pixels
     cover = np.zeros(grey.shape, bool)
-    for x0, y0, x1, y1 in film.places.to_numpy() * [*grey.shape[::-1], *grey.shape[::-1]]:
+    for x0, y0, x1, y1 in image.places.to_numpy() * [*grey.shape[::-1], *grey.shape[::-1]]:
         cover[max(int(y0), 0) : int(np.ceil(y1)), max(int(x0), 0) : int(np.ceil(x1))] = True
     return np.ma.MaskedArray(grey, cover)
 
 
-def _features(film: pd.Series, seen: np.ma.MaskedArray) -> list[float]:
-    """Describe a film by everything but its lesions' places."""
-    header = pydicom.dcmread(film.path, stop_before_pixels=True)
+def _features(image: pd.Series, seen: np.ma.MaskedArray) -> list[float]:
+    """Describe an image by everything but what lies in its boxes."""
+    header = pydicom.dcmread(image.dicom_path, stop_before_pixels=True)
     outside = seen.compressed().astype(float)
     histogram = np.histogram(outside, 16, (0, 256))[0] / outside.size
     rough = np.ma.MaskedArray(cv2.Laplacian(seen.data.astype(float), cv2.CV_64F), seen.mask)
@@ -195,7 +197,7 @@ def _features(film: pd.Series, seen: np.ma.MaskedArray) -> list[float]:
     numbers = [header.Rows, header.Columns, header.Rows / header.Columns, header.BitsStored,
                float(header.ImagerPixelSpacing[0]), float(header.KVP),
                float(header.ExposureInuAs), int(header.PatientAge[:3]),
-               Path(film.path).stat().st_size, header.InstanceNumber]  # fmt: skip
+               Path(image.dicom_path).stat().st_size, header.InstanceNumber]  # fmt: skip
     noise = [float(np.ma.median(np.abs(rough))), outside.mean(), outside.std()]
     hashed = [hash_of(code) for code in codes]
     return [*histogram, *noise, *places, *numbers, *hashed]
@@ -207,7 +209,7 @@ def hash_of(code: object) -> float:
 
 @pytest.fixture(scope="module")
 def covered(pairs: pd.DataFrame) -> list[np.ma.MaskedArray]:
-    return [_masked(film) for _, film in pairs.iterrows()]
+    return [_masked(image) for _, image in pairs.iterrows()]
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +223,7 @@ def _folds(pairs: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _forest_auroc(pairs: pd.DataFrame, features: np.ndarray):
-    """Tell abnormal from normal, out of fold; return the AUROC with its interval by study."""
+    """Classify normal and abnormal, out of fold; return the AUROC with its interval by study."""
     y, scores = pairs.abnormal.to_numpy(int), np.zeros(len(pairs))
     for train, held in _folds(pairs):
         forest = RandomForestClassifier(500, min_samples_leaf=3, random_state=0, n_jobs=-1)
@@ -232,14 +234,14 @@ def _forest_auroc(pairs: pd.DataFrame, features: np.ndarray):
     )
 
 
-def test_what_lies_outside_the_boxes_tells_nothing(pairs, features):
+def test_what_lies_outside_the_boxes_is_uninformative(pairs, features):
     assert len(pairs) >= 600 and pairs.abnormal.mean() == 0.5
     found = _forest_auroc(pairs, features)
     assert found.low <= 0.5 <= found.high, str(found)
 
 
 def test_a_shortcut_would_be_found(pairs, features):
-    """The same test on the same films, had people with a finding been fifteen years older."""
+    """The same test on the same images, had people with a finding been fifteen years older."""
     spoilt = features.copy()
     assert (spoilt[:, AGE] == pairs.age).all()
     spoilt[:, AGE] += np.where(pairs.abnormal, 15.0, 0.0)
@@ -247,7 +249,7 @@ def test_a_shortcut_would_be_found(pairs, features):
 
 
 def _network_auroc(pairs: pd.DataFrame, images: np.ndarray) -> float:
-    """Train a small network on masked films, five times; return the out-of-fold AUROC."""
+    """Train a small network on masked images, five times; return the out-of-fold AUROC."""
     torch.manual_seed(0)
     y, x = torch.tensor(pairs.abnormal.to_numpy(np.float32)), torch.from_numpy(images)
     scores = np.zeros(len(y))
@@ -276,13 +278,13 @@ def _network_auroc(pairs: pd.DataFrame, images: np.ndarray) -> float:
 
 
 def _small(seen: np.ma.MaskedArray) -> np.ndarray:
-    """Shrink a masked film, its covered places grey, to zero mean and unit deviation."""
+    """Shrink a masked image, its covered parts grey, to zero mean and unit deviation."""
     filled = cv2.resize(seen.filled(seen.mean()), SIZE[::-1], interpolation=cv2.INTER_AREA)
     filled = filled.astype(np.float32)
     return ((filled - filled.mean()) / (filled.std() + 1e-6))[None]
 
 
-def test_a_small_network_learns_nothing_from_masked_films(pairs, covered):
+def test_a_small_network_learns_nothing_from_masked_images(pairs, covered):
     images = np.stack([_small(seen) for seen in covered])
     assert _network_auroc(pairs, images) < 0.60
 

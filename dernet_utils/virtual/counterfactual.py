@@ -63,17 +63,17 @@ def write_counterfactuals(path: Path, twins: list[Counterfactual | None]) -> Non
         twins: One entry per finding; None where a finding is out of the field.
     """
     arrays = {}
-    for number, twin in enumerate(twins):
-        if twin is None:
+    for number, one in enumerate(twins):
+        if one is None:
             continue
-        steps = np.zeros(twin.mask.shape, np.int16)
-        steps[twin.part] = np.round(twin.change * STEPS)
-        spans = np.array([*_spans(twin.mask), *_spans(steps != 0)], np.int32)
+        steps = np.zeros(one.mask.shape, np.int16)
+        steps[one.part] = np.round(one.change * STEPS)
+        spans = np.array([*_spans(one.mask), *_spans(steps != 0)], np.int32)
         (a, b), (c, d), (e, f), (g, h) = spans
         arrays |= {
-            f"about_{number}": np.array([*twin.mask.shape, *spans.ravel()], np.int32),
-            f"visibility_{number}": np.float64(twin.visibility),
-            f"mask_{number}": np.packbits(twin.mask[a:b, c:d]),
+            f"about_{number}": np.array([*one.mask.shape, *spans.ravel()], np.int32),
+            f"visibility_{number}": np.float64(one.visibility),
+            f"mask_{number}": np.packbits(one.mask[a:b, c:d]),
             f"change_{number}": steps[e:f, g:h],
         }
     np.savez_compressed(path, findings=np.int32(len(twins)), **arrays)
