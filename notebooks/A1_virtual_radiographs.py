@@ -104,12 +104,12 @@ fraction = sum(w[E] * np.exp(-WATER[E] * water) for E in range(3))
 print(f"Φ / Φ0 = {fraction:.4f}: one photon in {1 / fraction:.0f} arrives")
 
 # %% [markdown]
-# Now replace two of these centimetres by cortical bone (1.92 g/cm³), then add half a millimetre of titanium (4.5
-# g/cm³). The package's `transmission` must give the same.
+# Now replace two of these centimetres by cortical bone (1.92 g/cm³), or add half a millimetre of titanium (4.5 g/cm³)
+# to the water. The package's `transmission` must give the same.
 
 # %%
 ways = {"20 cm water": (20.0, 0.0, 0.0), "2 cm of it bone": (18.0, 2 * 1.92, 0.0),
-        "and 0.5 mm titanium": (20.0, 0.0, 0.05 * 4.5)}  # fmt: skip
+        "20 cm water, 0.5 mm titanium": (20.0, 0.0, 0.05 * 4.5)}  # fmt: skip
 passed = {}
 for name, (soft, bone, metal) in ways.items():
     exponent = WATER * soft + acquisition.CORTICAL_BONE * bone + acquisition.TITANIUM * metal
