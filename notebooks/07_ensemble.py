@@ -301,8 +301,8 @@ show_figure("c07-fig-reliability", fig)
 # {glue:text}`c07-profile`.
 # ```
 #
-# Below the diagonal of {numref}`fig:reliability` a network is overconfident of disease, above it underconfident. The
-# mean of three is as a rule underconfident, since a single network that disagrees pulls it towards the middle. The
+# Below the diagonal of {numref}`fig:reliability` the predicted probability of disease is too high, above it too low.
+# The mean of three networks is as a rule underconfident, since one that disagrees pulls it towards the middle. The
 # isotonic curve has many steps to fit and with few images can fit chance; we had settled beforehand on the
 # temperature, which is one number. For the test split, weights and temperature are fitted on all folds.
 #
