@@ -201,7 +201,8 @@ z_0 = norm.ppf(((A_draws < A).sum() + (A_draws == A).sum() / 2) / len(A_draws))
 z = z_0 + norm.ppf([0.025, 0.975])
 alpha = norm.cdf(z_0 + z / (1 - a * z))
 bca = bootstrap(area, study, **draws, method="bca")
-assert np.allclose(np.quantile(A_draws, alpha), [bca.low, bca.high], equal_nan=True)
+ends = np.quantile(A_draws, alpha) if np.isfinite(alpha).all() else [np.nan, np.nan]  # no study matters
+assert np.allclose(ends, [bca.low, bca.high], equal_nan=True)
 pd.Series({"z0": z_0, "a": a, "alpha 1": alpha[0], "alpha 2": alpha[1]}).round(3)
 
 # %% [markdown]
@@ -603,10 +604,11 @@ glue_values("c12", {"table-3": f"{len(clear)} of {len(table_3)} of them exclude 
 delta = (TABLE_2["DERNet"][0] - TABLE_2["VinDr Ensemble"][0]) / 100
 pair = significance.delong(y, np.column_stack([prob[:, 0], prob[:, 2]]), study)
 contrast = np.array([1, -1])
-sigma = {
-    "one AUROC against a fixed number": np.sqrt(by_study.covariance[0, 0] * K),
-    "DenseNet121 and ResNet50, same images": np.sqrt(contrast @ pair.covariance @ contrast * K),
+variances = {
+    "one AUROC against a fixed number": by_study.covariance[0, 0],
+    "DenseNet121 and ResNet50, same images": contrast @ pair.covariance @ contrast,
 }
+sigma = {name: np.sqrt(max(own, 1e-12) * K) for name, own in variances.items()}  # 0 for a perfect ranking
 needed = {name: significance.studies_needed(delta, own, power) for name, own in sigma.items()}
 reach = norm.ppf(0.975) + norm.ppf(power)
 for name, own in sigma.items():

@@ -547,7 +547,7 @@ left.legend(fontsize=8)
 right.plot(100 * area, 100 * moved, "o", ms=4, alpha=0.7)
 limit = 105 * max([*area, *moved], default=1)
 right.plot([0, limit], [0, limit], "--", color="#B5442E", label="change spread evenly")
-right.set(xlabel="lesion and surroundings, % of the image", ylabel="change of the map there, % of all")
+right.set(xlabel="lesion and surroundings, % of the image", ylabel="the map's change there, %")
 right.legend(fontsize=8)
 show_figure("c13-fig-twins", fig)
 
