@@ -75,13 +75,13 @@ truth = images.boxes[images.boxes["image_id"].isin(images.test["image_id"])]
 abnormal = images.test[images.test["image_id"].isin(truth["image_id"])]
 rng = np.random.default_rng(numbers.seed)
 some = np.sort(rng.permutation(len(abnormal))[:films_judged])
-judged = abnormal.iloc[some].reset_index(drop=True)
+chosen = abnormal.iloc[some].reset_index(drop=True)
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
-study, px = judged["study_id"].to_numpy(), numbers.triage_px
+study, px = chosen["study_id"].to_numpy(), numbers.triage_px
 
 # %% tags=["remove-cell"]
 glue_values("c13", {
-    "profile": numbers.name, "n": len(judged), "n-studies": len(set(study)), "px": px,
+    "profile": numbers.name, "n": len(chosen), "n-studies": len(set(study)), "px": px,
     "samples": lime_samples, "seeds": lime_seeds, "segments": explain.SEGMENTS,
     "kind": "virtual radiographs" if exact else "radiographs",
     "masks": "the exact shadow" if exact else "the boxes",
@@ -117,8 +117,8 @@ def filled_boxes(image, size):
 # %%
 masks_of = exact_masks if exact else filled_boxes
 findings = labelled_findings(read_manifest(workspace.data_root)) if exact else None
-enhanced = [load_cached(path) for path in judged["cached_path"]]
-lesions = [masks_of(*pair) for pair in zip(judged.itertuples(), (g.shape[::-1] for g in enhanced), strict=True)]
+enhanced = [load_cached(path) for path in chosen["cached_path"]]
+lesions = [masks_of(*pair) for pair in zip(chosen.itertuples(), (g.shape[::-1] for g in enhanced), strict=True)]
 masks = [np.any([mask for _, mask in own], axis=0) for own in lesions]
 fraction = np.array([mask.mean() for mask in masks])
 assert all(mask.shape == grey.shape for mask, grey in zip(masks, enhanced, strict=True))
@@ -141,7 +141,7 @@ pd.Series(fraction).describe()[["min", "50%", "max"]].round(4).to_frame("fractio
 # three networks and compare them with captum's:
 
 # %%
-pixels = training.load_pixels(judged["cached_path"], px)
+pixels = training.load_pixels(chosen["cached_path"], px)
 networks = {name: [training.load_network(name, one)[0] for one in found[name].checkpoints] for name in NETWORKS}
 for name, (network, *_) in networks.items():
     with torch.no_grad():
@@ -199,7 +199,7 @@ squares = [grey.squeeze().numpy() for grey in pixels]
 patches = [explain.superpixels(square) for square in squares]
 weights = [
     explain.lime(network, pixels[[row]], patches[row], lime_samples, numbers.seed)
-    for row in range(len(judged))
+    for row in range(len(chosen))
 ]
 maps["LIME"] = np.stack([explain.spread_over(w, p) for w, p in zip(weights, patches, strict=True)])
 assert all(len(w) == p.max() + 1 for w, p in zip(weights, patches, strict=True))
@@ -234,8 +234,8 @@ glue_values("c13", {"lime-agreement": f"{spearmanr(w_hat, weights[0]).statistic:
 
 # %%
 boxes = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
-boxes = boxes[boxes["image_id"].isin(judged["image_id"])]
-busiest = np.argsort([-len(own) for own in lesions], kind="stable")[: min(3, len(judged))]
+boxes = boxes[boxes["image_id"].isin(chosen["image_id"])]
+busiest = np.argsort([-len(own) for own in lesions], kind="stable")[: min(3, len(chosen))]
 
 
 def enlarged(row, heat):
@@ -245,8 +245,8 @@ def enlarged(row, heat):
 
 def scaled_boxes(row, table):
     """An image's boxes at the size of the enhanced image."""
-    own = table[table["image_id"] == judged["image_id"].iloc[row]]
-    return own.assign(**{c: own[c] * judged["scale"].iloc[row] for c in CORNERS})
+    own = table[table["image_id"] == chosen["image_id"].iloc[row]]
+    return own.assign(**{c: own[c] * chosen["scale"].iloc[row] for c in CORNERS})
 
 
 # %% tags=["hide-input", "remove-output"]
@@ -286,14 +286,14 @@ show_figure("c13-fig-explained", fig)
 # that is hottest at the centre.
 
 # %%
-maps["centre"] = np.repeat(explain.centred_map((px, px))[None], len(judged), axis=0)
-maps["uniform"] = np.ones((len(judged), px, px))
+maps["centre"] = np.repeat(explain.centred_map((px, px))[None], len(chosen), axis=0)
+maps["uniform"] = np.ones((len(chosen), px, px))
 
 
 def measure_all(measure):
     """A measure of every map on every image."""
     return pd.DataFrame({
-        name: [measure(enlarged(row, own[row]), masks[row]) for row in range(len(judged))]
+        name: [measure(enlarged(row, own[row]), masks[row]) for row in range(len(chosen))]
         for name, own in maps.items()
     })  # fmt: skip
 
@@ -384,9 +384,9 @@ pd.DataFrame(rows).set_index("lesion type").round(3)
 # network is right.
 
 # %%
-noise = np.random.default_rng(numbers.seed).random((len(judged), 8, 8))
+noise = np.random.default_rng(numbers.seed).random((len(chosen), 8, 8))
 maps["random"] = np.stack([cv2.resize(one, (px, px), interpolation=cv2.INTER_CUBIC) for one in noise]).clip(0)
-few = range(0, len(judged), 2)
+few = range(0, len(chosen), 2)
 compared = ("densenet121", "LIME", "centre", "random")
 curves = {
     (name, insert): np.array([
@@ -474,7 +474,7 @@ def similarity(first, second):
 own_maps = explain.grad_cam("densenet121", network, pixels)
 alike = {name: similarity(own_maps, explain.grad_cam("densenet121", one, pixels)) for name, one in others.items()}
 alike["the centre map"] = similarity(own_maps, maps["centre"])
-repeated = [(row, numbers.seed + k) for row in range(0, len(judged), 4) for k in range(1, lime_seeds)]
+repeated = [(row, numbers.seed + k) for row in range(0, len(chosen), 4) for k in range(1, lime_seeds)]
 again = [explain.lime(network, pixels[[row]], patches[row], lime_samples, seed) for row, seed in repeated]
 stable = similarity([weights[row] for row, _ in repeated], again)
 sanity = {f"Grad-CAM and that of: {name}": f"{mean_of(value):.2f}" for name, value in alike.items()}
@@ -521,7 +521,7 @@ def dernet(inputs):
 # %%
 def remove_lesions():
     """Per image: fall of the probability, fraction of the map's change at the lesion, and its area."""
-    removed, removed_masks = zip(*(without_lesion(image) for image in judged.itertuples()), strict=True)
+    removed, removed_masks = zip(*(without_lesion(image) for image in chosen.itertuples()), strict=True)
     assert all(grey.shape == own.shape for grey, own in zip(removed, enhanced, strict=True))
     small = [cv2.resize(grey, (px, px), interpolation=cv2.INTER_AREA) for grey in removed]
     inputs = torch.from_numpy(np.stack(small))[:, None]
@@ -675,7 +675,7 @@ per_type.groupby(kinds).mean().assign(n=kinds.value_counts()).rename_axis("lesio
 # | claim of the paper | here |
 # |---|---|
 # | LIME confirms the focus on meaningful structures | pointing and energy against centre and uniform maps, above |
-# | Grad-CAM aligns precisely with lesions | the same; and the change without it, {numref}`fig:twins-explained` |
+# | Grad-CAM aligns precisely with lesions | the same; and the effect of removing one, {numref}`fig:twins-explained` |
 # | masks show high overlap with ground truth | IoU and Dice beside a filled box's, above; the paper gives neither |
 #
 # ## Exercises

@@ -282,13 +282,13 @@ def reader(own):
     """False positives per normal image and fraction of lesions missed, with intervals by study."""
     reported = own[own["score"] >= score_threshold]
     shown = reported["image_id"].value_counts().reindex(order, fill_value=0).to_numpy(float)
-    hits = np.zeros(len(order))
+    true_positives = np.zeros(len(order))
     for name in truth["lesion_type"].unique():
         matches = matching.match_boxes(truth, reported, name, order)
-        hits += np.bincount(matches.film, matches.hit, len(order))
+        true_positives += np.bincount(matches.film, matches.hit, len(order))
     measures = (
         lambda w: (w @ (shown * ~abnormal)) / (w @ (~abnormal).astype(float)),
-        lambda w: 1 - (w @ hits) / (w @ lesions),
+        lambda w: 1 - (w @ true_positives) / (w @ lesions),
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         return [intervals.bootstrap(one, study, **draws) for one in measures]
