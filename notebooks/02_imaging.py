@@ -53,8 +53,8 @@ from IPython.display import Markdown, display
 
 from dernet_utils.book.figures import show_figure, show_radiograph
 from dernet_utils.book.teaching import glue_values, open_chapter
-from dernet_utils.dataset.prepared import load_cached, read_images
-from dernet_utils.imaging.enhance import clahe, clahe_by_hand, preprocess
+from dernet_utils.dataset.prepared import read_images
+from dernet_utils.imaging.enhance import clahe, clahe_by_hand, load_cached, preprocess
 from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.metrics.intervals import bootstrap_by_study
 

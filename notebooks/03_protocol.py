@@ -53,7 +53,8 @@ from dernet_utils.book.figures import show_figure, show_radiograph
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.errors import DernetError
 from dernet_utils.dataset.folds import make_folds
-from dernet_utils.dataset.prepared import load_cached, read_images
+from dernet_utils.dataset.prepared import read_images
+from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.metrics.classification import auroc
 from dernet_utils.metrics.intervals import bootstrap_by_study
 

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from dernet_utils.book.classifier_chapter import glue_run_facts, show_out_of_fold, show_training
 from dernet_utils.book.figures import show_figure, show_radiograph
 from dernet_utils.book.teaching import glue_values, open_chapter
-from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.metrics import classification, intervals
 from dernet_utils.triage import networks, training
 from dernet_utils.triage.crossvalidation import triage_images

@@ -45,7 +45,7 @@ from dernet_utils.book.progress import epoch_bars
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
-from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.metrics import classification, intervals
 from dernet_utils.triage import ensemble
 from dernet_utils.triage.crossvalidation import (

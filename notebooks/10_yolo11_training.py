@@ -61,12 +61,13 @@ from dernet_utils.book.paper import TABLE_3
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, PAPER_CODES
 from dernet_utils.dataset.folds import make_folds
-from dernet_utils.dataset.prepared import load_cached, read_boxes, read_images
+from dernet_utils.dataset.prepared import read_boxes, read_images
 from dernet_utils.detection import augment, yolo
 from dernet_utils.detection import images as detector_data
 from dernet_utils.detection.prediction import predict_boxes
 from dernet_utils.detection.training import detector_epoch_line, train_detector
 from dernet_utils.imaging.boxes import NMS_IOU, box_iou, from_letterbox, letterbox
+from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.metrics import detection as metrics
 from dernet_utils.metrics import froc
 from dernet_utils.metrics.matching import match_boxes

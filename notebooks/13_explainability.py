@@ -52,11 +52,10 @@ from scipy.stats import spearmanr
 from dernet_utils.book.figures import show_boxes, show_figure, show_radiograph
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, NETWORK_NAMES, NETWORKS
-from dernet_utils.dataset.prepared import load_cached
 from dernet_utils.dataset.tables import read_manifest
 from dernet_utils.detection.images import detection_images
 from dernet_utils.imaging.boxes import box_iou
-from dernet_utils.imaging.enhance import preprocess
+from dernet_utils.imaging.enhance import load_cached, preprocess
 from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.metrics.intervals import bootstrap
 from dernet_utils.triage import crossvalidation, explain, training

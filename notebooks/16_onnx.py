@@ -55,10 +55,10 @@ from dernet_utils.book.figures import show_figure
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core import machine
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, NETWORK_NAMES, NETWORKS
-from dernet_utils.dataset.prepared import load_cached
 from dernet_utils.detection import images, prediction, yolo
 from dernet_utils.detection.training import load_detector
 from dernet_utils.imaging.boxes import letterbox
+from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.inference import export, onnx_backend
 from dernet_utils.inference.models import read_models
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline

@@ -50,7 +50,9 @@ def client(service, exported, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "data", [patient_radiograph(), encode_picture(".png"), encode_picture(".jpg")], ids=["dcm", "png", "jpg"]
+    "data",
+    [patient_radiograph(), encode_picture(".png"), encode_picture(".jpg")],
+    ids=["dcm", "png", "jpg"],
 )
 def test_each_form_is_analysed(client, service, data):
     response = client.post("/api/v1/analyse?picture=true&heat=true", content=data)
@@ -146,7 +148,10 @@ def test_a_picture_has_no_dicom_report(client):
 
 
 def test_a_batch_gets_one_line_per_file(client):
-    files = [("files", (f"../{n}", data)) for n, data in enumerate([patient_radiograph(), b"junk", encode_picture()])]
+    files = [
+        ("files", (f"../{n}", data))
+        for n, data in enumerate([patient_radiograph(), b"junk", encode_picture()])
+    ]
     response = client.post("/api/v1/analyse-batch", files=files)
     assert response.headers["content-type"].startswith("application/x-ndjson")
     lines = [json.loads(line) for line in response.text.splitlines()]
@@ -486,7 +491,9 @@ def test_nothing_is_kept_or_logged(client, caplog, tmp_path, monkeypatch):
     with caplog.at_level(logging.DEBUG):
         client.post("/api/v1/analyse", content=patient_radiograph())
         assert client.post("/api/v1/report/sr?override=true", content=odd).status_code == 200
-        client.post("/api/v1/analyse-batch", files=[("files", ("Roe^Jane.dcm", patient_radiograph() * 3))])
+        client.post(
+            "/api/v1/analyse-batch", files=[("files", ("Roe^Jane.dcm", patient_radiograph() * 3))]
+        )
     for secret in ("Roe", "SECRET-7", "19500101"):
         assert secret not in caplog.text
     assert list(tmp_path.iterdir()) == []

@@ -90,7 +90,12 @@ def picture_of(page: Page) -> np.ndarray:
 
 
 def test_each_form_is_shown_with_its_result(page):
-    upload(page, ("a.dcm", patient_radiograph()), ("b.png", encode_picture()), ("c.jpg", encode_picture(".jpg")))
+    upload(
+        page,
+        ("a.dcm", patient_radiograph()),
+        ("b.png", encode_picture()),
+        ("c.jpg", encode_picture(".jpg")),
+    )
     assert page.locator("#radiographs small").all_text_contents()[0].startswith("abnormal, score")
     for number in range(3):
         page.locator("#radiographs button").nth(number).click()
@@ -261,7 +266,11 @@ def test_two_clicks_request_one_heat_map(page):
 
 
 def test_an_override_is_listed_while_another_radiograph_is_shown(page):
-    upload(page, ("chest.dcm", patient_radiograph(BodyPartExamined="CHEST")), ("b.png", encode_picture()))
+    upload(
+        page,
+        ("chest.dcm", patient_radiograph(BodyPartExamined="CHEST")),
+        ("b.png", encode_picture()),
+    )
     page.locator("#radiographs button").nth(0).click()
     held = []
     page.route("**/api/v1/analyse*override=true", lambda route: held.append(route))

@@ -12,10 +12,9 @@ from dicom_files import make_dataset, picture, to_bytes
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.profiles import get_profile
-from dernet_utils.dataset.prepared import load_cached
 from dernet_utils.imaging import cache as imaging_cache
 from dernet_utils.imaging.cache import cache_images
-from dernet_utils.imaging.enhance import preprocess
+from dernet_utils.imaging.enhance import load_cached, preprocess
 from dernet_utils.imaging.reader import read_radiograph
 
 

@@ -104,7 +104,10 @@ def test_an_archive_sends_an_image_and_gets_its_reports(archive, service, tmp_pa
         assert "Error" not in checked.stdout + checked.stderr
 
     stored_report = pydicom.dcmread(tmp_path / f"{report}.dcm")
-    contents, prediction = read_report(stored_report), service.analyse(patient_radiograph()).prediction
+    contents, prediction = (
+        read_report(stored_report),
+        service.analyse(patient_radiograph()).prediction,
+    )
     assert contents["score"] == pytest.approx(prediction.score, abs=1e-6)
     assert len(contents["boxes"]) == len(prediction.boxes) > 0
     assert stored_report.PatientID == source.PatientID

@@ -11,8 +11,9 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.profiles import get_profile
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.dataset.folds import make_folds
-from dernet_utils.dataset.prepared import load_cached, read_boxes, read_images
+from dernet_utils.dataset.prepared import read_boxes, read_images
 from dernet_utils.dataset.tables import BOXES, read_dataset
+from dernet_utils.imaging.enhance import load_cached
 
 PROFILE = get_profile("paper").model_copy(update={"cache_px": 64, "folds": 3})
 COLUMNS = ["image_id", "study_id", "series_id", "split", "abnormal", "boxes", "view"]

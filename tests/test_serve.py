@@ -117,7 +117,9 @@ def test_a_batch_that_has_begun_is_finished(server):
     boundary, parts = "together", b""
     for number in range(4):
         head = f'Content-Disposition: form-data; name="files"; filename="{number}"'
-        parts += f"--{boundary}\r\n{head}\r\n\r\n".encode() + patient_radiograph(seed=number) + b"\r\n"
+        parts += (
+            f"--{boundary}\r\n{head}\r\n\r\n".encode() + patient_radiograph(seed=number) + b"\r\n"
+        )
     request = urllib.request.Request(
         f"{address}analyse-batch?override=true",
         parts + f"--{boundary}--\r\n".encode(),

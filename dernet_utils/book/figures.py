@@ -10,7 +10,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from myst_nb import glue
 
 from dernet_utils.core.vocabulary import LESION_STYLE, LESION_TYPES
-from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.imaging.enhance import load_cached
 
 
 def use_style() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dernet_utils.book.figures import show_boxes, show_radiograph
 from dernet_utils.core.vocabulary import CORNERS, LESION_STYLE, PAPER_CODES
-from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.imaging.enhance import load_cached
 
 # Column and height of each of YOLO11's layers: down the backbone, up, down again.
 _POSITIONS = {i: (0, i) for i in range(11)} | {i: (1, 19 - i) for i in range(11, 17)}

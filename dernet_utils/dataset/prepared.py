@@ -5,8 +5,6 @@ Chapters and trainings read these, so that no DICOM file is read or checked twic
 
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pandas as pd
 
 from dernet_utils.core.errors import DernetError
@@ -84,24 +82,3 @@ def _read_table(workspace: Workspace, name: str) -> pd.DataFrame:
             f"--profile {workspace.profile.name}` first."
         )
     return pd.read_parquet(path)
-
-
-def load_cached(path: Path | str) -> np.ndarray:
-    """Read a cached image.
-
-    Args:
-        path: A PNG that `cache_images` wrote.
-
-    Returns:
-        uint8 (h, w).
-
-    Raises:
-        DernetError: The file is missing or not a PNG.
-    """
-    grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if grey is None:
-        raise DernetError(
-            f"{path} cannot be read as a cached image; run cache_images (or `dernet prepare`) "
-            "again, which makes it anew."
-        )
-    return grey

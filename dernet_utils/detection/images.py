@@ -15,10 +15,11 @@ from dernet_utils.core.profiles import Profile
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.dataset.folds import make_folds
-from dernet_utils.dataset.prepared import load_cached, read_boxes, read_images
+from dernet_utils.dataset.prepared import read_boxes, read_images
 from dernet_utils.detection import losses, yolo
 from dernet_utils.detection.augment import SpineDataset, seed_augmentations
 from dernet_utils.imaging.boxes import letterbox, to_letterbox
+from dernet_utils.imaging.enhance import load_cached
 
 FOLDS = 5  # paper, section 4.1; one is held out, at every profile
 

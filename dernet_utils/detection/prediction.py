@@ -9,9 +9,9 @@ from torchvision.ops import batched_nms, box_convert
 
 from dernet_utils.core import machine
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
-from dernet_utils.dataset.prepared import load_cached
 from dernet_utils.detection import yolo
 from dernet_utils.imaging.boxes import MAX_BOXES, NMS_IOU, from_letterbox, letterbox
+from dernet_utils.imaging.enhance import load_cached
 
 PREDICTION_COLUMNS = ["image_id", "lesion_type", *CORNERS, "score"]
 MIN_SCORE = 0.001  # ultralytics' threshold for evaluation: a curve needs low scores too

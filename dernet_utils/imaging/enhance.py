@@ -1,5 +1,7 @@
 """Enhancement: contrast-limited adaptive histogram equalisation (CLAHE, Eq. 1), then shrinking."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 
@@ -153,3 +155,24 @@ def _blend(grey: np.ndarray, tables: np.ndarray, tile_h: int, tile_w: int) -> np
     upper = (1 - right) * tables[y0, x0, grey] + right * tables[y0, x1, grey]
     lower = (1 - right) * tables[y1, x0, grey] + right * tables[y1, x1, grey]
     return np.rint((1 - down) * upper + down * lower).astype(np.uint8)
+
+
+def load_cached(path: Path | str) -> np.ndarray:
+    """Read a cached image.
+
+    Args:
+        path: A PNG that `cache_images` wrote.
+
+    Returns:
+        uint8 (h, w).
+
+    Raises:
+        DernetError: The file is missing or not a PNG.
+    """
+    grey = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if grey is None:
+        raise DernetError(
+            f"{path} cannot be read as a cached image; run cache_images (or `dernet prepare`) "
+            "again, which makes it anew."
+        )
+    return grey

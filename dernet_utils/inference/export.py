@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from dernet_utils.core.files import write_whole
 from dernet_utils.core.vocabulary import LESION_TYPES, NOTICE
 from dernet_utils.core.workspace import Workspace, commit
-from dernet_utils.dataset.prepared import load_cached
 from dernet_utils.detection.images import detection_images
 from dernet_utils.detection.training import load_detector
 from dernet_utils.detection.yolo import Detector
 from dernet_utils.imaging.boxes import letterbox
+from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.inference.models import read_models
 from dernet_utils.inference.onnx_backend import MANIFEST, SAMPLES, open_network
 from dernet_utils.inference.ood import fit_embedding_gate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dernet_utils.core.errors import DernetError
-from dernet_utils.dataset.prepared import load_cached
+from dernet_utils.imaging.enhance import load_cached
 
 
 @dataclass(frozen=True)
