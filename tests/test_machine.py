@@ -1,4 +1,4 @@
-"""What the machine can do, and who does which job."""
+"""What the machine can do, and which process does which job."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_denormals_are_flushed_and_come_back():
     assert (tiny * 1).item() > 0
 
 
-def test_lone_jobs_go_round_the_gpus(monkeypatch):
+def test_single_jobs_use_the_gpus_in_turn(monkeypatch):
     used, run = [], [(name, fold) for name in "abc" for fold in range(5)]
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     for count in (0, 1, 4):

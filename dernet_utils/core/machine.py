@@ -1,4 +1,4 @@
-"""What the machine at hand can do, and how a training makes use of it."""
+"""What this machine can do, and how training uses it: devices, threads, bfloat16, denormals."""
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ Job = TypeVar("Job")
 
 
 def device() -> torch.device:
-    """Return where networks run: on a GPU where there is one."""
+    """Return the device that networks run on: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -26,16 +26,19 @@ def processor_name() -> str:
 
 
 def claim_jobs(wanted: Sequence[Job], run: Sequence[Job]) -> Sequence[Job]:
-    """Return the jobs that this process is to do, and choose its GPU.
+    """Return the jobs of this process, and choose its GPU.
 
-    Processes that `accelerate launch` has started share the jobs out, each on a GPU of its own.
-    Whole jobs are shared, and no batch is: a network's batch normalisation then sees what it sees
-    on one GPU, and its numbers are the same. A process by itself does all that is wanted of it;
-    where there are several GPUs, processes that each do one job of a run go round them.
+    Processes that `accelerate launch` has started divide the jobs among them, each on its own GPU.
+    Jobs are divided and batches are not: batch normalisation sees what it sees on one GPU, and the
+    results are the same. A single process does all wanted jobs; where there are several GPUs,
+    single processes with one job each use them in turn.
 
     Args:
-        wanted: Jobs, at least one.
+        wanted: Jobs to do, at least one.
         run: All jobs of the run, the wanted ones among them.
+
+    Returns:
+        Those of the wanted jobs that are this process's.
     """
     processes = PartialState()
     try:
@@ -47,10 +50,10 @@ def claim_jobs(wanted: Sequence[Job], run: Sequence[Job]) -> Sequence[Job]:
 
 
 def bfloat16_helps(device: torch.device) -> bool:
-    """Return whether a device has instructions for bfloat16: a GPU, or a CPU with AMX or AVX-512.
+    """Return whether a device computes bfloat16 natively: a GPU, or a CPU with AMX or AVX-512.
 
-    Measured on a CPU with AVX-512's: a step of our networks takes about half as long as in float32.
-    On CPUs without either bfloat16 is emulated, and a step takes longer.
+    Measured on a CPU with AVX-512's instructions: a step of our networks takes about half as long
+    as in float32. Other CPUs emulate bfloat16, and a step takes longer.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -59,26 +62,34 @@ def bfloat16_helps(device: torch.device) -> bool:
 
 
 def in_bfloat16(forward: Callable, device: torch.device, *given, **named):
-    """Call a network, or a part of one, in bfloat16 where that helps; what it says is in float32.
+    """Run a network, or a part of one, in bfloat16 where that helps; its output is float32.
 
     For training only: scores in bfloat16 tie, and their order is lost.
+
+    Args:
+        forward: The network's forward pass.
+        device: The device that it runs on.
+        given, named: Its arguments.
+
+    Returns:
+        Its output, with all floating-point tensors in float32.
     """
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_helps(device)):
-        said = forward(*given, **named)
-    return _float32(said)
+        output = forward(*given, **named)
+    return _float32(output)
 
 
-def _float32(said):
-    if isinstance(said, dict):
-        return {name: _float32(one) for name, one in said.items()}
-    if isinstance(said, tuple | list):
-        return type(said)(map(_float32, said))
-    return said.float() if torch.is_tensor(said) and said.is_floating_point() else said
+def _float32(output):
+    if isinstance(output, dict):
+        return {name: _float32(one) for name, one in output.items()}
+    if isinstance(output, tuple | list):
+        return type(output)(map(_float32, output))
+    return output.float() if torch.is_tensor(output) and output.is_floating_point() else output
 
 
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
-    """Take numbers below 1e-38 for zero: as operands they slow a CPU tenfold. Undone at the end."""
+    """Flush numbers below 1e-38 to zero, as they slow a CPU tenfold; undone at the end."""
     torch.set_flush_denormal(True)
     try:
         yield

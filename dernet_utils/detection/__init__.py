@@ -1,4 +1,4 @@
-"""Where the lesions are: YOLO11-L with the paper's losses and mosaic, and other detectors.
+"""Localisation of lesions: YOLO11-L with the paper's losses and mosaic, and the baselines.
 
-Others use `images` (what is trained on), `training`, `prediction` and `baselines`.
+Other wings use `images` (training and evaluation images), `training`, `prediction` and `baselines`.
 """

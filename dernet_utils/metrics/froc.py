@@ -146,8 +146,8 @@ def type_confusion(
     Returns:
         Counts of boxes. Rows are true types and a last row `NO_LESION`, the false positives;
         columns are predicted types and a last column `NOT_FOUND`, the false negatives. Types are
-        those of either table, in alphabetical order. A type's row adds up to its true boxes, its column to
-        its accepted predictions.
+        those of either table, in alphabetical order. A type's row adds up to its true boxes, its
+        column to its accepted predictions.
 
     Raises:
         DernetError: A column is missing, a corner or a score is not a number, or a table is

@@ -278,8 +278,8 @@ def studies_needed(
     if not difference or not deviation > 0 or not 0.5 < power < 1 or not 0 < level < 1:
         raise DernetError(
             "A number of studies needs a difference that is not 0, a deviation above 0, a power "
-            f"between 0.5 and 1 and a level between 0 and 1: got {difference}, {deviation}, {power} "
-            f"and {level}."
+            f"between 0.5 and 1 and a level between 0 and 1: got {difference}, {deviation}, "
+            f"{power} and {level}."
         )
     reach = distributions.norm.ppf((1 + level) / 2) + distributions.norm.ppf(power)
     return int(np.ceil((reach * deviation / difference) ** 2))
