@@ -454,9 +454,9 @@ for _, same in found[~cut].groupby(["image_id", "lesion_type"]):
 # %%
 held = predict_boxes(trained.network, validation, recipe.input_size)
 curve = froc.froc_curve(held_truth, held, validation, iou_match)
-allowed = curve[curve["false_alarms_per_film"] <= allowed_false_positives]
+allowed = curve[curve["false_positives_per_image"] <= allowed_false_positives]
 score_threshold = float(allowed["score"].iloc[-1])
-assert (np.diff(allowed["false_alarms_per_film"]) >= 0).all()
+assert (np.diff(allowed["false_positives_per_image"]) >= 0).all()
 accepted = found[found["score"] >= score_threshold]
 glue_values("c10", {"least-score": f"{score_threshold:.2f}"})
 
@@ -606,7 +606,7 @@ pd.concat({"mAP@0.5": sizes, f"AP@0.5, {common}": common_sizes}).round(3)
 # %% tags=["hide-input", "remove-output"]
 curve = froc.froc_curve(truth, found, test, iou_match)
 at = froc.froc_table(truth, found, test, iou=iou_match, **bootstrap)
-fig = draw.draw_froc(curve["false_alarms_per_film"], curve["sensitivity"], at)
+fig = draw.draw_froc(curve["false_positives_per_image"], curve["sensitivity"], at)
 show_figure("c10-fig-froc", fig)
 one = at.loc[1.0]
 glue_values("c10", {"at-one": f"{one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"})

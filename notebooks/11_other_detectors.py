@@ -276,7 +276,7 @@ tables[chapter_10] = metrics.detection_table(truth, longer, test, **bootstrap, i
 assert all(table.loc["mAP", "boxes"] == len(truth) for table in tables.values())
 every = pd.concat({name: run.found for name, run in runs.items()}, names=["detector"])
 every = every.reset_index("detector")
-every.to_parquet(workspace.tables / "rivals_test_boxes.parquet", index=False)
+every.to_parquet(workspace.tables / "baselines_test_boxes.parquet", index=False)
 
 # %% tags=["hide-input", "remove-output"]
 means = pd.DataFrame({name: table.loc["mAP"] for name, table in tables.items()}).T

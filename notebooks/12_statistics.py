@@ -562,7 +562,7 @@ assert np.allclose(np.sort(table_2["DeLong, Holm"].to_numpy(float)), adjusted)
 # so that all five hold together in 95 % of cases (Bonferroni).
 
 # %%
-boxes = pd.read_parquet(workspace.tables / "rivals_test_boxes.parquet")
+boxes = pd.read_parquet(workspace.tables / "baselines_test_boxes.parquet")
 of = {name: boxes[boxes["detector"] == name].drop(columns="detector") for name in BASELINES}
 others = [name for name in BASELINES if name != "YOLO11-L"]
 level = 1 - 0.05 / len(others)

@@ -130,7 +130,7 @@ trained = training.train_detector(
 held = prediction.predict_boxes(trained.network, sets.validation, recipe.input_size)
 held_truth = boxes[boxes["image_id"].isin(sets.validation["image_id"])]
 curve = froc.froc_curve(held_truth, held, sets.validation)
-score_threshold = float(curve["score"][curve["false_alarms_per_film"] <= alarms_allowed].iloc[-1])
+score_threshold = float(curve["score"][curve["false_positives_per_image"] <= alarms_allowed].iloc[-1])
 checkpoints = {name: list(own.checkpoints) for name, own in triage.items()}
 models.write_models(workspace, checkpoints, trained.checkpoint, score_threshold)
 pipeline = torch_backend.run_pipeline(workspace, threshold)
@@ -285,7 +285,7 @@ def reader(own):
     true_positives = np.zeros(len(order))
     for name in truth["lesion_type"].unique():
         matches = matching.match_boxes(truth, reported, name, order)
-        true_positives += np.bincount(matches.film, matches.hit, len(order))
+        true_positives += np.bincount(matches.image, matches.hit, len(order))
     measures = (
         lambda w: (w @ (shown * ~abnormal)) / (w @ (~abnormal).astype(float)),
         lambda w: 1 - (w @ true_positives) / (w @ lesions),

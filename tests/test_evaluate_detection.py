@@ -363,7 +363,7 @@ def full_size(rng, found_per_film=60):
 
 def curves_by_cumulative_sums(matches, weights):
     """What `_curves` returns, by sums over all predictions for every draw: plain, and slow."""
-    counts = weights[:, matches.film]
+    counts = weights[:, matches.image]
     ranked = counts.cumsum(1)[:, matches.hit]
     hits = (counts * matches.hit).cumsum(1)[:, matches.hit]
     precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
@@ -404,7 +404,7 @@ def test_froc_by_hand():
     )
     curve = froc_curve(truth, predictions, images)
     assert curve["score"].tolist() == [np.inf, 0.9, 0.8, 0.5, 0.2]
-    assert curve["false_alarms_per_film"].tolist() == [0, 0, 1 / 4, 2 / 4, 3 / 4]
+    assert curve["false_positives_per_image"].tolist() == [0, 0, 1 / 4, 2 / 4, 3 / 4]
     assert curve["sensitivity"].tolist() == [0, 1 / 2, 1 / 2, 1, 1]
     at = froc_table(truth, predictions, images, resamples=20)
     assert at.index.tolist() == [*FALSE_POSITIVES_PER_IMAGE]
@@ -448,10 +448,10 @@ def test_froc_equals_a_loop_on_the_films_and_on_draws_of_them(seed):
     for rate, row in at.iterrows():
         hits = max(hits for false_alarms, hits in points if false_alarms <= rate * len(films))
         assert row["value"] == hits / len(truth)
-        within = curve[curve["false_alarms_per_film"] <= rate]
+        within = curve[curve["false_positives_per_image"] <= rate]
         assert row["value"] == within["sensitivity"].max()
         assert row["low"] <= row["high"] <= 1
-    assert (curve[["false_alarms_per_film", "sensitivity"]].diff().dropna() >= 0).all(axis=None)
+    assert (curve[["false_positives_per_image", "sensitivity"]].diff().dropna() >= 0).all(axis=None)
     # A film that counts twice is two films.
     weights = np.array([0, 2, 1, 3, 1, 2])
     rows = np.repeat(np.arange(6), weights)
@@ -475,7 +475,7 @@ def test_edges_of_froc():
     assert froc_curve(box, none_found, images)["sensitivity"].tolist() == [0]
     assert froc_table(none, found, images, 5)["value"].isna().all()
     assert froc_curve(none, found, images)["sensitivity"].isna().all()
-    assert froc_curve(none, found, images)["false_alarms_per_film"].tolist() == [0, 1]
+    assert froc_curve(none, found, images)["false_positives_per_image"].tolist() == [0, 1]
     assert froc_table(none, none_found, images, 5)["value"].isna().all()
 
 

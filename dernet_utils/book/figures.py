@@ -128,7 +128,7 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
     left.set(xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, 1.5))
     right.axhline(0.5, color="0.4", lw=0.8, ls=":")
     right.set(xlabel="epoch", ylabel="AUROC, held out", ylim=(0, 1.04))
-    crops = curves.loc[curves["learnt_from"] == "crops", "epoch"]
+    crops = curves.loc[curves["trained_on"] == "crops", "epoch"]
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
         if len(crops):

@@ -39,8 +39,8 @@ def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
     or beyond, so the curve is computed at true positives only.
     """
     stops = np.flatnonzero(matches.hit)
-    hits = weights[:, matches.film[stops]].cumsum(1)
-    ranked = _running(matches.film, stops, weights)
+    hits = weights[:, matches.image[stops]].cumsum(1)
+    ranked = _running(matches.image, stops, weights)
     precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     best = np.column_stack([best, np.zeros(len(best))])  # beyond the last hit
@@ -50,24 +50,24 @@ def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
     return np.take_along_axis(best, first, axis=1)
 
 
-def _running(film: np.ndarray, stops: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _running(image: np.ndarray, stops: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Predictions up to and including each stop where images count `weights` times.
 
     They are counted once per image between one stop and the next, and weighted in one sparse
     product: far fewer steps than a cumulative sum over all predictions for every draw.
 
     Args:
-        film: Row of each prediction's image, with falling score, shape (n,).
+        image: Row of each prediction's image, with falling score, shape (n,).
         stops: Ranks to count up to, rising, shape (stops,).
         weights: Shape (draws, images).
 
     Returns:
         Shape (draws, stops).
     """
-    film = film[: stops[-1] + 1 if len(stops) else 0]
-    stretch = stops.searchsorted(np.arange(len(film)))  # the stop that each one comes before
+    image = image[: stops[-1] + 1 if len(stops) else 0]
+    stretch = stops.searchsorted(np.arange(len(image)))  # the stop that each one comes before
     shape = (len(stops), weights.shape[1])
-    between = csr_array((np.ones(len(film)), (stretch, film)), shape)
+    between = csr_array((np.ones(len(image)), (stretch, image)), shape)
     return (between @ weights.T).cumsum(0).T
 
 
@@ -102,16 +102,16 @@ def average_precision(
     >>> average_precision(pd.DataFrame([box]), pd.DataFrame([box | {"score": 0.7}]), "Osteophytes")
     1.0
     """
-    films = _films(truth, predictions)
-    matches = match_boxes(truth, predictions, lesion_type, films, iou)
-    return float(_areas(matches, np.ones((1, len(films))))[0])
+    image_ids = _image_ids(truth, predictions)
+    matches = match_boxes(truth, predictions, lesion_type, image_ids, iou)
+    return float(_areas(matches, np.ones((1, len(image_ids))))[0])
 
 
 def weighted_average_precision(
     truth: pd.DataFrame,
     predictions: pd.DataFrame,
     lesion_type: str,
-    films: Sequence[str],
+    image_ids: Sequence[str],
     iou: float = 0.5,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from weights of images, shape (draws, images), to average precisions.
@@ -123,11 +123,11 @@ def weighted_average_precision(
     Returns:
         The function; nan for a draw without weight on a true box.
     """
-    matches = match_boxes(truth, predictions, lesion_type, films, iou)
+    matches = match_boxes(truth, predictions, lesion_type, image_ids, iou)
     return lambda weights: _areas(matches, np.asarray(weights, np.float64))
 
 
-def _films(truth: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
+def _image_ids(truth: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
     return sorted({*truth["image_id"], *predictions["image_id"]})
 
 
@@ -179,7 +179,7 @@ def coco_average_precision(
     types = sorted(truth["lesion_type"].unique())
     ious = pd.Index([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95], name="iou")
     number_of = {name: number for number, name in enumerate(types, start=1)}
-    row_of = {film: row for row, film in enumerate(_films(truth, predictions), start=1)}
+    row_of = {image_id: row for row, image_id in enumerate(_image_ids(truth, predictions), start=1)}
 
     def annotations(boxes: pd.DataFrame, more: list[str]) -> list[dict]:
         own = boxes[boxes["lesion_type"].isin(types)]
@@ -189,14 +189,14 @@ def coco_average_precision(
         return [
             {
                 "id": number,
-                "image_id": row_of[film],
+                "image_id": row_of[image_id],
                 "category_id": number_of[name],
                 "bbox": [left, top, right - left, bottom - top],
                 "area": (right - left) * (bottom - top),
                 "iscrowd": 0,
                 **dict(zip(more, score, strict=True)),
             }
-            for number, (film, name, (left, top, right, bottom, *score)) in enumerate(keys, 1)
+            for number, (image_id, name, (left, top, right, bottom, *score)) in enumerate(keys, 1)
         ]
 
     frame = {
@@ -243,9 +243,9 @@ def detection_table(
     Raises:
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
     """
-    films = _searched(truth, predictions, images)
+    image_ids = _searched(truth, predictions, images)
     weights = _weights(images, resamples, seed)
-    types, boxes, areas = _all_areas(truth, predictions, films, weights, iou)
+    types, boxes, areas = _all_areas(truth, predictions, image_ids, weights, iou)
     rows = [
         {"boxes": count, **vars(interval_of(values, images["study_id"].to_numpy()))}
         for count, values in zip([*boxes, sum(boxes)], areas, strict=True)
@@ -256,13 +256,13 @@ def detection_table(
 def _all_areas(
     truth: pd.DataFrame,
     predictions: pd.DataFrame,
-    films: list[str],
+    image_ids: list[str],
     weights: np.ndarray,
     iou: float,
 ) -> tuple[list[str], list[int], np.ndarray]:
     """The truth's types, their boxes, and of each type and their mean a row of areas by draw."""
     types = sorted(truth["lesion_type"].unique())
-    matched = [match_boxes(truth, predictions, name, films, iou) for name in types]
+    matched = [match_boxes(truth, predictions, name, image_ids, iou) for name in types]
     areas = np.stack([_areas(matches, weights) for matches in matched])
     present = ~np.isnan(areas)
     mean = np.nansum(areas, axis=0) / np.where(present.any(0), present.sum(0), np.nan)
@@ -292,22 +292,22 @@ def mean_difference(
     Raises:
         DernetError: As `detection_table` raises.
     """
-    films, weights = _searched(truth, predictions, images), _weights(images, resamples, seed)
+    image_ids, weights = _searched(truth, predictions, images), _weights(images, resamples, seed)
     _searched(truth, others, images)
     first, second = (
-        _all_areas(truth, found, films, weights, iou)[2][-1] for found in (predictions, others)
+        _all_areas(truth, found, image_ids, weights, iou)[2][-1] for found in (predictions, others)
     )
     return interval_of(first - second, images["study_id"].to_numpy(), level)
 
 
 def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame) -> list[str]:
-    films = list(images["image_id"])
-    if strangers := {*truth["image_id"], *predictions["image_id"]} - set(films):
+    image_ids = list(images["image_id"])
+    if strangers := {*truth["image_id"], *predictions["image_id"]} - set(image_ids):
         raise DernetError(
             f"Every box lies on an image of the list, and {len(strangers)} images are not in it: "
             "pass all images that were searched."
         )
-    return films
+    return image_ids
 
 
 def _weights(images: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:

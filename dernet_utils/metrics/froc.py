@@ -30,25 +30,25 @@ def froc_curve(
 
     Returns:
         A row for each distinct `score`, falling, where all predictions with at least that score
-        are accepted: `false_alarms_per_film`, the mean number of false positives per image, 0 or
+        are accepted: `false_positives_per_image`, the mean number of false positives per image, 0 or
         more, and `sensitivity`, the fraction of true boxes found, in [0, 1], nan where there is
         none. The first row accepts nothing, at the score inf.
 
     Raises:
         DernetError: As `match_boxes` raises, there is no image, or a box's image is not listed.
     """
-    films = _searched(truth, predictions, images)
-    if not films:
+    image_ids = _searched(truth, predictions, images)
+    if not image_ids:
         raise DernetError("False positives are counted per image: pass at least one image.")
-    matches = _all_types(truth, predictions, films, iou)
+    matches = _all_types(truth, predictions, image_ids, iou)
     ends = _ends_of_scores(matches)
     hits = matches.hit.cumsum()[ends]
     accepted = {
         "score": matches.score[ends],
-        "false_alarms_per_film": (ends + 1 - hits) / len(films),
+        "false_positives_per_image": (ends + 1 - hits) / len(image_ids),
         "sensitivity": hits / (matches.truths.sum() or np.nan),
     }
-    none = {"score": np.inf, "false_alarms_per_film": 0.0}
+    none = {"score": np.inf, "false_positives_per_image": 0.0}
     none["sensitivity"] = 0.0 if matches.truths.any() else np.nan
     return pd.DataFrame({name: np.append(none[name], part) for name, part in accepted.items()})
 
@@ -77,28 +77,28 @@ def froc_table(
     Raises:
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
     """
-    films = _searched(truth, predictions, images)
-    matches = _all_types(truth, predictions, films, iou)
+    image_ids = _searched(truth, predictions, images)
+    matches = _all_types(truth, predictions, image_ids, iou)
     found = _found_within(matches, _weights(images, resamples, seed))
     rows = [vars(interval_of(values, images["study_id"].to_numpy())) for values in found.T]
     return pd.DataFrame(
-        rows, index=pd.Index(FALSE_POSITIVES_PER_IMAGE, name="false_alarms_per_film")
+        rows, index=pd.Index(FALSE_POSITIVES_PER_IMAGE, name="false_positives_per_image")
     )
 
 
 def _all_types(
-    truth: pd.DataFrame, predictions: pd.DataFrame, films: list[str], iou: float
+    truth: pd.DataFrame, predictions: pd.DataFrame, image_ids: list[str], iou: float
 ) -> Matches:
     """The matches of all types in one list, with falling score."""
     types = sorted({*truth["lesion_type"], *predictions["lesion_type"]})
-    parts = [match_boxes(truth, predictions, name, films, iou) for name in types]
+    parts = [match_boxes(truth, predictions, name, image_ids, iou) for name in types]
     score = np.concatenate([part.score for part in parts] or [np.empty(0)])
     order = np.argsort(-score, kind="stable")
     return Matches(
-        np.concatenate([part.film for part in parts] or [np.empty(0, int)])[order],
+        np.concatenate([part.image for part in parts] or [np.empty(0, int)])[order],
         score[order],
         np.concatenate([part.hit for part in parts] or [np.empty(0, bool)])[order],
-        sum((part.truths for part in parts), start=np.zeros(len(films), int)),
+        sum((part.truths for part in parts), start=np.zeros(len(image_ids), int)),
     )
 
 
@@ -115,8 +115,8 @@ def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
     """
     ends = _ends_of_scores(matches)
     stops = ends[np.unique(ends.searchsorted(np.flatnonzero(matches.hit)))]
-    hits = weights[:, matches.film[matches.hit]].cumsum(1)[:, matches.hit.cumsum()[stops] - 1]
-    false_positives = _running(matches.film, stops, weights) - hits
+    hits = weights[:, matches.image[matches.hit]].cumsum(1)[:, matches.hit.cumsum()[stops] - 1]
+    false_positives = _running(matches.image, stops, weights) - hits
     allowed = weights.sum(1)[:, None] * FALSE_POSITIVES_PER_IMAGE
     accepted = np.stack(
         [
@@ -168,10 +168,10 @@ def type_confusion(
     named = np.full(len(truth), NOT_FOUND, object)
     meant = np.full(len(predictions), NO_LESION, object)
     accepted = found_boxes[:, 4] >= threshold
-    for film, rows in predictions.groupby("image_id").indices.items():
+    for image_id, rows in predictions.groupby("image_id").indices.items():
         rows = rows[accepted[rows]]
         rows = rows[np.argsort(-found_boxes[rows, 4], kind="stable")]
-        own = true_of.get(film, np.empty(0, int))
+        own = true_of.get(image_id, np.empty(0, int))
         overlaps = box_iou(found_boxes[rows, :4], true_boxes[own])
         same = found_types[rows][:, None] == true_types[own]
         partner = _partners(overlaps, [same, overlaps], iou)

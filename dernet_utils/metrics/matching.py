@@ -19,13 +19,13 @@ class Matches:
     """A lesion type's predictions with falling score, each matched to a true box or to none.
 
     Attributes:
-        film: Row of each prediction's image in the list that was passed, shape (n,).
+        image: Row of each prediction's image in the list that was passed, shape (n,).
         score: Probability, shape (n,), falling.
         hit: Whether it is a true positive, shape (n,).
         truths: Number of true boxes per image, shape (images,).
     """
 
-    film: np.ndarray
+    image: np.ndarray
     score: np.ndarray
     hit: np.ndarray
     truths: np.ndarray
@@ -50,9 +50,9 @@ def size_stratum(boxes: pd.DataFrame, images: pd.DataFrame, small: bool) -> pd.D
         DernetError: A column is missing, an image is listed twice or not at all, or an image has
             no area.
 
-    >>> films = pd.DataFrame({"image_id": ["a"], "height": [100], "width": [100]})
+    >>> images = pd.DataFrame({"image_id": ["a"], "height": [100], "width": [100]})
     >>> box = pd.DataFrame({"image_id": ["a"], "xmin": [0], "ymin": [0], "xmax": [9], "ymax": [9]})
-    >>> size_stratum(box, films, small=True)["outside"].tolist()
+    >>> size_stratum(box, images, small=True)["outside"].tolist()
     [False]
     """
     need_columns(images, ["image_id", "height", "width"], "The table of images")
@@ -76,7 +76,7 @@ def match_boxes(
     truth: pd.DataFrame,
     predictions: pd.DataFrame,
     lesion_type: str,
-    films: Sequence[str],
+    image_ids: Sequence[str],
     iou: float = 0.5,
 ) -> Matches:
     """Match a lesion type's predictions to its true boxes, image by image.
@@ -92,34 +92,37 @@ def match_boxes(
         truth: `image_id`, `lesion_type` and corners; with `outside` where `size_stratum` added it.
         predictions: The same, and `score`.
         lesion_type: The type to match.
-        films: Image ids, each once; boxes of other images are left out.
+        image_ids: Image ids, each once; boxes of other images are left out.
         iou: Least overlap of a match, in (0, 1].
 
     Raises:
         DernetError: A column is missing, an image is listed twice, a score is not a number, or only
             one of the tables is marked with a stratum.
     """
-    if len(set(films)) != len(films):
+    if len(set(image_ids)) != len(image_ids):
         raise DernetError("Each image is evaluated once, and one is listed twice: drop duplicates.")
     if ("outside" in truth) != ("outside" in predictions):
         raise DernetError(
             "A stratum is marked in both tables, and here in one: pass true boxes and predictions "
             "through size_stratum."
         )
-    row_of = {film: row for row, film in enumerate(films)}
+    row_of = {image_id: row for row, image_id in enumerate(image_ids)}
     true_of = by_image(truth, lesion_type, [])
     found_of = by_image(predictions, lesion_type, ["score"])
     parts = [
-        (row_of[film], *judge_predictions(true_of.get(film), found, iou))
-        for film, found in sorted(found_of.items())  # equal scores rank by image, as in COCO's
-        if film in row_of
+        (row_of[image_id], *judge_predictions(true_of.get(image_id), found, iou))
+        for image_id, found in sorted(found_of.items())  # equal scores rank by image, as in COCO's
+        if image_id in row_of
     ]
     rows = np.concatenate([np.full(len(hit), row) for row, _, hit in parts] or [np.empty(0, int)])
     score = np.concatenate([score for _, score, _ in parts] or [np.empty(0)])
     hit = np.concatenate([hit for _, _, hit in parts] or [np.empty(0, bool)])
     order = np.argsort(-score, kind="stable")
     truths = np.array(
-        [(true_of[film][:, -1] == 0).sum() if film in true_of else 0 for film in films]
+        [
+            (true_of[image_id][:, -1] == 0).sum() if image_id in true_of else 0
+            for image_id in image_ids
+        ]
     )
     return Matches(rows[order], score[order], hit[order], truths)
 
@@ -143,11 +146,11 @@ def by_image(boxes: pd.DataFrame, lesion_type: str, more: list[str]) -> dict[str
     outside = own["outside"] if "outside" in own else np.zeros(len(own))
     values = np.column_stack([box_numbers(own, more), outside])
     rows_of = own.groupby("image_id", sort=False).indices
-    by_film = {film: values[rows] for film, rows in rows_of.items()}
+    by_id = {image_id: values[rows] for image_id, rows in rows_of.items()}
     if more:
-        for film, found in by_film.items():
-            by_film[film] = found[np.argsort(-found[:, 4], kind="stable")[:MOST_BOXES]]
-    return by_film
+        for image_id, found in by_id.items():
+            by_id[image_id] = found[np.argsort(-found[:, 4], kind="stable")[:MOST_BOXES]]
+    return by_id
 
 
 def need_columns(table: pd.DataFrame, columns: list[str], name: str) -> None:

@@ -92,7 +92,7 @@ class TrainedNetwork:
 
     Attributes:
         network: After the last epoch, in evaluation mode.
-        history: One row per epoch: ``epoch`` from 1, ``learnt_from`` (``crops``, or ``films`` for
+        history: One row per epoch: ``epoch`` from 1, ``trained_on`` (``crops``, or ``images`` for
             whole images), ``lr`` of its last step, ``train_loss`` (with augmentation),
             ``validation_loss``, ``validation_auroc`` (both of whole images; missing before the
             last epoch on crops), ``validation_logits`` (a list, to four decimals, in the order of
@@ -224,7 +224,7 @@ def _train(
             logits_kept = [round(value, 4) for value in logits.tolist()]
         row = {
             "epoch": epoch + 1,
-            "learnt_from": "crops" if epoch < recipe.crop_epochs else "films",
+            "trained_on": "crops" if epoch < recipe.crop_epochs else "images",
             "lr": optimizer.param_groups[0]["lr"],
             "train_loss": train_loss,
             "validation_loss": loss,
