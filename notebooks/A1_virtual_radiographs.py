@@ -491,11 +491,11 @@ healthy = render()
 for name in FINDINGS:
     if name != "Surgical implant":  # metal has no severity
         radiograph = render(findings=[finding(name, severity=0.0)])
-        assert radiograph.twins == [None] and np.array_equal(radiograph.grey, healthy.grey)
+        assert radiograph.counterfactuals == [None] and np.array_equal(radiograph.grey, healthy.grey)
 rising = {}
 for name in ("Disc space narrowing", "Vertebral collapse", "Osteophytes"):
     series = [render(findings=[finding(name, severity=s)]) for s in (0.4, 0.7, 1.0)]
-    rising[name] = [radiograph.twins[0].visibility for radiograph in series]
+    rising[name] = [radiograph.counterfactuals[0].visibility for radiograph in series]
     assert rising[name] == sorted(rising[name])
 pd.DataFrame(rising, index=["severity 0.4", "0.7", "1.0"]).T.round(2)
 
@@ -575,7 +575,7 @@ labelled, visibility = {}, {}
 for row, name in zip(axes, ("LATERAL", "AP", "LPO"), strict=True):
     for ax, how_severe in zip(row, SEVERITIES, strict=True):
         radiograph = render(name, [finding("Osteophytes", severity=how_severe)])
-        key, counterfactual = (name, how_severe), radiograph.twins[0]
+        key, counterfactual = (name, how_severe), radiograph.counterfactuals[0]
         visibility[key] = counterfactual.visibility if counterfactual else 0.0
         labelled[key] = draw_label(ax, "Osteophytes", counterfactual, spacing_mm)
         ends = f"visibility {visibility[key]:.2f}" + ("" if labelled[key] else ": no label")
@@ -720,7 +720,7 @@ show_figure("ca1-fig-steps", fig)
 
 # %%
 radiograph = render(findings=[finding("Vertebral collapse", severity=0.8)])
-counterfactual = radiograph.twins[0]
+counterfactual = radiograph.counterfactuals[0]
 mask = counterfactual.mask
 Delta = np.zeros(radiograph.grey.shape)
 Delta[counterfactual.part] = -counterfactual.change
@@ -768,7 +768,7 @@ with tempfile.TemporaryDirectory() as folder:
     root = Path(folder)
     (root / "twins").mkdir()  # a cohort's folder of counterfactuals
     write_dicom(root / "image.dicom", radiograph.grey, planned, 0, ids, radiograph.mas)
-    write_counterfactuals(root / "twins" / f"{ids['image_id']}.npz", radiograph.twins)
+    write_counterfactuals(root / "twins" / f"{ids['image_id']}.npz", radiograph.counterfactuals)
     grey = read_radiograph(root / "image.dicom").pixels
     (read,) = read_counterfactuals(root, ids["image_id"])  # one entry per finding
 assert np.array_equal(read.mask, mask) and read.visibility == counterfactual.visibility

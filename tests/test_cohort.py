@@ -106,7 +106,7 @@ def test_a_radiograph_has_the_planned_size_and_range(abnormal, anatomy):
     expected = [round(drawn[s] / drawn["spacing_mm"]) for s in ("height_mm", "width_mm")]
     assert list(image.grey.shape) == expected
     assert image.grey.min() >= 0.0 and image.grey.max() <= 1.0 and image.grey.std() > 0.1
-    assert len(image.twins) == len(abnormal["findings"]) and 0.1 < image.mas < 2000.0
+    assert len(image.counterfactuals) == len(abnormal["findings"]) and 0.1 < image.mas < 2000.0
 
 
 def test_a_counterfactual_differs_only_behind_the_lesion(anatomy, abnormal):
@@ -150,7 +150,7 @@ def test_a_lesion_of_severity_zero_has_a_counterfactual_that_differs_nowhere(ana
     for view in render.ANGLES:
         none = alone(anatomy, plans, view, severity=0.0, form=form, **FINDINGS[form])
         image = render.render_radiograph(none, 0, anatomy)
-        assert image.twins == [None] or not image.twins[0].change.any()
+        assert image.counterfactuals == [None] or not image.counterfactuals[0].change.any()
         healthy = render.render_radiograph(none | {"findings": []}, 0, anatomy)
         assert np.array_equal(image.grey, healthy.grey)
 
@@ -168,7 +168,7 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
             )
             for view in ("LATERAL", "AP")
         )
-        seen.append(max(image.twins[0].visibility if image.twins[0] else 0.0 for image in images))
+        seen.append(max(image.counterfactuals[0].visibility if image.counterfactuals[0] else 0.0 for image in images))
     assert seen[0] < min(seen[1:]) and max(seen) > virtual_cohort.LEAST_VISIBILITY
 
 
@@ -184,7 +184,7 @@ def test_a_counterfactual_is_the_radiograph_without_the_finding(anatomy, plans, 
     plan["views"][0] |= {"dose_ugy": 1000.0, "scatter": 0.25}
     image = render.render_radiograph(plan, 0, anatomy)
     healthy = render.render_radiograph(plan | {"findings": []}, 0, anatomy).grey
-    other = image.twins[0]
+    other = image.counterfactuals[0]
     without = image.grey.copy()
     without[other.part] += other.change
     tones = np.polynomial.Polynomial.fit(healthy[~other.mask], image.grey[~other.mask], 3)
@@ -197,8 +197,8 @@ def test_a_counterfactual_is_the_radiograph_without_the_finding(anatomy, plans, 
 def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
     plan = alone(anatomy, plans, "AP", severity=1.0, form="cages", type="Surgical implant", count=2)
     image = render.render_radiograph(plan, 0, anatomy)
-    assert len(image.twins) == 1 and image.twins[0].visibility > 2 * virtual_cohort.LEAST_VISIBILITY
-    xmin, ymin, xmax, ymax = render.find_box(image.twins[0].mask, plan["views"][0]["spacing_mm"])
+    assert len(image.counterfactuals) == 1 and image.counterfactuals[0].visibility > 2 * virtual_cohort.LEAST_VISIBILITY
+    xmin, ymin, xmax, ymax = render.find_box(image.counterfactuals[0].mask, plan["views"][0]["spacing_mm"])
     high, wide = ((b - a) * plan["views"][0]["spacing_mm"] for a, b in ((ymin, ymax), (xmin, xmax)))
     assert 25.0 < high < 80.0 and 20.0 < wide < 70.0  # two vertebrae, from pedicle to pedicle
 
@@ -208,7 +208,7 @@ def test_a_shutter_leaves_black_and_no_label_behind_it(anatomy, plans):
     plan["views"][0]["shutter"] = [40, 0, 30, 0]
     image = render.render_radiograph(plan, 0, anatomy)
     assert not image.grey[:40].any() and not image.grey[:, :30].any()
-    assert not image.twins[0].mask[:40].any()
+    assert not image.counterfactuals[0].mask[:40].any()
 
 
 @pytest.mark.parametrize("change", [{"cobb_deg": 30.0}, {"kyphosis_deg": 50.0}])
@@ -283,8 +283,8 @@ def test_counterfactuals_are_read_back_as_they_were_written(tmp_path, few, anato
     grey = read_radiograph(
         tmp_path / "one" / f"{plan['split']}_images" / f"{image_id}.dicom"
     ).pixels
-    assert len(kept) == len(image.twins) == len(study["findings"])
-    for one, other, entry in zip(kept, image.twins, study["films"][0]["findings"], strict=True):
+    assert len(kept) == len(image.counterfactuals) == len(study["findings"])
+    for one, other, entry in zip(kept, image.counterfactuals, study["films"][0]["findings"], strict=True):
         assert (one is None) == (other is None)
         if one is None:
             assert entry == {"visibility": None, "box": None}

@@ -1,4 +1,4 @@
-"""A virtual film's DICOM file: its picture comes back, and a validator finds it complete."""
+"""A virtual radiograph's DICOM file gives its picture back, and a validator finds it complete."""
 
 import subprocess
 from itertools import product

@@ -72,7 +72,7 @@ def test_counterfactuals_are_the_block_with_and_without(body, how):
     finding, other = ball(0.2, **how), ball(0.7, fill=1400.0)
     scene, view = scene_of(0.0, body), view_of()
     block = Block((3, 40), (5, 50), scene.whole(view).steps)
-    twins = scene.twins(view, [finding, other], [finding], block)
+    twins = scene.counterfactuals(view, [finding, other], [finding], block)
     for twin, lesions in zip(twins, ([finding, other], [other]), strict=True):
         alone = scene.paths(view, lesions, block)
         for name in ("soft", "bone", "metal"):
@@ -96,7 +96,7 @@ def test_a_lesion_of_severity_zero_changes_nothing(body, view):
     finding = ball(0.0, move=lambda points: points)
     scene, view_at = scene_of(0.0, body), view_of(view, 0.0 if view == "AP" else np.pi / 2)
     block = Block((3, 40), (5, 50), scene.whole(view_at).steps)
-    with_it, without = scene.twins(view_at, [finding], [finding], block)
+    with_it, without = scene.counterfactuals(view_at, [finding], [finding], block)
     assert all(np.array_equal(getattr(with_it, k), getattr(without, k)) for k in vars(with_it))
 
 

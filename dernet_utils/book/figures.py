@@ -163,15 +163,15 @@ def draw_roc(bands: dict[str, pd.DataFrame], stars: dict[str, tuple[float, float
     return fig
 
 
-def draw_most_confident(films: pd.DataFrame, threshold: float) -> Figure:
+def draw_most_confident(images: pd.DataFrame, threshold: float) -> Figure:
     """Show the most confident true positive, true negative, false negative and false positive.
 
     Args:
-        films: One row per image: ``cached_path``, ``label`` (bool), ``prob`` and ``lesions``, whose
+        images: One row per image: ``cached_path``, ``label`` (bool), ``prob`` and ``lesions``, whose
             centres are marked, as `triage.crossvalidation.triage_images` returns them.
         threshold: Images with a probability above it are called abnormal.
     """
-    called, margin = films["prob"] > threshold, (films["prob"] - threshold).abs()
+    called, margin = images["prob"] > threshold, (images["prob"] - threshold).abs()
     kinds = {
         "true positive": (True, True),
         "true negative": (False, False),
@@ -180,11 +180,11 @@ def draw_most_confident(films: pd.DataFrame, threshold: float) -> Figure:
     }
     fig, axes = plt.subplots(2, 2, figsize=(6.4, 7.4))
     for ax, (name, (abnormal, positive)) in zip(axes.flat, kinds.items(), strict=True):
-        rows = margin[(films["label"] == abnormal) & (called == positive)]
+        rows = margin[(images["label"] == abnormal) & (called == positive)]
         ax.set_axis_off()
         ax.set_title(f"{name}: none")
         if len(rows):
-            image = films.loc[rows.idxmax()]
+            image = images.loc[rows.idxmax()]
             title = f"{name} (1 of {len(rows)})\nprobability {image['prob']:.2f}"
             grey = load_cached(image["cached_path"])
             show_radiograph(ax, grey, title)

@@ -84,7 +84,7 @@ def draw_lesion(
     colour = LESION_STYLE[lesion_type][0]
     axes[0].contour(at, -at, occupancy, [0.5], colors=[colour], linewidths=1.3)
     axes[0].set_axis_off()
-    (counterfactual,) = radiograph.twins
+    (counterfactual,) = radiograph.counterfactuals
     change, visible = np.zeros(healthy.shape), "no difference"
     if counterfactual is not None:
         change[counterfactual.part] = -counterfactual.change

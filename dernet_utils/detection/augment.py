@@ -55,18 +55,18 @@ def repeat_factors(classes: Sequence[np.ndarray], types: int) -> tuple[np.ndarra
     return of_type, np.where(shows, of_type, 1.0).max(axis=1, initial=1.0)
 
 
-def check_labels(films: Sequence[str], types: int) -> None:
+def check_labels(images: Sequence[str], types: int) -> None:
     """Refuse label files that ultralytics would skip with their image, or treat as empty.
 
     Args:
-        films: Image files, in a folder ``images``; their labels are in ``labels`` beside it.
+        images: Image files, in a folder ``images``; their labels are in ``labels`` beside it.
         types: Number of types.
 
     Raises:
         DernetError: An image has no label file, or a line is not a class from 0 to `types` - 1 and
             a box inside the image.
     """
-    for image in map(Path, films):
+    for image in map(Path, images):
         path = image.parent.parent / "labels" / f"{image.stem}.txt"
         if not path.is_file():
             raise DernetError(

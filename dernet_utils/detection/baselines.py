@@ -168,13 +168,13 @@ def _two_or_one_stage(name: str, view: tuple[int, int]) -> Baseline:
 
 
 def train_baseline(
-    rival: Baseline, films: SpineDataset, batch: int, lr: float, seconds: float, seed: int
+    baseline: Baseline, images: SpineDataset, batch: int, lr: float, seconds: float, seed: int
 ) -> int:
     """Train for a wall-clock time; the learning rate falls along a cosine of the time spent.
 
     Args:
-        rival: As `build_baseline` returns it; trained in place.
-        films: The training images with their augmentations.
+        baseline: As `build_baseline` returns it; trained in place.
+        images: The training images with their augmentations.
         batch: Images per step.
         lr: Peak of AdamW's learning rate.
         seconds: Time to spend on steps; the last step is finished.
@@ -183,34 +183,34 @@ def train_baseline(
     Returns:
         The number of steps.
     """
-    network, device = rival.network.to(machine.device()).train(), machine.device()
+    network, device = baseline.network.to(machine.device()).train(), machine.device()
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=5e-4)
     seed_augmentations(seed)
     steps, begun = 0, time.monotonic()
     with machine.denormals_flushed():
-        for rows in _rows(len(films), batch, seed):
+        for rows in _rows(len(images), batch, seed):
             if (spent := (time.monotonic() - begun) / seconds) >= 1:
                 return steps
             for group in optimizer.param_groups:
                 warm = min(1.0, (steps + 1) / WARM_STEPS)
                 group["lr"] = lr * warm * (1 + math.cos(math.pi * spent)) / 2
-            shown = SpineDataset.collate_fn([films[int(row)] for row in rows])
+            shown = SpineDataset.collate_fn([images[int(row)] for row in rows])
             shown = {k: v.to(device) if torch.is_tensor(v) else v for k, v in shown.items()}
             shown["img"] = shown["img"].float() / 255
             optimizer.zero_grad()
-            rival.loss(shown).backward()
+            baseline.loss(shown).backward()
             nn.utils.clip_grad_norm_(network.parameters(), CLIP)
             optimizer.step()
             steps += 1
     return steps
 
 
-def _rows(films: int, batch: int, seed: int) -> Iterator[Tensor]:
+def _rows(images: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of image numbers; each pass is a new order of all images."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(films, generator=generator)
-        yield from order[: films // batch * batch].split(batch)
+        order = torch.randperm(images, generator=generator)
+        yield from order[: images // batch * batch].split(batch)
 
 
 @dataclass(frozen=True)
@@ -257,13 +257,13 @@ def run_baseline(
     key = _key(name, training, boxes, asked, recipe, seconds)
     kept = Path(folder) / f"{name.lower().replace(' ', '-')}-{key}.parquet"
     if not kept.is_file():
-        rival = build_baseline(name, recipe.input_size, recipe.seed, recipe.focal)
-        films = detection_images.augmented_dataset(training, boxes, recipe, kept.with_suffix(""))
+        baseline = build_baseline(name, recipe.input_size, recipe.seed, recipe.focal)
+        images = detection_images.augmented_dataset(training, boxes, recipe, kept.with_suffix(""))
         lr = recipe.lr * LR_SHARE.get(name, 1.0)
-        steps = train_baseline(rival, films, recipe.batch, lr, seconds, recipe.seed)
-        rival.network.eval()
-        found = prediction.collect_boxes(rival.raw, asked, recipe.input_size)
-        found.attrs = {"steps": steps, "parameters": _millions(rival.network)}
+        steps = train_baseline(baseline, images, recipe.batch, lr, seconds, recipe.seed)
+        baseline.network.eval()
+        found = prediction.collect_boxes(baseline.raw, asked, recipe.input_size)
+        found.attrs = {"steps": steps, "parameters": _millions(baseline.network)}
         write_whole(kept, lambda part: found.to_parquet(part, index=False))
         shutil.rmtree(kept.with_suffix(""))
     found = pd.read_parquet(kept)

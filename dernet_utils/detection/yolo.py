@@ -222,7 +222,7 @@ def settings_of(overrides: dict) -> SimpleNamespace:
 
 def write_run(
     folder: Path,
-    films: Path,
+    images: Path,
     classes: tuple[str, ...],
     mosaic_until: int,
     **shown: tuple[int, int] | bool,
@@ -231,7 +231,7 @@ def write_run(
 
     Args:
         folder: Where the run stores its files.
-        films: Folder of images, with labels beside it.
+        images: Folder of images, with labels beside it.
         classes: Names in the order of the labels.
         mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
         shown: As `SpineDataset` takes it: ``view``, ``repeat``, ``paste``.
@@ -239,7 +239,7 @@ def write_run(
     Returns:
         The file.
     """
-    path, where = folder / "run.json", str(films)
+    path, where = folder / "run.json", str(images)
     run = {"train": where, "val": where, "names": classes, "nc": len(classes), "channels": 3}
     run |= {"mosaic_until": mosaic_until, **shown}
     path.write_text(json.dumps(run), encoding="utf-8")

@@ -55,15 +55,15 @@ class Counterfactual(NamedTuple):
         return changed.round().clip(0, 255).astype(np.uint8)
 
 
-def write_counterfactuals(path: Path, twins: list[Counterfactual | None]) -> None:
+def write_counterfactuals(path: Path, counterfactuals: list[Counterfactual | None]) -> None:
     """Write a radiograph's counterfactuals; the same ones give the same bytes.
 
     Args:
         path: The file, ``<image_id>.npz``; replaced where it exists.
-        twins: One entry per finding; None where a finding is out of the field.
+        counterfactuals: One entry per finding; None where a finding is out of the field.
     """
     arrays = {}
-    for number, one in enumerate(twins):
+    for number, one in enumerate(counterfactuals):
         if one is None:
             continue
         steps = np.zeros(one.mask.shape, np.int16)
@@ -76,7 +76,7 @@ def write_counterfactuals(path: Path, twins: list[Counterfactual | None]) -> Non
             f"mask_{number}": np.packbits(one.mask[a:b, c:d]),
             f"change_{number}": steps[e:f, g:h],
         }
-    np.savez_compressed(path, findings=np.int32(len(twins)), **arrays)
+    np.savez_compressed(path, findings=np.int32(len(counterfactuals)), **arrays)
 
 
 def read_counterfactuals(root: Path, image_id: str) -> list[Counterfactual | None]:

@@ -125,7 +125,7 @@ class Scene:
         apart = [far[0], np.full(len(middle), STEP_MM), far[1]]
         return np.concatenate([front, middle, back]), np.concatenate(apart)
 
-    def donor_places(
+    def donor_positions(
         self, view: View, block: Block, every: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Follow the rays of a block and return the donor position of each sample.
@@ -194,7 +194,7 @@ class Scene:
         """Return the distances of a block's samples, cm, shape (steps,)."""
         return torch.from_numpy(self._depths(view)[1][slice(*block.steps)] / 10.0).float()
 
-    def twins(
+    def counterfactuals(
         self, view: View, lesions: list[Lesion], finding: list[Lesion], block: Block
     ) -> tuple[Paths, Paths]:
         """Integrate a block twice: with all lesions, and without those of one finding.
@@ -222,7 +222,7 @@ class Scene:
         self, view: View, finding: list[Lesion], lesions: list[Lesion], block: Block
     ) -> np.ndarray:
         """Return how many millimetres of a finding's regions each ray crosses, (rows, columns)."""
-        points = tuple(p.contiguous() for p in self.donor_places(view, block))
+        points = tuple(p.contiguous() for p in self.donor_positions(view, block))
         self._move(points, [(other, self._near(points, other)) for other in lesions if other.move])
         solid = torch.zeros(points[0].shape)
         for lesion in finding:
@@ -235,7 +235,7 @@ class Scene:
     def blocks(self, view: View, findings: list[list[Lesion]]) -> list[Block | None]:
         """Return the part of a view that each finding covers; None where it is out of the field."""
         whole, every = self.whole(view), 4
-        points = self.donor_places(view, whole, every)
+        points = self.donor_positions(view, whole, every)
         found = []
         for finding in findings:
             near = np.zeros(points[0].shape, bool)
@@ -261,7 +261,7 @@ class Scene:
             Density, shape (rows, steps, columns), and the nearby lesions that fill a region: each
             with the slices around it and its occupancy there.
         """
-        points = tuple(p.contiguous() for p in self.donor_places(view, strip))
+        points = tuple(p.contiguous() for p in self.donor_positions(view, strip))
         near = [(lesion, self._near(points, lesion)) for lesion in lesions]
         near = [(lesion, where) for lesion, where in near if where]
         self._move(points, near)

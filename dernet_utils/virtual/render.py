@@ -37,12 +37,12 @@ class RenderedRadiograph(NamedTuple):
     Attributes:
         grey: 0 black to 1 white, shape (H, W).
         mas: Tube current-time product that automatic exposure control chose, mAs.
-        twins: For each finding of the plan, its counterfactual; None where it is out of the field.
+        counterfactuals: For each finding of the plan, its counterfactual; None where it is out of the field.
     """
 
     grey: np.ndarray
     mas: float
-    twins: list[Counterfactual | None]
+    counterfactuals: list[Counterfactual | None]
 
 
 def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
@@ -165,7 +165,7 @@ def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadi
     developed = DisplayProcessing(signal, spacing_mm, drawn["contrast"], drawn["detail"])
     haze = scattered_radiation(arrived, spacing_mm, drawn["scatter"])
     mas = drawn["dose_ugy"] / (AIR_UGY * (drawn["kvp"] / 80.0) ** 2 * float(arrived.mean()))
-    twins = [
+    counterfactuals = [
         _counterfactual(
             scene, view, group, everything, block, paths, haze / arrived, developed, frame
         )
@@ -177,8 +177,8 @@ def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadi
     grey[~frame.open] = 0.0
     # A viewer without a window stretches an image to its range, so its range is 0 to 1.
     low, high = grey.min(), grey.max()
-    twins = [t and t._replace(change=t.change / (high - low)) for t in twins]
-    return RenderedRadiograph((grey - low) / (high - low), mas, twins)
+    counterfactuals = [t and t._replace(change=t.change / (high - low)) for t in counterfactuals]
+    return RenderedRadiograph((grey - low) / (high - low), mas, counterfactuals)
 
 
 class _Frame:
@@ -268,7 +268,7 @@ def _counterfactual(
     mask = (frame.resample(solid.astype(np.float32)) > 0.5) & frame.open
     if mask.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 < PART_IN_FIELD * solid.sum():
         return None
-    with_it, without = map(vars, scene.twins(view, everything, group, block))
+    with_it, without = map(vars, scene.counterfactuals(view, everything, group, block))
     more = np.zeros_like(paths.soft)  # log of how much more passes without the finding
     before = {k: v[where] for k, v in vars(paths).items()}
     after = {k: np.maximum(before[k] + (without[k] - with_it[k]), 0.0) for k in before}
