@@ -326,7 +326,7 @@ along = pd.DataFrame(along)
 assert along["mAP change"].iloc[0].value == 0 and along[heads[0]].iloc[0] == before[0]
 
 # %% tags=["hide-input", "remove-output"]
-fig, axes = plt.subplots(1, 3, figsize=(8, 3))
+fig, axes = plt.subplots(1, 3, figsize=(8, 3.3))
 labels = ("mAP@0.5, minus no gate", "false positives per normal image", "fraction of lesions missed")
 for ax, column, text in zip(axes, ("mAP change", *heads), labels, strict=True):
     own = pd.DataFrame([vars(interval) for interval in along[column]])
