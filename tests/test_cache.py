@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from dicom_files import make_dataset, picture, to_bytes
+from dicom_files import grey_picture, make_dataset, to_bytes
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.profiles import get_profile
@@ -28,7 +28,7 @@ def images(tmp_path) -> pd.DataFrame:
     """Five DICOM files that differ."""
     paths = [tmp_path / f"image{i}.dicom" for i in range(5)]
     for i, path in enumerate(paths):
-        path.write_bytes(to_bytes(make_dataset(np.roll(picture(48, 40), i, axis=0))))
+        path.write_bytes(to_bytes(make_dataset(np.roll(grey_picture(48, 40), i, axis=0))))
     return pd.DataFrame({"image_id": [path.stem for path in paths], "dicom_path": map(str, paths)})
 
 
@@ -99,7 +99,7 @@ def test_changed_parameters_content_or_version_make_other_files(
     first = cache_images(images, cache, profile).cached_path
     other = cache_images(images, cache, profile.model_copy(update={"clip_limit": 8.0})).cached_path
     assert not set(first) & set(other)
-    Path(images.dicom_path[0]).write_bytes(to_bytes(make_dataset(picture(48, 40)[::-1].copy())))
+    Path(images.dicom_path[0]).write_bytes(to_bytes(make_dataset(grey_picture(48, 40)[::-1].copy())))
     third = cache_images(images, cache, profile).cached_path
     assert (first != third).tolist() == [True, False, False, False, False]
     monkeypatch.setattr(imaging_cache, "PREPROCESSING_VERSION", -1)

@@ -168,7 +168,12 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
             )
             for view in ("LATERAL", "AP")
         )
-        seen.append(max(image.counterfactuals[0].visibility if image.counterfactuals[0] else 0.0 for image in images))
+        seen.append(
+            max(
+                image.counterfactuals[0].visibility if image.counterfactuals[0] else 0.0
+                for image in images
+            )
+        )
     assert seen[0] < min(seen[1:]) and max(seen) > virtual_cohort.LEAST_VISIBILITY
 
 
@@ -197,8 +202,13 @@ def test_a_counterfactual_is_the_radiograph_without_the_finding(anatomy, plans, 
 def test_metal_in_a_row_is_one_finding_with_one_mask(anatomy, plans):
     plan = alone(anatomy, plans, "AP", severity=1.0, form="cages", type="Surgical implant", count=2)
     image = render.render_radiograph(plan, 0, anatomy)
-    assert len(image.counterfactuals) == 1 and image.counterfactuals[0].visibility > 2 * virtual_cohort.LEAST_VISIBILITY
-    xmin, ymin, xmax, ymax = render.find_box(image.counterfactuals[0].mask, plan["views"][0]["spacing_mm"])
+    assert (
+        len(image.counterfactuals) == 1
+        and image.counterfactuals[0].visibility > 2 * virtual_cohort.LEAST_VISIBILITY
+    )
+    xmin, ymin, xmax, ymax = render.find_box(
+        image.counterfactuals[0].mask, plan["views"][0]["spacing_mm"]
+    )
     high, wide = ((b - a) * plan["views"][0]["spacing_mm"] for a, b in ((ymin, ymax), (xmin, xmax)))
     assert 25.0 < high < 80.0 and 20.0 < wide < 70.0  # two vertebrae, from pedicle to pedicle
 
@@ -284,7 +294,9 @@ def test_counterfactuals_are_read_back_as_they_were_written(tmp_path, few, anato
         tmp_path / "one" / f"{plan['split']}_images" / f"{image_id}.dicom"
     ).pixels
     assert len(kept) == len(image.counterfactuals) == len(study["findings"])
-    for one, other, entry in zip(kept, image.counterfactuals, study["films"][0]["findings"], strict=True):
+    for one, other, entry in zip(
+        kept, image.counterfactuals, study["films"][0]["findings"], strict=True
+    ):
         assert (one is None) == (other is None)
         if one is None:
             assert entry == {"visibility": None, "box": None}

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from dicom_files import picture
+from dicom_files import grey_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -81,7 +81,7 @@ def test_clahe_refuses(function, grey, clip_limit, tiles, message):
 
 
 def test_preprocess_enhances_first_then_shrinks():
-    grey = picture(48, 40)
+    grey = grey_picture(48, 40)
     expected = cv2.resize(clahe(grey, 2.0, 8), (20, 24), interpolation=cv2.INTER_AREA)
     np.testing.assert_array_equal(preprocess(grey, 24, 2.0, 8), expected)
 

@@ -159,7 +159,9 @@ def _render_patient(
         }
         path = working / f"{plan['split']}_images" / f"{ids['image_id']}.dicom"
         write_dicom(path, rendered.grey, plan, number, ids, rendered.mas)
-        write_counterfactuals(working / "twins" / f"{ids['image_id']}.npz", rendered.counterfactuals)
+        write_counterfactuals(
+            working / "twins" / f"{ids['image_id']}.npz", rendered.counterfactuals
+        )
         seen = []
         for finding, other in zip(plan["findings"], rendered.counterfactuals, strict=True):
             labelled = other is not None and other.visibility >= LEAST_VISIBILITY
