@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import torch
-from ultralytics.utils import SETTINGS
 
 from dernet_utils.core.files import PROJECT
 
@@ -17,6 +16,8 @@ os.environ["YOLO_CONFIG_DIR"] = str(RUNS / ".ultralytics")
 os.environ["YOLO_VERBOSE"] = "false"
 
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+from ultralytics.utils import SETTINGS  # noqa: E402  reads the environment, so not above
 
 if SETTINGS["sync"]:
     SETTINGS.update(sync=False)
