@@ -99,7 +99,9 @@ def test_changed_parameters_content_or_version_make_other_files(
     first = cache_images(images, cache, profile).cached_path
     other = cache_images(images, cache, profile.model_copy(update={"clip_limit": 8.0})).cached_path
     assert not set(first) & set(other)
-    Path(images.dicom_path[0]).write_bytes(to_bytes(make_dataset(grey_picture(48, 40)[::-1].copy())))
+    Path(images.dicom_path[0]).write_bytes(
+        to_bytes(make_dataset(grey_picture(48, 40)[::-1].copy()))
+    )
     third = cache_images(images, cache, profile).cached_path
     assert (first != third).tolist() == [True, False, False, False, False]
     monkeypatch.setattr(imaging_cache, "PREPROCESSING_VERSION", -1)

@@ -167,8 +167,8 @@ def draw_most_confident(images: pd.DataFrame, threshold: float) -> Figure:
     """Show the most confident true positive, true negative, false negative and false positive.
 
     Args:
-        images: One row per image: ``cached_path``, ``label`` (bool), ``prob`` and ``lesions``, whose
-            centres are marked, as `triage.crossvalidation.triage_images` returns them.
+        images: One row per image: ``cached_path``, ``label`` (bool), ``prob`` and ``lesions``,
+            whose centres are marked, as `triage.crossvalidation.triage_images` returns them.
         threshold: Images with a probability above it are called abnormal.
     """
     called, margin = images["prob"] > threshold, (images["prob"] - threshold).abs()

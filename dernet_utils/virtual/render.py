@@ -37,7 +37,7 @@ class RenderedRadiograph(NamedTuple):
     Attributes:
         grey: 0 black to 1 white, shape (H, W).
         mas: Tube current-time product that automatic exposure control chose, mAs.
-        counterfactuals: For each finding of the plan, its counterfactual; None where it is out of the field.
+        counterfactuals: One for each finding of the plan; None where it is out of the field.
     """
 
     grey: np.ndarray
