@@ -268,17 +268,22 @@ TEXT, NUMBERS = (
 )  # a body part's element, by value representation
 BAD = {
     "text": b"hello", "nothing": b"", "a renamed file": b"%PDF-1.7 " + bytes(500),
-    "truncated DICOM": patient_radiograph()[:2000], "cut in the header": patient_radiograph()[:140], "huge": bomb(),
+    "truncated DICOM": patient_radiograph()[:2000],
+    "cut in the header": patient_radiograph()[:140], "huge": bomb(),
     "a zip": zipped(), "several frames": patient_radiograph(NumberOfFrames=2),
     "no pixels": without_pixels(), "invalid UTF-8": b"\xff\xfe\xfa" * 50,
     "hostile SVG": b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
     "cut PNG": encode_picture()[:-40], "cut JPEG": encode_picture(".jpg")[:500],
     "rows without end": patient_radiograph(Rows=65_535, Columns=65_535),
-    "three samples": patient_radiograph(SamplesPerPixel=3, PlanarConfiguration=0, PixelData=bytes(180_000)),
-    "colour DICOM": patient_radiograph(PhotometricInterpretation="RGB", SamplesPerPixel=3,
-                          PlanarConfiguration=0),
+    "three samples": patient_radiograph(
+        SamplesPerPixel=3, PlanarConfiguration=0, PixelData=bytes(180_000)
+    ),
+    "colour DICOM": patient_radiograph(
+        PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0
+    ),
     "bits elsewhere": patient_radiograph(HighBit=6),
-    "a body part of numbers": patient_radiograph(BodyPartExamined="Roe^Jane^2").replace(TEXT, NUMBERS),
+    "a body part of numbers":
+        patient_radiograph(BodyPartExamined="Roe^Jane^2").replace(TEXT, NUMBERS),
 }  # fmt: skip
 
 

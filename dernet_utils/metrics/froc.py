@@ -30,8 +30,9 @@ def froc_curve(
 
     Returns:
         A row for each distinct `score`, falling, where all predictions with at least that score
-        are accepted: `false_positives_per_image`, a mean, at least 0, and `sensitivity`, the fraction of true boxes found, in [0, 1], nan where there is
-        none. The first row accepts nothing, at the score inf.
+        are accepted: `false_positives_per_image`, a mean, at least 0, and `sensitivity`, the
+        fraction of true boxes found, in [0, 1], nan where there is none. The first row accepts
+        nothing, at the score inf.
 
     Raises:
         DernetError: As `match_boxes` raises, there is no image, or a box's image is not listed.
