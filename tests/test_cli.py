@@ -224,8 +224,8 @@ def test_a_signal_ends_a_command_that_ignored_it_from_its_shell(number: int):
 def test_estimate_takes_a_step_of_each_network(smoke_book: Path, tmp_path: Path):
     table, lines = measured("estimate", smoke_book, tmp_path)
     assert (table["image, px"] == 64).all() and (table["batch"] == 8).all()
-    assert (table["seconds a step"] > 0).all() and table["memory, GB"].between(0.1, 20).all()
-    assert all("seconds a step" in line for line in lines)
+    assert (table["seconds per step"] > 0).all() and table["memory, GB"].between(0.1, 20).all()
+    assert all("seconds per step" in line for line in lines)
 
 
 @pytest.mark.slow
@@ -248,7 +248,7 @@ def test_the_detectors_step_is_measured_too(command: str, smoke_book: Path, tmp_
     (row,) = pd.read_csv(out).to_dict("records")
     assert (row["network"], row["image, px"], row["batch"]) == ("YOLO11-L", "96 × 64", 8)
     if command == "estimate":
-        assert row["seconds a step"] > 0 and 0.1 < row["memory, GB"] < 20 and row["films"] > 8
+        assert row["seconds per step"] > 0 and 0.1 < row["memory, GB"] < 20 and row["images"] > 8
     else:
         assert row["stock / ours"] == pytest.approx(row["stock, s"] / row["ours, s"], rel=0.1)
         assert row["all threads / ours"] > 0

@@ -87,7 +87,7 @@ def estimate_triage(
             "network": NETWORK_NAMES[name],
             "image, px": recipe.image_px,
             "batch": recipe.batch,
-            "seconds a step": f"{seconds:.1f}",
+            "seconds per step": f"{seconds:.1f}",
             "memory, GB": f"{memory_gb:.1f}",
             "hours for all folds": f"{seconds * steps / 3600:,.0f}",
             **_measured_on(),
@@ -154,7 +154,7 @@ def compare_loops(workspace: Workspace, image_px: int, report: Say) -> pd.DataFr
             "plain / ours": f"{seconds['plain'] / seconds['ours']:.2f}",
             "AUROC, plain": scores["plain"],
             "AUROC, ours": scores["ours"],
-            "held-out films": len(held),
+            "held-out images": len(held),
             **_measured_on(),
         }
         report(", ".join(f"{key} {value}" for key, value in row.items()))
@@ -251,9 +251,9 @@ def estimate_detector(workspace: Workspace, threads: int, report: Say) -> pd.Dat
         "network": "YOLO11-L",
         "image, px": "{} × {}".format(*recipe.input_size),
         "batch": recipe.batch,
-        "seconds a step": f"{seconds:.1f}",
+        "seconds per step": f"{seconds:.1f}",
         "memory, GB": f"{memory_gb:.1f}",
-        "films": images,
+        "images": images,
         "hours": f"{seconds * steps / 3600:,.1f}",
         **_measured_on(),
     }
