@@ -484,7 +484,7 @@ def finding(lesion_type: str, **other) -> dict:
 # counterfactual (the same image without the lesion). A shape that left a rim or a smoothed edge behind would reveal a
 # label's position. And growing: of the same lesion at three severities, the more severe is more visible, a word that
 # a later section defines. In the package, the counterfactuals of a rendered radiograph, one per finding, are its
-# attribute `twins`.
+# attribute `counterfactuals`.
 
 # %%
 healthy = render()
@@ -837,7 +837,7 @@ print(f"{layer:.2f} cm, {20 / layer:.2f} layers, {0.5 ** (20 / layer):.3f}; the 
 # %%
 focus_only = [finding("Other lesions", severity=0.6)]
 minerals = (0.9, 1.5, 2.1)
-seen = [render(findings=focus_only, body={"bone": b}).twins[0].visibility for b in minerals]
+seen = [render(findings=focus_only, body={"bone": b}).counterfactuals[0].visibility for b in minerals]
 assert seen[0] < seen[-1]
 print(*(f"bone × {b}: visibility {v:.2f}" for b, v in zip(minerals, seen, strict=True)), sep="\n")
 
@@ -862,7 +862,7 @@ print(*(f"bone × {b}: visibility {v:.2f}" for b, v in zip(minerals, seen, stric
 
 # %%
 small = [finding("Osteophytes", severity=0.3)]
-at_dose = [render(findings=small, dose_ugy=dose).twins[0].visibility for dose in (0.2, 2.0, 20.0)]
+at_dose = [render(findings=small, dose_ugy=dose).counterfactuals[0].visibility for dose in (0.2, 2.0, 20.0)]
 print([f"{v:.2f}" for v in at_dose])
 assert abs(at_dose[2] / at_dose[0] - 1) < 0.15
 

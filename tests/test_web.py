@@ -474,7 +474,7 @@ def test_an_internal_error_is_reported_and_its_message_is_not_logged(client, cap
     assert response.status_code == 500 and len(lines) == 2
     for body in (response.json(), *map(json.loads, lines)):
         assert "internal error" in body["error"] and "Roe" not in body["error"]
-    assert "ValueError in test_app.py" in caplog.text and "Roe" not in caplog.text
+    assert "ValueError in test_web.py" in caplog.text and "Roe" not in caplog.text
 
 
 def test_a_stalled_upload_ends_with_an_error(monkeypatch):
