@@ -12,6 +12,8 @@ from dernet_utils.detection import images as detection_images
 from dernet_utils.detection.images import DetectorRecipe
 from dernet_utils.imaging.boxes import MAX_BOXES
 
+pytestmark = pytest.mark.slow
+
 VIEW = (96, 64)
 RECIPE = DetectorRecipe(input_size=VIEW, epochs=1, batch=2, lr=1e-3, mosaic_until=0)
 

@@ -22,6 +22,8 @@ from dernet_utils.core.vocabulary import NOTICE
 from dernet_utils.inference import onnx_backend
 from dernet_utils.serving import web
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def address(service, exported, tmp_path_factory) -> Iterator[str]:

@@ -40,6 +40,7 @@ def forbid_decoding(monkeypatch):
     return lambda: monkeypatch.setattr(imaging_cache, "decode_radiograph", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_cache_holds_preprocessed_images_in_order(tmp_path, images, profile, workers):
     seen = []

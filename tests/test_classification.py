@@ -92,6 +92,7 @@ def test_no_threshold_beats_youden(rows):
     assert youden(youden_threshold(y, prob)) == pytest.approx(best)
 
 
+@pytest.mark.slow
 @given(scored)
 def test_no_threshold_beats_the_f1_threshold(rows):
     y, prob = np.array(rows).T

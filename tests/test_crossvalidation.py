@@ -296,6 +296,8 @@ from pathlib import Path
 import torch
 from dernet_utils.triage.crossvalidation import train_fold
 from test_crossvalidation import workspace_at
+
+pytestmark = pytest.mark.slow
 torch.set_num_threads(1)
 print(train_fold(workspace_at(Path(sys.argv[1]), triage_epochs=4), "densenet121", 0))
 """

@@ -268,6 +268,7 @@ def test_a_file_that_is_no_dicom(tiny_dataset):
     assert found(tiny_dataset) == [(TRAIN, row)]
 
 
+@pytest.mark.slow
 def test_each_film_cut_anywhere_is_found(tiny_dataset):
     """Whatever the transfer syntax: in the header, in the pixels, and by the last six bytes."""
     firsts = pd.read_csv(tiny_dataset / TEST).drop_duplicates("image_id")

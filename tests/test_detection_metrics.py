@@ -278,6 +278,7 @@ def test_iou_of_boxes_without_an_area_is_zero():
     assert box_iou([[1, 1, 1, 1]], [[1, 1, 1, 1], [0, 0, 2, 2]]).tolist() == [[0, 0]]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_weights_equal_films_counted_again(seed):
@@ -375,6 +376,7 @@ def curves_by_cumulative_sums(matches, weights):
     return np.take_along_axis(best, first, axis=1)
 
 
+@pytest.mark.slow
 def test_table_of_the_full_size_is_fast_and_its_curves_are_those_of_plain_sums():
     truth, predictions, images = full_size(np.random.default_rng(0))
     assert len(predictions) == 2078 * 60

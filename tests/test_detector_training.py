@@ -31,6 +31,8 @@ from scipy.stats import kstest, uniform
 from ultralytics.data.augment import Mosaic
 from ultralytics.nn.tasks import DetectionModel
 
+pytestmark = pytest.mark.slow
+
 RECIPE = DetectorRecipe(input_size=(64, 64), epochs=3, batch=4, lr=1e-3, mosaic_until=2)
 NAMES = dict(enumerate(LESION_TYPES))
 

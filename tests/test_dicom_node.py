@@ -14,6 +14,8 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.serving.dicom_node import REPORTS, Node, Peer
 from dernet_utils.serving.dicom_report import read_report
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def archive():

@@ -18,6 +18,8 @@ from dernet_utils.triage import networks as triage_networks
 from dernet_utils.triage.explain import grad_cam
 from dernet_utils.triage.networks import predict_probabilities
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

@@ -125,7 +125,7 @@ def test_no_chapter_waits_for_itself():
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapter_names_the_networks_whose_trainings_it_reads(name: str):
     code, networks = code_of(name), set(CHAPTERS[name].networks)
-    calls = re.findall(r"\bcross_validate\(\w+, (\w+|'\w+')", code)
+    calls = re.findall(r"\b(?:cross_validate\(|show_training\('\w+', )\w+, (\w+|'\w+')", code)
     assert bool(networks) == bool(calls)
     assert networks <= set(NETWORKS)
     literal = {call.strip("'") for call in calls if call.startswith("'")}

@@ -17,6 +17,8 @@ from dicom_files import patient_radiograph
 from dernet_utils.serving.dicom_node import Node, Peer
 from dernet_utils.serving.dicom_report import read_report
 
+pytestmark = pytest.mark.slow
+
 SR, CAPTURE = "1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.7"
 
 

@@ -28,6 +28,8 @@ from dernet_utils.serving import report
 from dernet_utils.triage.crossvalidation import cross_validate, read_decision
 from dernet_utils.triage.ensemble import Decision
 
+pytestmark = pytest.mark.slow
+
 DECISION = Decision(("a", "b"), (0.75, 0.25), 1.0, {"youden": 0.5}, 10)
 
 

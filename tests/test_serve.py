@@ -21,6 +21,8 @@ from smoke import run_dernet
 
 from dernet_utils.core.files import PROJECT
 
+pytestmark = pytest.mark.slow
+
 CLIENTS, SECONDS = 32, 8
 
 

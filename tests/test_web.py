@@ -39,6 +39,8 @@ from dernet_utils.serving.dicom_report import (
 from dernet_utils.serving.report import html_page
 from dernet_utils.serving.service import InferenceService
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def client(service, exported, tmp_path_factory):
