@@ -74,6 +74,10 @@ rounds = numbers.timings  # per engine; the engines take turns
 folder = workspace.models
 export.export_run(workspace, folder, int8=True)
 manifest = onnx_backend.read_export(folder)
+data = images.detection_images(workspace)
+test = data.test.reset_index(drop=True)
+truth = data.boxes[data.boxes["image_id"].isin(test["image_id"])]
+draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 
 # %% tags=["remove-cell"]
 data = images.detection_images(workspace)
