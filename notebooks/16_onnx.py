@@ -68,6 +68,7 @@ from dernet_utils.metrics import classification, detection, intervals
 from dernet_utils.triage import networks, training
 from dernet_utils.triage.crossvalidation import cross_validate, open_test_labels, read_decision
 
+# %%
 workspace = open_chapter(profile)
 numbers = workspace.profile
 rounds = numbers.timings  # per engine; the engines take turns
@@ -80,10 +81,6 @@ truth = data.boxes[data.boxes["image_id"].isin(test["image_id"])]
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 
 # %% tags=["remove-cell"]
-data = images.detection_images(workspace)
-test = data.test.reset_index(drop=True)
-truth = data.boxes[data.boxes["image_id"].isin(test["image_id"])]
-draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 glue_values("c16", {
     "profile": numbers.name, "n": len(test), "n-studies": test["study_id"].nunique(), "boxes": len(truth),
     "allowed": f"{allowed:g}", "folds": numbers.folds, "rounds": rounds, "machine": machine.processor_name(),
