@@ -104,9 +104,9 @@ def lut(entries: list[int], first: int, bits: int, vr: str = "US") -> Dataset:
     return item
 
 
-def encode_picture(ending: str = ".png", shown: np.ndarray | None = None) -> bytes:
-    """A PNG or JPEG file, of `picture` unless another is given."""
-    return cv2.imencode(ending, grey_picture() if shown is None else shown)[1].tobytes()
+def encode_picture(ending: str = ".png", picture: np.ndarray | None = None) -> bytes:
+    """A PNG or JPEG file, of `grey_picture` unless another is given."""
+    return cv2.imencode(ending, grey_picture() if picture is None else picture)[1].tobytes()
 
 
 def patient_radiograph(seed: int = 0, **header) -> bytes:
