@@ -342,7 +342,7 @@ def test_learns_crops_first_and_goes_on_where_it_was_killed(tmp_path):
 
     unbroken = train_triage(NETWORK, train, train, recipe, tmp_path / "a")
     history = unbroken.history
-    assert history["trained_on"].tolist() == ["crops", "crops", "films"]
+    assert history["trained_on"].tolist() == ["crops", "crops", "images"]
     assert history["lr"].is_monotonic_decreasing
     # Whole images are first scored after the last epoch on crops.
     assert history["validation_auroc"].isna().tolist() == [True, False, False]
