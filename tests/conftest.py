@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from dicom_files import encode, make_dataset
 from exported import detector, exported, networks, service  # noqa: F401  (fixtures)
+from hypothesis import settings
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -19,6 +20,10 @@ from pydicom.uid import (
 from smoke import smoke_book  # noqa: F401  (a fixture of test_notebooks and test_book)
 
 from dernet_utils.core.vocabulary import ANNOTATION_COLUMNS, CORNERS, LESION_TYPES, NO_FINDING
+
+# How long an example takes is the machine's affair; a test that hangs meets pytest's own limit.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, ImplicitVRLittleEndian)
 
