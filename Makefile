@@ -1,24 +1,24 @@
-# The verbs of the README; continuous integration calls the same ones.
+# The commands of the README; continuous integration uses them too.
 #
 #   make book [PROFILE=smoke|laptop|night|paper]   execute what changed, build the pages
-#   make test                                every test, chapters and pages included
-#   make test-quick                          the tests that take a moment each
+#   make test                                every test, including chapters and pages
+#   make test-quick                          the quick tests only
 #   make lab                                 JupyterLab on the chapters
-#   make serve [PROFILE=…]                   the web page, with the last run's networks
-#   make clean                               delete what runs made; the environment stays
-#   make lock                                write requirements.lock anew from pyproject.toml
+#   make serve [PROFILE=…]                   the web app, with the last run's networks
+#   make clean                               delete what runs have made; keep the environment
+#   make lock                                rewrite requirements.lock from pyproject.toml
 
 PROFILE ?= laptop
 PYTHON ?= python3
 BIN := .venv/bin
-# The stamp carries the lock's digest: another lock makes another environment.
+# The stamp's name contains the lock file's digest: a changed lock file makes a new environment.
 LOCKED := .venv/locked-$(shell sha256sum requirements.lock 2>/dev/null | cut -c1-16)
 DONOR := $(or $(DERNET_DONOR),.cache/donor)/mask.nii.gz
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := book
 .PHONY: book test test-quick lab serve clean lock
-# A killed step leaves nothing that looks finished.
+# A step that fails leaves no file that looks finished.
 .DELETE_ON_ERROR:
 
 book: $(LOCKED) $(DONOR)
@@ -47,8 +47,8 @@ lock: $(LOCKED)
 $(LOCKED):
 	@PYTHON="$(PYTHON)" tools/system.sh venv opencv
 	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info < (3, 13) or sys.exit('Python 3.11 or 3.12 is needed, not ' + sys.version.split()[0] + ': name one with make PYTHON=python3.11')"
-	@echo "Setting up .venv from requirements.lock: about 5 minutes and 8 GB, once …"
-	@[ ! -e .venv ] || [ -e .venv/made-by-make ] || { echo "There is a .venv that this Makefile did not make: move it away." >&2; exit 1; }
+	@echo "Setting up .venv from requirements.lock, once: about 5 minutes and 8 GB of disk …"
+	@[ ! -e .venv ] || [ -e .venv/made-by-make ] || { echo "There is a .venv that this Makefile did not make: move or delete it." >&2; exit 1; }
 	@rm -rf .venv
 	@$(PYTHON) -m venv .venv && touch .venv/made-by-make
 	@$(PIP) install --no-deps --require-hashes -r requirements.lock

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes sure of the system libraries named: `tools/system.sh venv opencv chromium dciodvfy orthanc`.
-# A missing one is installed when this runs as root on Debian (or Ubuntu), else named with the
-# command that installs it. Prints nothing where all are there.
+# Checks for the system packages behind its arguments: `tools/system.sh venv opencv chromium dciodvfy orthanc`.
+# As root on Debian or Ubuntu it installs missing ones; otherwise it names them with the command
+# that installs them. It prints nothing if none is missing.
 set -eu
 
 has_library() { ldconfig -p 2>/dev/null | grep -q "$1"; }
@@ -35,7 +35,7 @@ if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
     exit 0
   fi
   tail -n 5 "$log" >&2
-  echo "The system packages$missing could not be installed; apt-get's words are above and in $log." >&2
+  echo "The system packages$missing could not be installed; the end of apt-get's output is above, all of it in $log." >&2
   exit 1
 fi
 echo "Missing system packages:$missing. Install them, on Debian with: sudo apt-get install$missing" >&2
