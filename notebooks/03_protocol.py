@@ -29,7 +29,7 @@
 #
 # Whether a result on radiographs can be trusted depends on a question that has nothing to do with the network: *are
 # the images on which the model is evaluated independent of those on which it was trained?* This chapter settles the
-# question before any network is trained. It explains the folds that all later chapters use, and it measures, on the
+# question before any network is trained. It explains the folds that later chapters use, and it measures, on the
 # training studies alone, how the result changes if the question is ignored.
 
 # %% tags=["parameters"]
@@ -207,9 +207,10 @@ order = shuffled[np.argsort(-n[shuffled].std(axis=1), kind="stable")]
 fold_by_hand = assign_folds(n, F, order)[s_of_image]
 
 # %% [markdown]
-# All later chapters take their folds from the column `fold` of the run's image table. The run's preparation writes it
-# once, by `make_folds`, which uses scikit-learn's `StratifiedGroupKFold` {cite}`pedregosa2011`; test images have no
-# fold. If our implementation is right, our folds are not merely similar but identical, image by image.
+# The triage networks take their folds from the column `fold` of the run's image table. The run's preparation writes
+# it once, by `make_folds`, which uses scikit-learn's `StratifiedGroupKFold` {cite}`pedregosa2011`; test images have
+# no fold. The detector's five folds are made by the same function. If our implementation is right, our folds are not
+# merely similar but identical, image by image.
 
 # %%
 fold = train["fold"].to_numpy(int)
