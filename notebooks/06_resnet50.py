@@ -437,8 +437,9 @@ assert narrow[4] == 17 * c * c // 16 and narrow[4] < 18 * (c // 4) ** 2 < narrow
 # :class: dropdown
 # ````
 # For calibrated scores, the threshold of the best F1 is half that F1, and Youden's is the fraction of abnormal
-# radiographs. Where about half are abnormal, as in VinDr-SpineXR, the former is lower, since F1 is below 1: it does
-# not count normal radiographs that are called normal. Recall depends on the threshold, not only on the architecture.
+# radiographs. Where about half are abnormal, as in VinDr-SpineXR, the former is lower: F1 does not count normal
+# radiographs that are called normal, so a low threshold reduces it less. Recall depends on the threshold, not only on
+# the architecture.
 
 # %%
 by_f1 = classification.operating_point(y, prob, classification.f1_threshold(y, prob))
