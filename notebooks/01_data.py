@@ -100,8 +100,8 @@ for problem in report.problems[:5]:
 
 # %% [markdown]
 # `read_dataset(root)` is strict: it returns tables only if they have no problem, and otherwise reports what is wrong
-# and how to repair a copy. A run's preparation calls it once and saves one table of images and one of boxes. All
-# chapters read these two tables, and none parses the dataset again.
+# and how to repair a copy. A run's preparation calls it once and saves one table of images and one of boxes. The
+# later chapters read these two tables instead of parsing the dataset again.
 
 # %%
 images, boxes = read_images(workspace), read_boxes(workspace)
@@ -233,7 +233,7 @@ show_figure("c01-fig-films", fig)
 #
 # and finds 46.9 : 1, with osteophytes as the most and vertebral collapse as the least frequent class. The published
 # counts contain an even smaller class, other lesions. But rarer types in the training file are merged into this
-# class, so its final count is larger. We compute {eq}`eq:imbalance` for this run.
+# class, so its final count is larger. Now we compute {eq}`eq:imbalance` for this run.
 
 # %%
 n_c = train.lesion_type.value_counts().reindex(list(LESION_TYPES), fill_value=0)
@@ -343,7 +343,7 @@ show_figure("c01-fig-sizes", fig)
 # The median box covers {glue:text}`c01-median-area` of its image, and the fraction of small boxes is
 # {glue:text}`c01-small` (95 % interval, resampled by study). At the paper's detector input of 640 × 640 pixels, a
 # square box of 1 % has a side of 64 pixels. At the profile `laptop`, whose input has 192 × 128 pixels, the smallest
-# osteophytes are only a few pixels wide. Keep this in mind when {ref}`chap:yolo11-training` reports which lesions
+# osteophytes are less than ten pixels wide. Keep this in mind when {ref}`chap:yolo11-training` reports which lesions
 # were missed.
 #
 # ## Which lesions occur together

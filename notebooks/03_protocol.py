@@ -113,8 +113,8 @@ pd.Series({"within a study": within, "across studies": across}, name="labels agr
 # %% [markdown]
 # Two images of one study carry the same label in {glue:text}`c03-within` of pairs, two images of different studies in
 # {glue:text}`c03-across`. The larger the difference, the more a model can gain from *recognising the person* instead
-# of *detecting the lesion*. If the same person is on both sides of the split, this is a leak: information that will
-# not be available for a new patient {cite}`kaufman2012,kapoor2023`.
+# of *detecting the lesion*. Recognition helps only if the same person is on both sides of the split. Such
+# information, which will not be available for a new patient, is called a *leak* {cite}`kaufman2012,kapoor2023`.
 #
 # ## Splitting studies into folds, by hand
 #
@@ -138,8 +138,8 @@ pd.Series({"within a study": within, "across studies": across}, name="labels agr
 #   \operatorname*{sd}_{g = 1 \dots F} \left( \frac{C_{gk} + [g = f]\, n_{sk}}{N_k} \right)
 # ```
 #
-# Of equally good folds, the one with fewer images is preferred. The sum on the right takes three lines for one study
-# and one fold.
+# Of equally good folds, the one with fewer images is preferred. In code, the sum on the right takes three lines for
+# one study and one fold.
 
 
 # %%
@@ -402,7 +402,7 @@ recognised = bootstrap_by_study(
     lambda rows: own[has][rows].mean(), study[has], workspace.profile.bootstrap, seed
 )
 to_sibling = np.where(study[:, None] == study, distance, np.inf).min(axis=1)
-nearer = (distance < to_sibling[:, None]).mean(axis=1)[has]  # fraction of images before the sibling
+nearer = (distance < to_sibling[:, None]).mean(axis=1)[has]  # fraction of images nearer than the sibling
 assert (nearer[own[has]] == 0).all()
 
 # %% tags=["hide-input", "remove-output"]
@@ -663,7 +663,7 @@ show_figure("c03-fig-optimism", fig)
 # | all images of a study in one fold | not stated | yes, asserted above |
 # | seed | 42 | {glue:text}`c03-seed` |
 # | training images | 8,389 | {glue:text}`c03-images` |
-# | test images | 2,078 | {glue:text}`c03-test-images`, not touched here |
+# | test images | 2,078 | {glue:text}`c03-test-images`, not used here |
 # | epoch, weights, threshold chosen on | test images (companion code) | out-of-fold predictions; last epoch kept |
 #
 # The published split of VinDr-SpineXR is itself by study {cite}`nguyen2021`. The paper does not say how it grouped
@@ -746,8 +746,8 @@ pd.Series(apparent, name="AUROC with duplicates").rename_axis("split").round(2).
 # ## Takeaways
 #
 # - The study is the unit of splitting, testing and resampling.
-# - A stratified split of whole studies is a short greedy optimisation, {eq}`eq:deal`, and the folds of this run equal
-#   it image by image.
+# - A stratified split of whole studies is a short greedy optimisation, {eq}`eq:deal`, and our implementation
+#   reproduces this run's folds image by image.
 # - An image-level split puts siblings on both sides, as often as {eq}`eq:leak` predicts. Whether a given classifier
 #   profits has to be measured; this chapter measured two.
 # - The best of many evaluations is optimistic, {eq}`eq:null-auroc`. So the test split is used only once.

@@ -64,9 +64,9 @@ images = triage_images(workspace)
 # \sigma(z) = 1 / (1 + e^{-z})$. The label $y$ is 1 if the image has at least one lesion box and 0 if it has none.
 # *Which* lesion it is, and *where*, is left to the detector ({ref}`chap:yolo11-training`).
 #
-# The folds of {ref}`chap:protocol` separate training from validation images. The network is trained once per fold,
-# on all *other* folds, so that each training image is scored by a network that was not trained on it. These scores
-# are called *out of fold*, and every choice in this part of the book is made on them. The labels of the test split
+# The folds of {ref}`chap:protocol` separate training from validation images. The network is trained once per fold, on
+# all *other* folds, so that each training image is scored by a network that was not trained on it. These scores are
+# called *out of fold*; thresholds, ensemble weights and calibration are chosen on them. The labels of the test split
 # stay sealed until {ref}`chap:ensemble`.
 #
 # Images of one study show the same spine. If a study were divided between two folds, the network could recognise the
@@ -167,7 +167,7 @@ crops, is_lesion = training.draw_crops(finer, 24, side, generator)
 assert crops.shape == (24, 1, side, side)
 assert is_lesion.tolist() == [1] * 12 + [0] * 12
 kinds = sample.lesions[:, 3].long()
-chance = torch.bincount(kinds)[kinds].float().rsqrt()  # of a lesion to be drawn, from its class's count
+chance = torch.bincount(kinds)[kinds].float().rsqrt()  # a lesion's weight when crops are drawn
 fraction = torch.bincount(kinds, chance) / chance.sum()
 occurs = torch.bincount(kinds) / len(kinds)
 assert fraction[occurs > 0].min() >= occurs[occurs > 0].min()

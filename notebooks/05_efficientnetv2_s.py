@@ -257,8 +257,8 @@ glue_values("c05", {
 # \text{resolution} = \gamma^\varphi, \qquad \alpha \beta^2 \gamma^2 \approx 2,
 # $$ (eq:compound)
 #
-# so that each step of $\varphi$ doubles the operations. Its authors found $\alpha = 1.2$, $\beta = 1.1$, $\gamma =
-# 1.15$ by a small search.
+# so that each step of $\varphi$ doubles the operations. The authors of the first EfficientNet found $\alpha = 1.2$,
+# $\beta = 1.1$, $\gamma = 1.15$ by a small search.
 
 # %%
 alpha, beta, gamma = 1.2, 1.1, 1.15
@@ -301,7 +301,7 @@ show_figure("c05-fig-work", fig)
 #
 # The lines of {numref}`fig:work` are parallel with slope 2, and two of them coincide: DenseNet121 needs as many
 # operations as EfficientNetV2-S, to within a tenth, with a third of the parameters. An image of 384 px, as in the
-# paper's companion code, costs nine times as many operations as one of 128 px, in each network.
+# paper's companion code, needs nine times as many operations as one of 128 px, in each network.
 
 # %% [markdown]
 # ## Training, fold by fold
@@ -326,8 +326,8 @@ last_epochs
 # ```
 #
 # Depthwise convolutions, gates and forty blocks may make this network slow to learn at first: compare the epochs at
-# which the losses of {numref}`fig:efficientnet-curve` and {numref}`fig:densenet-curve` leave the dotted line. Its
-# authors train on small images first and on larger ones later {cite}`tan2021`.
+# which the losses of {numref}`fig:efficientnet-curve` and {numref}`fig:densenet-curve` leave the dotted line. The
+# authors of EfficientNetV2 train on small images first and on larger ones later {cite}`tan2021`.
 
 # %% [markdown]
 # ## Performance, with intervals

@@ -165,9 +165,9 @@ glue_values("c06", {
 })
 
 # %% [markdown]
-# {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at {glue:text}`c06-px` px,
-# and a receptive field of {glue:text}`c06-reach` px: ResNet50 has more weights, more operations and a smaller
-# receptive field than DenseNet121, whose longest path has many more windows.
+# ResNet50 has {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at
+# {glue:text}`c06-px` px, and a receptive field of {glue:text}`c06-reach` px. It has more weights, more operations and
+# a smaller receptive field than DenseNet121, whose longest path has many more windows.
 
 # %% [markdown]
 # ## An experiment: the same depth with and without skip connections
@@ -175,8 +175,8 @@ glue_values("c06", {
 # Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with each layer's input
 # added to its output, and measure the size of the gradient at each layer. If each layer shrinks the gradient by some
 # factor, the plain chain shrinks it by that factor to the power of its depth. In the other chain each layer's output
-# is divided by the depth before its input is added; otherwise the gradient would grow. In ResNet50, the normalisation
-# within each block and the 1 × 1 convolution at the start of each stage limit this growth.
+# is divided by the depth before the input is added to it; otherwise the gradient would grow. In ResNet50, the
+# normalisation within each block and the 1 × 1 convolution at the start of each stage limit this growth.
 
 
 # %%

@@ -57,7 +57,7 @@ from dernet_utils.triage.crossvalidation import (
 
 # %%
 workspace = open_chapter(profile)
-(workspace.tables / "decision.json").unlink(missing_ok=True)  # an earlier run's: sealed again
+(workspace.tables / "decision.json").unlink(missing_ok=True)  # seals the test labels again
 numbers = workspace.profile
 images = triage_images(workspace)
 train = images[images["split"] == "train"]
@@ -82,7 +82,7 @@ pd.DataFrame(prob, columns=spoken).describe().loc[["mean", "std", "min", "max"]]
 # %% [markdown]
 # ## Three predictions, one number
 #
-# The paper adds the three probabilities with weights. Its Eq. 2 takes the class with the larger weighted sum,
+# The paper takes a weighted sum of the three probabilities. Its Eq. 2 selects the class with the larger sum,
 #
 # $$
 # \hat y = \arg\max_{c \in \{0, 1\}} \sum_{m=1}^{3} \omega_m \, P(y = c \mid \mathbf{x}; \theta_m), \qquad
@@ -92,9 +92,10 @@ pd.DataFrame(prob, columns=spoken).describe().loc[["mean", "std", "min", "max"]]
 # The two sums add up to one, so the larger is the one above one half. An image is thus called abnormal where the
 # score $\mathcal{S}(\mathbf{x}) = \sum_m \omega_m P(y = 1 \mid \mathbf{x}; \theta_m)$ exceeds 0.5. Lines 16 and 17 of
 # the paper's Algorithm 1 instead compare $\mathcal{S}$ with a threshold $\tau_{optimal}$. We follow the algorithm,
-# because a threshold can trade sensitivity for specificity. It is called a *soft* vote because probabilities are
-# averaged before any decision is made. The paper's weights are 0.42 for DenseNet121, 0.32 for EfficientNetV2-S and
-# 0.26 for ResNet50: the largest for the network whose AUROC is the lowest of the three in its own Table 2.
+# because a threshold can trade sensitivity for specificity. The weighted sum is called a *soft* vote because
+# probabilities are averaged before any decision is made. The paper's weights are 0.42 for DenseNet121, 0.32 for
+# EfficientNetV2-S and 0.26 for ResNet50: the largest for the network whose AUROC is the lowest of the three in its
+# own Table 2.
 
 # %%
 omega_paper = np.array(ensemble.PAPER_WEIGHTS)
@@ -490,7 +491,7 @@ def difference(first, second):
 
 ours = prob_test @ omega
 areas = {name: tables["out of fold"][name].loc["auroc", "value"] for name in NETWORKS}
-_, median, best = sorted(NETWORKS, key=areas.get)  # known before a test label was read
+_, median, best = sorted(NETWORKS, key=areas.get)  # chosen before any test label is read
 against = {
     "equal weights": prob_test @ equal,
     "the paper's weights": prob_test @ omega_paper,
@@ -517,10 +518,11 @@ for key, (name, d) in zip(("weights", "paper", "top", "median"), differences.ite
     glue_values("c07", {key: f"{d:+.3f}", f"{key}-verdict": sentence})
 
 # %% [markdown]
-# From that of equal weights the AUROC differs by {glue:text}`c07-weights`. {glue:text}`c07-weights-verdict` From that
-# of the paper's weights it differs by {glue:text}`c07-paper`. {glue:text}`c07-paper-verdict` From that of the network
-# that was best out of fold, the strongest baseline, it differs by {glue:text}`c07-top`. {glue:text}`c07-top-verdict`
-# From that of the median network it differs by {glue:text}`c07-median`. {glue:text}`c07-median-verdict`
+# The AUROC of fitted weights minus that of equal weights is {glue:text}`c07-weights`.
+# {glue:text}`c07-weights-verdict` Minus that of the paper's weights, it is {glue:text}`c07-paper`.
+# {glue:text}`c07-paper-verdict` Minus that of the network that was best out of fold, the strongest baseline, it is
+# {glue:text}`c07-top`. {glue:text}`c07-top-verdict` Minus that of the median network, it is {glue:text}`c07-median`.
+# {glue:text}`c07-median-verdict`
 #
 # The paper prints three weights with two decimals and no comparison with equal weights of 1/3; the map of
 # {numref}`fig:simplex` shows how little such decimals may matter.
