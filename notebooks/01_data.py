@@ -343,7 +343,7 @@ show_figure("c01-fig-sizes", fig)
 # The median box covers {glue:text}`c01-median-area` of its image, and the fraction of small boxes is
 # {glue:text}`c01-small` (95 % interval, resampled by study). At the paper's detector input of 640 × 640 pixels, a
 # square box of 1 % has a side of 64 pixels. At the profile `laptop`, whose input has 192 × 128 pixels, the smallest
-# osteophytes are less than ten pixels wide. Keep this in mind when {ref}`chap:yolo11-training` reports which lesions
+# osteophytes are only about ten pixels wide. Keep this in mind when {ref}`chap:yolo11-training` reports which lesions
 # were missed.
 #
 # ## Which lesions occur together

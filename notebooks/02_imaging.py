@@ -745,9 +745,9 @@ for g, row in zip(greys, sample.itertuples(), strict=True):
 # :class: dropdown
 # ```
 #
-# $CDF$ is 2, 6, 7, 8 at the levels 5, 7, 9, 20, and $CDF_{min} = 2$. So $I' = 255\,(CDF - 2)/6$, which is 0, 170, 212.5
-# and 255. The widest step is from 5 to 7, because half of the pixels are 7: a frequent level gets a wide range, whether
-# it is bone or noise.
+# $CDF$ is 2, 6, 7, 8 at the levels 5, 7, 9, 20, and $CDF_{min} = 2$. So $I' = 255\,(CDF - 2)/6$, which is 0, 170,
+# 212.5 and 255. The widest step is from 5 to 7, because half of the pixels are 7: a frequent level gets a wide range,
+# whether it is bone or noise.
 
 # %%
 region = np.array([[5, 5, 7, 7, 7, 7, 9, 20]], np.uint8)
@@ -837,7 +837,7 @@ assert other.shape == small.shape
 # - Equalisation replaces a grey level by its rank. CLAHE ranks within tiles, limits the slope to about $\tau + 1$,
 #   and interpolates between the tables.
 # - Eq. 1 as printed is plain equalisation; clip limit and interpolation make it CLAHE.
-# - A clip limit trades contrast for noise. The paper's 2.0 is a cautious choice that bounds noise rather than
-#   preventing it.
+# - A higher clip limit increases contrast and noise. The paper's 2.0 is a cautious choice that bounds noise rather
+#   than preventing it.
 # - One function, `preprocess`, prepares the images for every network of this book. {ref}`chap:data` describes where
 #   the images come from; {ref}`chap:protocol` describes how they are split.
