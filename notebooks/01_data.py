@@ -19,28 +19,28 @@
 #
 # Look at the images before you train a network on them. This chapter opens a dataset in the format of VinDr-SpineXR
 # {cite}`nguyen2021,pham2021`, reads its tables, checks them, and shows one example of each of the seven lesion types.
-# Three numbers from this chapter return in every later one: how rare the rare lesions are, how small the small ones
-# are, and how many images belong to one person.
+# Three quantities measured here matter in all later chapters: how rare the rarest lesion types are, how small lesions
+# are, and how many images a study has.
 #
 # ```{admonition} In this chapter
 # :class: tip
 # **You will be able to** read a VinDr-SpineXR folder into checked tables; explain what a study, a series and an image
 # are and why the difference matters; measure class imbalance and lesion size, with a confidence interval that
-# respects studies.
+# resamples whole studies.
 #
 # **You need** Python with `pandas`. No network is trained here.
 #
-# **It takes** half an hour to read, and less than a minute to run on a laptop.
+# **It takes** half an hour to read. At the profile `smoke` it runs in less than a minute on two cores.
 # ```
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
 small_share = 0.01  # a small lesion covers less than this fraction of the image; paper, section 3.3
 
 # %% [markdown]
-# The set-up opens the run's workspace. In the profiles `smoke` and `laptop` the dataset is the virtual cohort, which
-# is generated if it does not exist yet; in `paper` it is the folder named by the environment variable `DERNET_DATA`.
-# All code below is the same for both.
+# The set-up opens the run's workspace. In the profiles `smoke`, `laptop` and `night` the dataset is a virtual cohort,
+# which is generated if it does not exist yet; in `paper` it is the folder named by the environment variable
+# `DERNET_DATA`. The code below is the same for all profiles.
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -74,8 +74,8 @@ for folder in ("train_images", "test_images", "annotations"):
     print(f"{folder:13} {len(files):5} files, such as {files[0].name}")
 
 # %% [markdown]
-# The tables have nine columns. Each row is one box drawn by a radiologist; an image without a finding has one row
-# that says so and leaves the corners empty.
+# The tables have nine columns. Each row is one box, in VinDr-SpineXR drawn by a radiologist; an image without a
+# finding has a single row that says so, with empty corners.
 
 # %%
 raw = pd.read_csv(root / "annotations" / "train.csv")
@@ -88,9 +88,9 @@ raw[["image_id", "rad_id", "lesion_type", "xmin", "ymin", "xmax", "ymax"]].head(
 #
 # ## Trust, but check
 #
-# Tables written by people contain errors: a box of zero width, a box that extends beyond its image, a file truncated
-# during transfer. `check_dataset` reads everything once and lists each problem with its file and row. On the command
-# line it is `dernet check`.
+# Datasets contain errors: a box of zero width, a box that extends beyond its image, a file truncated during transfer.
+# `check_dataset` reads every file once and lists each problem with its file and row. On the command line it is
+# `dernet check`.
 
 # %%
 report = check_dataset(root)
@@ -100,8 +100,8 @@ for problem in report.problems[:5]:
 
 # %% [markdown]
 # `read_dataset(root)` is strict: it returns tables only if they have no problem, and otherwise reports what is wrong
-# and how to repair a copy. The preparation of a run calls it once and saves one table of images and one of boxes.
-# Every chapter reads these two tables; no chapter parses the dataset again.
+# and how to repair a copy. A run's preparation calls it once and saves one table of images and one of boxes. The
+# later chapters read these two tables instead of parsing the dataset again.
 
 # %%
 images, boxes = read_images(workspace), read_boxes(workspace)
@@ -111,9 +111,9 @@ assert set(boxes.image_id) == set(images.image_id[images.abnormal])
 # %% [markdown]
 # ## People, studies, images
 #
-# A *study* is one visit of one person to the X-ray room. It holds one or more *series*, and these hold the images:
-# the spine from the side (lateral), from the front (anteroposterior, AP), and in some studies at an angle between the
-# two (oblique). All show the same bones on the same day. Statistically they are one observation.
+# A *study* is one visit of one person to the X-ray room. It contains one or more *series* of images: the spine from
+# the side (lateral), from the front (anteroposterior, AP), and in some studies at an angle between the two (oblique).
+# All of them show the same bones on the same day, so they are not independent observations.
 
 # %%
 per_split = images.groupby("split", sort=False)
@@ -127,8 +127,8 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# The two splits must not share a study; otherwise a network could meet the same person in training and in the test.
-# Assert this first for any medical dataset. {ref}`chap:protocol` measures what goes wrong without it.
+# The two splits must not share a study; otherwise the network would be tested on people it was trained on. Assert
+# this first for any medical dataset. {ref}`chap:protocol` measures what goes wrong without it.
 
 # %%
 studies = {split: set(group.study_id) for split, group in per_split}
@@ -142,8 +142,8 @@ print(per_study.value_counts().rename_axis("images per study").to_frame("studies
 #
 # ## Seven types of lesion
 #
-# The paper's Fig. 1 shows an example of each type and one normal radiograph. For our counterpart we take, for each
-# type, the training box of median area: neither the largest available nor the smallest. The test split is not used.
+# The paper's Fig. 1 shows an example of each type and one normal radiograph. For each type we show the training box
+# of median area, neither the largest nor the smallest. The test split is not used.
 
 # %%
 train = boxes[boxes.split == "train"].copy()
@@ -201,7 +201,7 @@ show_figure("c01-fig-examples", fig)
 # narrowed disc is a distance that is too short, and a slipped vertebra interrupts a line that should continue. A
 # radiologist recognises these by comparing with the neighbouring levels. A network has to learn the same comparison.
 #
-# Whole radiographs show which findings one person has together.
+# Whole radiographs show which findings occur together in one person.
 
 # %% tags=["hide-input", "remove-output"]
 burden = images[images.split == "train"].sort_values(["boxes", "image_id"], ascending=[False, True])
@@ -232,8 +232,8 @@ show_figure("c01-fig-films", fig)
 # $$ (eq:imbalance)
 #
 # and finds 46.9 : 1, with osteophytes as the most and vertebral collapse as the least frequent class. The published
-# counts contain an even smaller class, other lesions; but the training file has rarer types that are merged into it,
-# so its final number is larger. We compute {eq}`eq:imbalance` for this run.
+# counts contain an even smaller class, other lesions. But rarer types in the training file are merged into this
+# class, so its final count is larger. Now we compute {eq}`eq:imbalance` for this run.
 
 # %%
 n_c = train.lesion_type.value_counts().reindex(list(LESION_TYPES), fill_value=0)
@@ -243,8 +243,8 @@ assert r >= 1 and n_c.sum() == len(train)
 print(f"r = {r:.1f} : 1, from {n_c.idxmax()} ({n_c.max()}) to {rarest} ({n_c[rarest]})")
 
 # %% [markdown]
-# The published numbers for the real training split are shown next to ours, each under the name of its dataset.
-# Numbers from two datasets are compared, never added.
+# The next table shows the published counts of the real training split beside ours. We compare the two datasets and
+# never pool them.
 
 # %%
 published = pd.Series(PUBLISHED_BOXES, index=list(LESION_TYPES))
@@ -278,9 +278,9 @@ show_figure("c01-fig-imbalance", fig)
 # ```
 #
 # In this run the ratio is {glue:text}`c01-ratio` : 1, and the rarest type is {glue:text}`c01-rarest`. A ratio of two
-# counts, one of them small, is uncertain; an exercise below measures how uncertain. Its effect on training is clear
-# without an interval: a detector that never predicts a rare type loses little on average. Later chapters therefore
-# report every class separately, and their mean gives each class the same weight.
+# counts, one of them small, is uncertain; an exercise below measures how uncertain. The effect of imbalance on
+# training is clear without an interval: on average over all boxes, a detector loses little by never predicting a rare
+# type. Later chapters therefore report every class separately, and give each class the same weight in the mean.
 #
 # ## Lesion size
 #
@@ -295,7 +295,7 @@ print(f"median relative area {100 * train.a.median():.2f} %")
 
 # %% [markdown]
 # The fraction of small lesions is estimated from a sample, so it comes with a 95 % confidence interval. Boxes of one
-# study resemble each other; we therefore resample whole studies, with everything in them {cite}`efron1993`.
+# study resemble each other, so we resample whole studies with all their boxes {cite}`efron1993`.
 
 # %%
 is_small = (train.a < small_share).to_numpy()
@@ -341,9 +341,9 @@ show_figure("c01-fig-sizes", fig)
 # ```
 #
 # The median box covers {glue:text}`c01-median-area` of its image, and the fraction of small boxes is
-# {glue:text}`c01-small` (95 % interval, resampled by study). At the paper's detector input of 640 pixels, a box of
-# 1 % is about 64 pixels wide. In a laptop run, with an input of a few hundred pixels or less, only a handful of
-# pixels remain for the smallest osteophytes. Remember this when {ref}`chap:yolo11-training` reports which lesions
+# {glue:text}`c01-small` (95 % interval, resampled by study). At the paper's detector input of 640 × 640 pixels, a
+# square box of 1 % has a side of 64 pixels. At the profile `laptop`, whose input has 192 × 128 pixels, the smallest
+# osteophytes are only about ten pixels wide. Keep this in mind when {ref}`chap:yolo11-training` reports which lesions
 # were missed.
 #
 # ## Which lesions occur together
@@ -375,20 +375,21 @@ show_figure("c01-fig-together", fig)
 # row's type that also have the column's. Training split, {glue:text}`c01-kind`, profile {glue:text}`c01-profile`.
 # ```
 #
-# The osteophyte column is dark: whatever else an image shows, it usually shows spurs as well. A triage network may
-# therefore do well on rare lesions without ever having learnt them, by detecting their common companion.
+# Where the osteophyte column is dark, images with another type of lesion usually show osteophytes too. A triage
+# network may then do well on images with rare lesions without having learnt these, because it detects the osteophytes
+# beside them.
 #
 # ## How the files differ
 #
-# Files from different machines differ in ways that are invisible once they are displayed: the number of bits, the
-# compression, whether white is the largest number or the smallest. `check_dataset` has already counted them.
+# Files from different machines differ in ways that a correct display hides: the number of bits, the compression, and
+# whether white is the largest value or the smallest. `check_dataset` has already counted them.
 
 # %%
 for key in ("transfer_syntaxes", "photometric_interpretations", "bits_stored"):
     print(f"{key}: {report.fingerprint['train'][key]}")
 
 # %% [markdown]
-# All of these must decode to the same picture. {ref}`chap:imaging` shows how.
+# Whatever the form, the decoded picture must be the same. {ref}`chap:imaging` shows how.
 #
 # ## Paper beside ours
 
@@ -412,10 +413,10 @@ pd.DataFrame({"paper and dataset (VinDr-SpineXR)": theirs, f"this run ({kind})":
 #
 # ```{admonition} What virtual means here
 # :class: warning
-# In the profiles `smoke` and `laptop` every radiograph of this book is computed from one donor's CT scan, deformed
-# into many bodies, with lesions added to its spine. These radiographs are not evidence about people. They allow every
-# line of the method to be run and evaluated. {ref}`chap:virtual-radiographs` shows how they are made, the
-# {doc}`../book/data_card` what they cannot stand for.
+# In all profiles except `paper`, every radiograph is computed from one donor's CT scan, which is deformed into many
+# bodies and given lesions of the spine. These radiographs are no evidence about people. Their purpose is to let every
+# step of the method be run and evaluated. {ref}`chap:virtual-radiographs` shows how they are made, and the
+# {doc}`../book/data_card` states their limits.
 # ```
 #
 # ## Exercises
@@ -438,7 +439,8 @@ pd.DataFrame({"paper and dataset (VinDr-SpineXR)": theirs, f"this run ({kind})":
 # ```{exercise} How uncertain is the ratio?
 # :label: ex-data-interval
 #
-# Give $r$ a 95 % interval by resampling studies. Why is it so wide, and why does counting more osteophytes not help?
+# Compute a 95 % interval of $r$ by resampling studies. Why is it so wide, and why would more osteophytes not make it
+# narrower?
 # ```
 #
 # ```{solution-start} ex-data-interval
@@ -474,32 +476,32 @@ bootstrap_by_study(ratio, train.study_id.to_numpy(), workspace.profile.bootstrap
 # ```{solution} ex-data-small
 # :class: dropdown
 #
-# Only some of the osteophytes remain small; most other types are above the threshold. And no: 1 % of a tightly
-# collimated radiograph is a smaller lesion than 1 % of a radiograph of the whole spine. A threshold in square
-# millimetres would need the pixel spacing, which real files do not always carry.
+# In the virtual cohort only some of the osteophytes remain small; nearly all other lesions are above the threshold.
+# And no: 1 % of a tightly collimated radiograph is a smaller area of the body than 1 % of a radiograph of the whole
+# spine. A threshold in square millimetres would need the pixel spacing, which real files do not always carry.
 # ```
 #
 # ```{exercise} One reader
 # :label: ex-data-readers
 #
-# The tables name a reader in `rad_id`. What would you do with two readers who disagree about an osteophyte: keep both
+# The tables name a reader in `rad_id`. Suppose that two readers disagree about an osteophyte. Would you keep both
 # boxes, keep their mean, or keep only what both saw? How would each choice affect the detector's average precision?
 # ```
 #
 # ```{solution} ex-data-readers
 # :class: dropdown
 #
-# Keeping both penalises a detector that finds the spur once. A mean box hides the disagreement and is a box that
-# neither reader drew. Keeping only what both saw makes the ground truth cleaner and the task easier, and turns the
-# correct detection of a subtle spur into a false positive. Document the choice in the data card. The disagreement
-# between readers is also the natural yardstick for a detector: it need not agree with one reader better than readers
-# agree among themselves.
+# Keeping both penalises a detector that predicts the osteophyte once. A mean box hides the disagreement, and neither
+# reader drew it. Keeping only what both saw makes the ground truth cleaner and the task easier, and counts the
+# correct detection of a subtle osteophyte as a false positive. Document the choice in the data card. The agreement
+# between readers is also the natural reference for a detector: it need not agree with one reader better than the
+# readers agree with each other.
 # ```
 #
 # ## Takeaways
 #
-# - Read a dataset through checks, and list its problems with file and row.
-# - Splits, folds and intervals go by study. An image is not an independent observation.
-# - Class frequencies differ by more than an order of magnitude, and a typical box covers about a hundredth of the
-#   image. Averages over boxes hide the rare types.
-# - Lesions occur together. Which of them a network used to call an image abnormal is a separate question.
+# - Check a dataset when you read it, and list each problem with its file and row.
+# - Splits, folds and intervals are by study, because the images of a study are not independent observations.
+# - Class frequencies differ by more than an order of magnitude, so averages over boxes hide the rare types. A typical
+#   box covers about a hundredth of the image.
+# - Lesions occur together. Which of them led a network to call an image abnormal is a separate question.

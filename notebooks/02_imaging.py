@@ -17,23 +17,23 @@
 # (chap:imaging)=
 # # 02 · Imaging: from DICOM to an enhanced image
 #
-# A detector counts photons; a network reads grey levels. The steps in between decide what is visible. This chapter
-# follows one radiograph through them, by hand: first DICOM's three steps from stored numbers to a picture, then the
-# paper's only preprocessing, contrast-limited adaptive histogram equalisation (CLAHE, its Eq. 1). At the end we
-# measure what the clip limit does to bone, and to noise.
+# An X-ray detector records a signal; a network reads grey levels. The steps in between decide what is visible. This
+# chapter takes one radiograph through them by hand: first DICOM's three steps from stored numbers to a picture, then
+# the paper's only preprocessing, contrast-limited adaptive histogram equalisation (CLAHE, its Eq. 1). At the end we
+# measure what the clip limit does to edges and to noise.
 #
 # ```{admonition} In this chapter
 # :class: tip
 # **You will be able to** turn the stored values of a DICOM radiograph into grey levels in the right order; write
-# CLAHE in a few lines and explain each symbol of Eq. 1; choose a clip limit knowing its benefit and its cost.
+# CLAHE in a few lines and explain each symbol of Eq. 1; choose a clip limit with its benefit and its cost in mind.
 #
 # **You need** Python with `numpy`, and the idea of a histogram. No network is trained here.
 #
-# **It takes** about half an hour to read, and less than a minute to run on a laptop.
+# **It takes** half an hour to read. At the profile `smoke` it runs in less than a minute on two cores.
 # ```
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
 clip_limit = 2.0  # the paper's τ, its section 3.1; try 8
 tiles = 8  # regions per side; OpenCV's default, since the paper gives none
 n_images = 40  # radiographs in the measurement at the end
@@ -70,7 +70,7 @@ kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
 # ## What a DICOM file holds
 #
 # A DICOM file is a header of named attributes followed by the pixels. The same anatomy can be stored in many forms,
-# and a reader that knows only one of them shows a negative, a white rectangle or nothing at all. Which forms occur
+# and software that supports only one of them shows a negative, a white rectangle or nothing at all. Which forms occur
 # here? We read headers only, which is quick.
 
 
@@ -97,7 +97,7 @@ counted.sort_index().rename("images").to_frame()
 # a *window* is the manufacturer's recommendation of the range to display. *Transfer syntax* is how the pixels are
 # encoded, plain or compressed.
 #
-# We take one image with a window, and MONOCHROME1 if there is one, because it needs every step.
+# We take an image that has a window and, if possible, is MONOCHROME1, because it needs every step.
 
 # %%
 needs = 2 * ((forms.window == "yes") & (forms.LUT == "no"))
@@ -137,8 +137,8 @@ assert m.shape == s.shape
 # $$ u = \min\Bigl(1,\ \max\Bigl(0,\ \frac{m - (w_c - 0.5)}{w_w - 1} + 0.5\Bigr)\Bigr) . $$
 #
 # The halves are no misprint: the standard counts the steps *between* integers, so that a window of width 256 has 255
-# of them. If a header lists several windows, the first one applies; if it contains a LUT, the LUT takes precedence
-# over any window. With neither, the range from the minimum to the maximum value is displayed.
+# of them. If a header lists several windows, we use the first; if it contains a LUT, we use that instead of a window.
+# With neither, we display the range from the minimum to the maximum value.
 
 
 # %%
@@ -155,15 +155,15 @@ u = window(m, w_c, w_w)
 
 # %% [markdown]
 # **Step 3, photometric interpretation.** MONOCHROME1 is a negative: invert it, as the last step. Then round to grey
-# levels. Our few lines must agree with `read_radiograph` of the book's package, which every later chapter uses and
-# which also handles LUTs, padding and compressed forms.
+# levels. Our few lines must agree with `read_radiograph` of the book's package, which also handles LUTs, padding and
+# compressed files.
 
 # %%
 grey = np.rint(255 * (1 - u if negative else u)).astype(np.uint8)
 assert np.array_equal(grey, read_radiograph(path).pixels)
 
 # %% [markdown]
-# What would another window have shown? For comparison, one of half the width, centred on the median.
+# What would another window have shown? For comparison we take one of half the width, centred on the median.
 
 # %% tags=["hide-input", "remove-output"]
 narrow = float(np.median(m)), w_w / 2  # centre, width
@@ -196,11 +196,11 @@ show_figure("c02-fig-pipeline", fig)
 # {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 #
-# The window determines what can be seen. Where its ramp in {numref}`fig:pipeline` is steep, tissues are
-# distinguishable; where it is flat, they become one grey level, and no later step can separate them again. The last
-# image gains contrast in the middle of the range and has lost both ends for good.
+# The window determines what can be seen. Where its ramp in {numref}`fig:pipeline` is steep, tissues can be told
+# apart; where it is flat, they get the same grey level, and no later step can separate them again. The last image has
+# more contrast in the middle of the range and has lost both ends for good.
 #
-# Why must inversion come last? Because a window is defined on the values of step 1. If the stored values are inverted
+# Inversion must come last because a window is defined on the values of step 1. If the stored values are inverted
 # first, the window is applied to the wrong values.
 
 # %%
@@ -211,10 +211,11 @@ fraction_wrong = (np.abs(wrong - right) > 10 / 255).mean()
 
 # %% [markdown]
 # With the two steps exchanged, {glue:text}`c02-fraction-wrong` of this image's pixels, shown with the narrower
-# window, are off by more than ten grey levels. No warning appears: the result still looks like a radiograph.
+# window, are wrong by more than ten grey levels. The error is easily overlooked, since the result still looks like a
+# radiograph.
 #
-# Now we select the images for this chapter: one per study, then more if there are too few studies, as 8-bit grey with
-# bone bright.
+# Now we select the images for the measurements below: one per study, and more if there are too few studies. All are
+# 8-bit grey with bone bright.
 
 # %%
 sample = train.sample(frac=1, random_state=workspace.profile.seed)
@@ -227,8 +228,8 @@ assert all(g.dtype == np.uint8 and g.ndim == 2 for g in greys)
 # %% [markdown]
 # ## Histogram equalisation of the whole image
 #
-# A radiograph of a large patient is pale, one of a small patient dark. Equalisation does not use how bright a pixel
-# is but how many pixels are darker. The paper's Eq. 1 reads
+# The brightness of a radiograph depends on the patient's size and on the exposure. Equalisation ignores how bright a
+# pixel is and uses only how many pixels are darker. The paper's Eq. 1 reads
 #
 # ```{math}
 # :label: eq:clahe
@@ -247,7 +248,7 @@ assert all(g.dtype == np.uint8 and g.ndim == 2 for g in greys)
 # | $I'(i, j)$ | enhanced grey level | 0–255 |
 #
 # and in words: *rank the pixel within its region, and spread the ranks over the range*. We start with eight pixels,
-# few enough to check on paper.
+# which can be checked on paper.
 
 # %%
 eight = np.array([[10, 10, 10, 12], [12, 13, 13, 200]])
@@ -258,9 +259,9 @@ equalised = np.rint(255 * (cdf[eight] - cdf_min) / (8 - cdf_min))
 assert equalised.tolist() == [[0, 0, 0, 102], [102, 204, 204, 255]]
 
 # %% [markdown]
-# The three darkest pixels become 0; of the remaining five, two have rank 2/5 and two have 4/5. That 13 and 200 were
-# far apart is lost: only order and frequency count. For a whole image the function takes four lines, and it equals
-# OpenCV's `equalizeHist`.
+# The three darkest pixels become 0; of the remaining five, two have rank 2/5, two have 4/5 and one has 5/5. That 13
+# and 200 were far apart is lost: only order and frequency count. For a whole image the function takes four lines, and
+# it agrees with OpenCV's `equalizeHist` to within one grey level.
 
 
 # %%
@@ -296,8 +297,8 @@ show_figure("c02-fig-global", fig)
 # ```
 #
 # The cumulative curve of the equalised image in {numref}`fig:global` is close to a straight line: that is all that
-# equalisation does. It gives contrast to the levels that most pixels have. In a spine radiograph most pixels are not
-# spine, and little contrast remains for the vertebrae.
+# equalisation does. It gives most contrast to the most frequent grey levels. In a spine radiograph most pixels are
+# not spine, so little contrast remains for the vertebrae.
 #
 # ## A table for each region
 #
@@ -340,22 +341,22 @@ assert blocky.min() >= 0 and blocky.max() <= 255
 # %% [markdown]
 # {numref}`fig:steps`, further down, shows the result (second panel), which has two faults. The tile borders are
 # visible, and in regions of nearly one grey level the noise is amplified to the full range, because there is nothing
-# else to rank. The *contrast limit* solves the second problem and *interpolation* the first. Eq. 1 as printed has
-# neither; the words "clip limit" beneath it imply both, and both belong to CLAHE {cite}`zuiderveld1994`.
+# else to rank. *Interpolation* solves the first problem and the *clip limit* the second. Eq. 1 as printed has
+# neither; the words "clip limit" beneath it imply clipping, and CLAHE as published has both {cite}`zuiderveld1994`.
 #
 # ## The clip limit
 #
-# How far can a table pull two neighbouring grey levels apart? By the height of the histogram bin:
-# $255\,h(g) / (M \cdot N)$. So we cap the bins. No bin may hold more than
+# A table separates two neighbouring grey levels in proportion to the height $h(g)$ of the histogram bin, by
+# $255\,h(g) / (M \cdot N)$. So we clip the bins. No bin may hold more than
 #
 # ```{math}
 # :label: eq:clip
 # \ell = \max\left(1, \left\lfloor \tau \, \frac{M \cdot N}{256} \right\rfloor\right)
 # ```
 #
-# pixels: $\tau$ times its count if all levels were equally frequent. The excess is redistributed equally to all bins,
-# so that the tile keeps its number of pixels; the remainder of that division goes to evenly spaced bins. The full
-# bins then rise slightly above the limit again, and OpenCV accepts this.
+# pixels: $\tau$ times the count that every bin would have if all levels were equally frequent. The excess is
+# redistributed equally to all bins, so that the tile keeps its number of pixels; the remainder of that division goes
+# to evenly spaced bins. This raises the full bins slightly above the limit again, which OpenCV accepts.
 
 
 # %%
@@ -376,8 +377,8 @@ def clip_level(tau: float, M: int, N: int) -> int:
 
 # %% [markdown]
 # Clipping must not lose a pixel. It also bounds the slope of every table: at most $\tau$ from the bin itself, plus at
-# most 1 from the redistribution, give or take one pixel. That bound is the meaning of a clip limit: **no step between
-# neighbouring grey levels is stretched by more than about $\tau + 1$.**
+# most 1 from the redistribution, give or take one pixel. That bound is the meaning of a clip limit: **no table
+# stretches the step between two neighbouring grey levels to more than about $\tau + 1$ levels.**
 
 # %%
 limit = clip_level(clip_limit, M, N)
@@ -420,8 +421,8 @@ show_figure("c02-fig-clip", fig)
 # ## Interpolation between regions
 #
 # A table belongs to the centre of its tile. A pixel elsewhere lies between four centres and takes the weighted mean
-# of the four looked-up values, with larger weights for nearer centres. With $d_y$ and $d_x$ the fractions of the
-# distance down and to the right, and $T$ the tables of the four nearest tiles,
+# of four table values, with larger weights for nearer centres. Let $d_y$ and $d_x$ be the fractions of the distance
+# between centres, down and to the right, and $T$ the tables of the four nearest tiles:
 #
 # ```{math}
 # :label: eq:blend
@@ -440,7 +441,7 @@ def neighbours(n: int, size: int, tiles: int) -> tuple[np.ndarray, ...]:
 
 
 # %% [markdown]
-# Beyond the outermost centres there is nothing to interpolate with: the nearest tile is used twice.
+# Beyond the outermost centres there is no second tile, so the nearest one is used twice.
 
 
 # %%
@@ -455,9 +456,10 @@ def blend(grey: np.ndarray, T: np.ndarray, M: int, N: int) -> np.ndarray:
 
 
 # %% [markdown]
-# Does it equal OpenCV's CLAHE? OpenCV has one peculiarity: if either side of the image needs padding, it pads both
-# sides, adding one whole pixel per tile to a side that already fits. The book's `clahe_by_hand` does the same. We
-# assert here, and a test does so over hundreds of shapes, that it stays within one grey level.
+# Does this equal OpenCV's CLAHE? OpenCV has one peculiarity: if either side of the image needs padding, it pads both,
+# adding one whole pixel per tile to a side that already fits. The book's `clahe_by_hand` does the same. We assert
+# here that it stays within one grey level of OpenCV's; one of the book's tests asserts it for hundreds of small
+# images.
 
 # %%
 T = tables_of(clipped).round()
@@ -487,14 +489,14 @@ show_figure("c02-fig-steps", fig)
 # ```
 #
 # The largest difference from OpenCV over all grids and limits tried is {glue:text}`c02-worst` grey level. In
-# {numref}`fig:steps` the limit has reduced the noise, and interpolation has removed the borders without a trace.
+# {numref}`fig:steps` the clip limit has reduced the noise, and interpolation has removed the borders.
 #
 # ## Where CDF-min went
 #
 # You may have noticed that $CDF_{min}$ of {eq}`eq:clahe` is missing from `tables_of`. OpenCV's `equalizeHist`
-# subtracts it; OpenCV's CLAHE does not, nor do most others. The paper prints the formula of the former and presumably
-# uses the latter. Does it matter? Clipping bounds the effect: the darkest bin holds at most $\tau + 1$ times the mean
-# count, so a table moves by at most $\tau + 1$ grey levels. We test it.
+# subtracts it; OpenCV's CLAHE does not, nor does scikit-image's. The paper prints the formula of `equalizeHist` and
+# presumably uses OpenCV's CLAHE. Does it matter? Clipping bounds the effect: the darkest bin holds at most $\tau + 1$
+# times the mean count, so a table moves by at most about $\tau + 1$ grey levels. We test this.
 
 # %%
 lowest = (clipped > 0).argmax(axis=-1)[..., None]
@@ -505,13 +507,13 @@ moved = cv2.absdiff(blend(grey, printed, M, N), enhanced)
 assert moved.max() <= np.ceil(clip_limit + 1 + 255 / (M * N)) + 1
 
 # %% [markdown]
-# As printed, Eq. 1 moves this image's pixels by {glue:text}`c02-moved-mean` grey levels on average and
-# {glue:text}`c02-moved-max` at most: invisible. We follow OpenCV and document the deviation.
+# Subtracting $CDF_{min}$ as printed changes this image's pixels by {glue:text}`c02-moved-mean` grey levels on average
+# and by {glue:text}`c02-moved-max` at most, which is too little to see. We follow OpenCV and document the deviation.
 #
 # ## What the clip limit does to bone
 #
 # The paper sets $\tau = 2.0$ "to prevent noise amplification in homogeneous bone structures". What would other values
-# have done? We first look at the part of the image with the most edges.
+# do? We first look at the part of the image with the most edges.
 
 # %% tags=["hide-input", "remove-output"]
 half = max(grey.shape) // 6
@@ -534,13 +536,13 @@ show_figure("c02-fig-limits", fig)
 # {glue:text}`c02-kind`, profile {glue:text}`c02-profile`.
 # ```
 #
-# In {numref}`fig:limits` each step strengthens the contours, and the grain as well. A clip limit of 1 does have an
-# effect: its tables still have slopes up to 2. At 40 a bin must hold a sixth of its tile's pixels before it is
-# clipped: hardly any is, and almost every tile fills the range, whatever its content.
+# In {numref}`fig:limits` a higher limit strengthens the contours, and the noise as well. A clip limit of 1 does have
+# an effect: its tables still have slopes up to 2. At 40 a bin is clipped only if it holds more than about a sixth of
+# its tile's pixels. Few bins do, and most tiles then fill the range, whatever their content.
 #
-# Visual impressions are easily too favourable, so we measure. In the *decoded* image we mark two kinds of pixels, and
-# keep them for all limits. Both lie in the brighter half, which is bone and the soft tissue superimposed on it:
-# **edges** are the fifth of its pixels with the largest gradient, **flat** pixels the fifth with the smallest.
+# Visual impressions are unreliable, so we measure. In the *decoded* image we mark two kinds of pixels, and use the
+# same pixels for all limits. Both lie in the brighter half, which is mostly bone and the soft tissue superimposed on
+# it: **edges** are the fifth of its pixels with the largest gradient, **flat** pixels the fifth with the smallest.
 
 
 # %%
@@ -584,8 +586,8 @@ for n, g in enumerate(greys):
 assert np.isfinite(gains).all() and (gains > 0).all()
 
 # %% [markdown]
-# The intervals resample whole studies, as everywhere in this book. The third measure is the ratio of the two: above
-# 1, edges gained more than noise did.
+# The intervals resample whole studies, as everywhere in this book. The third measure is the ratio of the two; above
+# 1, contrast has increased more than noise.
 
 # %%
 names = ["contrast", "noise", "contrast / noise"]
@@ -654,9 +656,9 @@ glue_values("c02", {
 })  # fmt: skip
 
 # %% tags=["hide-input"]
-verdict = "Edges and noise gain alike, within the uncertainty of this sample"
+verdict = "Contrast and noise increase alike, within the uncertainty of this sample"
 if ratio.low > 1 or ratio.high < 1:
-    verdict = "Edges gain more than noise does" if ratio.low > 1 else "Noise gains more than edges do"
+    verdict = "Contrast increases more than noise" if ratio.low > 1 else "Noise increases more than contrast"
 display(Markdown(
     f"At the paper's τ = 2, edge contrast is {contrast:.2f} times that of the decoded image and noise {noise:.2f} "
     f"times (ratio {ratio:.2f}, n = {ratio.n_images} {kind} from {ratio.n_studies} studies). {verdict}. At τ = 8 noise "
@@ -664,24 +666,24 @@ display(Markdown(
 ))  # fmt: skip
 
 # %% [markdown]
-# The shape of {numref}`fig:measured` follows from {eq}`eq:clahe`. A table is steep where one grey level holds many
-# pixels, and this is exactly the case in a homogeneous region: equalisation spends its contrast on the very regions
-# that have nothing to show. Only the limit prevents this: the dashed line is the bound $\tau + 1$ found above. At an
-# edge a tile holds many levels, its bins are already below the limit, and raising $\tau$ changes little.
+# The shape of {numref}`fig:measured` follows from {eq}`eq:clahe`. A table is steep at a grey level that many pixels
+# have, and a homogeneous region has many such pixels: equalisation adds most contrast where there is nothing to show.
+# Only the clip limit restrains it; the dashed line is the bound $\tau + 1$ found above. Where a tile contains edges,
+# its pixels spread over many levels, its bins are already below the limit, and raising $\tau$ changes little.
 #
 # So the paper's statement needs a qualification. A clip limit of 2 does not prevent noise amplification in
-# homogeneous bone; it bounds it, at a factor of about three, where plain equalisation of tiles has no bound. In
-# return, CLAHE brings faint contours anywhere in the image into the range that eight bits, an eye, or a network's
-# first layer resolve. Whether a network benefits has to be tested with a network; {ref}`ex-imaging-help` designs the
-# test.
+# homogeneous bone; it bounds it, at a factor of about three, where plain equalisation of tiles has no such bound. In
+# return, CLAHE brings faint contours anywhere in the image into the range that eight bits, the eye, or a network's
+# first layer can resolve. Whether a network benefits can only be tested with a network; {ref}`ex-imaging-help`
+# designs the test.
 #
 # ## One path from file to network
 #
 # From here on, every image goes through one function: `preprocess` enhances at full size, where tiles have enough
-# pixels to rank, then shrinks the image so that the long side fits. The preparation of the run has done this once for
-# every image and saved the results in a cache, under names derived from the file's content and the parameters, so
-# that a changed file or parameter never yields an outdated image. The image table lists the cached files;
-# `preprocess` and the cache must agree.
+# pixels to rank, and then shrinks the image until its long side fits. The run's preparation has done this once for
+# every image and cached the results. Their names are derived from the file's content and the parameters, so a changed
+# file or parameter never yields an outdated image. The image table lists the cached files; `preprocess` and the cache
+# must agree.
 
 # %%
 p = workspace.profile
@@ -727,25 +729,25 @@ for g, row in zip(greys, sample.itertuples(), strict=True):
 #   - at $\tau$ = 2 noise × {glue:text}`c02-noise`, edge contrast × {glue:text}`c02-contrast`
 # ```
 #
-# Brackets are 95 % intervals over resampled studies. The columns come from different data and are not comparable;
-# only we measured the last row.
+# Brackets are 95 % intervals over resampled studies. The columns come from different data and are not comparable; the
+# paper did not measure the last row.
 #
 # ## Exercises
 #
 # ```{exercise} Equalise on paper
 # :label: ex-imaging-paper
 #
-# A region has the eight pixels 5, 5, 7, 7, 7, 7, 9, 20. Work out the enhanced levels by {eq}`eq:clahe` with
-# $\beta = 255$. Which two neighbouring levels does it pull apart the most, and why those?
+# A region has the eight pixels 5, 5, 7, 7, 7, 7, 9, 20. Compute the enhanced levels by {eq}`eq:clahe` with $\beta =
+# 255$. Which two neighbouring levels does it separate most, and why?
 # ```
 #
 # ```{solution-start} ex-imaging-paper
 # :class: dropdown
 # ```
 #
-# $CDF$ is 2, 6, 7, 8 at the levels 5, 7, 9, 20, and $CDF_{min} = 2$. So $I' = 255\,(CDF - 2)/6$: 0, 170, 212.5 and
-# 255. The widest step is from 5 to 7, because half of the pixels are 7: a frequent level gets a wide range, whether
-#      it is bone or haze.
+# $CDF$ is 2, 6, 7, 8 at the levels 5, 7, 9, 20, and $CDF_{min} = 2$. So $I' = 255\,(CDF - 2)/6$, which is 0, 170,
+# 212.5 and 255. The widest step is from 5 to 7, because half of the pixels are 7: a frequent level gets a wide range,
+# whether it is bone or noise.
 
 # %%
 region = np.array([[5, 5, 7, 7, 7, 7, 9, 20]], np.uint8)
@@ -759,8 +761,8 @@ assert np.unique(equalise(region)).tolist() == [0, 170, 212, 255]
 # :label: ex-imaging-eight
 #
 # Set `clip_limit = 8.0` in the parameters cell and run the chapter again. What happens to the bound on the slopes,
-# and to the fraction of tiles in which anything is clipped at all? Then answer the second question for other limits
-# without running all of it.
+# and to the fraction of tiles in which any bin is clipped? Then find this fraction for other limits without running
+# the whole chapter.
 # ```
 #
 # ```{solution-start} ex-imaging-eight
@@ -783,19 +785,19 @@ assert sorted(fractions, reverse=True) == fractions
 # ```{exercise} The other order
 # :label: ex-imaging-order
 #
-# `preprocess` enhances first and shrinks afterwards. Shrinking first would be many times faster. How much do the two
-# results differ, and is one of them noisier?
+# `preprocess` enhances first and shrinks afterwards. Shrinking first would be faster. How much do the two results
+# differ, and is one of them noisier?
 # ```
 #
 # ```{solution-start} ex-imaging-order
 # :class: dropdown
 # ```
 #
-# Two effects oppose each other. Shrinking averages noise away *before* the tables are made; but then histograms are
-# narrower, slopes steeper, and the remaining noise is amplified further. Which effect dominates depends on the
-# images, so we print it; and in a small image part of what we call noise is fine anatomy. Enhancing first has another
-# advantage: the result does not depend on the input size of a particular network. In any case, a network trained on
-# one kind should not be given the other.
+# Two effects oppose each other. Shrinking averages noise away *before* the tables are made; but this makes the
+# histograms narrower and the slopes steeper, so that the remaining noise is amplified more. Which effect dominates
+# depends on the images, so we print it. In a small image, moreover, part of what we measure as noise is fine anatomy.
+# Enhancing first has the advantage that the enhancement does not depend on a network's input size. In any case, a
+# network trained on one kind of image should not be given the other.
 
 # %%
 small = preprocess(grey, p.cache_px, clip_limit, tiles)
@@ -815,27 +817,27 @@ assert other.shape == small.shape
 # :label: ex-imaging-help
 #
 # The paper uses CLAHE and reports no run without it. Design the experiment that would show whether it helps DERNet.
-# What is compared, on which images, how many times, and what could bias the result?
+# What do you compare, on which images, how many times, and what could bias the result?
 # ```
 #
 # ```{solution} ex-imaging-help
 # :class: dropdown
 #
-# Train each network twice, with and without CLAHE and everything else equal, on the same folds and with several
-# seeds; compare out-of-fold AUROC, paired by study, with an interval of the *difference* over resampled studies.
-# Choose nothing on the test split. Pitfalls: choosing $\tau$ on the images used for scoring; a single seed, whose
-# random effect may exceed that of CLAHE; augmentation of brightness and contrast, which may already do CLAHE's work;
-# and images from one detector, which leave few exposure differences to even out.
+# Train each network with and without CLAHE, everything else equal, on the same folds and with several seeds; compare
+# out-of-fold AUROC, paired by study, with an interval of the *difference* over resampled studies. Choose nothing on
+# the test split. Pitfalls: choosing $\tau$ on the images used for scoring; a single seed, whose random effect may
+# exceed that of CLAHE; augmentation of brightness and contrast, which may already have CLAHE's effect; and images
+# from a single X-ray detector, which differ little in exposure.
 # ```
 #
 # ## Takeaways
 #
-# - DICOM's order is modality, values of interest, then inversion. In any other order, the result is wrong and still
+# - DICOM's order is modality, values of interest, then inversion. In any other order, the result is wrong but still
 #   looks like a radiograph.
-# - Equalisation replaces a grey level by its rank. CLAHE ranks within tiles, caps the slope at about $\tau + 1$, and
-#   interpolates between the tables.
+# - Equalisation replaces a grey level by its rank. CLAHE ranks within tiles, limits the slope to about $\tau + 1$,
+#   and interpolates between the tables.
 # - Eq. 1 as printed is plain equalisation; clip limit and interpolation make it CLAHE.
-# - A clip limit trades contrast for noise. The paper's 2.0 is a cautious choice that bounds noise rather than
-#   preventing it.
+# - A higher clip limit increases contrast and noise. The paper's 2.0 is a cautious choice that bounds noise rather
+#   than preventing it.
 # - One function, `preprocess`, prepares the images for every network of this book. {ref}`chap:data` describes where
 #   the images come from; {ref}`chap:protocol` describes how they are split.

@@ -19,28 +19,28 @@
 #
 # ```{admonition} In this chapter
 # :class: tip
-# **You will be able to** split studies into stratified folds by hand, prove that no study is on both sides of a
-# split, measure the optimism of a careless split, and explain why a test split is used once.
+# **You will be able to** split studies into stratified folds by hand, verify that no study is on both sides of a
+# split, measure the optimism of an image-level split, and explain why a test split is used only once.
 #
-# **You need** {ref}`chap:data` for the words *study*, *image* and *box*; no knowledge of networks yet.
+# **You need** {ref}`chap:data`, for the terms *study*, *image* and *box*. No knowledge of networks is needed yet.
 #
-# **It takes** about ten minutes to read and well under a minute to run on two cores, with any virtual profile.
+# **It takes** half an hour to read. At the profile `smoke` it runs in less than a minute on two cores.
 # ```
 #
-# A result on radiographs depends on a question that has nothing to do with the network: *are the images that evaluate
-# the model independent of the images it was trained on?* This chapter settles the question before any network is
-# trained. It explains the folds that every later chapter uses, and it measures, on the training studies alone, how
-# the result changes if the question is ignored.
+# Whether a result on radiographs can be trusted depends on a question that has nothing to do with the network: *are
+# the images on which the model is evaluated independent of those on which it was trained?* This chapter settles the
+# question before any network is trained. It explains the folds that later chapters use, and it measures, on the
+# training studies alone, how the result changes if the question is ignored.
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
 repeats = 5  # random splits of each kind, where two ways of splitting are compared
-thumbnail_px = 32  # side of the small images that the simple classifiers see
-components = 20  # principal components that the logistic regression sees
+thumbnail_px = 32  # side of the small images that the simple classifiers receive
+components = 20  # principal components that the logistic regression receives
 
 # %% [markdown]
-# The set-up reads the run's image table and keeps the training images only. For the test images this chapter counts
-# rows; it opens none of them, and no number below depends on their content.
+# The set-up reads the run's image table and keeps the training images only. It counts the test images but opens none
+# of them, and no number below depends on their content.
 
 # %% tags=["hide-input"]
 import cv2
@@ -80,8 +80,8 @@ glue_values("c03", {
 #
 # ## Why the study is the unit
 #
-# A *study* is one visit of one person: one body, one machine, one day, often two or more projections. Its images
-# therefore have far more in common than images of two people do: bone density, posture, collimation, exposure, and
+# A *study* is one visit of one person: one body, one machine, one day, and often two or more projections. Its images
+# therefore have far more in common than images of two people: bone density, posture, collimation, exposure, and
 # usually the label. First we count the images per study.
 
 # %%
@@ -93,9 +93,9 @@ by_study.groupby("n").size().rename("studies").rename_axis("images per study").t
 # %% [markdown]
 # Of all training images, {glue:text}`c03-with-sibling` have at least one *sibling*: another image of the same study.
 #
-# How much does a sibling reveal about a label? Take all pairs of images within a study and count those that agree,
-# normal with normal or abnormal with abnormal. Then do the same for pairs across studies. If $a$ of $n$ images are
-# abnormal, $\binom{a}{2} + \binom{n-a}{2}$ of their $\binom{n}{2}$ pairs agree.
+# How much does a sibling reveal about a label? Take all pairs of images within a study and count those with equal
+# labels, both normal or both abnormal. Then do the same for pairs across studies. If $a$ of $n$ images are abnormal,
+# $\binom{a}{2} + \binom{n-a}{2}$ of their $\binom{n}{2}$ pairs agree.
 
 
 # %%
@@ -112,24 +112,25 @@ pd.Series({"within a study": within, "across studies": across}, name="labels agr
 
 # %% [markdown]
 # Two images of one study carry the same label in {glue:text}`c03-within` of pairs, two images of different studies in
-# {glue:text}`c03-across`. The larger the gap, the more a model gains from *recognising the person* instead of
-# *detecting the lesion*. Whatever lets it recognise the person on the other side of the split is a leak: information
-# that will not be available for a new patient {cite}`kaufman2012,kapoor2023`.
+# {glue:text}`c03-across`. The larger the difference, the more a model can gain from *recognising the person* instead
+# of *detecting the lesion*. Recognition helps only if the same person is on both sides of the split. Such
+# information, which will not be available for a new patient, is called a *leak* {cite}`kaufman2012,kapoor2023`.
 #
 # ## Splitting studies into folds, by hand
 #
 # Cross-validation splits the training images into $F$ *folds*. Each fold is held out once while a model is trained on
-# the others, so that every training image gets a prediction from a model that has never seen it: its *out-of-fold*
-# prediction. The folds have to meet three requirements.
+# the others, so that every training image gets a prediction from a model that was not trained on it: its
+# *out-of-fold* prediction. The folds have to meet three requirements.
 #
 # 1. **Complete.** Every image is in exactly one fold.
 # 2. **Grouped.** All images of a study are in one fold.
 # 3. **Stratified.** The folds hold, as nearly as the second requirement allows, equal fractions of the normal and
 #    equal fractions of the abnormal images.
 #
-# The first two are strict and the third is a compromise, so assigning folds is a small optimisation. Let $n_{sk}$ be
-# the number of images of class $k$ in study $s$, $N_k = \sum_s n_{sk}$, and $C_{fk}$ the number of class-$k$ images
-# already in fold $f$. Study $s$ goes to the fold for which the fractions differ least:
+# The first two are strict; the third can only be met as nearly as possible, so assigning folds is a small
+# optimisation problem. Let $n_{sk}$ be the number of images of class $k$ in study $s$, $N_k = \sum_s n_{sk}$, and
+# $C_{fk}$ the number of class-$k$ images already in fold $f$. Study $s$ is assigned to the fold for which the
+# fractions then differ least:
 #
 # ```{math}
 # :label: eq:deal
@@ -137,8 +138,8 @@ pd.Series({"within a study": within, "across studies": across}, name="labels agr
 #   \operatorname*{sd}_{g = 1 \dots F} \left( \frac{C_{gk} + [g = f]\, n_{sk}}{N_k} \right)
 # ```
 #
-# Of equally good folds, the one with fewer images is preferred. The sum on the right, for one study and one fold,
-# takes three lines.
+# Of equally good folds, the one with fewer images is preferred. In code, the sum on the right takes three lines for
+# one study and one fold.
 
 
 # %%
@@ -166,7 +167,7 @@ def best_fold(C, n_s, N):
 
 
 # %% [markdown]
-# The assignment goes through the studies and updates the counts.
+# We assign the studies one after the other and update the counts.
 
 
 # %%
@@ -180,9 +181,9 @@ def assign_folds(n, F, order):
 
 
 # %% [markdown]
-# Here is a case small enough to do in your head: two folds, and four studies with (normal, abnormal) images (2, 0),
-# (0, 2), (1, 1) and (1, 1). The first goes to fold 0. The second would be equally balanced in either fold, and fold 1
-# has fewer images. The two mixed studies then go one to each fold.
+# Here is an example small enough for mental arithmetic: two folds, and four studies with (normal, abnormal) images
+# (2, 0), (0, 2), (1, 1) and (1, 1). The first goes to fold 0. The second would be equally balanced in either fold,
+# and fold 1 has fewer images. The two mixed studies then go one to each fold.
 
 # %%
 toy = np.array([[2, 0], [0, 2], [1, 1], [1, 1]])
@@ -191,9 +192,10 @@ assert toy_fold.tolist() == [0, 1, 0, 1]
 pd.DataFrame(toy, columns=["normal", "abnormal"]).groupby(toy_fold).sum().rename_axis("fold")
 
 # %% [markdown]
-# Each toy fold has four images, and neither is perfectly balanced: with whole studies, perfect balance is often
-# impossible. Order matters for a greedy algorithm. Large one-sided studies are hard to place late, so they go first;
-# among equals, a seeded shuffle decides.
+# Each fold of the example has four images, and neither is perfectly balanced, although a perfect split exists: the
+# first two studies in one fold, the other two in the other. The algorithm is greedy: it never revises a choice, and
+# its result depends on the order. Large one-sided studies are hard to place late, so they go first; among equals, a
+# seeded shuffle decides.
 
 # %%
 studies, s_of_image = np.unique(study, return_inverse=True)
@@ -205,10 +207,10 @@ order = shuffled[np.argsort(-n[shuffled].std(axis=1), kind="stable")]
 fold_by_hand = assign_folds(n, F, order)[s_of_image]
 
 # %% [markdown]
-# Every later chapter takes its folds from one place: the column `fold` of the run's image table. The run's
-# preparation writes it once, by `make_folds`, which uses scikit-learn's `StratifiedGroupKFold` {cite}`pedregosa2011`;
-# test images have no fold. If we have understood the algorithm, our folds are not merely similar but the same, image
-# by image.
+# The triage networks take their folds from the column `fold` of the run's image table. The run's preparation writes
+# it once, by `make_folds`, which uses scikit-learn's `StratifiedGroupKFold` {cite}`pedregosa2011`; test images have
+# no fold. The detector's five folds are made by the same function. If our implementation is right, our folds are not
+# merely similar but identical, image by image.
 
 # %%
 fold = train["fold"].to_numpy(int)
@@ -218,9 +220,9 @@ assert (fold_by_hand == fold).all()
 # %% [markdown]
 # ## Three requirements, checked
 #
-# Completeness and grouping are asserted outright. For the third requirement we compare each fold's number of images
-# of each class with the ideal $N_k / F$. Since studies are not divided, a fold can miss the ideal; it should not miss
-# it by more than the size of the largest study.
+# Completeness and grouping are asserted directly. For the third requirement we compare each fold's number of images
+# of each class with the ideal $N_k / F$. Since studies are not divided, a fold can deviate from the ideal, but it
+# should not do so by more than the size of the largest study.
 
 # %%
 assert np.isin(fold, range(F)).all() and train["image_id"].is_unique
@@ -254,8 +256,8 @@ show_figure("c03-fig-folds", fig)
 # {numref}`fig:folds` shows the compromise: bar heights and class fractions are nearly equal although no study was
 # divided.
 #
-# A rule that exists only in the documentation will be broken by some late-night change. So the package refuses to
-# make folds of a table that contains test images:
+# A rule that is only documented will sooner or later be broken. So the package refuses to make folds of a table that
+# contains test images:
 
 # %%
 try:
@@ -269,7 +271,7 @@ refusal
 # ## The other way: splitting images
 #
 # Now we make the mistake on purpose, on the training images only. An *image-level* split is stratified too, but
-# treats each image as independent of all others.
+# treats all images as independent.
 
 # %%
 from sklearn.model_selection import StratifiedKFold
@@ -285,7 +287,7 @@ def split_images(y, F, seed):
 
 # %% [markdown]
 # An image *leaks* if one of its siblings is in another fold, because the sibling is then in the training set when the
-# image is evaluated. Leaks can be counted without knowing anything else.
+# image is evaluated. Counting leaks needs no model.
 
 
 # %%
@@ -325,11 +327,12 @@ show_figure("c03-fig-deals", fig)
 # {glue:text}`c03-profile`.
 # ```
 #
-# In {numref}`fig:deals`, each row on the left has one number. On the right, numbers mix within rows, and each mixed
-# row is a study on both sides of a split. In this split, {glue:text}`c03-leaking` of the images leak.
+# In {numref}`fig:deals`, each row on the left has a single number. On the right, rows with several numbers are
+# studies on both sides of a split. In this split, {glue:text}`c03-leaking` of the images leak.
 #
-# This is not bad luck. Suppose $N$ images are assigned at random to folds of $N/F$. The probability that all $m - 1$
-# siblings of an image are in the image's own fold, so that none leaks, is a short product:
+# This is not a matter of chance. Suppose that $N$ images are assigned at random to folds of $N/F$ images each. The
+# probability that all $m - 1$ siblings of an image are in its own fold is a product of $m - 1$ factors, and otherwise
+# the image leaks:
 #
 # ```{math}
 # :label: eq:leak
@@ -345,7 +348,7 @@ def leak_probability(m, N, F):
 
 
 # %% [markdown]
-# Do real splits follow the equation? We average fifty of them.
+# Do actual splits follow the equation? We average fifty of them.
 
 # %%
 expected = np.mean([leak_probability(1 + m, len(y), F) for m in siblings])
@@ -362,13 +365,13 @@ glue_values("c03", {
 
 # %% [markdown]
 # Averaged over the images, {eq}`eq:leak` predicts {glue:text}`c03-expected`; fifty splits gave
-# {glue:text}`c03-measured`. More folds make it worse: the larger the training set of each model, the more likely it
-# contains the sibling. In the limit, leave-one-*image*-out, every image that has a sibling leaks.
+# {glue:text}`c03-measured`. More folds mean more leaks: the larger the training set of each model, the more likely it
+# contains a sibling. In the limit, when single images are held out, every image that has a sibling leaks.
 #
 # ## Can an image be matched to its study?
 #
 # A leak does harm only if a model can exploit it. The simplest test needs no model: shrink each enhanced image to a
-# thumbnail, remove its mean brightness and contrast, and find the nearest other thumbnail.
+# thumbnail, standardise its brightness and contrast, and find the nearest other thumbnail.
 
 
 # %%
@@ -389,8 +392,8 @@ assert (nearest != np.arange(len(train))).all()
 
 # %% [markdown]
 # Among images that have a sibling, how often does the nearest image belong to the same study? A randomly chosen image
-# would be a sibling with probability $(m - 1)/(N - 1)$. And if the nearest image is not a sibling, how far down the
-# list is the nearest sibling?
+# would be a sibling with probability $(m - 1)/(N - 1)$. And if the nearest image is not a sibling, how many images
+# are nearer than the nearest sibling?
 
 # %%
 own = study[nearest] == study
@@ -399,7 +402,7 @@ recognised = bootstrap_by_study(
     lambda rows: own[has][rows].mean(), study[has], workspace.profile.bootstrap, seed
 )
 to_sibling = np.where(study[:, None] == study, distance, np.inf).min(axis=1)
-nearer = (distance < to_sibling[:, None]).mean(axis=1)[has]  # fraction of images before the sibling
+nearer = (distance < to_sibling[:, None]).mean(axis=1)[has]  # fraction of images nearer than the sibling
 assert (nearer[own[has]] == 0).all()
 
 # %% tags=["hide-input", "remove-output"]
@@ -429,18 +432,19 @@ show_figure("c03-fig-nearest", fig)
 #
 # For the {glue:text}`c03-n-has` images with a sibling, the nearest image belongs to the same study in a fraction of
 # {glue:text}`c03-recognised` (95 % interval by resampling studies), against {glue:text}`c03-by-chance` by chance.
-# (Where the fraction is exactly 0 or 1, resampling gives an interval of zero width; three divided by the number of
-# studies then bounds the fraction that the sample could have missed.) In the median, {glue:text}`c03-nearer` of all
-# images are nearer than the first sibling; it would be half if siblings resembled each other no more than other
-# images. {numref}`fig:nearest` shows reasons for both outcomes: images of one projection look alike across people,
-# and two projections of one person need not look alike at all. A memoriser profits most from a sibling of the *same*
-# projection. A network sees far more than a thumbnail, and may recognise a person, a machine or an implant across
+# (Where the fraction is exactly 0 or 1, resampling gives an interval of zero width. By the rule of three, the true
+# fraction may then differ from it by up to about three divided by the number of studies.) In the median,
+# {glue:text}`c03-nearer` of all images are nearer than the nearest sibling. If siblings resembled each other no more
+# than other images do, it would be half for a study of two images, and less for a larger study. {numref}`fig:nearest`
+# shows reasons for both outcomes: images of one projection look alike across people, and two projections of one
+# person need not look alike at all. A memoriser profits most from a sibling of the *same* projection. A network
+# receives far more detail than a thumbnail has, and may recognise a person, a machine or an implant across
 # projections.
 #
 # ## Does it inflate a classifier's score?
 #
 # We test two classifiers that predate deep networks. The first reduces the thumbnails to their principal components
-# and fits a logistic regression. The second is a pure memoriser: it copies the label of the nearest training image.
+# and fits a logistic regression. The second only memorises: it copies the label of the nearest training image.
 
 # %%
 from sklearn.decomposition import PCA
@@ -455,7 +459,7 @@ logistic = make_pipeline(pca, StandardScaler(), LogisticRegression(C=0.1, max_it
 learners = {"logistic regression": logistic, "nearest neighbour": KNeighborsClassifier(1)}
 
 # %% [markdown]
-# Components, means and weights are all fitted on the training folds only. A principal component computed from all
+# Components, means and weights are all fitted on the training folds only. Principal components computed from all
 # images would be a second, less obvious leak.
 
 
@@ -472,7 +476,7 @@ def out_of_fold(learner, x, y, fold):
 
 
 # %% [markdown]
-# A single random split proves little, so both ways of splitting are repeated with new seeds; the first study-level
+# A single random split proves little, so both ways of splitting are repeated with other seeds; the first study-level
 # split is the run's own.
 
 # %%
@@ -489,8 +493,8 @@ prob = {
 
 # %% [markdown]
 # The score is the area under the receiver operating characteristic, AUROC: the probability that an abnormal image
-# gets a higher score than a normal one; 0.5 is chance, 1 is perfect. We compute it for each way of splitting, and the
-# difference of the two within each resample of studies, so that what both have in common cancels.
+# gets a higher score than a normal one; 0.5 is chance, 1 is perfect. We compute it for each way of splitting, and
+# their difference within each resample of studies, so that the variation that both share cancels.
 
 
 # %%
@@ -566,24 +570,24 @@ table.assign(difference=[f"{gains[name]:+.2f}" for name in learners])
 # {glue:text}`c03-gain-logistic`; the interval {glue:text}`c03-verdict-logistic`. For the nearest neighbour it is
 # {glue:text}`c03-gain-nearest`; the interval {glue:text}`c03-verdict-nearest`.
 #
-# Four cautions apply to these numbers, whatever their sign. They are about these two weak classifiers; a network with
-# millions of weights memorises far better, and its leak can be larger. They depend on how many images a study has and
-# on how similar these are, which differs between a virtual cohort and a hospital. With a few dozen images an AUROC
-# pooled over folds can be well below 0.5 without any leak: removing an abnormal study from the training set makes the
-# rest more normal, and a classifier without other information learns exactly that. And a small difference is no
-# excuse: splitting by study costs nothing, so there is no trade-off.
+# Four cautions apply to these numbers, whatever their sign. They are about two weak classifiers; a network with
+# millions of weights can memorise far more, and its leak can be larger. They depend on how many images a study has
+# and on how similar these are, which differs between a virtual cohort and a hospital. With a few dozen images an
+# AUROC pooled over folds can be well below 0.5 without any leak: holding out an abnormal study leaves a larger
+# fraction of normal images for training, and a classifier without other information learns just that. Finally, a
+# small difference is no excuse: splitting by study costs nothing.
 #
-# Would this page have detected a leak that matters? The second exercise introduces one to find out.
+# Would this comparison detect a leak that matters? The second exercise introduces one to find out.
 #
 # ## Using the test split once
 #
-# Folds protect choices *among* training studies. The test split protects the final number, and only if no choice was
-# based on it. The paper's public companion code picks the best epoch, the ensemble's weights and the decision
-# threshold on the test images. The result does not reveal this; the reported number is simply the best of many, and
-# the best of many is higher than the truth, even if all candidates are useless.
+# Folds protect choices made *among* training studies. The test split protects the final number, but only if no choice
+# was based on it. The paper's public companion code picks the best epoch, the ensemble's weights and the decision
+# threshold on the test images. The result does not reveal this. The reported number is the best of many, which on
+# average is higher than the true performance, even if all candidates are useless.
 #
-# How much higher can be computed. Let $J$ useless candidates each score $n_0$ normal and $n_1$ abnormal images at
-# random. An AUROC is then 0.5 on average, with standard deviation {cite}`hanley1982`
+# The excess can be computed. Let each of $J$ useless candidates give random scores to $n_0$ normal and $n_1$ abnormal
+# images. An AUROC is then 0.5 on average, with standard deviation {cite}`hanley1982`
 #
 # ```{math}
 # :label: eq:null-auroc
@@ -592,7 +596,8 @@ table.assign(difference=[f"{gains[name]:+.2f}" for name in learners])
 #   \lesssim \frac{1}{2} + \sigma_0 \sqrt{2 \ln J}.
 # ```
 #
-# To show this without touching the test split, the even folds play the test split and the odd ones play new patients.
+# To show this without touching the test split, we let the even folds stand for the test split and the odd folds for
+# new patients.
 
 # %%
 played, new = np.flatnonzero(fold % 2 == 0), np.flatnonzero(fold % 2 == 1)
@@ -604,8 +609,8 @@ unseen = np.array([[auroc(y[new], p[new]) for p in repeat] for repeat in noise])
 assert abs(seen.mean() - 0.5) < 5 * sigma_0 / np.sqrt(seen.size)
 
 # %% [markdown]
-# From the first $J$ candidates of each repeat we take the one with the best score on the played test split, and
-# record its score there and on the new patients.
+# From the first $J$ candidates of each repeat we select the one with the highest AUROC on the stand-in test split,
+# and record its AUROC there and on the new patients.
 
 # %%
 tries = np.array([1, 2, 5, 10, 20, 60])  # 60: the paper's epochs, if each were evaluated
@@ -618,7 +623,7 @@ assert (np.diff(reported) >= 0).all() and (reported[1:] <= bound[1:]).all()
 
 # %% tags=["hide-input", "remove-output"]
 fig, ax = plt.subplots(figsize=(6.4, 3.2))
-ax.plot(tries, reported, "s-", color="#D55E00", label="reported, on the selecting images")
+ax.plot(tries, reported, "s-", color="#D55E00", label="reported, on the images used to select")
 ax.plot(tries, true, "o--", color="#0072B2", label="afterwards, on new patients")
 ax.plot(tries, bound, ":", color="black", label="bound of the equation")
 ax.set(xscale="log", xticks=tries, xlabel="candidates tried", ylabel="mean AUROC of the selected")
@@ -639,14 +644,15 @@ show_figure("c03-fig-optimism", fig)
 #
 # In {numref}`fig:optimism`, sixty evaluations on {glue:text}`c03-n-played` images turn pure noise into a reported
 # AUROC of {glue:text}`c03-reported`; on new patients it is {glue:text}`c03-true`. By {eq}`eq:null-auroc` the optimism
-# falls with the size of the test split and grows with the number of evaluations, slowly but without limit. Real
-# epochs resemble each other more than random candidates do, so real optimism is smaller than this bound, but it is
+# falls with the size of the test split and grows, slowly, with the number of evaluations. Epochs of one training
+# resemble each other more than random candidates do, so real optimism is as a rule smaller than this bound, but it is
 # not zero.
 #
 # Hence the rules of this book:
 #
-# - epochs, ensemble weights, thresholds and every other choice come from out-of-fold predictions of training studies;
-# - inference is run on the test split once, after all choices, and the result is printed as it is;
+# - no choice is made on the test split: the last epoch of a training counts, and ensemble weights, calibration and
+#   thresholds are chosen on out-of-fold predictions of the training studies;
+# - the test split is evaluated once, after all choices, and the result is printed as it is;
 # - intervals resample studies, not images, for the same reason that folds split studies.
 #
 # ## Paper beside ours
@@ -657,18 +663,18 @@ show_figure("c03-fig-optimism", fig)
 # | all images of a study in one fold | not stated | yes, asserted above |
 # | seed | 42 | {glue:text}`c03-seed` |
 # | training images | 8,389 | {glue:text}`c03-images` |
-# | test images | 2,078 | {glue:text}`c03-test-images`, not touched here |
-# | epoch, weights, threshold chosen on | test images (companion code) | out-of-fold predictions |
+# | test images | 2,078 | {glue:text}`c03-test-images`, not used here |
+# | epoch, weights, threshold chosen on | test images (companion code) | out-of-fold predictions; last epoch kept |
 #
-# The published split of VinDr-SpineXR is itself by study {cite}`nguyen2021`; how the folds inside the training split
-# were grouped, the paper does not say.
+# The published split of VinDr-SpineXR is itself by study {cite}`nguyen2021`. The paper does not say how it grouped
+# the folds within the training split.
 #
 # ## Exercises
 #
 # ```{exercise}
 # :label: ex:protocol-hand
 # By hand: two folds and three studies with (normal, abnormal) images (2, 0), (1, 0) and (0, 1), assigned in this
-# order by {eq}`eq:deal`. Where does each go, and is the third requirement met?
+# order by {eq}`eq:deal`. To which fold does each go, and is the third requirement met?
 # ```
 #
 # ```{solution} ex:protocol-hand
@@ -677,14 +683,14 @@ show_figure("c03-fig-optimism", fig)
 # makes the normal fractions 2/3 and 1/3 rather than 1 and 0. The third adds the only abnormal image: the abnormal
 # fractions become 1 and 0 either way, a tie, and fold 1 holds fewer images. So fold 1 gets it, and fold 0 has no
 # abnormal image at all: one abnormal image cannot be divided between two folds. Stratification is a goal; grouping is
-# a guarantee.
+# guaranteed.
 # ```
 #
 # ```{exercise}
 # :label: ex:protocol-code
-# In code, a positive control: give every image a duplicate in the same study, the same thumbnail plus fresh noise of
-# half a standard deviation, like a repeated exposure. What AUROC does the nearest neighbour seem to reach if the
-# images with their duplicates are split by image, and by study?
+# In code, a positive control: give every image a duplicate in the same study, the same thumbnail with added noise of
+# half a standard deviation, like a repeated exposure. What AUROC does the nearest neighbour appear to reach if images
+# and duplicates are split by image, and if they are split by study?
 # ```
 #
 # ```{solution-start} ex:protocol-code
@@ -702,8 +708,8 @@ assert apparent["by image"] > apparent["by study"]
 pd.Series(apparent, name="AUROC with duplicates").rename_axis("split").round(2).to_frame()
 
 # %% [markdown]
-# Split by image, most duplicates find each other across the split and the memoriser looks like an expert. Split by
-# study, it is no better than before. The measurement does detect a leak where there is one.
+# Split by image, many images have their duplicate in the training set, and the memoriser's AUROC is too high. Split
+# by study, the duplicates do not help it. So the comparison does detect a leak where there is one.
 #
 # ```{solution-end}
 # ```
@@ -716,33 +722,34 @@ pd.Series(apparent, name="AUROC with duplicates").rename_axis("split").round(2).
 #
 # ```{solution} ex:protocol-change
 # :class: dropdown
-# Eight pixels preserve posture and collimation, and blur bone. If the same study is still found as often, it was
-# recognised by outline, not by anatomy. A study can be recognised without detail, which is why cropping or blurring
-# the images does not repair a leaking split.
+# A side of eight pixels preserves posture and collimation but blurs the bones. If the same study is still found as
+# often, it was recognised by its outline, not by anatomical detail. Since a study can be recognised without detail,
+# blurring or cropping the images does not repair a leaking split.
 # ```
 #
 # ```{exercise}
 # :label: ex:protocol-question
-# Question the method: VinDr-SpineXR identifies studies but not patients. A patient may have come twice. Which
-# requirement of this chapter does that weaken, can you find such pairs without names, and would you remove them from
-# the test split if you did?
+# Question the method: VinDr-SpineXR identifies studies but not patients. A patient may have had two studies. Which
+# requirement of this chapter does that weaken? Could you find such pairs without names, and would you then remove
+# them from the test split?
 # ```
 #
 # ```{solution} ex:protocol-question
 # :class: dropdown
-# Grouping by study can then still put a person on both sides, and the intervals, which treat studies as independent,
-# are a little too narrow. Nearest neighbours across studies, by a better descriptor than a thumbnail, would suggest
-# candidates for human review. Removing them from the test split *before* any model is scored, by a rule written down
-# beforehand, is a repair; removing them after seeing which predictions were wrong is a choice made on the test split.
+# Despite grouping by study, a person can then be on both sides of a split, and the intervals, which treat studies as
+# independent, are a little too narrow. Nearest neighbours across studies, by a better descriptor than a thumbnail,
+# would suggest candidates for human review. Removing them from the test split *before* any model is scored, by a rule
+# written down beforehand, is a repair; removing them after seeing which predictions were wrong is a choice made on
+# the test split.
 # ```
 #
 # ## Takeaways
 #
-# - The study is the unit: of splitting, of testing and of resampling.
-# - A stratified split of whole studies is a short greedy optimisation, {eq}`eq:deal`, and the folds of this run equal
-#   it image by image.
+# - The study is the unit of splitting, testing and resampling.
+# - A stratified split of whole studies is a short greedy optimisation, {eq}`eq:deal`, and our implementation
+#   reproduces this run's folds image by image.
 # - An image-level split puts siblings on both sides, as often as {eq}`eq:leak` predicts. Whether a given classifier
-#   profits has to be measured; this page measured two.
-# - The best of many evaluations is optimistic, {eq}`eq:null-auroc`. So the test split is used once.
+#   profits has to be measured; this chapter measured two.
+# - The best of many evaluations is optimistic, {eq}`eq:null-auroc`. So the test split is used only once.
 #
 # {ref}`chap:densenet121` trains the first network, on these folds.

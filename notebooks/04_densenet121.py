@@ -25,13 +25,13 @@
 # **You need** {ref}`chap:imaging` (the images that the network receives) and {ref}`chap:protocol` (which of them it
 # may be trained on).
 #
-# **It takes** half an hour of reading. In this run, training took {glue:text}`c04-train-minutes` minutes, one job
-# after the other; what has been trained once is only loaded from then on.
+# **It takes** half an hour of reading. Training took {glue:text}`c04-train-minutes` minutes, one job after the other;
+# a trained network is only loaded from then on.
 # :::
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
-opened_fold = 0  # the network opened up at the end is the one for which this fold was held out
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
+opened_fold = 0  # the network examined at the end is the one for which this fold was held out
 
 # %% [markdown]
 # The set-up opens this run's folder, prepares the data if that has not been done yet, and reads tables, folds and
@@ -59,18 +59,19 @@ images = triage_images(workspace)
 # %% [markdown]
 # ## One question, one number
 #
-# Triage asks a single question of a radiograph: does it show anything that a radiologist should see soon? The
-# network's output is one number, the *logit* $z$, and the logistic function turns it into a probability,
-# $\hat y = \sigma(z) = 1 / (1 + e^{-z})$. The label $y$ is 1 if the image has at least one lesion box and 0 if it
-# has none. *Which* lesion it is, and *where*, is left to the detector ({ref}`chap:yolo11-training`).
+# Triage asks a single question about a radiograph: does it show anything that a radiologist should see soon? The
+# network's output is one number, the *logit* $z$, and the logistic function turns it into a probability, $\hat y =
+# \sigma(z) = 1 / (1 + e^{-z})$. The label $y$ is 1 if the image has at least one lesion box and 0 if it has none.
+# *Which* lesion it is, and *where*, is left to the detector ({ref}`chap:yolo11-training`).
 #
-# The folds of {ref}`chap:protocol` separate training from validation images. The network is trained once per fold,
-# on all *other* folds, so that each training image is scored by a network that was not trained on it. These scores
-# are called *out of fold*, and every choice in this part of the book is made on them. The labels of the test split
+# The folds of {ref}`chap:protocol` separate training from validation images. The network is trained once per fold, on
+# all *other* folds, so that each training image is scored by a network that was not trained on it. These scores are
+# called *out of fold*; thresholds, ensemble weights and calibration are chosen on them. The labels of the test split
 # stay sealed until {ref}`chap:ensemble`.
 #
-# Images of one study show the same spine. If a study were split between two folds, the network could recognise the
-# patient instead of the disease; so we check that none is, and that training and test split share no study.
+# Images of one study show the same spine. If a study were divided between two folds, the network could recognise the
+# patient instead of the lesion. So we check that no study is divided, and that the training and test splits share no
+# study.
 
 # %%
 train = images[images["split"] == "train"]
@@ -88,7 +89,7 @@ counts.set_axis(["images", "studies", "abnormal images"], axis=1)
 #
 # Enhanced images differ in size and shape; the network needs squares of one size. Each image is resized to
 # {glue:text}`c04-px` × {glue:text}`c04-px` pixels without keeping its aspect ratio, as the authors' companion code
-# does at 384 × 384. A few hundred such images fit in memory as bytes, so they are read once.
+# does at 384 × 384. As bytes, hundreds of such images fit in memory, so they are read only once.
 
 # %%
 recipe = training.TriageRecipe.of(numbers)
@@ -101,8 +102,8 @@ recipe
 
 # %% [markdown]
 # The networks were designed for colour photographs. They receive a radiograph as three equal channels, each minus
-# ImageNet's mean for that channel and divided by its standard deviation. That costs nothing and lets training start
-# from ImageNet where a checkpoint is at hand.
+# ImageNet's mean for that channel and divided by its standard deviation. That costs little and lets training start
+# from ImageNet weights where a checkpoint is available.
 
 # %%
 few = sample.pixels[:4]
@@ -116,9 +117,9 @@ assert torch.allclose(x[:, 0], red, atol=1e-6)
 # degrees, made up to 20 % brighter or darker, and its contrast raised or lowered by as much. None of this changes
 # the label, so the network should not depend on it.
 #
-# To rotate an image is to interpolate between its pixels, which blurs it; an image that is scored is not rotated,
-# and so shows a small osteophyte more sharply than any image in training did. Where the recipe's `detail` is 2, a
-# training image is therefore rotated at twice the side length, and then averaged over blocks of two by two pixels.
+# Rotation interpolates between pixels and so blurs an image. Images at inference are not rotated, and show a small
+# osteophyte more sharply than the training images do. Where the recipe's `detail` is 2, a training image is therefore
+# rotated at twice the side length and then averaged over blocks of 2 × 2 pixels.
 
 # %%
 generator = torch.Generator().manual_seed(numbers.seed)
@@ -147,18 +148,18 @@ show_figure("c04-fig-input", fig)
 # and four augmented images as training draws them. Profile {glue:text}`c04-profile`.
 # ```
 #
-# In {numref}`fig:densenet-input` the square is squeezed, and the corners that a rotation uncovers are black, like
+# In {numref}`fig:densenet-input` the square is distorted, and the corners that a rotation uncovers are black, like
 # the collimated margin of a radiograph. The vertebrae and their lesions stay recognisable.
 #
 # ### Crops first
 #
 # Whole radiographs are hard for a network that starts from random weights: the label says that *something* is
-# abnormal, and a lesion may fill a hundredth of the square. Where the recipe sets `crop_epochs`, these come first.
-# Half of the crops contain a lesion of a training radiograph, with rare classes drawn more often than they occur;
-# the other half come from normal radiographs, at positions where other radiographs have lesions, so that position
-# alone gives nothing away. All three networks can be trained on crops and then on whole radiographs without a
-# change, since they average over an area of any size. The protocol of the paper, and with it the profile `paper`,
-# has no such epochs: there the networks start from ImageNet.
+# abnormal, and a lesion may fill a hundredth of the square. Where the recipe sets `crop_epochs`, training therefore
+# starts with epochs on crops. Half of the crops contain a lesion of a training radiograph, with rare classes drawn
+# more often than they occur; the other half come from normal radiographs, at positions where other radiographs have
+# lesions, so that position alone carries no information. All three networks can be trained on crops and then on whole
+# radiographs without a change, since they average over an area of any size. The paper's protocol, and with it the
+# profile `paper`, has no such epochs: its networks start from ImageNet weights.
 
 # %%
 side = recipe.crop_px * recipe.detail
@@ -166,7 +167,7 @@ crops, is_lesion = training.draw_crops(finer, 24, side, generator)
 assert crops.shape == (24, 1, side, side)
 assert is_lesion.tolist() == [1] * 12 + [0] * 12
 kinds = sample.lesions[:, 3].long()
-chance = torch.bincount(kinds)[kinds].float().rsqrt()  # of a lesion to be drawn, from its class's count
+chance = torch.bincount(kinds)[kinds].float().rsqrt()  # a lesion's weight when crops are drawn
 fraction = torch.bincount(kinds, chance) / chance.sum()
 occurs = torch.bincount(kinds) / len(kinds)
 assert fraction[occurs > 0].min() >= occurs[occurs > 0].min()
@@ -191,15 +192,15 @@ glue_values("c04", {"crop-px": recipe.crop_px, "crop-epochs": recipe.crop_epochs
 # {glue:text}`c04-profile`.
 # ```
 #
-# Could you tell the rows of {numref}`fig:crops` apart? At this size many findings differ from normal anatomy by a few
-# grey values; that is why the label of a whole radiograph teaches so little.
+# Could you tell the rows of {numref}`fig:crops` apart? At this size many findings differ from normal anatomy by only
+# a few grey levels. This is one reason why a network learns little from the label of a whole radiograph.
 
 # %% [markdown]
 # ## Dense connectivity
 #
 # A plain convolutional network is a chain: each layer receives only the output of the layer before it, and an edge
-# detected early must be passed on by every layer in between to be of use later. A *dense block* gives every layer all
-# earlier feature maps instead {cite}`huang2017`:
+# detected early must be passed on by every layer in between if a later layer is to use it. A *dense block* instead
+# gives every layer all earlier feature maps {cite}`huang2017`:
 #
 # $$
 # \mathbf{x}_\ell = H_\ell\big([\mathbf{x}_0, \mathbf{x}_1, \dots, \mathbf{x}_{\ell-1}]\big).
@@ -207,8 +208,9 @@ glue_values("c04", {"crop-px": recipe.crop_px, "crop-epochs": recipe.crop_epochs
 #
 # The brackets concatenate maps along the channel axis. $H_\ell$ is batch normalisation, ReLU and a 1 × 1 convolution
 # that reduces whatever number of channels it receives to 128, then batch normalisation, ReLU and a 3 × 3 convolution
-# that adds only $k = 32$ new maps, the *growth rate*. Since nothing has to be computed twice, layers can be narrow.
-# This is the *feature reuse* for which the paper takes the network into its ensemble.
+# that adds only $k = 32$ new maps, the *growth rate*. Since no layer has to compute again what an earlier one has
+# computed, layers can be narrow. This is the *feature reuse* for which the paper includes the network in its
+# ensemble.
 #
 # Three functions are enough to implement {eq}`eq:dense`.
 
@@ -238,10 +240,10 @@ def dense_block(x, layers):
 
 
 # %% [markdown]
-# They should compute what the real network computes. We build DenseNet121 with `timm`, pass four radiographs through
-# it once in training mode, so that its running means and variances are no longer 0 and 1, and then send them through
-# its first dense block and through ours. The outputs agree. Sixty-four channels went in, six layers appended 32 each,
-# and 256 came out; the first 64 of them are the input, unchanged.
+# Do they compute the same as the real network? We build DenseNet121 with `timm`, pass four radiographs through it
+# once in training mode, so that its running means and variances are no longer 0 and 1, and then compare its first
+# dense block with ours. The outputs agree. Sixty-four channels went in, six layers appended 32 each, and 256 came
+# out; the first 64 of them are the input, unchanged.
 
 # %%
 network = networks.build_network("densenet121", seed=numbers.seed)
@@ -267,7 +269,7 @@ x0.shape, by_hand.shape
 #
 # DenseNet121 has four such blocks of 6, 12, 24 and 16 layers. Between two blocks a *transition* halves the channels
 # by a 1 × 1 convolution and the side of the maps by pooling. A batch normalisation has two parameters per channel; a
-# convolution from $c$ to $d$ channels with a window of side $s$ has $cds^2$. That is all we need to count.
+# convolution from $c$ to $d$ channels with a window of side $s$ has $cds^2$.
 
 
 # %%
@@ -317,20 +319,20 @@ glue_values("c04", {"parameters": f"{total:,}", "share": f"{of_resnet:.0%}"})
 # :name: fig:densenet-widths
 # :alt: A staircase of channels that rises by 32 per layer within each of four blocks and falls to half between them,
 # :  ending at 1,024.
-# Channels along DenseNet121, counted by hand: each layer adds 32, each transition halves. The architecture does not
-# depend on data or profile.
+# Channels along DenseNet121, counted by hand: each layer adds 32, each transition halves their number. The
+# architecture does not depend on data or profile.
 # ```
 #
-# The sum by hand, {glue:text}`c04-parameters`, equals the network's own, and is {glue:text}`c04-share` of ResNet50's.
-# {numref}`fig:densenet-widths` shows why it stays small: a layer adds 32 channels, where a layer of ResNet50 computes
-# up to 2,048 anew.
+# The number counted by hand, {glue:text}`c04-parameters`, equals that of timm's network and is {glue:text}`c04-share`
+# of ResNet50's. {numref}`fig:densenet-widths` shows why it stays small: a layer adds 32 channels, while a layer of
+# ResNet50 computes up to 2,048 anew.
 #
 # ### Operations and receptive field
 #
-# The cost of an image is counted in floating-point operations, a multiplication and an addition per weight of a
-# convolution and position of its output. And how much of the image can one output see? This *receptive field* grows
-# by $s - 1$ steps per window of side $s$, and a step is as many pixels as the product of all strides before it. Along
-# the longest path of DenseNet121:
+# The cost of an image is counted in floating-point operations: a multiplication and an addition for each weight of a
+# convolution at each position of its output. The *receptive field* is the part of the image on which one output can
+# depend. A window of side $s$ enlarges it by $s - 1$ steps, and a step is as many pixels as the product of all
+# strides before it. Along the longest path of DenseNet121:
 
 # %%
 block_of = [[(1, 1), (3, 1)] * layers for layers in (6, 12, 24, 16)]
@@ -348,23 +350,23 @@ reach, operations
 # %% [markdown]
 # One image takes {glue:text}`c04-operations` billion operations at {glue:text}`c04-px` × {glue:text}`c04-px` px, and
 # the receptive field is {glue:text}`c04-reach` px wide: each output could depend on the whole radiograph. This is an
-# upper bound, since pixels near the rim of the field contribute along few paths.
+# upper bound: pixels near its edge contribute along few paths only.
 
 # %% [markdown]
 # (sec:algorithm-1-phase-1)=
 # ## The loss and the step
 #
-# Phase I of the paper's Algorithm 1 takes seven lines. Lines 1 and 7 say that each of the three networks is trained
-# separately; this chapter is $m$ = DenseNet121. Line 2 starts from ImageNet; lines 3 and 6 repeat until done; lines 4
-# and 5 do the work. Line 4 is the binary cross-entropy,
+# Phase I of the paper's Algorithm 1 takes seven lines. Lines 1 and 7 loop over the three networks; this chapter is
+# $m$ = DenseNet121. Line 2 starts from ImageNet; lines 3 and 6 repeat until training ends; lines 4 and 5 are the
+# training step. Line 4 is the binary cross-entropy,
 #
 # $$
 # \mathcal{L}_{CE} = -\sum_i \big[\, y_i \log \hat y_i + (1 - y_i) \log (1 - \hat y_i) \,\big].
 # $$ (eq:bce)
 #
 # It is $-\log$ of the probability given to the true class: zero for a prediction that is certain and correct,
-# unbounded for one that is certain and wrong. Computed literally it fails where $\hat y$ rounds to 0 or 1. Written
-# with the logit, $\log(1 + e^{-|z|}) + \max(z, 0) - yz$, it is the same number and never overflows.
+# unbounded for one that is certain and wrong. Computed as written, it fails where $\hat y$ rounds to 0 or 1. Written
+# with the logit, $\log(1 + e^{-|z|}) + \max(z, 0) - yz$, it has the same value and never overflows.
 
 # %%
 z = torch.tensor([-3.0, -0.5, 0.2, 4.0], requires_grad=True)
@@ -376,9 +378,9 @@ by_torch = F.binary_cross_entropy_with_logits(z, y, reduction="sum")
 assert torch.isclose(line_4, by_torch) and torch.isclose(stable, by_torch)
 
 # %% [markdown]
-# Training uses the mean over a batch instead of the sum, so that the step does not grow with the batch size. The
-# gradient of the loss is remarkably simple: predicted minus true, $\partial \mathcal{L}/\partial z_i = \hat y_i -
-# y_i$. Where the network is right there is nothing to learn.
+# Training uses the mean over a batch instead of the sum, so that the gradient does not grow with the batch size. The
+# gradient of the sum is simple, predicted minus true: $\partial \mathcal{L}/\partial z_i = \hat y_i - y_i$. It is
+# zero where prediction and label are equal.
 
 # %%
 by_torch.backward()
@@ -397,7 +399,7 @@ assert extreme == 200  # where log(1 - 1) would be minus infinity
 # \hat m = \frac{m}{1 - \beta_1^t}, \quad \hat v = \frac{v}{1 - \beta_2^t}.
 # $$ (eq:adamw)
 #
-# Two steps by hand, on two weights with the loss $\theta_1^2 + 3\theta_2^2$, against torch's.
+# Two steps by hand, on two weights with the loss $\theta_1^2 + 3\theta_2^2$, compared with torch's:
 
 # %%
 eta, lam, beta_1, beta_2, epsilon = recipe.lr, training.WEIGHT_DECAY, 0.9, 0.999, 1e-8
@@ -419,20 +421,20 @@ assert np.allclose(weight.detach().numpy(), theta, rtol=1e-12)
 # %% [markdown]
 # The learning rate follows half a cosine from the recipe's value $\eta_{max}$ to zero, large steps first and small
 # ones at the end: $\eta_t = \eta_{max} \tfrac12 (1 + \cos (\pi t / N))$, where $t$ is how many of $N$ epochs are
-# over, those on crops included. So when training turns to whole radiographs, the network already knows what a lesion
-# looks like, and the smaller steps disturb that less than large ones would.
+# completed, those on crops included. When training turns to whole radiographs, the network has already been trained
+# on lesions, and small steps change what it has learnt less than large ones would.
 
 # %% [markdown]
 # ## Training, fold by fold
 #
-# Everything is in place. {glue:text}`c04-start` All epochs are run and the last one counts: the companion code keeps
-# the epoch that is best on the test images, which we do not ({numref}`ex:densenet-epoch`). The held-out fold is
-# scored for the learning curve, from the last epoch on crops to the end, and decides nothing.
+# {glue:text}`c04-start` All epochs are run and the last one counts. The companion code instead keeps the epoch that
+# is best on the test images ({numref}`ex:densenet-epoch`). The held-out fold is scored from the last epoch on crops
+# to the end, for the learning curve only; no choice depends on it.
 #
 # `show_training`, which the next two chapters call too, trains once for each of {glue:text}`c04-folds` folds and
-# draws the learning curves. A network and a fold are one job, named by a digest of images, labels, numbers and code:
-# a finished job is loaded, an interrupted one resumes after its last finished epoch, and a cluster may run all of
-# them in parallel.
+# draws the learning curves. A network and a fold are one job, named by a digest of images, labels, numbers and code.
+# A finished job is loaded, an interrupted one resumes after its last finished epoch, and a cluster can run all jobs
+# in parallel.
 
 # %% tags=["remove-output"]
 found, last_epochs = show_training("c04", workspace, "densenet121")
@@ -457,15 +459,15 @@ last_epochs
 #
 # In {numref}`fig:densenet-curve` the training loss is measured with augmentation and while the weights change, on
 # crops as long as these are used; the held-out loss is that of whole radiographs at the end of the epoch. Held-out
-# losses may jump early: in evaluation mode batch normalisation relies on running means, which lag behind the weights
-# and during crop epochs are those of crops.
+# losses may jump in early epochs: in evaluation mode batch normalisation uses running means, which lag behind the
+# weights and, during epochs on crops, are those of crops.
 
 # %% [markdown]
 # ## The threshold, chosen out of fold
 #
 # A probability becomes a decision by a score threshold $\tau$: abnormal where $\hat y > \tau$, the $\tau_{optimal}$
-# of line 17 in Algorithm 1. The paper does not say how it was found. We take Youden's: the $\tau$ with the largest
-# sensitivity + specificity − 1 {cite}`youden1950`, out of fold. The probability is the mean over the image and its
+# of line 17 in Algorithm 1. The paper does not say how it was found. We take Youden's, the $\tau$ with the largest
+# sensitivity + specificity − 1 out of fold {cite}`youden1950`. The probability is the mean over the image and its
 # mirror image.
 #
 # Sensitivity is the fraction of abnormal images that are called abnormal, specificity the fraction of normal ones
@@ -512,8 +514,8 @@ show_figure("c04-fig-threshold", fig)
 # ```
 #
 # Where the two groups of bars in {numref}`fig:densenet-threshold` overlap, every threshold makes errors. A threshold
-# that is chosen on these images looks slightly too good on them; only images that played no part in the choice show
-# how good it is, and these are the test split's.
+# chosen on these images looks slightly too good on them. How good it really is can be seen only on images that played
+# no part in the choice: those of the test split.
 
 # %% [markdown]
 # ## Performance, with intervals
@@ -533,9 +535,9 @@ scores.round(3)
 # %% [markdown]
 # Each interval comes from {glue:text}`c04-bootstrap` resamples. In each, whole *studies* are drawn with replacement
 # until there are as many as before, and the metric is computed again; the interval leaves out the lowest and the
-# highest 2.5 %. Where a resample contains one class only, AUROC is undefined, and the resample is left out and
-# counted. The scores of all folds are pooled, though each fold has its own network, whose probabilities may be a
-# little higher or lower; within one fold there is no such mixing.
+# highest 2.5 %. Where a resample contains one class only, AUROC is undefined; such resamples are left out and
+# counted. The scores of all folds are pooled, although each fold has its own network, whose probabilities may be a
+# little higher or lower. So we also compute each fold's AUROC.
 
 # %%
 by_fold = {
@@ -572,8 +574,8 @@ glue_values("c04", {"bootstrap": f"{numbers.bootstrap:,}", "verdict": verdict})
 #
 # ### Why by study?
 #
-# Had we drawn images as though each came from a different patient, we would have counted one spine several times and
-# taken the copies for independent evidence. Both ways, on the same probabilities:
+# Resampling images as though each came from a different patient would treat several images of one spine as
+# independent evidence. Here are both intervals for the same probabilities:
 
 
 # %%
@@ -587,17 +589,17 @@ assert by_study.value == by_image.value and by_study.low == interval.low
 print(f"by study {by_study:.3f}\nby image {by_image:.3f}")
 
 # %% [markdown]
-# Where the images of a study share label and score, the interval by study is the wider. Where a study contains both
-# labels, what its images have in common cancels in the comparison of pairs, and it can be narrower.
+# Where the images of a study have similar labels and scores, the interval by study is wider. Where a study contains
+# both labels, what its images have in common cancels in the comparison of pairs, and the interval can be narrower.
 #
-# No interval in this part of the book covers everything. Each says how the result would vary with other radiographs
-# for *these* networks; another seed would have given other networks. So two networks are compared as they were
-# trained here, not as architectures.
+# No interval here covers every source of variation. Each shows how the result of *these* networks would vary with
+# other radiographs; another seed would have given other networks. So we compare two networks as they were trained
+# here, not two architectures.
 #
 # ### Right and wrong predictions
 #
-# Metrics do not show what kind of error is made; images do. The rule that picks them is fixed beforehand: of each
-# outcome, the most confident prediction.
+# Metrics do not show on which images a network errs, so we look at examples. The rule that selects them is fixed
+# beforehand: the most confident prediction of each outcome.
 #
 # ```{glue:figure} c04-fig-examples
 # :name: fig:densenet-examples
@@ -607,17 +609,17 @@ print(f"by study {by_study:.3f}\nby image {by_image:.3f}")
 # n = {glue:text}`c04-n` {glue:text}`c04-kind`, profile {glue:text}`c04-profile`.
 # ```
 #
-# Look at {numref}`fig:densenet-examples` before reading on. Would you have seen what was missed, at this size and
-# without the rings? Whether the network used the lesion at all is a question for {ref}`chap:explainability`; a
-# probability alone does not tell.
+# In {numref}`fig:densenet-examples`, would you have seen the missed lesion at this size and without the rings? A
+# probability alone does not show whether the network used the lesion at all; {ref}`chap:explainability` examines
+# that.
 
 # %% [markdown]
 # ## Is anything reused?
 #
-# Dense connectivity lets every layer read every earlier one; training decides whether it does. The 1 × 1 convolution
-# of a layer holds, for each earlier source, the weights with which it reads that source, and the normalisation before
-# it scales each source. The mean magnitude of their products, after the original paper's heat map {cite}`huang2017`,
-# shows how strongly each source is used.
+# Dense connectivity lets every layer use the output of every earlier one; training decides whether it does. The 1 × 1
+# convolution of a layer has weights for each earlier source, and the normalisation before it scales each source. The
+# mean magnitude of their products shows how strongly each source is used, after a heat map of the original paper
+# {cite}`huang2017`.
 
 
 # %%
@@ -646,7 +648,7 @@ fig, axes = plt.subplots(2, 2, figsize=(7.2, 6.4))
 reach = max(np.nanmax(np.abs(table - 1)) for table in tables.values())
 for ax, (number, table) in zip(axes.flat, tables.items(), strict=True):
     shown = ax.imshow(table, cmap="cividis", vmin=1 - reach, vmax=1 + reach)
-    ax.set(title=f"block {number}", xlabel="layer that reads", ylabel="source (0: input)")
+    ax.set(title=f"block {number}", xlabel="layer", ylabel="source (0: input)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(False)
@@ -660,37 +662,37 @@ glue_values("c04", {key: f"{np.nanmax(table) - np.nanmin(table):.2f}" for key, t
 # %% [markdown]
 # ```{glue:figure} c04-fig-reuse
 # :name: fig:densenet-reuse
-# :alt: Four triangular heat maps, one per dense block, of how strongly each layer reads each earlier source.
-# How strongly each dense layer reads each earlier source after training, relative to that layer's mean: 1 means like
-# any other. The network for which one fold was held out; n = {glue:text}`c04-n` {glue:text}`c04-kind` in all, profile
+# :alt: Four triangular heat maps, one per dense block, of how strongly each layer uses each earlier source.
+# How strongly each dense layer uses each earlier source after training, relative to that layer's mean, which is 1.
+# The network for which one fold was held out; n = {glue:text}`c04-n` {glue:text}`c04-kind` in all, profile
 # {glue:text}`c04-profile`.
 # ```
 #
 # The map of an untrained network is uniform except for noise: the values of its fourth block span
 # {glue:text}`c04-reuse-before`. After this run's training they span {glue:text}`c04-reuse-after` in
-# {numref}`fig:densenet-reuse`. Sources far above 1 are favoured, and a row that stays bright to the right is a source
-# that many later layers keep reading.
+# {numref}`fig:densenet-reuse`. Values far above 1 mark sources that a layer favours. A row that stays bright to the
+# right is a source that many later layers use.
 
 # %% [markdown]
 # ## Paper beside ours
 #
 # In per cent, ours with 95 % intervals. The first column quotes the paper's Table 2, measured on 2,078 test images;
-# the second is this run's, out of fold. They were measured on different images and answer different questions, so
-# neither is better or worse than the other.
+# the second is this run's, out of fold. They were measured on different images and cannot be compared: neither is
+# better or worse than the other.
 
 # %% tags=["hide-input"]
 results.beside_paper
 
 # %% [markdown]
 # The paper prints no interval in its Table 2, starts from ImageNet, and trains for 60 epochs. Our threshold was
-# chosen on these very images, so that sensitivity, specificity and F1 look slightly too good here; AUROC does not.
-# {doc}`/book/deviations` lists what else differs, with reasons.
+# chosen on these same images, so sensitivity, specificity and F1 look slightly too good here; AUROC does not depend
+# on it. {doc}`/book/deviations` lists what else differs, with reasons.
 
 # %% [markdown]
 # ## Exercises
 #
-# Change the chapter first: set `opened_fold = 1` in the parameters and run all; nothing is trained again. Do two
-# networks that were trained on different radiographs reuse the same sources?
+# First change the chapter: set `opened_fold = 1` in the parameters and run all cells; nothing is trained again. Do
+# two networks trained on different radiographs reuse the same sources?
 #
 # ```{exercise}
 # :label: ex:densenet-channels
@@ -717,16 +719,16 @@ assert widths[7] == 128 and widths[7 + 12] == 512 and widths[7 + 12 + 1] == 256
 # ```{exercise}
 # :label: ex:densenet-growth
 #
-# In code: halve the growth rate to $k = 16$, all else equal. By which factor does the number of parameters fall, and
-# why by more or less than two?
+# In code: halve the growth rate to $k = 16$, all else equal. By what factor does the number of parameters fall, and
+# why is it not two?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:densenet-growth
 # :class: dropdown
 # ````
-# The weights of a layer are products of two widths that both shrink with $k$, so the factor is nearer to four than to
-# two; the stem and the block inputs, which do not depend on $k$ at first, keep it below four.
+# The number of weights of a layer is a product of two widths that both shrink with $k$, so the factor is nearer to
+# four than to two. The stem and its 64 channels, which do not depend on $k$, keep it below four.
 
 # %%
 thin, _ = count_parameters(k=16)
@@ -741,16 +743,16 @@ print(f"{total:,} / {thin:,} = {total / thin:.2f}")
 # ```{exercise}
 # :label: ex:densenet-mirror
 #
-# In code: what does averaging over the mirror image change? Compute the AUROC on the opened fold without it. Why not
-# on the test split?
+# In code: what does averaging over the mirror image change? Compute the AUROC on the opened fold without it. Why
+# should you not do this on the test split?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:densenet-mirror
 # :class: dropdown
 # ````
-# One forward pass on the image alone. Whether to average is a choice like any other, so it is made on held-out
-# images; a test split that guides choices no longer measures performance on unseen images.
+# It takes one forward pass on the image alone. Whether to average is a choice like any other, so it is made on
+# held-out images. A test split that guides choices no longer measures performance on unseen images.
 
 # %%
 with torch.no_grad():
@@ -770,17 +772,17 @@ print(f"AUROC without {without:.3f}, with {by_fold[opened_fold]:.3f}")
 # ```{exercise}
 # :label: ex:densenet-epoch
 #
-# A question about the method: the companion code keeps the epoch with the best AUROC on the test images. Let each
-# held-out fold play the part of the test split. How much would that choice add here to the last epoch's AUROC, and
-# why can it never be negative?
+# A question about the method: the companion code keeps the epoch with the best AUROC on the test images. Use each
+# held-out fold in place of the test split. How much would that choice add here to the last epoch's AUROC, and why can
+# the difference never be negative?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:densenet-epoch
 # :class: dropdown
 # ````
-# The maximum of several numbers is at least any one of them, also where all epochs are equally good and differ by
-# chance alone. What is added is therefore optimism; new images would not show it.
+# The maximum of several numbers is at least as large as each of them, even where all epochs are equally good and
+# differ by chance alone. Such a gain is optimism; new images would not show it.
 
 # %%
 by_epoch = curves.groupby("fold")["validation_auroc"]
@@ -795,10 +797,10 @@ optimism.round(3)
 # %% [markdown]
 # ## Takeaways
 #
-# - A dense layer reads all maps before it and adds a few. Five lines of code equal timm's block, and a sum on paper
-#   equals the network's {glue:text}`c04-parameters` parameters.
+# - A dense layer receives all maps before it and adds a few. Three short functions compute the same as timm's block,
+#   and a count on paper gives the network's {glue:text}`c04-parameters` parameters.
 # - Binary cross-entropy is computed from the logit; its gradient is predicted minus true.
-# - The last epoch counts, every image is scored by a network that was not trained on it, and the labels of the test
-#   split stay sealed.
+# - The last epoch counts, every training image is scored by a network that was not trained on it, and the labels of
+#   the test split stay sealed.
 # - AUROC {glue:text}`c04-auroc` out of fold on {glue:text}`c04-n` {glue:text}`c04-kind`: a number with its interval,
 #   resampled by study, and its sample size.

@@ -18,18 +18,18 @@
 # # 05 · EfficientNetV2-S
 #
 # :::{admonition} In this chapter
-# **You will be able to** build the two blocks of EfficientNetV2 from convolutions, say what a depthwise convolution
-# saves and what it does not, weight channels by squeeze and excitation, derive how depth, width and resolution grow
-# together, and evaluate the network out of fold.
+# **You will be able to** build the two blocks of EfficientNetV2 from convolutions, explain what a depthwise
+# convolution saves and what it does not, weight channels by squeeze and excitation, calculate how operations grow
+# with depth, width and resolution, and evaluate the network out of fold.
 #
-# **You need** {ref}`chap:densenet121`, for loss, step, folds and threshold.
+# **You need** {ref}`chap:densenet121`, for the loss, the training step, the folds and the threshold.
 #
-# **It takes** twenty minutes of reading. Training took {glue:text}`c05-train-minutes` minutes, one job after the
-# other.
+# **It takes** twenty minutes of reading. In this run, training took {glue:text}`c05-train-minutes` minutes, one job
+# after the other.
 # :::
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
 shown_fold = 0  # the network whose gates are shown below is the one for which this fold was held out
 
 # %% tags=["hide-input"]
@@ -64,16 +64,16 @@ glue_run_facts("c05", numbers, train)
 # %% [markdown]
 # ## What a convolution costs
 #
-# A convolution with a window of $s \times s$ from $c$ to $d$ channels has $cds^2$ weights, and each is used once at
-# each of $H \times W$ positions: $HWcds^2$ multiplications, and as many additions. It does two things at once: it
-# combines neighbouring pixels, and it mixes channels. A *depthwise* convolution only combines neighbouring pixels, in
-# each channel separately, with $cs^2$ weights; a 1 × 1 convolution only mixes channels, with $cd$ weights. One after
-# the other they are far cheaper than both at once.
+# A convolution with a window of $s \times s$ from $c$ to $d$ channels has $cds^2$ weights. Each is used once at each
+# of $H \times W$ positions, which makes $HWcds^2$ multiplications and as many additions. The convolution does two
+# things at once: it combines neighbouring pixels, and it mixes channels. A *depthwise* convolution only combines
+# neighbouring pixels, in each channel separately, with $cs^2$ weights; a 1 × 1 convolution only mixes channels, with
+# $cd$ weights. Together the two are far cheaper than one full convolution.
 #
-# The *inverted residual* of MobileNets and EfficientNets {cite}`tan2021`, MBConv, widens $c$ channels to $ec$ by a
-# 1 × 1 convolution, applies a depthwise convolution, and narrows to $c$ again by 1 × 1. The authors of EfficientNetV2
-# found that early in the network, where images are large and channels few, the *fused* form is quicker: it does the
-# first two steps in one full 3 × 3 convolution. In weights,
+# The *inverted residual* of MobileNets and EfficientNets {cite}`tan2021`, MBConv, widens $c$ channels to $ec$ by a 1
+# × 1 convolution, applies a depthwise convolution, and narrows to $c$ again by 1 × 1. The authors of EfficientNetV2
+# found that early in the network, where feature maps are large and channels few, the *fused* form is faster: one full
+# 3 × 3 convolution replaces the first two steps. The numbers of weights are
 #
 # $$
 # \underbrace{ec^2 + ecs^2 + ec^2}_{\text{MBConv}} \quad\text{and}\quad
@@ -115,7 +115,7 @@ def fused_mbconv(x, block):
 # %% [markdown]
 # MBConv has one more part, *squeeze and excitation*, which uses information from the whole image: each channel is
 # averaged over all positions, two small layers turn these means into a gate between 0 and 1 per channel, and the
-# channels are multiplied by their gates. A finding in one corner can thus strengthen a channel everywhere else.
+# channels are multiplied by their gates. A finding in one corner can thus strengthen a channel in the whole image.
 
 
 # %%
@@ -137,8 +137,8 @@ def mbconv(x, block):
 
 
 # %% [markdown]
-# Are these the blocks of timm? We pass a few radiographs through the network in training mode, so that its running
-# means and variances are no longer 0 and 1, and then through a block of each kind, ours and timm's.
+# Do these equal timm's blocks? We pass a few radiographs through the network in training mode, so that its running
+# means and variances are no longer 0 and 1, and then compare our block of each kind with timm's.
 
 # %%
 x = networks.as_input(sample.pixels[:4])
@@ -154,8 +154,8 @@ with torch.no_grad():
 early.shape, late.shape
 
 # %% [markdown]
-# The number of their weights is that of {eq}`eq:mbconv`, plus two per channel of each batch normalisation and those
-# of the two small layers of squeeze and excitation.
+# Their convolutions have as many weights as {eq}`eq:mbconv` says. Each batch normalisation adds two parameters per
+# channel, and squeeze and excitation adds those of its two small layers.
 
 # %%
 convolutions = [fused.conv_exp, fused.conv_pwl]
@@ -186,8 +186,9 @@ assert stages["parameters"].sum() + outside == total
 stages
 
 # %% [markdown]
-# Most parameters lie where channels are many, at the end. What about operations and the receptive field? The path
-# from input to output passes one 3 × 3 window per block; stages 2, 3, 4 and 6 halve the image in their first block.
+# Most parameters are at the end, where there are many channels. For the receptive field we follow the path from input
+# to output: it passes one 3 × 3 window per block, and stages 2, 3, 4 and 6 halve the feature maps in their first
+# block.
 
 # %%
 way = [(3, 2)]
@@ -200,11 +201,11 @@ assert np.prod([stride for _, stride in way]) == 32
 reach, operations
 
 # %% [markdown]
-# ### Cheap on paper, quick on the machine?
+# ### Fewer operations, less time?
 #
-# Operations are not time. A depthwise convolution has so little to compute for each number it reads that the
-# processor waits for memory. Here are the convolutions of both kinds of block on the same input of 48 channels,
-# without normalisation and gates, timed alternately on this machine:
+# The number of operations does not determine the time. A depthwise convolution computes so little for each number it
+# reads that the processor often waits for memory. We time the convolutions of both kinds of block on the same input
+# of 48 channels, without normalisation and gates, in alternation on this machine:
 
 # %%
 pair = {
@@ -240,16 +241,16 @@ glue_values("c05", {
 
 # %% [markdown]
 # The fused block has {glue:text}`c05-work` times the operations and took {glue:text}`c05-took` times as long (medians
-# of ten rounds). How far the two numbers differ depends on the machine; that they differ is why EfficientNetV2 was
-# searched for by measured training time. The whole network has {glue:text}`c05-parameters` parameters,
-# {glue:text}`c05-operations` billion operations at {glue:text}`c05-px` px and, by its windows, a receptive field of
-# {glue:text}`c05-reach` px; through its gates each output depends on the whole image.
+# of ten rounds). How much the two ratios differ depends on the machine. Because they differ, the architecture search
+# for EfficientNetV2 used measured training time. The whole network has {glue:text}`c05-parameters` parameters,
+# {glue:text}`c05-operations` billion operations at {glue:text}`c05-px` px and, from its windows alone, a receptive
+# field of {glue:text}`c05-reach` px; through the gates each output depends on the whole image.
 #
 # ## Growing in three directions
 #
 # A network can be made deeper or wider, or be given larger images. Operations grow in proportion to depth, and with
-# the *square* of width and of resolution. Compound scaling, on which the family rests, grows all three by one
-# exponent $\varphi$,
+# the *square* of width and of resolution. Compound scaling, which the first EfficientNet introduced, increases all
+# three by one exponent $\varphi$,
 #
 # $$
 # \text{depth} = \alpha^\varphi, \quad \text{width} = \beta^\varphi, \quad
@@ -295,19 +296,19 @@ show_figure("c05-fig-work", fig)
 # :alt: Billion operations per image against the side of the image on logarithmic axes, three parallel lines, one per
 # :  network.
 # Operations per image of each network of the ensemble, against the image's side. The architecture does not depend on
-# data or profile; dotted are this run's side and that of the paper's protocol.
+# data or profile; dotted lines mark this run's side and that of the paper's protocol.
 # ```
 #
 # The lines of {numref}`fig:work` are parallel with slope 2, and two of them coincide: DenseNet121 needs as many
-# operations as EfficientNetV2-S, to within a tenth, with a third of the parameters. 384 px, as in the authors'
-# companion code, cost nine times what 128 px do, in each network.
+# operations as EfficientNetV2-S, to within a tenth, with a third of the parameters. An image of 384 px, as in the
+# paper's companion code, needs nine times as many operations as one of 128 px, in each network.
 
 # %% [markdown]
 # ## Training, fold by fold
 #
-# Loss, step, augmentation, crops and folds are those of {ref}`chap:densenet121`; only the network is another, and
-# `show_training` does the work. {glue:text}`c05-start` What a job of the run has trained is loaded here; what is
-# missing is trained.
+# Loss, step, augmentation, crops and folds are those of {ref}`chap:densenet121`; only the network differs, and
+# `show_training` does the work. {glue:text}`c05-start` Networks that the run has already trained are loaded; missing
+# ones are trained now.
 
 # %% tags=["remove-output"]
 found, last_epochs = show_training("c05", workspace, "tf_efficientnetv2_s")
@@ -324,16 +325,16 @@ last_epochs
 # above 1.5 are cut off. n = {glue:text}`c05-n` {glue:text}`c05-kind`, profile {glue:text}`c05-profile`.
 # ```
 #
-# Depthwise convolutions, gates and forty narrow blocks may make this network slow to start: compare the epochs at
-# which the losses of {numref}`fig:efficientnet-curve` and {numref}`fig:densenet-curve` leave the dotted line. Its
-# authors train on small images first and on larger ones later {cite}`tan2021`.
+# Depthwise convolutions, gates and forty blocks may make this network slow to learn at first: compare the epochs at
+# which the losses of {numref}`fig:efficientnet-curve` and {numref}`fig:densenet-curve` leave the dotted line. The
+# authors of EfficientNetV2 train on small images first and on larger ones later {cite}`tan2021`.
 
 # %% [markdown]
 # ## Performance, with intervals
 #
 # The threshold is Youden's and the intervals are by study, both out of fold, as in {ref}`chap:densenet121`. Since the
-# threshold was chosen on these very images, sensitivity, specificity and F1 look slightly too good here; AUROC does
-# not.
+# threshold was chosen on these same images, sensitivity, specificity and F1 look slightly too good here; AUROC does
+# not depend on it.
 
 # %% tags=["remove-output"]
 results = show_out_of_fold("c05", numbers, found, train)
@@ -352,8 +353,8 @@ results.scores.round(3)
 # studies, profile {glue:text}`c05-profile`.
 # ```
 #
-# Find the star of {numref}`fig:efficientnet-roc`: it lies where the curve is farthest above the diagonal, since that
-# distance is what Youden's index measures.
+# The star of {numref}`fig:efficientnet-roc` lies where the curve is farthest above the diagonal, since Youden's index
+# measures that distance.
 #
 # ### Right and wrong predictions
 #
@@ -366,22 +367,23 @@ results.scores.round(3)
 # ```
 #
 # Compare {numref}`fig:efficientnet-examples` with {numref}`fig:densenet-examples`. Where two networks err on
-# different radiographs, their vote can be better than either; {ref}`chap:ensemble` measures that.
+# different radiographs, their vote can be better than either of them; {ref}`chap:ensemble` measures that.
 
 # %% [markdown]
 # ## Paper beside ours
 #
 # In per cent, ours with 95 % intervals. The first column quotes the paper's Table 2, on 2,078 test images of people;
-# the second is this run's, out of fold, on other images. Neither is better or worse than the other.
+# the second is this run's, out of fold, on other images. They cannot be compared: neither is better or worse than the
+# other.
 
 # %% tags=["hide-input"]
 results.beside_paper
 
 # %% [markdown]
-# ## Which channels respond to disease?
+# ## Which channels respond to abnormal radiographs?
 #
-# After training, the gates of a late block can be read for each radiograph. A gate that differs between labels
-# belongs to a channel that the network opens, or closes, for abnormal radiographs.
+# After training, we can read the gates of a late block for each radiograph. If a gate differs between the labels, the
+# network strengthens or weakens its channel for abnormal radiographs.
 
 # %%
 trained, _ = training.load_network("tf_efficientnetv2_s", found.checkpoints[shown_fold], recipe)
@@ -418,13 +420,14 @@ glue_values("c05", {"n-gates": len(rows)})
 # n = {glue:text}`c05-n-gates` held-out {glue:text}`c05-kind`, profile {glue:text}`c05-profile`.
 # ```
 #
-# Means over few radiographs differ by chance, as the black outline shows. Only what extends beyond it in
-# {numref}`fig:gates` is related to the label.
+# Means over few radiographs differ by chance, as the black outline shows. Only channels well beyond it in
+# {numref}`fig:gates` suggest a relation to the label.
 
 # %% [markdown]
 # ## Exercises
 #
-# Change the chapter first: set `shown_fold = 1` and run all. Do other radiographs open other channels?
+# First change the chapter: set `shown_fold = 1` and run all cells. Do the gates of the other fold's network differ as
+# much between the labels?
 #
 # ```{exercise}
 # :label: ex:efficientnet-depthwise
@@ -437,8 +440,8 @@ glue_values("c05", {"n-gates": len(rows)})
 # ````{solution-start} ex:efficientnet-depthwise
 # :class: dropdown
 # ````
-# For none: $e$ is a factor of every term of {eq}`eq:mbconv` and cancels. The ratio is $(s^2 + 1)c / (2c + s^2)$,
-# which at $c = 48$ is 480 / 105.
+# For none: $e$ is a factor of every term of {eq}`eq:mbconv` and cancels. The ratio, $(s^2 + 1)c / (2c + s^2)$, is
+# 480 / 105 at $c = 48$.
 
 # %%
 assert all(np.isclose(fused_weights(48, e) / mbconv_weights(48, e), 480 / 105) for e in (1, 4, 6))
@@ -451,14 +454,15 @@ assert all(np.isclose(fused_weights(48, e) / mbconv_weights(48, e), 480 / 105) f
 # ```{exercise}
 # :label: ex:efficientnet-side
 #
-# In code: you may spend twice the operations of an image of 128 px. Which is the largest side, in multiples of 32?
+# In code: you can afford twice the operations of an image of 128 px. Which is the largest affordable side that is a
+# multiple of 32?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:efficientnet-side
 # :class: dropdown
 # ````
-# The side grows with the square root of the operations: 128 · √2 ≈ 181, so 160 is the largest of the multiples of 32.
+# The side grows with the square root of the operations: 128 · √2 ≈ 181, so 160 is the largest multiple of 32.
 
 # %%
 budget = 2 * count_operations(network, 128)
@@ -475,15 +479,15 @@ assert fits[-1] == 160
 #
 # A question about the paper: its Table 2 gives this network the lowest sensitivity and the highest specificity of the
 # three, and concludes that it "favours specificity". Is that a property of the network? Move this run's threshold
-# until its specificity is the paper's, and read off the sensitivity.
+# until its specificity equals the paper's, and determine the sensitivity.
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:efficientnet-specificity
 # :class: dropdown
 # ````
-# Sensitivity and specificity are a point on a curve, and the threshold picks the point. Another threshold makes the
-# same network a sensitive one. Only the curve, or its area, belongs to the network.
+# Sensitivity and specificity are one point on a curve, and the threshold selects the point. With another threshold
+# the same network favours sensitivity. Only the whole curve, or its area, describes the network.
 
 # %%
 normal_probs = prob[~y]
@@ -500,8 +504,8 @@ at["sensitivity"], at["specificity"]
 # %% [markdown]
 # ## Takeaways
 #
-# - MBConv separates combining neighbours from mixing channels; the fused block does both at once. Operations are not
-#   time: measure.
-# - Squeeze and excitation weights each channel by what the whole image shows.
-# - Twice the side means four times the operations; depth, width and resolution are best grown together.
+# - MBConv separates combining neighbours from mixing channels; the fused block does both at once. The number of
+#   operations does not determine the time, so measure it.
+# - Squeeze and excitation weights each channel by a gate computed from means over the whole image.
+# - Twice the side means four times the operations; compound scaling increases depth, width and resolution together.
 # - AUROC {glue:text}`c05-auroc` out of fold on {glue:text}`c05-n` {glue:text}`c05-kind`.

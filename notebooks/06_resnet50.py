@@ -19,18 +19,18 @@
 #
 # :::{admonition} In this chapter
 # **You will be able to** build the bottleneck of ResNet50, show by an experiment why very deep chains are hard to
-# train without skip connections, take whole blocks out of a trained network and measure the effect, and evaluate the
+# train without skip connections, remove whole blocks from a trained network and measure the effect, and evaluate the
 # network out of fold.
 #
-# **You need** {ref}`chap:densenet121`, for loss, step, folds and threshold.
+# **You need** {ref}`chap:densenet121`, for the loss, the training step, the folds and the threshold.
 #
-# **It takes** twenty minutes of reading. Training took {glue:text}`c06-train-minutes` minutes, one job after the
-# other.
+# **It takes** twenty minutes of reading. In this run, training took {glue:text}`c06-train-minutes` minutes, one job
+# after the other.
 # :::
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
-shown_fold = 0  # the network that loses blocks below is the one for which this fold was held out
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
+shown_fold = 0  # blocks are removed from the network for which this fold was held out
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -60,26 +60,26 @@ glue_run_facts("c06", numbers, train)
 # %% [markdown]
 # ## The skip connection
 #
-# With more layers a network should get better; a deeper one could always copy the shallower one and let the other
-# layers do nothing. In practice deep plain chains got *worse*, even on the images that they were trained on
-# {cite}`he2016`. Doing nothing is hard for a layer: it has to learn the identity. A residual block makes it the
-# easiest thing there is,
+# More layers should not make a network worse: a deeper one could copy a shallower one and let its other layers do
+# nothing. In practice deep plain chains got *worse*, even on the images that they were trained on {cite}`he2016`. To
+# do nothing, a plain layer has to learn the identity, which is hard. For a residual block it is easy:
 #
 # $$
 # \mathbf{x}_{\ell+1} = \mathrm{ReLU}\big(\mathbf{x}_\ell + F_\ell(\mathbf{x}_\ell)\big).
 # $$ (eq:residual)
 #
-# The block has to learn only what should be *changed*; the input itself goes around it, by the *skip connection*. And
-# when the gradient of the loss goes back to $\mathbf{x}_\ell$, the sum passes it on undiminished: $\partial
-# \mathbf{x}_{\ell+1} / \partial \mathbf{x}_\ell = I + \partial F / \partial \mathbf{x}_\ell$ (where ReLU is on). A
-# product of many such factors always contains the path $I \cdot I \cdots I$, which no weight can close, except at the
-# four blocks where a 1 × 1 convolution stands on the skip connection because the shape of the maps changes.
+# The block has to learn only a *change* to its input; the input itself bypasses it through the *skip connection*.
+# When the gradient of the loss is propagated back to $\mathbf{x}_\ell$, the sum passes it on undiminished: $\partial
+# \mathbf{x}_{\ell+1} / \partial \mathbf{x}_\ell = I + \partial F / \partial \mathbf{x}_\ell$ (where ReLU is active).
+# A product of many such factors always contains the term $I \cdot I \cdots I$, which does not depend on any weight.
+# The exceptions are the four blocks that have a 1 × 1 convolution on the skip connection, because the shape of the
+# maps changes there.
 #
 # ### The bottleneck by hand
 #
-# In ResNet50 $F$ is three convolutions: 1 × 1 down to a quarter of the channels, 3 × 3 at that width, and 1 × 1 up
-# again, each with batch normalisation as in {ref}`chap:densenet121`. We check ours against timm's as there, after one
-# pass in training mode.
+# In ResNet50 $F$ consists of three convolutions: 1 × 1 down to a quarter of the channels, 3 × 3 at that width, and 1
+# × 1 up again, each with batch normalisation as in {ref}`chap:densenet121`. As there, we compare our block with
+# timm's after one pass in training mode.
 
 
 # %%
@@ -101,11 +101,12 @@ with torch.no_grad():
 x1.shape
 
 # %% [markdown]
-# Where training starts from random weights, the last scale $\gamma$ of a block sets how much of its change is added
-# at first. At zero, timm's choice for ResNet, 12 of the 16 blocks only pass on their input, and each gains influence
-# during training {cite}`goyal2017`; over many epochs that is the steadier start. With only a few hundred steps a
-# value in between was better on held-out radiographs ({ref}`sec:chosen`), so this book starts all of them at one
-# half.
+# Where training starts from random weights, the last scale $\gamma$ of a block determines how much of its change is
+# added at first. At zero, timm's choice for ResNet, 12 of the 16 blocks at first only pass on their input, and gain
+# influence during training {cite}`goyal2017`. In short trial runs on another virtual cohort, one run each, one half
+# gave a higher AUROC than zero on images not used for training. Compared with one, it made little difference for
+# ResNet50 and was better for EfficientNetV2-S ({ref}`sec:chosen`). So this book starts the residual blocks of both
+# networks at one half.
 
 # %%
 fresh = networks.build_network("resnet50", seed=numbers.seed)
@@ -114,10 +115,10 @@ assert all(one.bn3.weight.eq(0.5).all() for stage in (fresh.layer1, fresh.layer4
 # %% [markdown]
 # ### Counting
 #
-# A block from $c$ channels through $c/4$ has $c \cdot c/4 + 9 (c/4)^2 + c/4 \cdot c = 17 c^2 / 16$ weights in its
-# convolutions; two full 3 × 3 convolutions would have $18 c^2$. That is what the bottleneck saves. The stages have 3,
-# 4, 6 and 3 blocks. The first block of a stage also has a 1 × 1 convolution on its skip connection, since the number
-# of channels changes there.
+# A block that narrows from $c$ channels to $c/4$ and widens again has $c \cdot c/4 + 9 (c/4)^2 + c/4 \cdot c = 17 c^2
+# / 16$ weights in its convolutions; two full 3 × 3 convolutions would have $18 c^2$. The difference is what the
+# bottleneck saves. The stages have 3, 4, 6 and 3 blocks. The first block of each stage also has a 1 × 1 convolution
+# on its skip connection, since the number of channels changes there.
 
 
 # %%
@@ -139,7 +140,7 @@ assert count_parameters() == total
 total
 
 # %% [markdown]
-# Operations and receptive field are computed as for DenseNet121, whose longest path is set beside that of ResNet50:
+# We compute operations and receptive field as for DenseNet121 and compare the two networks:
 
 # %%
 way = [(7, 2), (3, 2)]
@@ -164,19 +165,18 @@ glue_values("c06", {
 })
 
 # %% [markdown]
-# {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at {glue:text}`c06-px` px,
-# and a receptive field of {glue:text}`c06-reach` px: ResNet50 has more weights, more operations and a smaller
-# receptive field than DenseNet121, whose chain of windows is much longer.
+# ResNet50 has {glue:text}`c06-parameters` parameters, {glue:text}`c06-operations` billion operations at
+# {glue:text}`c06-px` px, and a receptive field of {glue:text}`c06-reach` px. It has more weights, more operations and
+# a smaller receptive field than DenseNet121, whose longest path has many more windows.
 
 # %% [markdown]
 # ## An experiment: the same depth with and without skip connections
 #
-# Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with the input added to each
-# layer's change, and measure how large the gradient still is when it has been propagated back to each layer. If each
-# layer shrinks the gradient by some factor, the plain chain shrinks it by that factor to the power of its depth. In
-# the other chain each change is divided by the depth; added whole, the changes would make the gradient grow instead,
-# which in ResNet50 the normalisation within each block and the 1 × 1 convolution at the start of each stage keep
-# within bounds.
+# Take a chain of 48 layers $\tanh(W\mathbf{x})$ with random weights, once plain and once with each layer's input
+# added to its output, and measure the size of the gradient at each layer. If each layer shrinks the gradient by some
+# factor, the plain chain shrinks it by that factor to the power of its depth. In the other chain each layer's output
+# is divided by the depth before the input is added to it; otherwise the gradient would grow. In ResNet50, the
+# normalisation within each block and the 1 × 1 convolution at the start of each stage limit this growth.
 
 
 # %%
@@ -211,19 +211,19 @@ show_figure("c06-fig-gradient", fig)
 # :alt: Size of the gradient by layer on a logarithmic scale. With the input added it stays near one, in the plain
 # :  chain it falls by several powers of ten towards the input.
 # Size of the gradient at each layer of two untrained chains of 48 layers with the same random weights; where the
-# input is added, changes are divided by 48. The experiment does not depend on data or profile.
+# input is added, each layer's output is divided by 48. The experiment does not depend on data or profile.
 # ```
 #
-# In {numref}`fig:residual-gradient` the first layers of the plain chain receive almost no gradient, so a step of the
-# optimiser has next to nothing to correct them by. Real networks also normalise, which preserves the size of the
-# gradient in plain chains too; the skip connection preserves it even without normalisation.
+# In {numref}`fig:residual-gradient` the first layers of the plain chain receive almost no gradient, so they learn
+# almost nothing from it. Practical networks also normalise, which preserves the size of the gradient in plain chains
+# too; the skip connection preserves it even without normalisation.
 
 # %% [markdown]
 # ## Training, fold by fold
 #
-# Loss, step, augmentation, crops and folds are those of {ref}`chap:densenet121`; only the network is another, and
-# `show_training` does the work. {glue:text}`c06-start` What a job of the run has trained is loaded here; what is
-# missing is trained.
+# Loss, step, augmentation, crops and folds are those of {ref}`chap:densenet121`; only the network differs, and
+# `show_training` does the work. {glue:text}`c06-start` Networks that the run has already trained are loaded; missing
+# ones are trained now.
 
 # %% tags=["remove-output"]
 found, last_epochs = show_training("c06", workspace, "resnet50")
@@ -248,8 +248,8 @@ last_epochs
 # ## Performance, with intervals
 #
 # The threshold is Youden's and the intervals are by study, both out of fold, as in {ref}`chap:densenet121`. Since the
-# threshold was chosen on these very images, sensitivity, specificity and F1 look slightly too good here; AUROC does
-# not.
+# threshold was chosen on these same images, sensitivity, specificity and F1 look slightly too good here; AUROC does
+# not depend on it.
 
 # %% tags=["remove-output"]
 results = show_out_of_fold("c06", numbers, found, train)
@@ -268,8 +268,8 @@ scores.round(3)
 # {glue:text}`c06-profile`.
 # ```
 #
-# Find the star of {numref}`fig:resnet-roc`: it lies where the curve is farthest above the diagonal, since that
-# distance is what Youden's index measures.
+# The star of {numref}`fig:resnet-roc` lies where the curve is farthest above the diagonal, since Youden's index
+# measures that distance.
 #
 # ### Right and wrong predictions
 #
@@ -282,22 +282,23 @@ scores.round(3)
 # ```
 #
 # Compare {numref}`fig:resnet-examples` with {numref}`fig:densenet-examples`. Where two networks err on different
-# radiographs, their vote can be better than either; {ref}`chap:ensemble` measures that.
+# radiographs, their vote can be better than either of them; {ref}`chap:ensemble` measures that.
 
 # %% [markdown]
 # ## Paper beside ours
 #
 # In per cent, ours with 95 % intervals. The first column quotes the paper's Table 2, on 2,078 test images of people;
-# the second is this run's, out of fold, on other images. Neither is better or worse than the other.
+# the second is this run's, out of fold, on other images. They cannot be compared: neither is better or worse than the
+# other.
 
 # %% tags=["hide-input"]
 results.beside_paper
 
 # %% [markdown]
-# ## Taking blocks out
+# ## Removing blocks
 #
-# If a block only changes its input a little, the network should still work without it. In a trained network we
-# replace, one at a time, each block that does not change the shape of its input by the identity, and score held-out
+# If a block changes its input only a little, the network should still work without it. In a trained network we
+# replace by the identity, one at a time, each block that preserves the shape of its input, and score held-out
 # radiographs again.
 
 # %%
@@ -325,7 +326,7 @@ assert np.array_equal(score(), prob_whole)  # all blocks are in their positions 
 
 # %%
 def fall(prob_without):
-    """By how much leaving a block out lowers the AUROC, with the interval by study."""
+    """How much removing a block lowers the AUROC, with the interval by study."""
 
     def statistic(picked):
         labels = y[rows][picked]
@@ -344,7 +345,7 @@ fig, ax = plt.subplots(figsize=(7.2, 2.8))
 ax.bar(list(without), list(without.values()), color="C0")
 ax.axhline(whole, color="black", lw=1, label="with all blocks")
 ax.axhline(0.5, color="0.4", lw=0.8, ls=":", label="chance")
-ax.set(xlabel="stage and block left out", ylabel="AUROC", ylim=(0, 1))
+ax.set(xlabel="stage and block removed", ylabel="AUROC", ylim=(0, 1))
 ax.legend(fontsize=8, loc="lower right")
 show_figure("c06-fig-without", fig)
 worst = max(without, key=lambda name: whole - without[name])
@@ -364,30 +365,31 @@ glue_values("c06", {
 # ```
 #
 # Removing any one of {glue:text}`c06-idle` of the twelve blocks changes the AUROC by less than 0.005
-# ({numref}`fig:resnet-without`). Removing block {glue:text}`c06-taken` costs most: the AUROC falls by
-# {glue:text}`c06-worst`, with its 95 % interval by study. The largest of twelve differences is too large by chance,
-# and the interval does not account for this choice. Where the AUROC of the whole network is near one half, the figure
-# shows nothing.
+# ({numref}`fig:resnet-without`). Removing block {glue:text}`c06-taken` has the largest effect: the AUROC falls by
+# {glue:text}`c06-worst` (95 % interval by study). The largest of twelve differences tends to be too large by chance,
+# and the interval does not account for this selection. If the AUROC of the whole network is near one half, the figure
+# is not informative.
 
 # %% [markdown]
 # ## Exercises
 #
-# Change the chapter first: call `gradient_sizes(around=False, gain=1.6)` in a new cell. If each layer enlarges the
-# gradient, the plain chain enlarges it by that factor to the power of its depth; what does the other chain do?
+# First change the chapter: call `gradient_sizes(around=False, gain=1.6)` in a new cell. If each layer enlarges the
+# gradient by some factor, the plain chain enlarges it by that factor to the power of its depth. What happens in the
+# other chain?
 #
 # ```{exercise}
 # :label: ex:resnet-paths
 #
 # By hand: unroll {eq}`eq:residual` without its ReLU over $n$ blocks. How many paths lead from input to output, and
-# through how many blocks does the average one pass?
+# through how many blocks does a path pass on average?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:resnet-paths
 # :class: dropdown
 # ````
-# At each block a path goes through $F$ or around it: $2^n$ paths, of mean length $n / 2$. Taking one block out closes
-# half of them; the other half still works.
+# At each block a path goes either through $F$ or around it, so there are $2^n$ paths of mean length $n / 2$. Removing
+# one block closes half of them; the other half remain.
 
 # %%
 n = 16
@@ -403,15 +405,15 @@ assert len(lengths) == 2**n and lengths.mean() == n / 2
 # :label: ex:resnet-bottleneck
 #
 # By hand: a bottleneck from $c$ channels narrows to $c/r$. How does its number of weights depend on $r$, and which
-# $r$ gives about as many as two full 3 × 3 convolutions at $c/4$ channels?
+# $r$ gives about as many as two full 3 × 3 convolutions with $c/4$ channels?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:resnet-bottleneck
 # :class: dropdown
 # ````
-# $2c^2/r + 9c^2/r^2$. Two full ones at $c/4$ have $18 c^2/16$, and $r = 4$ gives $17 c^2 / 16$: about as many
-# weights, with four times the channels between blocks.
+# It has $2c^2/r + 9c^2/r^2$ weights. Two full convolutions with $c/4$ channels have $18 c^2/16$, and $r = 4$ gives
+# $17 c^2 / 16$: about as many, with four times the channels between blocks.
 
 # %%
 c = 256
@@ -434,8 +436,10 @@ assert narrow[4] == 17 * c * c // 16 and narrow[4] < 18 * (c // 4) ** 2 < narrow
 # ````{solution-start} ex:resnet-recall
 # :class: dropdown
 # ````
-# For calibrated scores the best F1 lies at a threshold of half that F1, as a rule below Youden's: F1 does not count
-# normal radiographs that are called normal. Recall depends on the threshold at least as much as on the architecture.
+# For calibrated scores, the threshold of the best F1 is half that F1, and Youden's is the fraction of abnormal
+# radiographs. Where about half are abnormal, as in VinDr-SpineXR, the former is lower: F1 does not count normal
+# radiographs that are called normal, so a low threshold reduces it less. Recall depends on the threshold, not only on
+# the architecture.
 
 # %%
 by_f1 = classification.operating_point(y, prob, classification.f1_threshold(y, prob))
@@ -449,7 +453,7 @@ by_f1["sensitivity"] - scores.loc["sensitivity", "value"]
 # %% [markdown]
 # ## Takeaways
 #
-# - A residual block learns a change to its input; doing nothing is easy for it.
-# - The sum passes the gradient on undiminished, so that the first layers are trained in deep networks too.
-# - With a block taken out there is still a path through the network; what that costs is measured.
+# - A residual block learns a change to its input; it can easily learn to do nothing.
+# - The sum passes the gradient on undiminished, so that the first layers of deep networks are trained too.
+# - When a block is removed, other paths through the network remain; the experiment measures the loss in AUROC.
 # - AUROC {glue:text}`c06-auroc` out of fold on {glue:text}`c06-n` {glue:text}`c06-kind`.

@@ -18,9 +18,9 @@
 # # 07 · The ensemble
 #
 # :::{admonition} In this chapter
-# **You will be able to** say when three networks are better than one, write the paper's Eq. 2 and map the AUROC of
-# every choice of its weights, choose threshold and calibration out of fold, read a reliability diagram and a decision
-# curve, and test whether the weights matter at all.
+# **You will be able to** explain when three networks are better than one, implement the paper's Eq. 2 and map the
+# AUROC over a grid of its weights, choose threshold and calibration out of fold, read a reliability diagram and a
+# decision curve, and test whether the choice of weights matters.
 #
 # **You need** {ref}`chap:densenet121`, {ref}`chap:efficientnetv2-s` and {ref}`chap:resnet50`.
 #
@@ -28,8 +28,8 @@
 # :::
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
-at_least = 0.9  # sensitivity that a cautious reading room asks for
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
+at_least = 0.9  # least sensitivity at the cautious threshold
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
@@ -57,15 +57,15 @@ from dernet_utils.triage.crossvalidation import (
 
 # %%
 workspace = open_chapter(profile)
-(workspace.tables / "decision.json").unlink(missing_ok=True)  # an earlier run's: sealed again
+(workspace.tables / "decision.json").unlink(missing_ok=True)  # seals the test labels again
 numbers = workspace.profile
 images = triage_images(workspace)
 train = images[images["split"] == "train"]
 found = {name: cross_validate(workspace, name, epoch_bars(name, numbers)) for name in NETWORKS}
 
 # %% [markdown]
-# The last three chapters lead to one table: for each training image three probabilities, each by a network that was
-# not trained on it.
+# The last three chapters give one table: three probabilities for each training image, each by a network that was not
+# trained on it.
 
 # %%
 scored = found["densenet121"].out_of_fold.drop(columns="prob")
@@ -82,19 +82,20 @@ pd.DataFrame(prob, columns=spoken).describe().loc[["mean", "std", "min", "max"]]
 # %% [markdown]
 # ## Three predictions, one number
 #
-# The paper weights the three probabilities and adds them up. Its Eq. 2 takes the class with the larger weighted sum,
+# The paper takes a weighted sum of the three probabilities. Its Eq. 2 selects the class with the larger sum,
 #
 # $$
 # \hat y = \arg\max_{c \in \{0, 1\}} \sum_{m=1}^{3} \omega_m \, P(y = c \mid \mathbf{x}; \theta_m), \qquad
 # \omega_m \ge 0, \quad \sum_m \omega_m = 1 .
 # $$ (eq:vote)
 #
-# The two sums add up to one, so the larger is the one above one half: abnormal where the score
-# $\mathcal{S}(\mathbf{x}) = \sum_m \omega_m P(y = 1 \mid \mathbf{x}; \theta_m)$ exceeds 0.5. Lines 16 and 17 of the
-# paper's Algorithm 1 compare the same $\mathcal{S}$ with a $\tau_{optimal}$ instead. We follow the algorithm, which
-# can trade sensitivity for specificity. It is called a *soft* vote because probabilities are averaged before any
-# decision is made. The paper's weights are 0.42 for DenseNet121, 0.32 for EfficientNetV2-S and 0.26 for ResNet50: the
-# largest for the network whose AUROC is the lowest of the three in its own Table 2.
+# The two sums add up to one, so the larger is the one above one half. An image is thus called abnormal where the
+# score $\mathcal{S}(\mathbf{x}) = \sum_m \omega_m P(y = 1 \mid \mathbf{x}; \theta_m)$ exceeds 0.5. Lines 16 and 17 of
+# the paper's Algorithm 1 instead compare $\mathcal{S}$ with a threshold $\tau_{optimal}$. We follow the algorithm,
+# because a threshold can trade sensitivity for specificity. The weighted sum is called a *soft* vote because
+# probabilities are averaged before any decision is made. The paper's weights are 0.42 for DenseNet121, 0.32 for
+# EfficientNetV2-S and 0.26 for ResNet50: the largest for the network whose AUROC is the lowest of the three in its
+# own Table 2.
 
 # %%
 omega_paper = np.array(ensemble.PAPER_WEIGHTS)
@@ -130,10 +131,10 @@ show_figure("c07-fig-ensemble", fig)
 #
 # ## Why it can help
 #
-# If three networks erred on the same radiographs, their mean would err there too. Averaging helps only as far as
-# their errors *differ*. Take the error $e_m = P_m - y$ of each network. If all had variance $v$ and any two were
-# correlated by $r$, the mean of three would have the error variance $v (1 + 2r) / 3$: a third of $v$ at $r = 0$, all
-# of it at $r = 1$.
+# If three networks err on the same radiographs, their mean errs there too. Averaging helps only as far as their
+# errors *differ*. Let $e_m = P_m - y$ be the error of network $m$. If all three errors have variance $v$ and each
+# pair has correlation $r$, the error of the mean has variance $v (1 + 2r) / 3$: a third of $v$ at $r = 0$, and $v$ at
+# $r = 1$.
 
 # %%
 errors = prob - y[:, None]
@@ -144,9 +145,9 @@ assert np.isclose(mean_error.var(), covariance.sum() / 9)  # the rule, without e
 pd.DataFrame(correlation, spoken, spoken).round(2)
 
 # %% [markdown]
-# Part of these correlations is no property of the networks: the error on an abnormal radiograph is always negative
-# and that on a normal one always positive, for all three alike. The correlation within each label shows how far the
-# networks find the same radiographs hard.
+# Part of these correlations does not depend on the networks: the error is negative on every abnormal radiograph and
+# positive on every normal one, for all three alike. The correlation within each label shows how far the same
+# radiographs are difficult for all networks.
 
 # %%
 within = {
@@ -179,15 +180,15 @@ glue_values("c07", {
 #
 # The mean correlation of errors is {glue:text}`c07-r`, within a label {glue:text}`c07-r-within`. On radiographs like
 # those of {numref}`fig:disagree` a vote can correct a single network; where all three agree, right or wrong, it
-# changes nothing.
+# changes little.
 
 # %% [markdown]
 # ## Every choice of weights
 #
-# Three weights that sum to one are a point in a triangle, whose corners are the single networks. There are 1,326 such
-# points in steps of 0.02, so we can evaluate them all. The paper chose its weights "empirically", on images that it
-# does not name. We take the weights with the least *log loss* out of fold. Log loss is smooth and convex in the
-# weights, so the grid's best point is next to the best there is; AUROC changes in steps and rewards luck.
+# Three weights that sum to one are a point in a triangle whose corners are the single networks. In steps of 0.02
+# there are 1,326 such points, so we can evaluate them all. The paper chose its weights "empirically" and does not say
+# on which images. We take the weights with the least *log loss* out of fold. Log loss is smooth and convex in the
+# weights, so the best point of the grid is close to the optimum; AUROC changes in steps and rewards chance.
 
 # %%
 points = ensemble.simplex(3)
@@ -236,23 +237,23 @@ glue_values("c07", {
 # {glue:text}`c07-n` {glue:text}`c07-kind`, profile {glue:text}`c07-profile`.
 # ```
 #
-# Look at the colour bar of {numref}`fig:simplex` before the colours. {glue:text}`c07-flat` of the triangle lie within
-# 0.01 of its best AUROC, {glue:text}`c07-best`. The flatter the map, the less the exact position of a mark means.
+# Look at the colour bar of {numref}`fig:simplex` before the colours. Of all points, {glue:text}`c07-flat` are within
+# 0.01 of the best AUROC, {glue:text}`c07-best`. The flatter the map, the less the exact position of a mark matters.
 
 # %% [markdown]
 # ## What a probability means
 #
-# A threshold needs only the order of the scores. A reader who sees "0.7" expects more: that of ten radiographs with
-# 0.7, seven are abnormal. *Calibration* aims at that. Temperature scaling divides the logit by one number $T$
-# {cite}`guo2017`,
+# A threshold uses only the order of the scores. A radiologist who sees "0.7" expects more: that seven of ten
+# radiographs with 0.7 are abnormal. This is the aim of *calibration*. Temperature scaling divides the logit by one
+# number $T$ {cite}`guo2017`,
 #
 # $$
 # \mathcal{S}_T = \sigma\big(\sigma^{-1}(\mathcal{S}) / T\big),
 # $$ (eq:temperature)
 #
-# which leaves the order as it is. *Isotonic* regression fits any rising step function instead. Evaluating either on
-# the images that it was fitted to would flatter it. So for each fold, weights, temperature and steps are fitted on
-# the other folds and evaluated on this one.
+# which does not change the order. *Isotonic* regression instead fits a non-decreasing step function. Evaluated on the
+# images that they were fitted to, both would look too good. So for each fold, weights, temperature and steps are
+# fitted on the other folds and evaluated on this one.
 
 # %%
 fold = scored["fold"].to_numpy()
@@ -301,29 +302,28 @@ show_figure("c07-fig-reliability", fig)
 # {glue:text}`c07-profile`.
 # ```
 #
-# Below the diagonal of {numref}`fig:reliability` the predicted probability of disease is too high, above it too low.
-# The mean of three networks is as a rule underconfident, since one that disagrees pulls it towards the middle. The
-# isotonic curve has many steps to fit and with few images can fit chance; we had settled beforehand on the
-# temperature, which is one number. For the test split, weights and temperature are fitted on all folds.
+# Below the diagonal of {numref}`fig:reliability` the predicted probability is too high, above it too low. Averaging
+# tends to make probabilities underconfident, since a network that disagrees pulls the mean towards the middle.
+# Isotonic regression fits many steps, which with few images can follow chance; we had decided beforehand on the
+# temperature, which is a single number. For the test split, weights and temperature are fitted on all folds.
 #
-# All of this holds for the fraction of abnormal radiographs here, {glue:text}`c07-share`. In an ordinary list of
-# patients it is lower, and 0.7 no longer means seven of ten: calibrate on radiographs from the site where the network
-# is used.
+# All of this holds for the fraction of abnormal radiographs here, {glue:text}`c07-share`. Where another fraction is
+# abnormal, 0.7 no longer means seven of ten: calibrate on radiographs from the site where the network is used.
 
 # %%
 vote = ensemble.soft_vote(prob, omega)
 temperature = ensemble.fit_temperature(y, vote)
 final = ensemble.with_temperature(vote, temperature)
-distinct = np.unique(vote.round(9))  # closer votes may be equal, but for rounding
+distinct = np.unique(vote.round(9))  # votes closer than this may differ by rounding only
 assert (np.diff(ensemble.with_temperature(distinct, temperature)) >= 0).all()  # the order is kept
 round(temperature, 2)
 
 # %% [markdown]
 # ## Thresholds, and what they trade
 #
-# Three aims lead to three thresholds. Youden's balances sensitivity and specificity. F1 weighs true positives against
-# missed radiographs and false positives, and does not count normal radiographs that are called normal. A cautious
-# reading room fixes a sensitivity and accepts the specificity that is left.
+# Three aims lead to three thresholds. Youden's maximises the sum of sensitivity and specificity. F1 sets true
+# positives against false negatives and false positives, and does not count true negatives. A cautious department
+# fixes the sensitivity and accepts the specificity that results.
 
 # %%
 thresholds = {
@@ -367,22 +367,22 @@ show_figure("c07-fig-trade", fig)
 # :name: fig:trade
 # :alt: Left, sensitivity falls and specificity rises with the threshold, with three thresholds marked. Right, net
 # :  benefit of the ensemble, of calling all abnormal and of calling none.
-# Left: what the threshold trades. Right: decision curve of the vote, weighted and calibrated on the other folds, with
-# a 95 % band from resampled studies. Out of fold, n = {glue:text}`c07-n` {glue:text}`c07-kind`, profile
-# {glue:text}`c07-profile`.
+# Left: sensitivity and specificity by threshold. Right: decision curve of the vote, weighted and calibrated on the
+# other folds, with a 95 % band from resampled studies. Out of fold, n = {glue:text}`c07-n` {glue:text}`c07-kind`,
+# profile {glue:text}`c07-profile`.
 # ```
 #
-# The right panel of {numref}`fig:trade` asks whether the network is useful at all {cite}`vickers2006`. Choosing a
-# threshold of $p$ means that one missed radiograph weighs as much as $(1 - p) / p$ false positives; *net benefit*
-# counts true positives minus false positives at that rate. The network is useful where its curve lies above both
-# alternatives: calling every radiograph abnormal, and calling none.
+# The right panel of {numref}`fig:trade` shows whether the network is useful at all {cite}`vickers2006`. A threshold
+# of $p$ implies that one false negative weighs as much as $(1 - p) / p$ false positives. *Net benefit* is the number
+# of true positives minus $p / (1 - p)$ times the number of false positives, per image. The network is useful where
+# its curve lies above both alternatives: calling every radiograph abnormal, and calling none abnormal.
 
 # %% [markdown]
-# ## The decision is written down
+# ## Writing the decision down
 #
-# Weights, temperature and thresholds are fixed from here on. Writing them opens the seal: until now
-# `open_test_labels` has refused, in this run too, since the set-up deleted an earlier run's decision. That seals the
-# labels again; it cannot make a person forget what was seen.
+# Weights, temperature and thresholds are fixed from here on. Writing them unseals the test labels, which
+# `open_test_labels` has refused to return until now. If the chapter is run again, its set-up deletes the earlier
+# decision and so seals the labels again; but this cannot undo what a person has already seen.
 
 # %%
 try:
@@ -404,9 +404,9 @@ pd.Series(chosen | decision.thresholds, name="chosen").round(3).to_frame()
 # ## The test split, once
 #
 # A test image is scored by the networks of all {glue:text}`c07-folds` folds, since none of them was trained on it,
-# and their mean is taken. Each single network gets its own Youden threshold, also from out of fold. There a score
-# came from one network; a mean over folds varies less around the middle, so threshold and temperature may not fit it
-# equally well. The table below shows how well they do.
+# and we take the mean. Each single network gets its own Youden threshold, also chosen out of fold. Out of fold, a
+# score is that of one network; the mean over several varies less, so threshold and temperature may not fit it equally
+# well. The tables below show how well they do.
 
 # %%
 test = found["densenet121"].test.drop(columns="prob")
@@ -424,7 +424,7 @@ for name, (ours, on_test) in columns.items():
     tables["test"][name] = scores(y_test, on_test, test["study_id"], tau, **draws)
 
 # %% [markdown]
-# Does the calibration hold on radiographs that it was not fitted on?
+# Does the calibration hold on radiographs that were not used to fit it?
 
 # %%
 measure(y_test, {"vote": prob_test @ omega, "calibrated": decision.prob(prob_test)})
@@ -433,9 +433,9 @@ measure(y_test, {"vote": prob_test @ omega, "calibrated": decision.prob(prob_tes
 # ### Paper beside ours: Table 2
 #
 # All numbers are in per cent, ours with 95 % intervals. The first column is the paper's, on its 2,078 test images of
-# people. The others are this run's: out of fold, where thresholds and weights were chosen, so that they look slightly
-# too good and their intervals slightly too narrow, and on the test split. The columns are of different images and may
-# not be compared with each other.
+# people. The others are this run's, out of fold and on the test split. Thresholds and weights were chosen out of
+# fold, so the results there look slightly too good and their intervals are slightly too narrow. The columns are from
+# different images and cannot be compared with each other.
 
 # %% tags=["hide-input"]
 compare_with_table_2(numbers, tables, tuple(TABLE_2))
@@ -467,15 +467,15 @@ glue_values("c07", {
 # ```
 #
 # DERNet's AUROC in {numref}`fig:ensemble-roc` is {glue:text}`c07-auroc`. Note how wide the band is before you compare
-# curves. And it covers the choice of radiographs only: other seeds would have given other networks
+# curves. It reflects the choice of radiographs only; other seeds would have given other networks
 # ({ref}`chap:densenet121`).
 
 # %% [markdown]
-# ## Does it matter?
+# ## Do the weights matter?
 #
 # Two claims of the paper can be tested on the same images: that the vote is better than single networks, and that
-# *these* weights are needed. Both votes score the same radiographs, so their chance errors are correlated; therefore
-# we resample the *difference*, study by study.
+# *these* weights are needed. Both methods of a comparison score the same radiographs, so their AUROCs vary together;
+# therefore we compute an interval of their *difference*, resampled by study.
 
 
 # %%
@@ -491,7 +491,7 @@ def difference(first, second):
 
 ours = prob_test @ omega
 areas = {name: tables["out of fold"][name].loc["auroc", "value"] for name in NETWORKS}
-_, median, best = sorted(NETWORKS, key=areas.get)  # known before a test label was read
+_, median, best = sorted(NETWORKS, key=areas.get)  # chosen before any test label is read
 against = {
     "equal weights": prob_test @ equal,
     "the paper's weights": prob_test @ omega_paper,
@@ -505,12 +505,12 @@ pd.DataFrame({"AUROC of fitted weights minus that of": shown})
 
 # %% tags=["remove-cell"]
 def verdict(d, other):
-    """What an interval of a difference shows, in a sentence."""
+    """Describe in a sentence what the interval of a difference shows."""
     if d.low > 0:
         return f"On this run's test radiographs fitted weights rank images better than {other}."
     if d.high < 0:
         return f"On this run's test radiographs fitted weights rank images worse than {other}."
-    return f"The interval includes zero: this run gives no ground to prefer fitted weights to {other}."
+    return f"The interval includes zero: this run gives no reason to prefer fitted weights to {other}."
 
 
 for key, (name, d) in zip(("weights", "paper", "top", "median"), differences.items(), strict=True):
@@ -518,18 +518,20 @@ for key, (name, d) in zip(("weights", "paper", "top", "median"), differences.ite
     glue_values("c07", {key: f"{d:+.3f}", f"{key}-verdict": sentence})
 
 # %% [markdown]
-# Against equal weights the AUROC differs by {glue:text}`c07-weights`. {glue:text}`c07-weights-verdict` Against the
-# paper's weights: {glue:text}`c07-paper`. {glue:text}`c07-paper-verdict` Against the network that was best out of
-# fold, the harder comparison: {glue:text}`c07-top`. {glue:text}`c07-top-verdict` Against the median network:
-# {glue:text}`c07-median`. {glue:text}`c07-median-verdict`
+# The AUROC of fitted weights minus that of equal weights is {glue:text}`c07-weights`.
+# {glue:text}`c07-weights-verdict` Minus that of the paper's weights, it is {glue:text}`c07-paper`.
+# {glue:text}`c07-paper-verdict` Minus that of the network that was best out of fold, the strongest baseline, it is
+# {glue:text}`c07-top`. {glue:text}`c07-top-verdict` Minus that of the median network, it is {glue:text}`c07-median`.
+# {glue:text}`c07-median-verdict`
 #
-# The paper prints three weights with two decimals and no comparison with 1/3 each; the map of {numref}`fig:simplex`
-# shows how little such decimals may mean.
+# The paper prints three weights with two decimals and no comparison with equal weights of 1/3; the map of
+# {numref}`fig:simplex` shows how little such decimals may matter.
 
 # %% [markdown]
 # ## Exercises
 #
-# Change the chapter first: set `at_least = 0.95` and run all. How much specificity does the cautious threshold cost?
+# First change the chapter: set `at_least = 0.95` and run all cells. How much specificity does the cautious threshold
+# cost?
 #
 # ```{exercise}
 # :label: ex:ensemble-correlation
@@ -557,15 +559,15 @@ assert np.isclose(three.sum() / 9, 0.5)
 # ```{exercise}
 # :label: ex:ensemble-hard
 #
-# In code: let each network decide by its own threshold, and take the majority. How does this *hard* vote compare out
-# of fold with the soft one at Youden's threshold?
+# In code: apply its own threshold to each network and take the majority. How does this *hard* vote compare out of
+# fold with the soft one at Youden's threshold?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:ensemble-hard
 # :class: dropdown
 # ````
-# A hard vote discards the confidence of each network, and offers one operating point instead of a curve.
+# A hard vote discards the confidence of each network and gives one operating point instead of a curve.
 
 # %%
 taus = [classification.youden_threshold(y, prob[:, m]) for m in range(3)]
@@ -583,16 +585,16 @@ both.round(3)
 # ```{exercise}
 # :label: ex:ensemble-luck
 #
-# A question about the method: choose the weights of the best AUROC *on the test split*. How much better does the
-# AUROC look than with weights from out of fold, and why does that mean nothing?
+# A question about the method: choose the weights with the best AUROC *on the test split*. How much better does the
+# AUROC look than with weights chosen out of fold, and why is this gain not evidence of better weights?
 # ```
 
 # %% [markdown]
 # ````{solution-start} ex:ensemble-luck
 # :class: dropdown
 # ````
-# The best of 1,326 numbers is at least the one that was fixed beforehand, whatever the networks can do. On new
-# radiographs the advantage would vanish.
+# The best of 1,326 numbers is at least as large as the one that was fixed beforehand, however good or bad the
+# networks are. On new radiographs the gain would not be expected to last.
 
 # %%
 best_on_test = max(classification.auroc(y_test, prob_test @ point) for point in points)
@@ -607,9 +609,9 @@ round(gain, 3)
 # %% [markdown]
 # ## Takeaways
 #
-# - A vote helps as far as errors differ; measure their correlation first.
+# - A vote helps only as far as errors differ; measure their correlation first.
 # - Weights from out-of-fold log loss: {glue:text}`c07-omega`. {glue:text}`c07-weights-verdict`
-# - Calibration aims at 0.7 meaning seven of ten; whether it does is evaluated on radiographs that it was not
-#   fitted on.
-# - Weights, temperature and thresholds were written before a test label was read. DERNet's test AUROC:
+# - Calibration aims to make 0.7 mean seven of ten; whether it succeeds is evaluated on radiographs that were not used
+#   to fit it.
+# - Weights, temperature and thresholds were written down before any test label was read. DERNet's test AUROC:
 #   {glue:text}`c07-auroc`, n = {glue:text}`c07-n-test` {glue:text}`c07-kind`.

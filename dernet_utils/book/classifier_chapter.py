@@ -1,6 +1,6 @@
-"""What chapters 04, 05 and 06 show alike of one triage network: its training and its metrics.
+"""Training and out-of-fold metrics of one triage network, as chapters 04, 05 and 06 show them.
 
-Chapter 04 also computes these numbers step by step, and asserts that they are the same.
+Chapter 04 also computes these numbers step by step and asserts that they are equal.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from dernet_utils.triage.networks import starting_sentence, starting_weights
 
 @dataclass(frozen=True)
 class OutOfFoldResults:
-    """A network's predictions on the training images, out of fold, and their metrics.
+    """A network's out-of-fold predictions on the training images, and their metrics.
 
     Attributes:
         y: Labels, bool, shape (n,).
         prob: Probabilities of abnormal, shape (n,), in [0, 1].
-        threshold: Youden's, chosen on these images.
+        threshold: Youden's, chosen on these images, in [0, 1].
         scores: As `classification_table` returns them, at that threshold.
-        beside_paper: The network's rows of the paper's Table 2 with these scores beside them.
+        beside_paper: The network's rows of the paper's Table 2, with these scores beside them.
     """
 
     y: np.ndarray
@@ -45,11 +45,11 @@ class OutOfFoldResults:
 
 
 def glue_run_facts(prefix: str, profile: Profile, train: pd.DataFrame) -> None:
-    """Glue a run's facts: ``profile``, ``kind``, ``px``, ``folds``, ``n`` and ``n-studies``.
+    """Glue the facts ``profile``, ``kind``, ``px``, ``folds``, ``n`` and ``n-studies`` of a run.
 
     Args:
-        prefix: The chapter's, such as ``c05``; a key is ``<prefix>-<name>``.
-        profile: The run's.
+        prefix: The chapter's prefix, such as ``c05``; a key is ``<prefix>-<name>``.
+        profile: The run's profile.
         train: The training images, as `triage_images` returns them.
     """
     facts = {
@@ -68,8 +68,8 @@ def show_training(
 ) -> tuple[CrossValidated, pd.DataFrame]:
     """Cross-validate a network, training what is missing, and show its learning curves.
 
-    Glues the figure ``fig-curve``, the sentence ``start`` (the weights that training starts from)
-    and ``train-minutes``.
+    Glues the figure ``fig-curve``, the sentence ``start`` about the initial weights, and
+    ``train-minutes``.
 
     Args:
         prefix: As in `glue_run_facts`.
@@ -77,10 +77,10 @@ def show_training(
         network: One of `NETWORKS`.
 
     Returns:
-        What `cross_validate` found, and the learning curves' last row per fold.
+        What `cross_validate` returns, and the last row of each fold's learning curve.
 
     Raises:
-        DernetError: As `cross_validate`.
+        DernetError: As `cross_validate` raises.
     """
     found = cross_validate(workspace, network, epoch_bars(network, workspace.profile))
     show_figure(f"{prefix}-fig-curve", draw_learning_curves(found.curves))
@@ -99,11 +99,17 @@ def show_out_of_fold(
     """Compute a network's out-of-fold metrics; show its ROC curve and most confident predictions.
 
     Glues the figures ``fig-roc`` (with a band and the operating point) and ``fig-examples``, and
-    ``auroc`` with its interval. Asserts that each training image was scored once.
+    ``auroc`` with its interval.
 
     Args:
         prefix, profile, train: As in `glue_run_facts`.
         found: As `show_training` returns it.
+
+    Returns:
+        Labels, predictions and metrics.
+
+    Raises:
+        AssertionError: A training image was not scored exactly once.
     """
     scored = found.out_of_fold
     assert scored["image_id"].tolist() == train["image_id"].tolist()

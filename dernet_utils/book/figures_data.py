@@ -1,4 +1,4 @@
-"""Drawing for the chapters on data: virtual lesions, their labels and their counterfactuals."""
+"""Figures of virtual lesions, their labels and their effect on a radiograph."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,13 @@ from dernet_utils.virtual.render import RenderedRadiograph, find_box
 def draw_label(
     ax: Axes, lesion_type: str, counterfactual: Counterfactual | None, spacing_mm: float
 ) -> bool:
-    """Draw the box of a virtual finding where its visibility is enough for a label.
+    """Draw the box of a virtual finding if it is visible enough to be labelled.
 
     Args:
         ax: Axes that show the radiograph.
-        lesion_type: Name of the dataset's class.
-        counterfactual: The finding's; None where it is not in the image.
-        spacing_mm: Pixel size.
+        lesion_type: One of `LESION_TYPES`.
+        counterfactual: The finding's counterfactual; None if the finding is out of the field.
+        spacing_mm: Pixel size, mm.
 
     Returns:
         Whether the finding is labelled.
@@ -36,12 +36,12 @@ def draw_label(
 
 
 def draw_difference(ax: Axes, change: np.ndarray, title: str) -> AxesImage:
-    """Show grey with a finding minus grey without it, in the same colours for all findings.
+    """Show the radiograph with a finding minus the one without, on a fixed colour scale.
 
     Args:
-        ax: Where to draw.
-        change: Shape (H, W), from -1 to 1.
-        title: Text above the image.
+        ax: Axes to draw in.
+        change: Difference, shape (H, W), in [-1, 1]; colours saturate at -0.6 and 0.6.
+        title: Title of the axes.
 
     Returns:
         The image, for a colour bar.
@@ -65,14 +65,14 @@ def draw_lesion(
     """Draw a virtual lesion: its tissue, the radiograph without and with it, the difference.
 
     Args:
-        axes: Four.
-        lesion_type: Name of the dataset's class.
-        tissue: Density (HU + 1000) and occupancy (0 to 1) on a square slice, both (n, n).
-        healthy: The radiograph without the lesion, 0 to 1, (H, W).
-        radiograph: The radiograph with the lesion as its only finding, (H, W).
-        offset_px: Lesion's centre from the image's centre, to the right and up.
-        side_mm: Side of the slice, and of the crops.
-        spacing_mm: Pixel size of the radiographs.
+        axes: Four axes.
+        lesion_type: One of `LESION_TYPES`.
+        tissue: Density (HU + 1000) and occupancy (0 to 1) in a square slice, both of shape (n, n).
+        healthy: The radiograph without the lesion, shape (H, W), in [0, 1].
+        radiograph: The radiograph with the lesion as its only finding, shape (H, W).
+        offset_px: Position of the lesion's centre relative to the image's, right and up.
+        side_mm: Side of the slice and of the crops.
+        spacing_mm: Pixel size of the radiographs, mm.
 
     Returns:
         The difference, for a colour bar.
