@@ -105,12 +105,13 @@ glue_values("c10", {
 # %% [markdown]
 # Fold 0 of the training studies is held out: the learning curve is measured on its {glue:text}`c10-validation`
 # images, normal ones included. The settings of the profile (image size, epochs, learning rate) were chosen to fit the
-# time available, on fold 0 and without using a test image. The network is trained on the {glue:text}`c10-training`
-# images of the other folds that show a lesion; the {glue:text}`c10-left-out` without a lesion are left out. The paper
-# does not say on which images its detector was trained. But in its Algorithm 1 the detector runs only on images that
-# triage calls abnormal, and most of an abnormal image is normal anatomy. In a trial on fold 0, a short run learnt
-# more from these images than from all images in the same number of steps. The test split is not used until the end:
-# {glue:text}`c10-test` {glue:text}`c10-kind` of {glue:text}`c10-test-studies` studies, normal or not.
+# time available, on fold 0 or on another virtual cohort ({ref}`sec:chosen`), never on a test image. The network is
+# trained on the {glue:text}`c10-training` images of the other folds that show a lesion; the {glue:text}`c10-left-out`
+# without a lesion are left out. The paper does not say on which images its detector was trained. But in its Algorithm
+# 1 the detector runs only on images that triage calls abnormal, and most of an abnormal image is normal anatomy. In a
+# trial on fold 0, a short run learnt more from these images than from all images in the same number of steps. The
+# test split is not used until the end: {glue:text}`c10-test` {glue:text}`c10-kind` of {glue:text}`c10-test-studies`
+# studies, normal or not.
 #
 # How many boxes of each type are there for training, and how many for evaluation?
 
