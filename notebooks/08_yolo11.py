@@ -360,9 +360,9 @@ assert torch.allclose(attention(q, k, v), F.scaled_dot_product_attention(q, k, v
 # ### Why the root
 #
 # The paper calls $d_k$ the scaling factor; it is the length of queries and keys, and the products are divided by its
-# root. A sum of $d_k$ products of independent numbers with variance 1 has variance $d_k$. Without the division, long
-# queries would give large products, softmax would put nearly all weight on one position, and almost no gradient would
-# reach the others. After division by $\sqrt{d_k}$, the variance is 1 at any length:
+# root. A sum of $d_k$ products of independent numbers with mean 0 and variance 1 has variance $d_k$. Without the
+# division, long queries would give large products, softmax would put nearly all weight on one position, and almost no
+# gradient would reach the others. After division by $\sqrt{d_k}$, the variance is 1 at any length:
 
 # %% tags=["remove-output"]
 lengths = [2, 4, 8, 16, 32, 64, 128, 256]
@@ -671,7 +671,7 @@ for key, i in {"early": 4, "fine": 16, "middle": 19, "coarse": 22}.items():
 # {glue:text}`c08-eff-coarse`, in inputs of {glue:text}`c08-field-px` px ({numref}`fig:fields`). The neck has this
 # effect: it brings the context of the coarse maps to the fine one. Training changes these fields.
 #
-# ## Are lesions small for it?
+# ## Are the lesions small for this network?
 #
 # According to the paper, a lesion is small if it covers less than one per cent of the field of view. We divide a
 # box's area by the stored image's. We also compute the side of a square of the same area in the network's pixels, as
@@ -772,8 +772,8 @@ pd.DataFrame(rows, index=["paper", "this edition"]).T
 #
 # ## Exercises
 #
-# Change the chapter first: set `field_px = 160` in the parameters and run all cells. Which of the fields are now cut
-# off by the edge of the input?
+# Change the chapter first: set `field_px = 160` in the parameters and run all cells. Which of the dashed squares now
+# extend beyond the input?
 #
 # ```{exercise}
 # :label: ex:yolo11-same-keys
@@ -852,7 +852,7 @@ assert torch.allclose(block(shuffle(given)), shuffle(block(given)), atol=1e-4)
 # ````
 # Boxes of 4 to 8 px, if there are any, would cover a whole cell again, and the new map would have four times as many
 # cells as the finest one now. Whether more lesions are found is another matter: nearly all of the new cells must
-# predict "none", and the map of stride 4 lies early in the network, where features are still simple. Train both, on
+# predict "none", and the map of stride 4 lies early in the backbone, where features are still simple. Train both, on
 # the same folds and seeds and for the same time, and compare the average precision of small boxes, with intervals
 # over studies.
 
@@ -875,8 +875,8 @@ for where, a in {"this run": here, "paper": there}.items():
 # - A cross-stage partial stage works on some of the channels. Our versions of the stage and of C2PSA give the
 #   library's outputs.
 # - Eq. 3 is one line of C2PSA: a mean of values, weighted by how well queries match keys, at the coarsest map only.
-# - Every prediction could depend on the whole image. Before training, 90 % of the gradient of the backbone's map of
-#   stride 8 lies within {glue:text}`c08-eff-early` px; for the prediction map of that stride within
-#   {glue:text}`c08-eff-fine` px.
+# - Every prediction can depend on the whole image. With this page's weights, and Eq. 3 left out, 90 % of the gradient
+#   of the backbone's map of stride 8 lies within {glue:text}`c08-eff-early` px; for the prediction map of that stride
+#   within {glue:text}`c08-eff-fine` px.
 # - {glue:text}`c08-small` of this run's boxes are small in the paper's sense, and {glue:text}`c08-below` are smaller
 #   than one cell at {glue:text}`c08-px` px. No lesion lacks context; a small one may lack pixels.

@@ -191,9 +191,9 @@ show_figure("c09-fig-ciou", fig)
 #
 # ### What one pixel costs
 #
-# IoU has no unit, so an error of one pixel matters more for a small box than for a large one. Shift a square of side
-# $s$ by one pixel: the intersection is $s(s-1)$, the union $s(s+1)$, and $\mathrm{IoU} = (s-1)/(s+1)$. For a small
-# lesion, an error of one pixel is costly.
+# IoU is a ratio of areas, so an error of one pixel matters more for a small box than for a large one. Shift a square
+# of side $s$ by one pixel: the intersection is $s(s-1)$, the union $s(s+1)$, and $\mathrm{IoU} = (s-1)/(s+1)$. For a
+# small lesion, an error of one pixel is costly.
 
 # %%
 boxes = all_boxes[all_boxes["image_id"].isin(training["image_id"])]
@@ -281,7 +281,7 @@ show_figure("c09-fig-focal", fig)
 # Another difficulty is specific to YOLO11. Its targets are not 0 and 1 but *soft*: the target of an anchor that is
 # assigned to a lesion measures how well its current box fits, for example 0.3 or 0.8. {eq}`eq:focal` does not define
 # $p_t$ for such a target. With a target $t$ we use $|t - p|$ for $1 - p_t$, cross-entropy with $t$ for $-\log p_t$,
-# and for $\alpha_t$ the mean of both values, weighted by $t$ and $1 - t$. For $t$ of 0 and 1 this is the equation,
+# and for $\alpha_t$ the mean of both values, weighted by $t$ and $1 - t$. For $t$ of 0 and 1 this is {eq}`eq:focal`,
 # and for any other $t$ the smallest loss is zero, at $p = t$. Without $\alpha_t$ it is the *quality focal loss* of
 # the authors who proposed the third term {cite}`li2020`. Another generalisation, which uses such a weighted mean for
 # $p_t$ too, has its minimum elsewhere:
@@ -392,7 +392,7 @@ pd.Series(fractions, name="fraction of the gradient from negatives").to_frame()
 # %% [markdown]
 # How this changes during training must be measured.
 #
-# ### An experiment: with and without
+# ### An experiment: with and without the focal loss
 #
 # Two networks start from the same weights and train on the same {glue:text}`c09-images` images for a few steps, one
 # with the focal loss and one with cross-entropy as its class term; the rest of {eq}`eq:total-loss` is the same. Both
@@ -453,9 +453,9 @@ glue_values("c09", {
 #   anchors with a lesion predict for its type, on a logarithmic scale. Right, the fraction of the gradient that
 #   comes from negatives.
 # ---
-# The first steps of YOLO11-L from random weights, with the focal loss and with cross-entropy as its class
-# term. n = {glue:text}`c09-images` {glue:text}`c09-kind` of the training split, the same at each step;
-# one seed; profile {glue:text}`c09-profile`.
+# The first steps of YOLO11-L from random weights, with the focal loss and with cross-entropy as its class term. n =
+# {glue:text}`c09-images` {glue:text}`c09-kind` of the training split, the same at each step; one seed; profile
+# {glue:text}`c09-profile`.
 # ```
 #
 # After the last step in {numref}`fig:focal-experiment`, anchors with a lesion predict its type with a probability of

@@ -140,9 +140,9 @@ assert np.allclose(sides, [anchor(32, r) for r in (0.5, 1.0, 2.0)], atol=1)  # i
 # %% [markdown]
 # ### Suppression, by hand
 #
-# Neighbouring anchors, or cells, predict the same lesion. *Non-maximum suppression* goes through the boxes of a type
-# in order of falling score. It keeps a box if it overlaps none of the boxes kept so far by more than IoU 0.5, so of
-# several boxes at one lesion only the most confident remains.
+# Neighbouring anchors, or cells, often predict the same lesion. *Non-maximum suppression* goes through the boxes of a
+# type in order of falling score. It keeps a box if it overlaps none of the boxes kept so far by more than IoU 0.5, so
+# of several boxes at one lesion only the most confident remains.
 
 
 # %%
