@@ -491,7 +491,7 @@ for name, theirs in right.items():  # by hand: both tails of a binomial distribu
     assert np.isclose(mcnemar[name], min(1.0, 2 * tail))
 
 # %% [markdown]
-# ## Every comparison of Table 2
+# ## The comparisons of Table 2
 #
 # We compare DERNet with each network and with two other choices of weights. On the test split we compute the
 # difference in AUROC with its interval by study, DeLong's p by study, and McNemar's p; across the
@@ -556,7 +556,7 @@ adjusted = [min(1.0, max((m_tests - i) * p[i] for i in range(j + 1))) for j in r
 assert np.allclose(np.sort(table_2["DeLong, Holm"].to_numpy(float)), adjusted)
 
 # %% [markdown]
-# ## Every comparison of Table 3
+# ## The comparisons of Table 3
 #
 # {ref}`chap:other-detectors` trained six detectors for equal time. The table shows YOLO11-L's mAP@0.5 minus that of
 # each other detector, resampled by study. The second column has *simultaneous* intervals, each at the level $1 -
