@@ -19,8 +19,8 @@
 #
 # :::{admonition} In this chapter
 # **You will be able to** follow a radiograph through YOLO11-L from pixels to boxes, rebuild its stages and its
-# attention from their parts, state how much of an image a prediction can depend on and how much it does depend on,
-# and judge from that whether it can detect small lesions.
+# attention from their parts, state how much of an image a prediction can depend on and how much it does, and decide
+# from that whether the network can detect small lesions.
 #
 # **You need** {ref}`chap:data` for boxes and lesion types, and {ref}`chap:densenet121` for convolutions, batch
 # normalisation and receptive fields.
@@ -66,18 +66,18 @@ paper_size = get_profile("paper").detect_size
 
 # %% [markdown]
 # {ref}`chap:yolo11-training` trains the paper's detector, YOLO11-L {cite}`jocher2024`. Before that we take it apart,
-# with one question in mind: how does it turn one radiograph into boxes, and can it detect small lesions? The paper
+# with two questions in mind: how does it turn a radiograph into boxes, and can it detect small lesions? The paper
 # {cite}`dernet` states that it has a cross-stage partial Darknet backbone, blocks of partial self-attention and a
 # path aggregation network, and that it is designed for lesions that cover less than one per cent of the field of
-# view. Here we look at what the ultralytics library builds under that name.
+# view. Here we look at what the ultralytics library builds under the name YOLO11-L.
 #
 # ## A network drawn from its code
 #
-# The weights on this page are {glue:text}`c08-weights`. The chapter therefore shows how the network is built, not
-# what it has learnt. Its input is a radiograph fitted into a rectangle of $H \times W$ px, in this run
-# {glue:text}`c08-px`, in the paper {glue:text}`c08-paper-px`; the rest of the rectangle is grey. With random weights,
-# signals fade or grow from layer to layer. So at each input size used here, we first pass a few images through the
-# network so that batch normalisation can estimate its means and variances. No weight changes.
+# The network's weights on this page are {glue:text}`c08-weights`; the chapter shows how it is built, not what it has
+# learnt. Its input is a radiograph fitted into a rectangle of $H \times W$ px: {glue:text}`c08-px` in this run,
+# {glue:text}`c08-paper-px` in the paper. The rest of the rectangle is grey. With random weights, signals fade or grow
+# from layer to layer. So at each input size used here, we first pass a few images through the network so that batch
+# normalisation can estimate its means and variances. The weights do not change.
 
 
 # %%
@@ -104,8 +104,9 @@ settle(network, as_input(some, (H, W)))
 assert all(map(torch.equal, before, network.parameters()))
 
 # %% [markdown]
-# The network is a list of layers. In `f`, each layer records which outputs it takes: −1 is the layer before it, and a
-# list of two means that two paths meet. That is enough to pass an image through it, layer by layer.
+# The network is a list of layers. Each layer records in `f` whose outputs it takes: −1 stands for the layer before
+# it, and a list of two means that two paths meet. That is enough to pass an image through the network, layer by
+# layer.
 
 
 # %%
@@ -166,13 +167,13 @@ show_figure("c08-fig-layers", draw.draw_layers(network, maps, (H, W)))
 # the run's {glue:text}`c08-kind`, at {glue:text}`c08-px` px; profile {glue:text}`c08-profile`.
 # ```
 #
-# The *backbone* ({numref}`fig:yolo11-layers`, left) halves the map five times, by convolutions of stride 2. After
-# each but the first, a *cross-stage partial* stage (C3k2) refines the map. The backbone ends in spatial pyramid
-# pooling (SPPF) and attention (C2PSA). Its last map says well what is present, but poorly where. The *neck* carries
-# that information back up to finer maps, as a feature pyramid does {cite}`lin2017a`, and then down once more. The
-# second pass is path aggregation {cite}`liu2018`: it gives the coarse maps a short path to the precise positions in
-# the fine map. Where paths meet, maps are concatenated along their channels. Predictions come from three feature
-# maps. Each has two *heads* that share no weights: one for the box, one for the class.
+# The *backbone* ({numref}`fig:yolo11-layers`, left) halves the map's height and width five times, by convolutions of
+# stride 2. After each but the first, a *cross-stage partial* stage (C3k2) refines the map. The backbone ends in
+# spatial pyramid pooling (SPPF) and attention (C2PSA). Its last map encodes well what is present, but poorly where.
+# The *neck* carries that information back up to finer maps, as a feature pyramid does {cite}`lin2017a`, and then down
+# once more. The second pass is path aggregation {cite}`liu2018`: it gives the coarse maps a short path to the precise
+# positions in the fine map. Where paths meet, maps are concatenated along their channels. Predictions are made from
+# three feature maps. Each map has two *heads*, which share no weights: one predicts boxes, the other classes.
 #
 # What does each part contain, and what does it cost? A convolution uses each of its weights in one multiply-add per
 # position of its output; attention adds matrix products.
@@ -212,14 +213,14 @@ assert costs["weights"].sum() == sum(p.numel() for p in network.parameters())
 # %% [markdown]
 # The network has {glue:text}`c08-parameters` million parameters: {glue:text}`c08-backbone-weights` in the backbone,
 # {glue:text}`c08-neck-weights` in the neck, {glue:text}`c08-heads-weights` in the heads. An image of
-# {glue:text}`c08-px` px costs {glue:text}`c08-madds` billion multiply-adds, one of the paper's
-# {glue:text}`c08-paper-px` px costs {glue:text}`c08-madds-paper` billion.
+# {glue:text}`c08-px` px costs {glue:text}`c08-madds` billion multiply-adds, and one of the paper's
+# {glue:text}`c08-paper-px` px {glue:text}`c08-madds-paper` billion.
 #
 # ### From three maps to boxes
 #
-# Each cell of each map gives 64 numbers for a box, 16 for each of four edges, and one for each lesion type. The
-# softmax of 16 numbers is a distribution over the distances 0 to 15. Its mean is the distance from the cell's centre
-# to the edge, in strides ({ref}`chap:losses` explains why).
+# For each cell of each map, the heads give 64 numbers for a box (16 per edge) and one number per lesion type. The
+# softmax of an edge's 16 numbers is a distribution over the distances 0 to 15. Its mean is the predicted distance
+# from the cell's centre to that edge, in strides ({ref}`chap:losses` explains why).
 
 # %%
 distance = raw["boxes"].view(4, 16, -1).softmax(1).mul(torch.arange(16.0)[:, None]).sum(1)
@@ -233,11 +234,12 @@ assert torch.allclose(box_convert(corners.T, "xyxy", "cxcywh").T, decoded[0, :4]
 assert torch.allclose(raw["scores"][0].sigmoid(), decoded[0, 4:])
 
 # %% [markdown]
-# That is all: one image in, and as many boxes out as {eq}`eq:anchors` counts, which non-maximum suppression then
-# thins by their scores. There is no search, and no region is processed twice.
+# That is the whole detector: it turns an image into as many boxes as {eq}`eq:anchors` counts, from which non-maximum
+# suppression then removes duplicates. There is no search, and no region is processed twice.
 #
-# Where does training begin? The last bias of each head is set by hand. Before training, an edge lies about one stride
-# from the centre, and each lesion type has a probability near {glue:text}`c08-prior` ({ref}`chap:losses`).
+# What does the network predict before training? We set the last biases of each head by hand: from random weights, an
+# edge lies about one stride from the cell's centre, and each lesion type has a probability near
+# {glue:text}`c08-prior` ({ref}`chap:losses`).
 
 # %%
 if start is None:
@@ -250,11 +252,11 @@ glue_values("c08", {"prior": yolo.PRIOR})
 # %% [markdown]
 # ## A stage by hand
 #
-# More than half of the weights are in C3k2 stages. Their idea is *cross-stage partial* {cite}`wang2020`: only some of
-# the channels go through the expensive convolutions, and the rest bypass them. A 1 × 1 convolution mixes the
-# channels, and its output is split into halves. One half is kept; the other goes through a sequence of blocks. All
-# intermediate results are concatenated and mixed again. At scale *l* the blocks are such splits themselves, around
-# pairs of 3 × 3 convolutions with a residual sum.
+# More than half of the weights are in C3k2 stages. These are *cross-stage partial* {cite}`wang2020`: only some of the
+# channels go through the expensive convolutions, and the rest bypass them. A 1 × 1 convolution mixes the channels,
+# and its output is split into halves. One half is kept; the other goes through a sequence of blocks. All intermediate
+# results are concatenated and mixed again. At scale *l* each block is itself such a split, around pairs of 3 × 3
+# convolutions with a residual sum.
 
 
 # %%
@@ -281,12 +283,12 @@ assert 16 * window.in_channels**2 == maps[6].shape[1] ** 2
 assert layers["weights"][layers["layer"] == "C3k2"].sum() > layers["weights"].sum() / 2
 
 # %% [markdown]
-# Our stage equals the library's. A 3 × 3 convolution inside it works on a quarter of the stage's channels, and so has
-# one sixteenth of the weights that a convolution on all channels would need.
+# Our stage gives the library's output. A 3 × 3 convolution inside it works on a quarter of the stage's channels, so
+# it has one sixteenth of the weights that a convolution on all channels would need.
 #
 # *Spatial pyramid pooling* {cite}`he2015` takes, at each position, the largest value in windows of several sizes, so
-# that each position also represents its wider surroundings. SPPF gets these windows from three 5 × 5 poolings in a
-# row: two in a row cover 9 × 9, three 13 × 13.
+# that each position also represents its wider surroundings. SPPF obtains these windows from three successive 5 × 5
+# poolings: two of them cover 9 × 9, three 13 × 13.
 
 # %%
 pyramid = network.model[9]
@@ -302,15 +304,16 @@ assert torch.allclose(pyramid.cv2(torch.cat([once, *windows], dim=1)), maps[9], 
 # ## Attention
 #
 # A convolution mixes neighbours with weights that are fixed after training. *Attention* {cite}`vaswani2017` mixes all
-# positions, with weights that depend on the input. Each of $n$ positions has a query, a row of $Q$ ($n \times d_k$),
-# a key, a row of $K$, and a value, a row of $V$ ($n \times d_v$). The paper's Eq. 3:
+# positions, with weights that depend on the input. Each of $n$ positions has a query (a row of $Q$, $n \times d_k$),
+# a key (a row of $K$, $n \times d_k$) and a value (a row of $V$, $n \times d_v$). The paper's Eq. 3:
 #
 # $$
 # \mathrm{Attention}(Q, K, V) = \mathrm{softmax}\Big( \frac{Q K^T}{\sqrt{d_k}} \Big) V .
 # $$ (eq:attention)
 #
 # Row $i$ of $QK^T$ measures how well the query of position $i$ matches each key. Softmax turns these products into
-# weights that sum to 1, and the position receives the weighted mean of all values. One position at a time:
+# weights that sum to 1, and the position receives the weighted mean of all values. The loop below computes it for one
+# position at a time:
 
 
 # %%
@@ -327,9 +330,10 @@ def attention_by_loops(Q, K, V):
 
 
 # %% [markdown]
-# Two positions with $d_k = 4$, so that the root is 2. The product of the first query with the first key is $2 \log
-# 3$, divided by 2 it is $\log 3$; with the second key it is 0. The exponentials are 3 and 1, the weights ¾ and ¼, and
-# the values 4 and 8 average to 5. The second query matches both keys equally: 6.
+# We check it on two positions with $d_k = 4$, so that the root is 2. The first query's product with the first key is
+# $2 \log 3$, which the division makes $\log 3$; with the second key it is 0. The exponentials are 3 and 1, the
+# weights ¾ and ¼, and the weighted mean of the values 4 and 8 is 5. The second query matches both keys equally and
+# receives 6.
 
 # %%
 Q = [[2 * math.log(3), 0, 0, 0], [0, 0, 0, 0]]
@@ -356,9 +360,9 @@ assert torch.allclose(attention(q, k, v), F.scaled_dot_product_attention(q, k, v
 # ### Why the root
 #
 # The paper calls $d_k$ the scaling factor; it is the length of queries and keys, and the products are divided by its
-# root. A sum of $d_k$ products of independent numbers with variance 1 has variance $d_k$. Without the division, long
-# queries would give large products, softmax would put nearly all weight on one position, and almost no gradient would
-# reach the others. Divided by $\sqrt{d_k}$, the variance is 1 at any length:
+# root. A sum of $d_k$ products of independent numbers with mean 0 and variance 1 has variance $d_k$. Without the
+# division, long queries would give large products, softmax would put nearly all weight on one position, and almost no
+# gradient would reach the others. After division by $\sqrt{d_k}$, the variance is 1 at any length:
 
 # %% tags=["remove-output"]
 lengths = [2, 4, 8, 16, 32, 64, 128, 256]
@@ -383,18 +387,20 @@ glue_values("c08", {"dk": d_k, "dv": d_v, "heads": heads_of, "fine-channels": ma
 #   Left, the variance of the products grows with the length of queries, and stays at one when divided by the root.
 #   Right, the largest of 400 weights grows towards one if undivided and stays near zero if divided.
 # ---
-# Random queries and keys, n = 400 each, against their length; the dotted line is YOLO11-L's. Left: variance of the
-# products. Right: the largest of a position's 400 weights. The figure does not depend on data or profile.
+# Random queries and keys, n = 400 each, by their length; the dotted line marks YOLO11-L's. Left: variance of the
+# products. Right: the largest of a position's 400 weights, mean over positions. The figure does not depend on data or
+# profile.
 # ```
 #
-# Without the division, one of 400 positions takes most of the weight ({numref}`fig:attention-root`).
+# Without the division, one of 400 positions takes most of the weight if queries are long
+# ({numref}`fig:attention-root`).
 #
 # ### In C2PSA
 #
 # In the network, Q, K and V are computed from one map by a 1 × 1 convolution, `qkv`, and split into
 # {glue:text}`c08-heads` heads that attend independently, with $d_k$ = {glue:text}`c08-dk` and $d_v$ =
-# {glue:text}`c08-dv`. {eq}`eq:attention` has no information on where a position lies. So a 3 × 3 convolution on each
-# channel of V, `pe`, is added, and the sum is mixed by `proj`.
+# {glue:text}`c08-dv`. {eq}`eq:attention` has no information about where a position lies. So the output of `pe`, a 3 ×
+# 3 convolution on each channel of V, is added, and `proj` mixes the channels of the sum.
 
 
 # %%
@@ -427,16 +433,15 @@ assert torch.allclose(by_hand, maps[10], atol=1e-4)
 assert kept.shape == attending.shape == (1, maps[9].shape[1] // 2, *maps[9].shape[2:])
 
 # %% [markdown]
-# Of all this only the weighted mean is Eq. 3. `qkv`, `pe`, `proj`, `ffn`, the two residual sums, the split and the
+# Only the weighted mean in all this is Eq. 3. `qkv`, `pe`, `proj`, `ffn`, the two residual sums, the split and the
 # mixing at both ends are ordinary convolutions and additions.
 #
 # ## Attention on a radiograph
 #
-# Which positions receive weight from the position of a lesion? We use the paper's input size of
-# {glue:text}`c08-paper-px` px, where the map of stride 32 has {glue:text}`c08-map-paper` positions (at this run's
-# {glue:text}`c08-px` px it has {glue:text}`c08-map`). From the weight matrix we take the row of the cell that holds
-# the centre of the image's largest box. Weights are in units of $1/n$: 1 is the weight of every position if all were
-# equal.
+# To which positions does the cell of a lesion give weight? We use the paper's input size of {glue:text}`c08-paper-px`
+# px, where the map of stride 32 has {glue:text}`c08-map-paper` positions (at this run's {glue:text}`c08-px` px it has
+# {glue:text}`c08-map`). From the weight matrix we take the row of the cell that holds the centre of the image's
+# largest box. Weights are in units of $1/n$: 1 is the weight that every position would have if all were equal.
 
 # %%
 own = all_boxes[all_boxes["image_id"] == radiograph["image_id"]]
@@ -480,24 +485,24 @@ glue_values("c08", {
 #   four attention heads and one for their mean; a cross marks the querying position.
 # ---
 # One radiograph with its largest box, and the attention weights of the cell at its centre (cross) in the first
-# attention block: each head, and their mean. Titles give the smallest and the largest weight; 1 is the weight of a
-# position if all were equal. n = 1 {glue:text}`c08-one-kind` of the training split; weights of the network:
-# {glue:text}`c08-weights`; profile {glue:text}`c08-profile`.
+# attention block: each head, and their mean. Titles give the smallest and the largest weight; 1 is the weight that
+# every position would have if all were equal. n = 1 {glue:text}`c08-one-kind` of the training split; weights of the
+# network: {glue:text}`c08-weights`; profile {glue:text}`c08-profile`.
 # ```
 #
 # In {numref}`fig:attention-maps` the {glue:text}`c08-heads` heads have their largest weights at
 # {glue:text}`c08-look-places` positions, {glue:text}`c08-look-nearest` to {glue:text}`c08-look-farthest` px from the
 # querying cell, and the largest weight of all is {glue:text}`c08-look-most` times the uniform one. If the network's
-# weights are random, so is the preference of a head: the figure then shows the mechanism, not knowledge. A trained
-# head may have learnt to compare a vertebra with its neighbours, as a radiologist does. That would have to be shown,
-# and a map of attention weights alone does not show that the prediction depends on it.
+# weights are random, so is the preference of a head: the figure then shows the mechanism, not anything learnt. A
+# trained head may have learnt to compare a vertebra with its neighbours, as a radiologist does. That would have to be
+# shown, and a map of attention weights alone does not show that the prediction depends on them.
 #
 # ### What it costs
 #
 # Every position attends to every position, so the cost of the products grows with $n^2$. At {glue:text}`c08-paper-px`
-# px there are {glue:text}`c08-map-paper` = {glue:text}`c08-places-paper` positions at stride 32, at this run's
-# {glue:text}`c08-px` px {glue:text}`c08-map` = {glue:text}`c08-places`. The cost of convolutions grows with $n$. Both
-# depend on the input's area alone, not on its shape.
+# px there are {glue:text}`c08-map-paper` = {glue:text}`c08-places-paper` positions at stride 32; at this run's
+# {glue:text}`c08-px` px there are {glue:text}`c08-map` = {glue:text}`c08-places`. The cost of convolutions grows with
+# $n$. Both depend on the input's area alone, not on its shape.
 
 # %% tags=["hide-input", "remove-output"]
 by_all_conv = by_conv.sum() - by_products
@@ -535,26 +540,26 @@ glue_values("c08", {
 #   Two rising lines over the side of a square input on logarithmic axes, convolutions above and the products of
 #   attention far below but twice as steep.
 # ---
-# Multiply-adds per image. The architecture does not depend on data or profile; dotted lines mark the sides of squares
-# of the area of this run's input and of the paper's.
+# Multiply-adds per image. The architecture does not depend on data or profile; dotted lines mark squares with the
+# area of this run's input and of the paper's.
 # ```
 #
 # At the paper's size the products are {glue:text}`c08-products-share` of all multiply-adds
-# ({numref}`fig:attention-cost`); they would equal the convolutions only at a side of {glue:text}`c08-equal-px` px.
-# Attention is this cheap because it works on the coarsest map, which has few positions. The price is that each of
-# these positions is 32 px wide.
+# ({numref}`fig:attention-cost`); they would cost as much as the convolutions only at a side of
+# {glue:text}`c08-equal-px` px. Attention is this cheap because it works on the coarsest map, which has few positions.
+# The price is that each of these positions is 32 px wide.
 #
 # ## Receptive fields
 #
 # An output depends on a square of the input, its *receptive field*. Each window of side $k$ increases its side $r$ by
-# $k - 1$ steps of the map that it reads, a step being $j$ pixels. For layer $\ell$, of stride $s_\ell$,
+# $k - 1$ steps of the map that it reads, where a step is $j$ pixels. For layer $\ell$, of stride $s_\ell$,
 #
 # $$
 # r_\ell = \max_{i \to \ell} r_i + (k_\ell - 1)\, j, \qquad j_\ell = s_\ell\, j ,
 # $$ (eq:field)
 #
-# where $i$ runs over its inputs, up-sampling halves the step, and the longest path within a stage counts. Through Eq.
-# 3 the field is the whole image, so we leave it out and keep only its convolutions.
+# where $i$ runs over its inputs, up-sampling halves the step, and the longest path within a stage counts. Eq. 3 makes
+# the field the whole image, so we leave it out and count only the convolutions around it.
 
 
 # %%
@@ -575,8 +580,8 @@ assert [j[i] for i in heads.f] == [8, 16, 32]
 
 # %% [markdown]
 # The gradient of an output with respect to the input shows which pixels the output depends on. Where the field is
-# smaller than the image, the recursion must agree with it to the pixel. With Eq. 3, the first position of the
-# attention block must depend on every position of its input; without it, only on the four that `pe` covers at a
+# smaller than the image, the recursion must agree with the gradient to the pixel. With Eq. 3, the first position of
+# the attention block must depend on every position of its input; without it, only on the four that `pe` covers at a
 # corner.
 
 
@@ -598,13 +603,13 @@ fields.set_index("stride").T
 
 # %% [markdown]
 # Even without Eq. 3, the field of all three prediction maps is larger than the paper's whole input. With Eq. 3 it is
-# the whole image at any size: for every layer after layer 10, "receptive field" means everything.
+# the whole image at any size, for layer 10 and every layer after it.
 #
 # The finest map's field of {glue:text}`c08-field-fine` px, Eq. 3 left out, says little about which pixels matter,
-# because most of it is reached by few paths. The *effective* field {cite}`luo2016` measures how strongly each pixel
-# counts. We take the gradient of a map's central position, its channels added with random signs, and sum its size
-# over {glue:text}`c08-images` images, each in a square of {glue:text}`c08-field-px` px. Eq. 3 stays left out. Next to
-# the three prediction maps we show the backbone maps of the same strides.
+# because few paths reach most of it. The *effective* field {cite}`luo2016` measures how strongly each pixel counts.
+# We take the gradient of a map's central position, its channels added with random signs, and sum its absolute values
+# over {glue:text}`c08-images` images, each in a square of {glue:text}`c08-field-px` px. Eq. 3 is still left out. For
+# comparison we show the backbone maps of the same strides.
 
 
 # %%
@@ -632,7 +637,7 @@ for one in psa.m:
     one.attn.forward = lambda x, block=one.attn: attention_block(x, block, with_eq_3=False)
 outputs = walk(network, inputs)
 for one in psa.m:
-    del one.attn.forward  # Eq. 3 is back
+    del one.attn.forward  # Eq. 3 again
 
 watched = dict.fromkeys((4, 6, 8), "backbone") | dict.fromkeys(heads.f, "prediction")
 gradients = {i: effective_field(outputs, inputs, i) for i in watched}
@@ -655,23 +660,23 @@ for key, i in {"early": 4, "fine": 16, "middle": 19, "coarse": 22}.items():
 #   the stride; below, three prediction maps, bright over most of the image. Dashed squares hold nine tenths.
 # ---
 # Effective fields of the central position, Eq. 3 left out: backbone maps (above) and the three prediction maps
-# (below). The dashed square holds 90 % of the gradient, its side is in the title; it may extend beyond the input,
-# where there is nothing to count. Sum over n = {glue:text}`c08-images` {glue:text}`c08-kind` of the training split;
+# (below). The dashed square holds 90 % of the gradient, and the title gives its side; it may extend beyond the input,
+# where there is no gradient. Sum over n = {glue:text}`c08-images` {glue:text}`c08-kind` of the training split;
 # weights of the network: {glue:text}`c08-weights`; profile {glue:text}`c08-profile`.
 # ```
 #
-# In the backbone, at stride 8, 90 % of the gradient lies in a square of {glue:text}`c08-eff-early` px, where
-# {eq}`eq:field` allows {glue:text}`c08-field-early`. For the prediction map of the same stride the square has
-# {glue:text}`c08-eff-fine` px, for those of strides 16 and 32 {glue:text}`c08-eff-middle` and
-# {glue:text}`c08-eff-coarse`, in inputs of {glue:text}`c08-field-px` px ({numref}`fig:fields`). That is the effect of
-# the neck: it brings the context of the coarse maps to the fine one. Training changes these fields.
+# For the backbone map of stride 8, 90 % of the gradient lies in a square of {glue:text}`c08-eff-early` px, where
+# {eq}`eq:field` allows {glue:text}`c08-field-early`. For the prediction map of the same stride the square measures
+# {glue:text}`c08-eff-fine` px, and for those of strides 16 and 32 {glue:text}`c08-eff-middle` and
+# {glue:text}`c08-eff-coarse`, in inputs of {glue:text}`c08-field-px` px ({numref}`fig:fields`). The neck has this
+# effect: it brings the context of the coarse maps to the fine one. Training changes these fields.
 #
-# ## Are lesions small for it?
+# ## Are the lesions small for this network?
 #
 # According to the paper, a lesion is small if it covers less than one per cent of the field of view. We divide a
 # box's area by the stored image's. We also compute the side of a square of the same area in the network's pixels, as
 # in {ref}`chap:losses`: the image is scaled to fit into the input's height and width, and its boxes with it. A box of
-# side $a$ covers $(a/8)^2$ cells of the finest map. The table gives medians.
+# side $a$ covers $(a/8)^2$ cells of the finest map. The table gives the fraction of small boxes and the medians.
 
 # %%
 boxes = all_boxes[all_boxes["image_id"].isin(training["image_id"])]
@@ -730,19 +735,20 @@ glue_values("c08", {
 # {glue:text}`c08-smallest` (n = {glue:text}`c08-smallest-n`, {glue:text}`c08-smallest-small` small): a box covers
 # {glue:text}`c08-smallest-cells` cells of the finest map at {glue:text}`c08-px` px and
 # {glue:text}`c08-smallest-cells-paper` at {glue:text}`c08-paper-px` px. {glue:text}`c08-below` of all boxes are
-# narrower than one cell here, and {glue:text}`c08-below-paper` at the paper's size ({numref}`fig:box-sides`).
+# smaller than one cell here, and {glue:text}`c08-below-paper` at the paper's size ({numref}`fig:box-sides`).
 #
-# So the second half of the question has two answers. *Enough context* is no difficulty: at {glue:text}`c08-paper-px`
-# px the field of the finest prediction map is {glue:text}`c08-larger` times as wide as the median box. *Enough
-# resolution* depends on the lesion's side compared with the stride. A lesion within one cell is not lost, because the
-# cell's {glue:text}`c08-fine-channels` channels can encode what is inside. But two lesions in one cell share its
-# prediction, and after three convolutions of stride 2 a detail of a few pixels has either been encoded in channels or
-# is gone. More pixels per millimetre help, and their cost grows with the square.
+# So the second question has two answers. *Context* is no difficulty: at {glue:text}`c08-paper-px` px the field of the
+# finest prediction map is {glue:text}`c08-larger` times as wide as the median box. *Resolution* may be one: it
+# depends on the lesion's side compared with the stride. A lesion within one cell is not lost, because the cell's
+# {glue:text}`c08-fine-channels` channels can encode what is inside. But two lesions in one cell compete for its one
+# box, and after three convolutions of stride 2 a detail of a few pixels has either been encoded in channels or is
+# gone. More pixels per millimetre can help, but the cost grows with their square.
 
 # %% [markdown]
 # ## Paper beside ours
 #
-# What the paper reports about the network, and what is counted on this page. Neither column is a result.
+# The table compares what the paper reports about the network with what is counted on this page. Neither column is a
+# result.
 
 # %% tags=["hide-input"]
 rows = {
@@ -766,8 +772,8 @@ pd.DataFrame(rows, index=["paper", "this edition"]).T
 #
 # ## Exercises
 #
-# Change the chapter first: set `field_px = 160` in the parameters and run all cells. Which of the fields are now cut
-# off by the edge of the input?
+# Change the chapter first: set `field_px = 160` in the parameters and run all cells. Which of the dashed squares now
+# extend beyond the input?
 #
 # ```{exercise}
 # :label: ex:yolo11-same-keys
@@ -781,8 +787,8 @@ pd.DataFrame(rows, index=["paper", "this edition"]).T
 # :class: dropdown
 # ````
 # All products of a query are equal, so all weights are $1/n$, and each position receives the mean of the values,
-# whatever its query. If one key matches far better, softmax gives it all the weight, and the position receives that
-# value alone.
+# whatever its query. If one key matches far better, softmax gives it practically all the weight, and the position
+# receives its value alone.
 
 # %%
 q, v = torch.randn(1, 4, generator=generator), torch.randn(6, 3, generator=generator)
@@ -836,8 +842,8 @@ assert torch.allclose(block(shuffle(given)), shuffle(block(given)), atol=1e-4)
 # :label: ex:yolo11-finer
 #
 # A question to the paper: if the network is designed for small lesions, should it not also predict from a map of
-# stride 4? State what that would bring and cost in cells, for this run's boxes, and what you would measure before you
-# believe in it.
+# stride 4? State what that would bring and cost in cells, for this run's boxes, and what you would measure before
+# adopting it.
 # ```
 
 # %% [markdown]
@@ -846,9 +852,9 @@ assert torch.allclose(block(shuffle(given)), shuffle(block(given)), atol=1e-4)
 # ````
 # Boxes of 4 to 8 px, if there are any, would cover a whole cell again, and the new map would have four times as many
 # cells as the finest one now. Whether more lesions are found is another matter: nearly all of the new cells must
-# predict "none", and the map of stride 4 lies early in the network, where features are still simple. One would train
-# both, on the same folds and seeds and for the same time, and compare the average precision of small boxes, with
-# intervals over studies.
+# predict "none", and the map of stride 4 lies early in the backbone, where features are still simple. Train both, on
+# the same folds and seeds and for the same time, and compare the average precision of small boxes, with intervals
+# over studies.
 
 # %%
 now, more = (sum(math.prod(paper_size) // s**2 for s in steps) for steps in ((8, 16, 32), (4,)))
@@ -866,10 +872,11 @@ for where, a in {"this run": here, "paper": there}.items():
 #
 # - An image goes down a backbone, up and down a neck, and out through three pairs of heads. All cells predict at
 #   once; there is no search.
-# - A cross-stage partial stage works on some of the channels. Our stage equals the library's, and so does our C2PSA.
+# - A cross-stage partial stage works on some of the channels. Our versions of the stage and of C2PSA give the
+#   library's outputs.
 # - Eq. 3 is one line of C2PSA: a mean of values, weighted by how well queries match keys, at the coarsest map only.
-# - Every prediction could depend on the whole image. Before training, 90 % of the gradient of the backbone's map of
-#   stride 8 lies within {glue:text}`c08-eff-early` px; for the prediction map of that stride within
-#   {glue:text}`c08-eff-fine` px.
-# - {glue:text}`c08-small` of this run's boxes are small in the paper's sense, and {glue:text}`c08-below` are narrower
-#   than one cell at {glue:text}`c08-px` px. No lesion lacks context; what a small one can lack is pixels.
+# - Every prediction can depend on the whole image. With this page's weights, and Eq. 3 left out, 90 % of the gradient
+#   of the backbone's map of stride 8 lies within {glue:text}`c08-eff-early` px; for the prediction map of that stride
+#   within {glue:text}`c08-eff-fine` px.
+# - {glue:text}`c08-small` of this run's boxes are small in the paper's sense, and {glue:text}`c08-below` are smaller
+#   than one cell at {glue:text}`c08-px` px. No lesion lacks context; a small one may lack pixels.

@@ -60,9 +60,9 @@ glue_values("c09", {
 })  # fmt: skip
 
 # %% [markdown]
-# {ref}`chap:yolo11-training` trains the detector on a sum of three terms, {eq}`eq:total-loss`: one for the
-# position of a box, one for its class, and one for its edges. This chapter takes the three apart. Each is
-# written in a few lines, checked against a case that can be computed by hand, and plotted.
+# {ref}`chap:yolo11-training` trains the detector on a sum of three terms, {eq}`eq:total-loss`: one for the position
+# of a box, one for its class, and one for its edges. This chapter explains all three. We write each in a few lines,
+# check it against a case that can be computed by hand, and plot it.
 #
 # ## A box that misses
 #
@@ -72,9 +72,9 @@ glue_values("c09", {
 # \mathrm{IoU} = \frac{|\mathbf{b} \cap \mathbf{b}^{gt}|}{|\mathbf{b} \cup \mathbf{b}^{gt}|} .
 # $$ (eq:iou)
 #
-# It is 1 for equal boxes and does not depend on their size in millimetres. As a training signal it has a flaw:
-# as soon as two boxes do not overlap it is 0, however far apart they are, so its gradient is zero and does not show
-# the network in which direction to move. *Complete IoU* {cite}`zheng2020` adds two terms, the paper's Eq. 5:
+# It is 1 for equal boxes and does not depend on the unit of length. As a training signal it has a flaw: for boxes
+# that do not overlap it is 0, however far apart they are, so its gradient is zero and does not show in which
+# direction the predicted box should move. *Complete IoU* {cite}`zheng2020` adds two terms, the paper's Eq. 5:
 #
 # ```{math}
 # :label: eq:ciou
@@ -85,10 +85,10 @@ glue_values("c09", {
 # \end{aligned}
 # ```
 #
-# $\rho$ is the distance between the two centres and $c$ the diagonal of the smallest box around both, so
-# the middle term lies between 0 and 1 and falls as the centres approach. $v$ compares the aspect ratios
-# of the boxes; its weight $\alpha$ is small as long as they hardly overlap, because position then matters more
-# than shape. By hand, for two squares:
+# $\rho$ is the distance between the two centres and $c$ the diagonal of the smallest box around both, so the middle
+# term lies between 0 and 1 and falls as the centres approach. $v$ compares the aspect ratios of the boxes; its weight
+# $\alpha$ is small as long as they hardly overlap, because position then matters more than shape. We compute two
+# cases by hand:
 
 
 # %%
@@ -109,10 +109,10 @@ def ciou_loss(b, g):
 
 
 true = np.array([0.0, 0.0, 2.0, 2.0])
-# They share 2 of 6, their centres are 1 apart, and the box round both is 3 x 2.
+# Intersection 2, union 6; the centres are 1 apart, and the box around both is 3 x 2.
 beside = true + np.array([1, 0, 1, 0])
 assert np.isclose(ciou_loss(beside, true), 1 - 2 / 6 + 1 / (3**2 + 2**2))
-flat = np.array([-1.0, 0.5, 3.0, 1.5])  # the same centre, 4 x 1: they share 2 of 6
+flat = np.array([-1.0, 0.5, 3.0, 1.5])  # the same centre, 4 x 1: again 2 of 6
 v = 4 / np.pi**2 * (np.arctan(1) - np.arctan(4)) ** 2
 assert np.isclose(ciou_loss(flat, true), 1 - 2 / 6 + v**2 / (1 - 2 / 6 + v))
 
@@ -130,7 +130,7 @@ one_by_one = [ciou_loss(*pair) for pair in zip(b.double().numpy(), g.double().nu
 assert np.allclose(at_once, one_by_one, atol=1e-4)
 
 # %% [markdown]
-# We slide a box of 20 × 20 pixels away from its true position, and then vary its sides at the right position:
+# We shift a box of 20 × 20 pixels away from its true position, and then vary its sides at the true position:
 
 # %%
 side = 20.0
@@ -180,19 +180,20 @@ show_figure("c09-fig-ciou", fig)
 #   rising. Middle, the slopes: the first is zero beyond 20 pixels. Right, a surface over width and height with its
 #   lowest point at 20 by 20.
 # ---
-# Complete IoU of a box of 20 × 20 px. Left and middle: shifted sideways, loss and slope. Right: at the
-# right position with other sides; the cross is the true size. The figure does not depend on data or profile.
+# Complete-IoU loss of a box of 20 × 20 px. Left and middle: the loss and its slope as the box is shifted sideways.
+# Right: the loss at the true position with other sides; the cross marks the true size. The figure does not depend on
+# data or profile.
 # ```
 #
-# In {numref}`fig:ciou` the overlap has no slope beyond 20 pixels, where the boxes part. Complete IoU still
-# has a slope there, small but of the right sign. On the right the loss falls from all sides towards the true
-# size, more gently along the two lines where one side is right already.
+# In {numref}`fig:ciou` the overlap has no slope beyond 20 pixels, where the boxes no longer meet. Complete IoU still
+# has a slope there, small but of the right sign. In the right panel the loss falls from all sides towards the true
+# size, more gently along the two lines where one side is already right.
 #
 # ### What one pixel costs
 #
-# IoU has no unit, so an error of one pixel matters more for a small box than for a large one. Shift a square of side
-# $s$ by one pixel: the intersection is $s(s-1)$, the union $s(s+1)$, and $\mathrm{IoU} = (s-1)/(s+1)$. For a small
-# lesion, even an error of one pixel is expensive.
+# IoU is a ratio of areas, so an error of one pixel matters more for a small box than for a large one. Shift a square
+# of side $s$ by one pixel: the intersection is $s(s-1)$, the union $s(s+1)$, and $\mathrm{IoU} = (s-1)/(s+1)$. For a
+# small lesion, an error of one pixel is costly.
 
 # %%
 boxes = all_boxes[all_boxes["image_id"].isin(training["image_id"])]
@@ -209,25 +210,24 @@ glue_values("c09", {"side": f"{s:.1f}", "one-px": f"{one_px:.2f}", "boxes": f"{l
 by_type.round(1).rename("median side, px")
 
 # %% [markdown]
-# At {glue:text}`c09-px` px the median of this run's {glue:text}`c09-boxes` training boxes has the area
-# of a square of side {glue:text}`c09-side` px, and an error of one pixel leaves an IoU of
-# {glue:text}`c09-one-px`. At least 0.5 is needed to count as found. That is why the resolution of the input
-# matters more to this detector than most of its other settings.
+# At {glue:text}`c09-px` px the median of this run's {glue:text}`c09-boxes` training boxes has the area of a square of
+# side {glue:text}`c09-side` px, and an error of one pixel leaves it an IoU of {glue:text}`c09-one-px`. A box needs at
+# least 0.5 to count as found. So the resolution of the input limits how small a lesion this detector can localise.
 #
 # ## Many anchors, few lesions
 #
-# Each anchor also predicts a probability for each of the seven types. Nearly always the right answer is "none". With
-# binary cross-entropy, $-\log p_t$, where $p_t$ is the predicted probability of the true class,
-# thousands of small losses add up and may outweigh the few large ones. The *focal loss* {cite}`lin2017`,
-# the paper's Eq. 6, reduces them:
+# YOLO11 predicts one box per cell of its maps; the cell's centre is called an *anchor*. Each anchor also predicts a
+# probability for each of the seven types, and nearly always there is no lesion. With binary cross-entropy, $-\log
+# p_t$, where $p_t$ is the predicted probability of the true class, thousands of small losses add up and may outweigh
+# the few large ones. The *focal loss* {cite}`lin2017`, the paper's Eq. 6, reduces them:
 #
 # $$
 # \mathcal{L}_{Focal} = -\alpha_t (1 - p_t)^\gamma \log p_t .
 # $$ (eq:focal)
 #
 # At the paper's $\gamma = 2$, a prediction that is already right with $p_t = 0.9$ keeps one hundredth of its loss; a
-# wrong one keeps nearly all of it. $\alpha_t$ is 0.25 for a lesion and 0.75 for no lesion: the exponent has
-# reduced the negatives so far that lesions would now dominate.
+# wrong one keeps nearly all of it. $\alpha_t$ is 0.25 for a lesion and 0.75 for no lesion: the exponent reduces the
+# negatives so far that, without $\alpha_t$, lesions would dominate.
 
 # %%
 assert np.isclose((1 - 0.9) ** 2, 0.01)
@@ -240,8 +240,8 @@ assert torch.allclose(losses.focal_loss(z, one), for_lesion)
 assert torch.allclose(losses.focal_loss(z, zero), for_none)
 
 # %% [markdown]
-# Training follows the gradient rather than the loss. With respect to the logit $z$ of a lesion
-# ($p_t = p = \sigma(z)$) it is, by the product rule and $p' = p(1 - p)$,
+# Training follows the gradient, not the value of the loss. With respect to the logit $z$ of a lesion, with $p_t = p =
+# \sigma(z)$ and $p' = p(1 - p)$, the product rule gives
 #
 # $$
 # \frac{\partial \mathcal{L}_{Focal}}{\partial z}
@@ -274,17 +274,17 @@ show_figure("c09-fig-focal", fig)
 #   Two panels against the probability of the true class. Left, four losses that fall to zero, the larger gamma the
 #   sooner. Right, the size of their gradients, likewise.
 # ---
-# Focal loss and the size of its gradient with respect to the logit, without $\alpha_t$, for four
-# exponents; $\gamma = 0$ is cross-entropy, the paper has 2. The figure does not depend on data or profile.
+# Focal loss and the size of its gradient with respect to the logit, without $\alpha_t$, for four exponents; $\gamma =
+# 0$ is cross-entropy, the paper uses 2. The figure does not depend on data or profile.
 # ```
 #
-# A second difficulty is specific to YOLO11. Its targets are not 0 and 1 but *soft*: the target of an anchor that is
-# assigned to a lesion is a measure of how well its present box fits, for example 0.3 or 0.8. {eq}`eq:focal` does not
-# define $p_t$ for such a target. With a target $t$ we use $|t - p|$ for $1 - p_t$, cross-entropy with $t$ for
-# $-\log p_t$, and for $\alpha_t$ the mean of both values, weighted by $t$ and $1 - t$. For $t$ of 0 and 1 this is the
-# equation, and for any other $t$ the smallest loss is zero, at $p = t$. Without $\alpha_t$ it is the *quality focal
-# loss* of the authors who proposed the third term {cite}`li2020`. Another generalisation, which uses such a weighted
-# mean for $p_t$ too, has its minimum elsewhere:
+# Another difficulty is specific to YOLO11. Its targets are not 0 and 1 but *soft*: the target of an anchor that is
+# assigned to a lesion measures how well its current box fits, for example 0.3 or 0.8. {eq}`eq:focal` does not define
+# $p_t$ for such a target. With a target $t$ we use $|t - p|$ for $1 - p_t$, cross-entropy with $t$ for $-\log p_t$,
+# and for $\alpha_t$ the mean of both values, weighted by $t$ and $1 - t$. For $t$ of 0 and 1 this is {eq}`eq:focal`,
+# and for any other $t$ the smallest loss is zero, at $p = t$. Without $\alpha_t$ it is the *quality focal loss* of
+# the authors who proposed the third term {cite}`li2020`. Another generalisation, which uses such a weighted mean for
+# $p_t$ too, has its minimum elsewhere:
 
 # %%
 t = torch.tensor(0.3, dtype=torch.float64)
@@ -303,9 +303,9 @@ glue_values("c09", {"soft": f"{float(at_least_by_mean):.2f}"})
 #
 # ### Counted on images
 #
-# How many anchors, how few lesions? We pass {glue:text}`c09-images` training images through the untrained network,
-# augmented as in the last epoch, without mosaic, and run the assigner, which decides which anchors are responsible
-# for a lesion.
+# How many anchors are there, and how few lesions? We pass {glue:text}`c09-images` training images, augmented as in an
+# epoch without mosaic, through the untrained network and run the assigner, which decides which anchors are
+# responsible for a lesion.
 
 # %%
 network = yolo.build_detector(LESION_TYPES, recipe.seed).train()
@@ -343,11 +343,11 @@ pd.Series({"anchors": anchors, "with a lesion": taken, "boxes": len(truth), **ki
 # The paper's 46.9 : 1 is a different one, between the commonest lesion type and the rarest. Each type is
 # a binary decision of its own, and reducing all negatives alike hardly helps the few anchors of a rare type.
 #
-# The targets are soft, and that matters at the start of training. As ultralytics initialises it, a network is
-# undecided about each edge: its distribution over 16 distances, the subject of the last section, is flat, with
-# a mean of 7.5 strides. Boxes 15 strides wide hardly fit any lesion, so hardly any target is far from zero.
-# Our network starts with edges about one stride away and, as the authors of the focal loss advise, with
-# a probability of 0.01 for each type. It therefore receives larger targets from the first step on:
+# Soft targets matter at the start of training. A network as ultralytics initialises it is undecided about each edge:
+# its distribution over 16 distances, the subject of the last section, is flat, with a mean of 7.5 strides. Boxes 15
+# strides wide hardly fit any lesion, so hardly any target is far from zero. Our network starts with edges about one
+# stride away and, as the authors of the focal loss advise, with a probability of 0.01 for each type. It therefore
+# receives larger targets from the first step on:
 
 
 # %%
@@ -369,8 +369,8 @@ pd.DataFrame(
 ).round(3)
 
 # %% [markdown]
-# Which outputs drive the training? We add up the absolute gradients at the class logits, and compute which
-# fraction of the sum comes from negatives, that is, from outputs whose target is zero.
+# Which outputs drive the training? We add up the absolute gradients at the class logits and compute the fraction that
+# comes from negatives, that is, from outputs whose target is zero.
 
 
 # %%
@@ -390,16 +390,15 @@ assert all(0 <= fraction <= 1 for fraction in fractions.values())
 pd.Series(fractions, name="fraction of the gradient from negatives").to_frame()
 
 # %% [markdown]
-# How this changes during training has to be tried out.
+# How this changes during training must be measured.
 #
-# ### An experiment: with and without
+# ### An experiment: with and without the focal loss
 #
-# Two networks start from the same weights and train on the same {glue:text}`c09-images` images for a few
-# steps, one with the focal loss, one with cross-entropy as its class term; the rest of
-# {eq}`eq:total-loss` is the same. The loss is this chapter's `losses.total_loss`. We follow two numbers: the
-# probability that anchors with a lesion predict for its type, and the fraction of the gradient that comes from
-# negatives. The experiment shows the mechanism on training images; it does not show which loss finds
-# more lesions on other images.
+# Two networks start from the same weights and train on the same {glue:text}`c09-images` images for a few steps, one
+# with the focal loss and one with cross-entropy as its class term; the rest of {eq}`eq:total-loss` is the same. Both
+# minimise this chapter's `losses.total_loss`. We record two numbers: the probability that anchors with a lesion
+# predict for its type, and the fraction of the gradient that comes from negatives. The experiment shows the mechanism
+# on training images; it does not show which loss finds more lesions on other images.
 
 
 # %%
@@ -454,32 +453,32 @@ glue_values("c09", {
 #   anchors with a lesion predict for its type, on a logarithmic scale. Right, the fraction of the gradient that
 #   comes from negatives.
 # ---
-# The first steps of YOLO11-L from random weights, with the focal loss and with cross-entropy as its class
-# term. n = {glue:text}`c09-images` {glue:text}`c09-kind` of the training split, the same at each step;
-# one seed; profile {glue:text}`c09-profile`.
+# The first steps of YOLO11-L from random weights, with the focal loss and with cross-entropy as its class term. n =
+# {glue:text}`c09-images` {glue:text}`c09-kind` of the training split, the same at each step; one seed; profile
+# {glue:text}`c09-profile`.
 # ```
 #
 # After the last step in {numref}`fig:focal-experiment`, anchors with a lesion predict its type with a probability of
 # {glue:text}`c09-prob-focal` with the focal loss and {glue:text}`c09-prob-entropy` with cross-entropy;
-# {glue:text}`c09-none-focal` and {glue:text}`c09-none-entropy` of the gradient come from negatives. A focal loss is
-# also a small one: with $\alpha_t = 0.25$ and the paper's $\lambda_{cls} = 0.5$ the class term may become much
-# smaller than the other two. Its effect on the lesions found after a short run from random weights was measured
-# when the profile `laptop` was set: {ref}`sec:chosen`.
+# {glue:text}`c09-none-focal` and {glue:text}`c09-none-entropy` of the gradient come from negatives. The focal loss is
+# also small: with $\alpha_t = 0.25$ and the paper's $\lambda_{cls} = 0.5$ the class term may become much smaller than
+# the other two. Its effect on the lesions found after a short run from random weights was measured when the profile
+# `laptop` was set: {ref}`sec:chosen`.
 #
 # ## An edge as a distribution
 #
-# The third term is about the box again. Instead of one number, YOLO11 predicts for each edge a
-# distribution over the distances 0, 1, …, 15, in units of the anchor's stride, and takes its mean.
-# The *distribution focal loss* {cite}`li2020` rewards probability at the two whole numbers around the true
-# distance $y$, in proportion to their closeness:
+# The third term concerns the box again. Instead of one number, YOLO11 predicts for each edge a distribution over the
+# distances 0, 1, …, 15, in units of the anchor's stride, and takes its mean. The *distribution focal loss*
+# {cite}`li2020` rewards probability at the two whole numbers around the true distance $y$, in proportion to their
+# closeness:
 #
 # $$
 # \mathcal{L}_{DFL} = -(y_{i+1} - y) \log S_i - (y - y_i) \log S_{i+1},
 # \qquad y_i \le y < y_{i+1} .
 # $$ (eq:dfl)
 #
-# $S_i$ is the probability of distance $y_i$. The paper uses this loss for blurred edges, such as
-# an osteophyte's. An edge at 3.2 should get 0.8 at 3 and 0.2 at 4, whose mean is 3.2.
+# $S_i$ is the probability of distance $y_i$. The paper uses this loss for blurred edges, such as an osteophyte's. An
+# edge at 3.2 should have probability 0.8 at 3 and 0.2 at 4; their mean is 3.2.
 
 # %%
 exact = torch.full((16,), 1e-9, dtype=torch.float64)
@@ -530,15 +529,15 @@ show_figure("c09-fig-dfl", fig)
 # ```
 #
 # A sharp distribution has the lowest loss where it is right and the highest where it is wrong ({numref}`fig:dfl`).
-# For an edge on which readers would disagree a broad distribution is better, and its width is a
-# measure of that uncertainty which a single number could not give.
+# For an edge on which readers would disagree, a broad distribution is better. Its width measures that uncertainty,
+# which a single number cannot express.
 #
 # ## The sum
 #
-# The loss used in training must be {eq}`eq:total-loss`. On the batch above, with the same assignments, we compare our
-# three terms with the trainer's, both with the exponent and the class weight of this run
-# ({glue:text}`c09-gamma` and {glue:text}`c09-alpha`). The last two columns have the paper's focal loss, and
-# cross-entropy, as the class term.
+# The trainer's loss must equal {eq}`eq:total-loss`. On the batch above, with the same assignments, we compare our
+# three terms with the trainer's, both with the exponent and the class weight of this run ({glue:text}`c09-gamma` and
+# {glue:text}`c09-alpha`). The last two columns use the paper's focal loss and cross-entropy, respectively, as the
+# class term.
 
 # %%
 assert (network.args.box, network.args.cls, network.args.dfl) == (7.5, 0.5, 1.5)
@@ -568,7 +567,7 @@ terms.round(3)
 #
 # ## Paper beside ours
 #
-# Settings of the losses. Neither column is a result.
+# The table lists settings of the losses. Neither column is a result.
 
 # %% tags=["hide-input"]
 class_term = "focal loss" if recipe.gamma else "cross-entropy, weighted by class"
@@ -597,9 +596,9 @@ pd.DataFrame(
 # ````{solution-start} ex:losses-touch
 # :class: dropdown
 # ````
-# They share nothing, their centres are 1 apart, and the box around both has the squared diagonal
-# $1 + 4$: the loss is $1 + 1/5$. Far away, the distances between centres and between corners are nearly the same, and
-# the loss approaches 2.
+# They do not overlap, their centres are 1 apart, and the box around both has the squared diagonal $1 + 4$: the loss
+# is $1 + 1/5$. Far away, the distances between centres and between corners are nearly the same, and the loss
+# approaches 2.
 
 # %%
 unit = np.array([0.0, 0.0, 1.0, 1.0])
@@ -614,9 +613,9 @@ assert np.isclose(ciou_loss(unit + np.array([1e6, 0, 1e6, 0]), unit), 2, atol=1e
 # ```{exercise}
 # :label: ex:losses-even
 #
-# In code: all anchors without a lesion predict $p = 0.01$, all with one predict $0.3$, and there are 200 times
-# as many of the first. Above which $\gamma$ is the total gradient of the lesions larger than that of the negatives,
-# without $\alpha_t$?
+# In code: all anchors without a lesion predict $p = 0.01$, all with one predict $0.3$, and the former are 200 times
+# as many. Above which $\gamma$ is the total gradient of the lesions larger than that of the negatives, without
+# $\alpha_t$?
 # ```
 
 # %% [markdown]
@@ -670,8 +669,8 @@ of_sum.round(2)
 # ## Takeaways
 #
 # - Overlap gives no signal for boxes that do not meet; the distance of their centres does.
-# - At {glue:text}`c09-px` px a single pixel changes the overlap of a small lesion considerably.
-# - The focal loss reduces the weight of easy predictions: here {glue:text}`c09-anchors` anchors face
+# - At {glue:text}`c09-px` px an error of a single pixel lowers a small lesion's IoU considerably.
+# - The focal loss reduces the weight of easy predictions: here there are {glue:text}`c09-anchors` anchors for
 #   {glue:text}`c09-batch-boxes` boxes. It does not balance rare against common types.
-# - An edge may be predicted as a distribution; a sharp distribution must be right.
+# - An edge may be predicted as a distribution; a sharp one has the higher loss where it is wrong.
 # - Training minimises the weighted sum of the three, and a cell of this page checks it.

@@ -19,15 +19,15 @@
 #
 # ```{admonition} In this chapter
 # :class: tip
-# **You will be able to** explain how a one-stage detector finds all lesions of an image in a single pass, write down
-# what it minimises, explain what mosaic does and why it has to stop, compute an average precision by hand, and read a
+# **You will be able to** explain how a one-stage detector predicts all boxes of an image in a single pass, write down
+# what it minimises, explain what mosaic does and why it stops, compute an average precision by hand, and read a
 # detector's results with their uncertainty.
 #
 # **You need** {ref}`chap:data` for boxes and lesion types and {ref}`chap:protocol` for folds by study. No previous
 # knowledge of detectors is needed.
 #
-# **It takes** about twenty minutes to read. At the profile `laptop` it runs for about a quarter of an hour on two
-# cores, nearly all of it training, and under a minute if the trained detector is already there.
+# **It takes** about twenty minutes to read. With the profile `laptop` it runs for about a quarter of an hour on two
+# cores, nearly all of it training, and for less than a minute if the trained detector already exists.
 # ```
 #
 # Triage predicts *whether* a radiograph is abnormal. A radiologist also wants to know *where*. This chapter trains
@@ -42,8 +42,8 @@ allowed_false_positives = 1.0  # per image, at which boxes are drawn; the evalua
 iou_match = 0.5  # overlap at which a box counts as found
 
 # %% [markdown]
-# The set-up prepares the run's data, if that has not been done before, and splits the training studies into five
-# folds as in {ref}`chap:protocol`, at every profile. A short run trains one detector only.
+# The set-up prepares the run's data, unless that has been done before, and splits the training studies into five
+# folds as in {ref}`chap:protocol`, with every profile. One detector is trained, on four of the folds.
 
 # %% tags=["hide-input"]
 from dataclasses import replace
@@ -105,12 +105,13 @@ glue_values("c10", {
 # %% [markdown]
 # Fold 0 of the training studies is held out: the learning curve is measured on its {glue:text}`c10-validation`
 # images, normal ones included. The settings of the profile (image size, epochs, learning rate) were chosen to fit the
-# time available, on fold 0 and without using a test image. The network is trained on the {glue:text}`c10-training`
-# images of the other folds that show a lesion; the {glue:text}`c10-left-out` without a lesion are left out. The paper
-# does not say on which images its detector was trained. But in its Algorithm 1 the detector runs only on images that
-# triage calls abnormal, and most of an abnormal image is normal anatomy. A trial on fold 0 showed that a short run
-# learns more from these images in the same number of steps. The test split is not used until the end:
-# {glue:text}`c10-test` {glue:text}`c10-kind` of {glue:text}`c10-test-studies` studies, normal or not.
+# time available, on fold 0 or on another virtual cohort ({ref}`sec:chosen`), never on a test image. The network is
+# trained on the {glue:text}`c10-training` images of the other folds that show a lesion; the {glue:text}`c10-left-out`
+# without a lesion are left out. The paper does not say on which images its detector was trained. But in its Algorithm
+# 1 the detector runs only on images that triage calls abnormal, and most of an abnormal image is normal anatomy. In a
+# trial on fold 0, a short run learnt more from these images than from all images in the same number of steps. The
+# test split is not used until the end: {glue:text}`c10-test` {glue:text}`c10-kind` of {glue:text}`c10-test-studies`
+# studies, normal or not.
 #
 # How many boxes of each type are there for training, and how many for evaluation?
 
@@ -137,8 +138,8 @@ counts
 # %% [markdown]
 # The commonest type has {glue:text}`c10-imbalance` times as many training boxes as the rarest
 # ({glue:text}`c10-rarest`). {glue:text}`c10-unseen` The paper gives the ratio 46.9 : 1 for VinDr-SpineXR. Keep the
-# two columns of small numbers in mind: an average precision computed from a handful of test boxes can take almost any
-# value, and its interval below will show that.
+# small numbers in the table in mind: an average precision computed from a handful of test boxes can take almost any
+# value, as its interval below shows.
 #
 # An option of the profile draws images of rare types more often. A type on a fraction $f$ of the images gets the
 # *repeat factor* {cite}`gupta2019`
@@ -148,7 +149,7 @@ counts
 # $$ (eq:repeat-factor)
 #
 # and an image gets the largest of its types' factors; the length of an epoch does not change. Here $t$ is
-# {glue:text}`c10-rare-below`. By hand, from the table of boxes:
+# {glue:text}`c10-rare-below`. We compute the factors by hand from the table of boxes:
 
 # %%
 t = augment.RARE_BELOW
@@ -166,15 +167,15 @@ glue_values("c10", {
 pd.DataFrame({"fraction of images": f.fillna(0), "repeat factor": of_type}).round(2)
 
 # %% [markdown]
-# In this run the option {glue:text}`c10-repeat`. Another option, which {glue:text}`c10-paste`, pastes rare lesions
-# into other images (`augment.PasteRare`): a patch with faded edges, at the same relative position.
+# In this run the option {glue:text}`c10-repeat`. Another option, which {glue:text}`c10-paste`, pastes lesions of rare
+# types into other images (`augment.PasteRare`), as patches with faded edges at the same relative position.
 #
 # ## One pass, all cells at once
 #
 # A two-stage detector first proposes regions and then classifies each {cite}`ren2015`. A *one-stage* detector needs a
 # single pass. Its network, which {ref}`chap:yolo11` takes apart, turns the image into three coarse maps, in which one
 # cell stands for 8 × 8, 16 × 16 or 32 × 32 pixels. *Every* cell makes the same two predictions: the distances from
-# its centre to the four edges of the lesion here, and the probability of each of the seven types. The fine map
+# its centre to the four edges of a lesion there, and the probability of each of the seven types. The fine map
 # predicts small lesions, the coarse one large lesions. An image of height $H$ and width $W$ therefore gets, with
 # strides $s$,
 #
@@ -204,8 +205,8 @@ glue_values("c10", {
 # pixels. Nearly all of them must learn to predict that there is no lesion. {glue:text}`c10-start` The image enters as
 # three equal channels, fitted into that rectangle with its aspect ratio kept and a grey margin: a *letterbox*. The
 # paper's is a square of 640 pixels; in a short run an upright rectangle wastes fewer pixels on the margin, because
-# spines are longer than wide. A box must return unchanged from the letterbox, so we check this on an image of this
-# run: we transform the image's corners into the rectangle and back.
+# spines are longer than wide. Boxes must survive the transformation into the letterbox and back. We check this on the
+# corners of an image of this run.
 
 # %%
 image = training.iloc[0]
@@ -219,8 +220,8 @@ assert np.allclose(returned, [[0, 0, image["width"], image["height"]]])
 # %% [markdown]
 # ## What is minimised
 #
-# First an assigner decides which cells are responsible for a true box; it prefers cells whose current prediction
-# already fits best. The loss then adds three terms, the paper's Eq. 4:
+# First an assigner decides which cells are responsible for a true box; it prefers cells whose current predictions fit
+# it best. The loss then adds three terms, the paper's Eq. 4:
 #
 # ```{math}
 # :label: eq:total-loss
@@ -234,12 +235,12 @@ assert np.allclose(returned, [[0, 0, image["width"], image["height"]]])
 # $\mathcal{L}_{CIoU}$ rewards a predicted box that overlaps the true one and has the same centre and aspect ratio
 # {cite}`zheng2020`. $\mathcal{L}_{Focal}$ rewards seven right probabilities and gives the many easy negatives little
 # weight {cite}`lin2017`. $\mathcal{L}_{DFL}$ treats each edge as a distribution over 16 distances, because the edge
-# of an osteophyte is not a sharp line {cite}`li2020`. {ref}`chap:losses` explains all three. The focal loss of this
+# of an osteophyte is not a sharp line {cite}`li2020`. {ref}`chap:losses` explains all three. The class term of this
 # run has $\gamma$ = {glue:text}`c10-gamma` and $\alpha$ = {glue:text}`c10-alpha`; the paper has 2, and its companion
-# code 0.25 ({ref}`sec:chosen` shows how these do in a short run).
+# code 0.25 ({ref}`sec:chosen` compares settings in short runs).
 #
-# The trainer must use this sum. We give the network a small batch of noise with one box per image, take the three
-# terms without weights, and add them by hand.
+# We check that the trainer uses this sum: we give the network a small batch of noise with one box per image, take the
+# three terms without weights, and add them by hand.
 
 # %%
 lambdas = {"box": 7.5, "cls": 0.5, "dfl": 1.5}
@@ -254,7 +255,7 @@ predictions = network.train().raw_predictions(batch["img"])
 
 
 def loss_terms(**weights):
-    """The trainer's three terms of the batch with these weights."""
+    """The trainer's three terms for the batch, with these weights."""
     network.args, network.criterion = SimpleNamespace(**weights), None
     _, terms = network.loss(batch, predictions)
     return {name.removesuffix("_loss"): float(value) for name, value in terms.items()}
@@ -273,14 +274,14 @@ pd.DataFrame({"term": plain, "weight": lambdas, "weighted": used}).round(3)
 #
 # *Mosaic* joins four training images at a random centre and crops one image from the middle of the result
 # {cite}`bochkovskiy2020`. The new image shows parts of four radiographs, with lesions next to anatomy where they
-# never occur. That is a cheap protection against memorising images. But no patient is a patchwork: seams, half
-# vertebrae and two spines side by side do not exist in the clinic. So the paper stops mosaic at epoch $\tau_{mosaic}$
-# and lets the network finish on unmixed images. Lines 8 to 15 of Algorithm 1, as code:
+# never occur. This is a cheap protection against memorising images. But no radiograph is a patchwork: seams, half
+# vertebrae and two spines side by side do not occur in the clinic. So the paper stops mosaic at epoch $\tau_{mosaic}$
+# and finishes training on unmixed images. Lines 8 to 15 of Algorithm 1, as code:
 
 
 # %%
 def shows_mosaic(t, tau_mosaic):
-    """Algorithm 1, line 9: whether epoch t, counted from 1, is one with mosaic."""
+    """Algorithm 1, line 9: whether epoch t, counted from 1, has mosaic."""
     return t < tau_mosaic
 
 
@@ -292,7 +293,7 @@ glue_values("c10", {"mosaic-epochs": sum(schedule)})
 # %% [markdown]
 # This run has {glue:text}`c10-mosaic-epochs` of {glue:text}`c10-epochs` epochs with mosaic ($\tau_{mosaic}$ =
 # {glue:text}`c10-tau`); the paper has 24 of 55. Line 10 also defines where the four images meet: at a point drawn
-# from $U(0.3W, 0.7W)$ of the canvas, whose width is two image sides. ultralytics draws from the middle half,
+# from $U(0.3W, 0.7W)$, where the canvas width $W$ is two image sides. ultralytics draws from the middle half,
 # $U(0.25W, 0.75W)$; our dataset class sets the paper's range. We check this on its mosaic.
 
 # %%
@@ -306,7 +307,7 @@ low, high = border / canvas, (canvas - border) / canvas
 assert np.allclose([low, high], [0.3, 0.7], atol=2 / canvas)
 
 # %% [markdown]
-# These are the network's inputs: augmented images of the training studies in the first epoch and in the last.
+# The next figure shows the network's inputs: augmented training images of the first and of the last epoch.
 
 # %% tags=["hide-input", "remove-output"]
 shown = {}
@@ -322,25 +323,25 @@ show_figure("c10-fig-mosaic", draw.draw_augmented(shown))
 # :name: fig:mosaic
 # :alt: Two rows of four training images with boxes, the first of patched images.
 # The network's input in the first and in the last epoch: four {glue:text}`c10-kind` of the training studies, profile
-# {glue:text}`c10-profile`, with the boxes it has to find. Each colour is one lesion type, the same in all chapters.
+# {glue:text}`c10-profile`, with the true boxes. Each colour is one lesion type, the same in all chapters.
 # ```
 #
 # In {numref}`fig:mosaic`, each image is also rotated by up to 5°, shifted by up to a tenth, scaled by up to
 # {glue:text}`c10-scale` in either direction, flipped left to right with probability one half, and made up to a fifth
-# brighter or darker. Boxes follow, and a box of which less than a tenth remains is dropped. (The companion code's
-# *copy-paste* needs outlines, not boxes; with boxes alone, ultralytics does nothing. We set it too, so that the
-# settings agree, but it has no effect.)
+# brighter or darker. Boxes follow, and a box of which less than a tenth remains is dropped. (The companion code also
+# sets *copy-paste*, which needs the outlines of lesions. With boxes alone it has no effect in ultralytics; we set it
+# only so that the settings agree.)
 #
 # ## Training
 #
 # AdamW {cite}`loshchilov2019` takes one step per batch of {glue:text}`c10-batch` images. Its learning rate rises to
-# {glue:text}`c10-lr` over the first $3/55$ of the run, the paper's fraction of warm-up, and falls to a hundredth of
-# it along a cosine. The evaluation does not use the last weights but their exponential moving average. The run below
-# uses ultralytics' own trainer, with the changes that this chapter names. It is seeded; a second execution finds its
-# checkpoint and reuses it, and one that was interrupted continues after its last finished epoch.
+# {glue:text}`c10-lr` over the first $3/55$ of the run, the paper's fraction of warm-up, and then falls along a cosine
+# to a hundredth of that value. The evaluation uses an exponential moving average of the weights, not the last ones.
+# The run below uses ultralytics' own trainer, with the changes that this chapter names. It is seeded. A second
+# execution reuses its checkpoint, and an interrupted run continues after its last finished epoch.
 
 # %% tags=["remove-output"]
-rows, live = [], display(display_id=True)  # a picture that each epoch renews
+rows, live = [], display(display_id=True)  # a figure that each epoch updates
 
 
 def show_epoch(row):
@@ -370,23 +371,23 @@ show_figure("c10-fig-learning", draw.draw_detector_learning(history, T_max, sum(
 # %% [markdown]
 # ```{glue:figure} c10-fig-learning
 # :name: fig:detector-learning
-# :alt: Left, three loss terms against the epoch. Right, validation mAP at a few epochs.
+# :alt: Left, three loss terms against the epoch. Right, validation mAP after a few epochs.
 # Learning curves. Left: the three terms of {eq}`eq:total-loss`, means over an epoch of {glue:text}`c10-training`
 # {glue:text}`c10-kind`. Right: mAP@0.5 on the {glue:text}`c10-validation` images of fold 0. Grey: epochs with mosaic.
 # Profile {glue:text}`c10-profile`.
 # ```
 #
 # Training took {glue:text}`c10-minutes` minutes and ended at a validation mAP@0.5 of {glue:text}`c10-validation-map`.
-# Where mosaic stops, the losses left and right of the grey band's edge in {numref}`fig:detector-learning` are not
-# comparable: the images changed, not only the network. The curve on the right is comparable throughout, because
-# mosaic is never applied to validation images.
+# In {numref}`fig:detector-learning`, training losses before and after the end of the grey band are not comparable:
+# the images changed as well as the network. The validation curve is comparable throughout, because mosaic is never
+# applied to validation images.
 #
 # ### Does the stop help?
 #
-# The curve on the right cannot show what stopping mosaic did, because the network would have improved in any case. An
-# experiment can. Two trainings start from the same weights, those after the last epoch with mosaic, and continue
-# (epochs: {glue:text}`c10-arm-epochs`), one without and the other with mosaic; both end their learning rate with a
-# cosine. They are evaluated on fold 0.
+# The validation curve cannot show the effect of stopping mosaic, because the network might have improved in any case.
+# An experiment can. Two trainings start from the same weights, those after the last epoch with mosaic, and continue
+# (epochs: {glue:text}`c10-arm-epochs`), one without and the other with mosaic. Both have half the peak learning rate,
+# which again falls along a cosine. They are evaluated on fold 0.
 
 # %% tags=["remove-output"]
 arm_epochs = max(1, T_max // 16)
@@ -410,24 +411,24 @@ gain = metrics.mean_difference(
 assert np.isclose(gain.value, arm_maps["stops"]["value"] - arm_maps["continues"]["value"])
 verdict = "The interval contains zero: this run does not show whether the stop helps."
 if gain.low > 0:
-    verdict = "In this run the stop helps."
+    verdict = "In this run the stop raises the mean."
 if gain.high < 0:
-    verdict = "In this run the stop does harm: mosaic could have continued."
+    verdict = "In this run the stop lowers the mean."
 glue_values("c10", {"arm-epochs": arm_epochs, "gain": f"{gain:+.3f}", "gain-verdict": verdict})
 table = pd.DataFrame(arm_maps).T[["value", "low", "high"]].astype(float).round(3)
 table.rename_axis("mosaic")
 
 # %% [markdown]
-# The mean average precision with the stop, minus that without it: {glue:text}`c10-gain` (95 % interval by study,
+# The mean average precision with the stop minus that without it is {glue:text}`c10-gain` (95 % interval by study,
 # {glue:text}`c10-validation` images). {glue:text}`c10-gain-verdict` This is one seed and one fold; an exercise asks
-# what would be needed for more.
+# what a firmer answer would need.
 #
 # ## From predictions to boxes
 #
 # We now run inference with the trained network on the test images. Neighbouring cells predict the same lesion, so
 # *non-maximum suppression* keeps the most confident box of a type and drops every box of that type that overlaps it
-# by more than IoU 0.5 (Algorithm 1, line 18). We keep all other boxes, even those with very low scores, because the
-# evaluation considers every score threshold, and save them for later chapters.
+# by more than IoU 0.5 (Algorithm 1, line 18). We keep all other boxes with a score above 0.001, at most 300 per
+# image, because the evaluation considers every score threshold, and save them for later chapters.
 
 # %%
 found = predict_boxes(trained.network, test, recipe.input_size)
@@ -436,8 +437,8 @@ found.to_parquet(workspace.tables / "yolo11l_test_boxes.parquet", index=False)
 glue_values("c10", {"found": f"{len(found):,}", "truth": f"{len(truth):,}"})
 
 # %% [markdown]
-# No two boxes of a type should now overlap by more than that. Boxes at the image's edge are left out of this check:
-# they were compared as a whole, and clipped afterwards.
+# On one image, no two boxes of a type should now overlap by more than that. Boxes at the image's edge are left out of
+# this check, because they were clipped after the comparison.
 
 # %%
 size = found[["image_id"]].join(test.set_index("image_id")[["width", "height"]], on="image_id")
@@ -448,7 +449,7 @@ for _, same in found[~cut].groupby(["image_id", "lesion_type"]):
     assert np.triu(overlap, k=1).max() <= NMS_IOU + 1e-5
 
 # %% [markdown]
-# To show boxes we need a score threshold. It is chosen on fold 0: the lowest with at most {glue:text}`c10-alarms`
+# To show boxes we need a score threshold. We choose it on fold 0, as the lowest with at most {glue:text}`c10-alarms`
 # false positives per image there.
 
 # %%
@@ -476,23 +477,23 @@ show_figure("c10-fig-found", draw.draw_found(some, truth, accepted))
 #
 # The {glue:text}`c10-test` test images contain {glue:text}`c10-truth` true boxes, and the network predicts
 # {glue:text}`c10-found`. Most of those have a score near zero; {numref}`fig:found` shows only those at or above
-# {glue:text}`c10-least-score`. Compare the rows type by type. Boxes below without a counterpart above are false
-# positives, boxes above without a counterpart below are misses, and a box at the right position with too little
-# overlap is both.
+# {glue:text}`c10-least-score`. Compare the rows type by type. A predicted box without a true counterpart is a false
+# positive, and a true box without a predicted counterpart is a miss. A predicted box at the right position with too
+# little overlap causes both.
 #
 # ## Average precision, by hand
 #
-# Rank all boxes of one type, over all images, by score. Going down the list, a box is a true positive if it overlaps
-# a true box by at least IoU 0.5 that no more confident box has taken. After each box, *precision* is the fraction of
-# true positives so far and *recall* the fraction of true boxes found. Average precision is COCO's mean
-# {cite}`lin2014`, over 101 recalls, of the best precision at that recall or beyond:
+# Rank all boxes of one type, over all images, by score. Going down the list, a box is a true positive if its IoU is
+# at least 0.5 with a true box that no more confident box has taken. After each box, *precision* is the fraction of
+# true positives so far and *recall* the fraction of true boxes found. For average precision we follow COCO
+# {cite}`lin2014`: for each of 101 recalls, take the best precision at that recall or beyond, and average:
 #
 # ```{math}
 # :label: eq:average-precision
 # \mathrm{AP} = \frac{1}{101} \sum_{r \in \{0, 0.01, \dots, 1\}} \max_{\tilde r \ge r} p(\tilde r).
 # ```
 #
-# mAP@0.5 is the mean of AP over the lesion types. We compute {eq}`eq:average-precision` in a simple loop for the
+# mAP@0.5 is the mean of AP over the lesion types. We compute {eq}`eq:average-precision` with a simple loop for the
 # commonest type of the test split.
 
 # %%
@@ -510,7 +511,7 @@ glue_values("c10", {"common": common, "common-ap": f"{AP:.3f}"})
 
 # %% [markdown]
 # For {glue:text}`c10-common`, {eq}`eq:average-precision` gives {glue:text}`c10-common-ap`, and the package's faster
-# function agrees. (That function, in turn, is tested against pycocotools.) The curves of all types:
+# function agrees. (That function, in turn, is tested against pycocotools.) The figure shows the curves of all types.
 
 # %% tags=["hide-input", "remove-output"]
 curves = {
@@ -528,14 +529,14 @@ show_figure("c10-fig-pr", draw.draw_precision_recall(curves))
 # {glue:text}`c10-profile`. AP is the mean height of a curve.
 # ```
 #
-# A curve in {numref}`fig:precision-recall` that ends before recall 1 shows that some lesions are not found at any
-# score. A staircase of few steps belongs to a type with few test boxes.
+# A curve in {numref}`fig:precision-recall` that drops to zero before recall 1 shows that some lesions are not found
+# at any score. A staircase of few steps belongs to a type with few test boxes.
 #
 # ## How certain are these numbers?
 #
 # Images of one study resemble each other, so we resample studies, {glue:text}`c10-resamples` times, with replacement,
-# and compute every AP again on each resample. Matching does not depend on the resample and is done once; an image
-# that is drawn twice counts twice.
+# and recompute every AP on each resample. Matching does not depend on the resample and is done once; an image that is
+# drawn twice counts twice.
 
 # %%
 scores = metrics.detection_table(truth, found, test, **bootstrap, iou=iou_match)
@@ -569,11 +570,11 @@ show_figure("c10-fig-ap", draw.draw_intervals(shown, shown.index[-1], label, (-0
 # ```
 #
 # On the test split the network reaches an mAP@0.5 of **{glue:text}`c10-map`**. {numref}`fig:average-precision` shows
-# the values behind that mean. It gives a type with five boxes the same weight as one with five hundred, so its
-# interval is wide mostly because the rare types' are.
+# the values behind that mean. The mean gives a type with five boxes the same weight as one with five hundred, so its
+# interval is wide mostly because those of the rare types are.
 #
-# {glue:text}`c10-easy-hard` What should we expect? A bright, sharp object that looks alike in every patient needs
-# less evidence than a narrowing of a few pixels that is visible only by comparison with its neighbours.
+# {glue:text}`c10-easy-hard` What should we expect? A bright, sharp object that looks alike in every patient should be
+# easier to learn than a narrowing of a few pixels that is visible only by comparison with its neighbours.
 #
 # ### Small lesions
 #
@@ -594,9 +595,9 @@ glue_values("c10", {
 pd.concat({"mAP@0.5": sizes, f"AP@0.5, {common}": common_sizes}).round(3)
 
 # %% [markdown]
-# By that definition, {glue:text}`c10-small-share` of the test boxes are small. The rows of the mean are means over
-# different types, because a type may have boxes in one group only; the rows of {glue:text}`c10-common` compare like
-# with like. {glue:text}`c10-small`
+# By that definition, {glue:text}`c10-small-share` of the test boxes are small. The two means may be over different
+# types, because a type may have boxes in one group only; the rows of {glue:text}`c10-common` compare like with like.
+# {glue:text}`c10-small`
 #
 # ## What a reader would see
 #
@@ -623,8 +624,8 @@ glue_values("c10", {"at-one": f"{one['value']:.2f} [{one['low']:.2f}, {one['high
 # {glue:text}`c10-kind`, IoU 0.5, profile {glue:text}`c10-profile`. Points with 95 % intervals by study.
 # ```
 #
-# At one false positive per image the sensitivity is {glue:text}`c10-at-one`. Which type is mistaken for which? At the
-# threshold from fold 0, matched regardless of type:
+# At one false positive per image the sensitivity is {glue:text}`c10-at-one`. Which type is mistaken for which? The
+# table uses the threshold from fold 0 and matches boxes regardless of type:
 
 # %%
 confusion = froc.type_confusion(truth, found, score_threshold, iou_match)
@@ -633,8 +634,8 @@ assert confusion.iloc[:, :-1].to_numpy().sum() == len(accepted)
 confusion.rename(columns=PAPER_CODES)
 
 # %% [markdown]
-# A row counts the true boxes of a type, its last column those that were missed; the last row counts predicted boxes
-# where there is no lesion. The most confident examples of three kinds:
+# A row counts the true boxes of a type, and its last column those that were missed; the last row counts predicted
+# boxes where there is no lesion. The next figure shows examples of true positives, misses and false positives.
 
 
 # %% tags=["hide-input", "remove-output"]
@@ -672,9 +673,9 @@ show_figure("c10-fig-gallery", draw.draw_examples(gallery, test, truth, accepted
 # those of {numref}`fig:found`. Patches of {glue:text}`c10-kind` of the test split, profile {glue:text}`c10-profile`.
 # ```
 #
-# In {numref}`fig:gallery`, look for a true and a predicted box at the same lesion that overlap by less than half:
-# they count twice against the network, as a miss and as a false positive. A stricter metric, COCO's, is the mean over
-# ten IoU thresholds from 0.50 to 0.95:
+# In {numref}`fig:gallery`, look for a true and a predicted box at the same lesion whose IoU is below one half: they
+# count twice against the network, as a miss and as a false positive. A stricter metric, COCO's, is the mean over ten
+# IoU thresholds from 0.50 to 0.95:
 
 # %%
 strict, by_overlap = metrics.coco_average_precision(truth, found)
@@ -684,13 +685,13 @@ pd.Series({"mAP@0.5": by_overlap[0.5].mean(), "mAP@[0.5:0.95]": strict}).round(3
 
 # %% [markdown]
 # Both are computed by a separate library, faster-coco-eval, which agrees with our AP at IoU 0.5. The second is lower
-# than the first to the extent that boxes are only roughly right.
+# than the first because many boxes are only roughly right.
 #
 # ## Paper beside ours
 #
 # The paper's row of its Table 3 was measured on VinDr-SpineXR, with a network that started from COCO weights and was
-# trained for 55 epochs, at 640 pixels, on the dataset's training split of 8,389 images. The right-hand columns are
-# this run. Data and resources differ, so a difference between the columns is not a finding.
+# trained for 55 epochs, at 640 pixels, on images of the dataset's training split (8,389 in all). The right-hand
+# columns are this run's. Data and resources differ, so a difference between the columns is not a finding.
 
 # %%
 ours = [f"{s['value']:.1%} [{s['low']:.1%}, {s['high']:.1%}]" for _, s in scores.iterrows()]
@@ -706,7 +707,7 @@ beside.index = [*(f"{name} ({PAPER_CODES[name]})" for name in LESION_TYPES), "mA
 beside.fillna("–")
 
 # %% [markdown]
-# One thing can be checked within the paper's row itself: its mean. An exercise does so.
+# One value in the paper's row can be checked against the others: its mean. An exercise does so.
 #
 # ## Exercises
 #
@@ -725,7 +726,7 @@ beside.fillna("–")
 #
 # ```{exercise}
 # :label: ex:detector-mean
-# In code: is the paper's mAP@0.5 of 40.10 % the mean of its seven printed APs? And if *Other lesions* is left out?
+# In code: is the paper's mAP@0.5 of 40.10 % the mean of its seven printed APs? Is it, if *Other lesions* is left out?
 # ```
 #
 # ```{solution-start} ex:detector-mean
@@ -747,15 +748,15 @@ pd.Series({"mean of seven": all_seven, "without Other lesions": without_other}).
 # ```{exercise}
 # :label: ex:detector-change
 # Change the chapter: set `iou_match = 0.3` in the parameters cell and run again (nothing is retrained). Which types
-# gain most, and what does that show about their misses?
+# gain most, and what does that show about their boxes?
 # ```
 #
 # ```{solution} ex:detector-change
 # :class: dropdown
-# Types that were found at about the right position gain: their boxes contained the lesion but missed its edges. Small
-# boxes gain most, because an error of two pixels costs a small box more overlap than a large one. A type that stays
-# at zero is not detected at all, and a looser rule cannot help it. The paper's benchmark is IoU 0.5; a number at 0.3
-# must not be compared with it.
+# Types whose boxes were at about the right position gain: these boxes lay on the lesion but missed its edges. Small
+# boxes tend to gain most, because an error of two pixels costs a small box more overlap than a large one. A type that
+# stays at zero is not detected at all, and a looser rule cannot help it. The paper's benchmark is IoU 0.5; a number
+# at 0.3 must not be compared with it.
 # ```
 #
 # ```{exercise}
@@ -768,16 +769,16 @@ pd.Series({"mean of seven": all_seven, "without Other lesions": without_other}).
 # :class: dropdown
 # Runs that differ in $\tau_{mosaic}$ alone (never, 25, always), each with several seeds, because two trainings with
 # different seeds differ too; validation folds, not the test split; all folds rather than one, because one fold has
-# few boxes of the rare types. Three settings, five folds and three seeds are 45 trainings. A single pair of runs
-# shows that one network is better than another, not that a rule is.
+# few boxes of the rare types. Three settings, five folds and three seeds are 45 trainings. A single pair of runs can
+# show that one network is better than another, not that a rule is.
 # ```
 #
 # ## Takeaways
 #
 # - In a one-stage detector every cell of three maps makes the same two predictions, in a single pass.
-# - It minimises {eq}`eq:total-loss`: overlap, class, and the distribution of edges.
-# - Mosaic is cheap augmentation with images that do not exist in the clinic; it stops so that the network finishes on
+# - Its training minimises {eq}`eq:total-loss`, a sum of three terms: overlap, class, and the distribution of edges.
+# - Mosaic is cheap augmentation with images that do not occur in the clinic; it stops so that training finishes on
 #   images that do.
-# - AP is the mean height of a precision-recall curve. It needs enough boxes to mean something, so read its interval
+# - AP is the mean height of a precision-recall curve. It is informative only with enough boxes, so read its interval
 #   before its value.
-# - Size, epochs and learning rate were set before the test split was used. It was used once, here.
+# - Size, epochs and learning rate were set before the test split was used. It was used once for this detector, here.

@@ -25,13 +25,13 @@
 #
 # **You need** {ref}`chap:losses` for overlap and {ref}`chap:yolo11-training` for training and average precision.
 #
-# **It takes** twenty minutes to read. At the profile `laptop` six detectors train for less than a minute each.
+# **It takes** twenty minutes to read. With the profile `laptop` six detectors train for less than a minute each.
 # ```
 #
-# The paper's Table 3 compares YOLO11-L with six other detectors, whose numbers come from elsewhere: other code, other
-# training times, other starting weights {cite}`dernet`. Such a table cannot show *why* one row is above another. Here
-# we take the detectors that a maintained library offers, and train them with one loop, on the same images, for the
-# same time.
+# The paper's Table 3 compares YOLO11-L with six other detectors, whose numbers come from other publications: other
+# code, other training times, other starting weights {cite}`dernet`. Such a table cannot show *why* one row is better
+# than another. Here we take the detectors that maintained libraries offer and train them with one loop, on the same
+# images, for the same time.
 
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
@@ -82,24 +82,24 @@ glue_values("c11", {
 # %% [markdown]
 # ## Three families
 #
-# All detectors here turn an image into feature maps with a convolutional backbone and output boxes that have a class
-# and a score. They differ in between.
+# All detectors here turn an image into feature maps with a convolutional backbone and output boxes with a class and a
+# score. They differ in what lies between.
 #
 # *Two stages.* Faster R-CNN {cite}`ren2015` lays a grid of *anchors*, boxes of a few sizes and aspect ratios, over
-# the image. A first small network predicts for each anchor whether it contains an object and how it should be moved.
-# The best few hundred regions are cut out of the maps, and a second network classifies each.
+# the image. A small network predicts for each anchor whether it contains an object and how it should be moved. The
+# best few hundred regions are cut out of the maps, and a second network classifies each and refines its box.
 #
-# *One stage.* RetinaNet {cite}`lin2017` classifies the anchors at once, in one pass. It therefore has tens of
-# thousands of anchors without an object, for which its authors introduced the focal loss. YOLO11 {cite}`jocher2024`
-# does without anchors of several sizes: each cell makes one prediction.
+# *One stage.* RetinaNet {cite}`lin2017` classifies the anchors at once, in one pass. Tens of thousands of these may
+# contain no object, and for them its authors introduced the focal loss. YOLO11 {cite}`jocher2024` does not use
+# anchors of several sizes: each cell makes one prediction.
 #
 # *A set.* DETR and related detectors {cite}`carion2020` have a fixed number of *queries*, each of which predicts one
 # box, and compare the set of predictions with the set of lesions as a whole. RT-DETR {cite}`zhao2024` is the member
-# of that family in the library we use; the paper's table has another, DINO.
+# of that family in a library that we use; the paper's table has another, DINO.
 #
 # ### Anchors, by hand
 #
-# An anchor of area $a^2$ and height to width ratio $r$ is $a\sqrt{r}$ high and $a / \sqrt{r}$ wide. The network
+# An anchor of area $a^2$ and height-to-width ratio $r$ is $a\sqrt{r}$ high and $a / \sqrt{r}$ wide. The network
 # predicts four numbers $(t_x, t_y, t_w, t_h)$, which shift the anchor's centre and scale its sides {cite}`ren2015`:
 #
 # ```{math}
@@ -112,8 +112,8 @@ glue_values("c11", {
 # \end{aligned}
 # ```
 #
-# So four zeros mean the anchor itself, and one unit of $t_x$ is the width of the anchor. The exponential keeps sides
-# positive, whatever the network predicts.
+# So four zeros give the anchor itself, and one unit of $t_x$ is the width of the anchor. The exponential keeps both
+# sides positive.
 
 
 # %%
@@ -140,9 +140,9 @@ assert np.allclose(sides, [anchor(32, r) for r in (0.5, 1.0, 2.0)], atol=1)  # i
 # %% [markdown]
 # ### Suppression, by hand
 #
-# Neighbouring anchors, or cells, predict the same lesion. *Non-maximum suppression* goes through the boxes of a type
-# in order of falling score. It keeps a box if it overlaps none of the boxes kept so far by more than IoU 0.5, so of
-# several boxes at one lesion only the most confident remains.
+# Neighbouring anchors, or cells, often predict the same lesion. *Non-maximum suppression* goes through the boxes of a
+# type in order of falling score. It keeps a box if it overlaps none of the boxes kept so far by more than IoU 0.5, so
+# of several boxes at one lesion only the most confident remains.
 
 
 # %%
@@ -167,15 +167,15 @@ assert suppressed(some, scores) == by_library.tolist() and 0 < len(by_library) <
 # ### A set against a set, by hand
 #
 # A detector of the third family needs no suppression if it is trained to make one prediction per lesion. For that,
-# predictions and lesions are paired before the loss is computed: among all pairings, the one with the smallest sum of
-# costs,
+# predictions and lesions are paired before the loss is computed. Of all pairings, the one with the smallest sum of
+# costs is taken:
 #
 # $$
 # \hat\sigma = \arg\min_{\sigma} \sum_{i} C_{i, \sigma(i)},
 # $$ (eq:set-matching)
 #
 # where $C_{ij}$ measures how badly prediction $j$ fits lesion $i$ in class and position {cite}`carion2020`. All
-# predictions without a partner should predict "no lesion". The Hungarian method finds this pairing exactly; for three
+# unpaired queries are trained to predict "no lesion". The Hungarian method finds the best pairing exactly; for three
 # lesions and five predictions one can also try all sixty.
 
 # %%
@@ -208,19 +208,19 @@ pd.Series({"smallest sum": tried[sigma_hat], "greedy": greedy(C)}).round(3)
 # %% [markdown]
 # ## Equal terms
 #
-# What should be equal in a comparison of detectors? Not the number of epochs: one epoch of one detector may cost as
-# much as ten of another. Here we keep equal
+# What should be equal in a comparison of detectors? Not the number of epochs, because one epoch of one detector may
+# cost as much as ten of another. Here we keep equal
 #
-# - the images: the {glue:text}`c11-training` that show a lesion, of the training studies without fold 0, as
-#   {ref}`chap:yolo11-training` used them;
+# - the images: the {glue:text}`c11-training` with a lesion in the training studies outside fold 0, as in
+#   {ref}`chap:yolo11-training`;
 # - their presentation: {glue:text}`c11-px` px, with the same rotations, shifts and flips, no mosaic;
 # - the start: random weights;
 # - the time: {glue:text}`c11-seconds` of training each, on the same cores, in steps of {glue:text}`c11-batch` images;
 # - the suppression, IoU 0.5, and the test: {glue:text}`c11-test` {glue:text}`c11-kind` of
 #   {glue:text}`c11-test-studies` studies, once.
 #
-# The learning rate is not equal, and none is tuned: all detectors have AdamW with the profile's peak, multiplied by a
-# factor. It is 1 for YOLO11 and smallest for the transformer, which follows the order of the authors' own rates.
+# The learning rates differ, and none is tuned: all detectors use AdamW with the profile's peak learning rate times a
+# factor. It is 1 for YOLO11 and smallest for the transformer, in the order of the authors' own rates.
 
 # %%
 names = baselines.BASELINES
@@ -228,8 +228,8 @@ factors = pd.Series({name: baselines.LR_SHARE.get(name, 1.0) for name in names})
 pd.DataFrame({"peak of the learning rate": recipe.lr * factors})
 
 # %% [markdown]
-# The loop is as simple as possible. It reads the clock before each step, and the learning rate falls along a cosine
-# of the time spent:
+# The loop is as simple as possible. It reads the clock before each step; after a short warm-up, the learning rate
+# falls along a cosine of the time spent:
 
 # %% tags=["hide-input"]
 source = inspect.getsource(baselines.train_baseline)
@@ -237,9 +237,9 @@ body = source[source.index("    network, device") :]
 Markdown(f"```python\n{inspect.cleandoc(body)}\n```")
 
 # %% [markdown]
-# "The same time" hides how well a library uses a processor. All convolutions run in bfloat16 where that is faster, as
-# YOLO11-L's do. A detector with faster code takes more steps, and that is one of its advantages; the table below
-# gives the number of steps.
+# The same time favours code that uses the processor well. In training, nearly all convolutions run in bfloat16 where
+# that is faster, as YOLO11-L's do. A detector with faster code takes more steps, which is one of its advantages; the
+# table below gives the number of steps.
 
 # %% tags=["remove-output"]
 runs = {}
@@ -261,8 +261,8 @@ terms
 # %% [markdown]
 # ## What they find
 #
-# All detectors are evaluated on the same test images. We add a seventh row, YOLO11-L after the longer training of
-# {ref}`chap:yolo11-training`, to show how much the training time alone matters.
+# All detectors are evaluated on the same test images. We add a seventh row, YOLO11-L as trained in
+# {ref}`chap:yolo11-training`, to show what a longer training brings.
 
 # %%
 bootstrap = {"resamples": workspace.profile.bootstrap, "seed": workspace.profile.seed}
@@ -297,8 +297,8 @@ show_figure("c11-fig-map", draw_intervals(means, chapter_10, label, (0, None)))
 # ```
 #
 # Overlapping intervals in {numref}`fig:other-detectors` do not show that two detectors are equal: both are evaluated
-# on the same studies, and an easy or a difficult study affects both. So we compute the difference on each resample of
-# studies, YOLO11-L's mean minus the other's, both after the same training time.
+# on the same studies, and an easy or a difficult study affects both. So we compute, on each resample of studies,
+# YOLO11-L's mean minus the other's, both after the same training time.
 
 # %%
 ours = runs["YOLO11-L"].found
@@ -329,16 +329,16 @@ text += f" The highest mean of all rows is that of {best}, {top['value']:.3f}."
 glue_values("c11", {"verdict": text})
 
 # %% [markdown]
-# {glue:text}`c11-verdict` Five comparisons are made at once, without correction for multiple testing; treat a narrow
-# margin with corresponding caution. A detector that has seen the images for a fraction of an epoch has not been
-# beaten; its training has hardly begun. From random weights small networks learn first, and that is what a short
-# training time measures. The next section shows a longer one.
+# {glue:text}`c11-verdict` Five comparisons are made at once, without correction for multiple testing, so treat a
+# narrow margin with caution. A detector that has seen each image once or less has not been shown to be worse; its
+# training has hardly begun. A short training time from random weights favours small networks, which take more steps.
+# The next section shows longer trainings.
 #
 # ## A longer run, kept
 #
-# The profile `night` trains each detector for longer and gives YOLO11 the paper's focal loss. It is run once; its
-# results are then kept in the book's folder of results, with the command, the commit, the date, the machine and the
-# seed. They are shown here next to the present run, and never mixed with it.
+# The profile `night` trains each detector for longer and gives YOLO11 the paper's focal loss. The results of one such
+# run are kept in the book's folder of results, with the command, the commit, the date, the machine and the seed. They
+# are shown here next to those of the present run and never mixed with them.
 
 # %% tags=["hide-input"]
 night = kept_record("night-detectors")
@@ -359,7 +359,7 @@ rows = {
 pd.DataFrame.from_dict(rows, orient="index").rename_axis("the kept run") if night else None
 
 # %% [markdown]
-# The record of the present run has the same form; `dernet record` keeps it.
+# The record of the present run has the same form; `dernet record` stores it in that folder.
 
 # %%
 record = detector_record(workspace, tables, terms, films=len(training), seconds=seconds)
@@ -370,8 +370,8 @@ assert json.loads(path.read_text())["detectors"].keys() == tables.keys()
 # %% [markdown]
 # ## Paper beside ours
 #
-# The paper's rows were measured on VinDr-SpineXR, with pretrained weights. The others are this run's. Data and
-# resources differ, so a difference between the two tables is not a finding.
+# The paper's rows were measured on VinDr-SpineXR, its own with pretrained weights. The second table is this run's.
+# Data and resources differ, so a difference between the two tables is not a finding.
 
 # %% tags=["hide-input"]
 columns = [*LESION_TYPES, "mAP"]
@@ -388,8 +388,8 @@ here = pd.DataFrame.from_dict(here, orient="index", columns=heads)
 here.rename_axis(f"this run: {kind}, AP@0.5 (%)").map("{:.1f}".format).replace("nan", "–")
 
 # %% [markdown]
-# {numref}`fig:other-detectors` has the intervals of this run's means. Four of the paper's rows have no counterpart
-# here.
+# {numref}`fig:other-detectors` shows the intervals of this run's means. Four of the paper's rows have no counterpart
+# here:
 #
 # | row | why it is not run here |
 # |---|---|
@@ -454,10 +454,10 @@ print(f"in {(more > 1e-12).mean():.0%} of cases, by {more[more > 1e-12].mean():.
 #
 # ```{solution} ex:other-question
 # :class: dropdown
-# Starting weights: more pretraining raises the result. Image size: small lesions gain from a larger one. Images that
-# are searched: behind a gate that removes normal images there are fewer false positives, and precision rises. Tuning:
-# a new method is tuned on the data at hand, the others were tuned elsewhere. Choosing the best epoch on the test
-# split raises the result of whoever does it. All of these favour the new row, and none of them is the architecture.
+# Starting weights: more pretraining raises the result. Image size: small lesions gain from a larger one. Evaluated
+# images: behind a gate that removes normal images there are fewer false positives, and precision rises. Tuning: a new
+# method is tuned on the data at hand, the others were tuned elsewhere. Choosing the best epoch on the test split
+# raises the result of any method. Each of these can favour the new row, and none is the architecture.
 # ```
 #
 # ## Takeaways
@@ -465,6 +465,6 @@ print(f"in {(more > 1e-12).mean():.0%} of cases, by {more[more > 1e-12].mean():.
 # - Detectors differ in how boxes are proposed (anchors, cells, queries), assigned to lesions in training (by overlap,
 #   by set matching), and suppressed.
 # - Equal epochs are not equal terms. State what is kept equal, and report what is not.
-# - Evaluate a difference between two detectors on the same studies, resample by resample.
+# - Compute the difference between two detectors on the same studies, resample by resample.
 # - A short training time from random weights measures how fast a detector learns at first, not how good it can
 #   become.

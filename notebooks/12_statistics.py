@@ -18,10 +18,10 @@
 # # 12 · Statistics
 #
 # :::{admonition} In this chapter
-# **You will be able to** say what an AUROC's confidence interval counts as one observation, compute the interval by
-# resampling and by DeLong's formula, choose a test for two networks on the same images, measure how often each test
-# gives a false positive, correct for multiple comparisons, and estimate how many studies it takes to detect a
-# difference of two points.
+# **You will be able to** state what should count as one observation in an AUROC's confidence interval, compute the
+# interval by resampling and by DeLong's formula, choose a test for two networks on the same images, measure how often
+# each test gives a false positive, correct for multiple comparisons, and estimate how many studies it takes to detect
+# a difference of two points.
 #
 # **You need** {ref}`chap:protocol` for studies and folds and {ref}`chap:ensemble` for AUROC and thresholds.
 #
@@ -29,8 +29,8 @@
 # :::
 #
 # The paper states how it tested: 1,000 bootstrap resamples, 95 % intervals, paired t-tests at $p < 0.05$, five folds.
-# Its tables print no interval and no p-value. This chapter finds out when each of these tools can be trusted, by
-# applying it to data whose truth is known. It then makes every comparison in the paper's Tables 2 and 3 that this run
+# Its tables print no interval and no p-value. This chapter applies each of these tools to simulated data whose truth
+# is known, to see when it can be trusted. It then makes those comparisons of the paper's Tables 2 and 3 that this run
 # allows.
 
 # %% tags=["parameters"]
@@ -84,11 +84,10 @@ glue_values("c12", {
 # %% [markdown]
 # ## What counts as one observation
 #
-# A study consists of one to several images of one spine. If a network is wrong about one of them, it is more likely to
-# be wrong about the next, so the second image adds less information than a new patient would. How much less is
-# measured by the *intraclass correlation* $\rho$, the fraction of the scores' variance that lies between studies. With
-# $m$ images per study, a mean over all images varies as if there were fewer of them, by the *design effect*
-# {cite}`kish1965`
+# A study consists of one to several images of one spine. If a network is wrong about one of them, it is more likely
+# to be wrong about the others, so a second image adds less information than a new patient would. The *intraclass
+# correlation* $\rho$ measures how much less: it is the fraction of the scores' variance that lies between studies.
+# With $m$ images per study, the variance of a mean over all images grows by the *design effect* {cite}`kish1965`
 #
 # $$
 # D = 1 + (m - 1)\, \rho .
@@ -117,7 +116,7 @@ rho = intraclass_correlation(residual, held_study)
 m = len(held) / len(np.unique(held_study))
 rng = np.random.default_rng(numbers.seed)
 alone = np.mean([intraclass_correlation(rng.permutation(residual), held_study) for _ in range(200)])
-assert rho <= 1 and abs(alone) < 0.1  # images assigned to studies at random have nothing in common
+assert rho <= 1 and abs(alone) < 0.1  # images assigned to studies at random are not correlated
 pd.Series({"images per study": m, "rho": rho, "design effect": 1 + (m - 1) * rho}).round(2)
 
 # %% tags=["remove-cell"]
@@ -126,13 +125,13 @@ glue_values("c12", {"rho": f"{rho:.2f}", "design": f"{1 + (m - 1) * rho:.2f}"})
 # %% [markdown]
 # In this run $\rho$ is {glue:text}`c12-rho`, on {glue:text}`c12-n-held` images from {glue:text}`c12-n-held-studies`
 # studies, and the design effect is {glue:text}`c12-design`: treating images as independent understates the variance
-# by this factor. With more images per study, or with a network that relies on what a patient's images have in common,
-# it would be worse.
+# of a mean by this factor. With more images per study, or with a network that relies on what a patient's images have
+# in common, it would be larger.
 #
 # ## The bootstrap, as one multiplication
 #
-# A bootstrap draws studies with replacement {cite}`efron1987`. In a draw, each image counts $w$ times: not at all,
-# once, or more often. So instead of copying images we weight them. The AUROC of weighted images is
+# A bootstrap by study draws studies with replacement {cite}`efron1987`. In a draw, each image counts $w$ times: not
+# at all, once, or more often. So we weight images instead of copying them. The AUROC of weighted images is
 #
 # $$
 # \hat A(w) = \frac{\sum_{i : y_i = 1} \sum_{j : y_j = 0} w_i w_j \,
@@ -140,7 +139,7 @@ glue_values("c12", {"rho": f"{rho:.2f}", "design": f"{1 + (m - 1) * rho:.2f}"})
 #   {\sum_{i : y_i = 1} w_i \; \sum_{j : y_j = 0} w_j},
 # $$ (eq:weighted-auroc)
 #
-# where $[\cdot]$ is 1 if true and 0 otherwise. First one draw by hand, pair by pair:
+# where $[\cdot]$ is 1 if true and 0 otherwise. We first compute one draw by hand, pair by pair:
 
 # %%
 w = draw_weights(study, 1, numbers.seed)[0]
@@ -187,8 +186,8 @@ pd.DataFrame({"seconds, 1,000 draws of 2,078 scores": taken}).round(3)
 # ```
 #
 # and $\alpha_2$ with $z_{0.975}$. $\Phi$ is the standard normal distribution function. To get $d_g$, the AUROC is
-# computed with each study left out in turn; $d_g$ is the mean of these values minus the value without study $g$. By
-# hand:
+# computed with each study left out in turn; $d_g$ is the mean of these values minus the value without study $g$. We
+# compute the ends by hand:
 
 # %%
 area = weighted_auroc(y, s)
@@ -208,9 +207,9 @@ pd.Series({"z0": z_0, "a": a, "alpha 1": alpha[0], "alpha 2": alpha[1]}).round(3
 # %% [markdown]
 # ## DeLong's formula, without resampling
 #
-# An AUROC is a mean over pairs, and such a mean has a known variance {cite}`delong1988`. The *placement value* of an
-# abnormal image is the fraction of normal images that score below it; that of a normal image is the fraction of
-# abnormal images that score above it:
+# An AUROC is a mean over pairs of images, and the variance of such a mean is known {cite}`delong1988`. The *placement
+# value* of an abnormal image is the fraction of normal images that score below it; that of a normal image is the
+# fraction of abnormal images that score above it:
 #
 # ```{math}
 # :label: eq:delong
@@ -232,10 +231,10 @@ assert np.isclose(V10.mean(), A) and np.isclose(V01.mean(), A)
 assert np.isclose(by_image.covariance[0, 0], variance)
 
 # %% [markdown]
-# {eq}`eq:delong` treats images as independent. Obuchowski's form {cite}`obuchowski1997` first subtracts $\hat A$ from
-# each placement value, then sums them within each study, and only then squares the sums, so that errors shared by the
-# images of a study add up before they are squared. `significance.delong` implements both forms. By hand for the form
-# by study, with $K$ studies, of which $K_1$ have an abnormal and $K_0$ a normal image:
+# {eq}`eq:delong` treats images as independent. Obuchowski's form {cite}`obuchowski1997` subtracts $\hat A$ from each
+# placement value, sums the results within each study, and only then squares the sums, so that errors shared by the
+# images of a study add up before they are squared. `significance.delong` implements both forms. We compute the form
+# by study by hand, with $K$ studies, of which $K_1$ have an abnormal and $K_0$ a normal image:
 
 # %%
 n_1, n_0 = len(V10), len(V01)
@@ -249,7 +248,7 @@ by_study = significance.delong(y, s, study)
 assert np.isclose(by_study.covariance[0, 0], by_hand)
 
 # %% [markdown]
-# Five intervals for one number, DERNet's AUROC on the test split:
+# The table compares five intervals for one number, DERNet's AUROC on the test split:
 
 # %%
 intervals = {
@@ -266,12 +265,12 @@ table.assign(width=table["high"] - table["low"]).round(3)
 # %% tags=["remove-cell"]
 widths = (table["high"] - table["low"]).fillna(0)
 ratio = widths["bootstrap, studies"] / max(widths["bootstrap, images"], 1e-9)
-glue_values("c12", {"auroc": f"{intervals['bootstrap, studies']:.2f}", "width-ratio": f"{ratio:.2f}"})
+glue_values("c12", {"width-ratio": f"{ratio:.2f}"})
 
 # %% [markdown]
-# The same bootstrap serves any statistic that can be computed from weighted images. Below are percentile and BCa
-# intervals, by study, for the numbers that the paper prints for a classifier at its threshold, and for the average
-# precision (AP) of the most common lesion type:
+# The same bootstrap serves any statistic that can be computed from weighted images. The next table gives percentile
+# and BCa intervals, by study, for the metrics that the paper prints for a classifier, and for the average precision
+# (AP) of the commonest lesion type:
 
 # %%
 searched = detection_images(workspace)
@@ -292,24 +291,24 @@ pd.DataFrame({
 }).T  # fmt: skip
 
 # %% [markdown]
-# Bootstrap and DeLong agree about as well as two methods can; what matters is the unit. By study, the bootstrap
-# interval is {glue:text}`c12-width-ratio` times as wide as by image, on {glue:text}`c12-n` {glue:text}`c12-kind` from
-# {glue:text}`c12-n-studies` studies. It need not be wider. Where a study has normal and abnormal images, an error that
-# they share shifts both in the same direction and cancels in the AUROC. Where all images of a study have the same
-# label, nothing cancels. Which interval is right?
+# Bootstrap and DeLong should agree closely; what matters is the unit. By study, the bootstrap interval is
+# {glue:text}`c12-width-ratio` times as wide as by image, on {glue:text}`c12-n` {glue:text}`c12-kind` from
+# {glue:text}`c12-n-studies` studies. It need not be wider. If a study has normal and abnormal images, an error that
+# they share shifts both in the same direction and cancels in the AUROC. If all images of a study have the same label,
+# nothing cancels. Which interval is right?
 #
 # ## How often an interval contains the truth
 #
-# This can only be answered where the truth is known, so we simulate it: studies of three images, one label per study,
+# This can only be answered where the truth is known, so we simulate studies of three images, with one label per study
 # and scores from two networks that are exactly equally good,
 #
 # $$
 # s = \mu\, y + \sqrt{\rho}\; u_{\text{study}} + \sqrt{1 - \rho}\; e_{\text{image}},
 # $$ (eq:clustered-scores)
 #
-# with $u$ and $e$ standard normal, $e$ drawn for each image; half of the variance of each is common to both networks.
-# A random abnormal image scores above a random normal one with probability $\Phi(\mu / \sqrt 2)$: the true AUROC of
-# each network.
+# with $u$ and $e$ standard normal, $u$ drawn for each study and $e$ for each image; half of the variance of each is
+# common to both networks. A random abnormal image scores above a random normal one with probability $\Phi(\mu / \sqrt
+# 2)$: the true AUROC of each network.
 
 
 # %%
@@ -336,13 +335,13 @@ assert abs(intraclass_correlation(score_one[:, 0] - mu * label_one, which) - 0.5
 # %% [markdown]
 # For each $\rho$ we simulate {glue:text}`c12-simulations` such datasets. We count how often DeLong's 95 % interval
 # contains the true AUROC, by image and by study, and how often DeLong's test finds a difference between the two
-# networks, although there is none. McNemar's test, explained below, is included, and at $\rho = 0.5$ the bootstrap is
-# too.
+# networks, although there is none. McNemar's test, explained below, is included, and so is the bootstrap at $\rho =
+# 0.5$.
 
 
 # %%
 def coverage(rho, resamples=0):
-    """Over the simulated datasets: how often intervals contain the truth, and how often tests reject."""
+    """How often intervals contain the truth and how often tests reject, over simulated datasets."""
     rng, rows = np.random.default_rng([numbers.seed, round(100 * rho)]), []
     for _ in range(simulations):
         labels, score = simulate(rho, rng)
@@ -386,8 +385,8 @@ for ax, wanted in ((left, 0.95), (right, 0.05)):
     ax.axhspan(wanted - 2 * error, wanted + 2 * error, color="0.88", zorder=0)
     ax.set(xlabel="intraclass correlation", xlim=(-0.04, 0.79))
     ax.legend(fontsize=8)
-left.set(ylabel="intervals that contain the truth", ylim=(0.6, 1))
-right.set(ylabel="tests that reject equal networks", ylim=(0, 0.3))
+left.set(ylabel="fraction of intervals with the truth", ylim=(0.6, 1))
+right.set(ylabel="fraction of tests that reject", ylim=(0, 0.3))
 show_figure("c12-fig-coverage", fig)
 
 # %% [markdown]
@@ -400,10 +399,10 @@ show_figure("c12-fig-coverage", fig)
 # and minus two standard errors of the simulation.
 # ```
 #
-# {numref}`fig:coverage` is the reason for every interval in this book. If images are the unit, a nominal 95 % interval
-# contains the truth less and less often as the images of a study resemble each other more, and equal networks are
-# declared different far more often than one time in twenty. If studies are the unit, both problems are gone, and
-# nothing else has to change.
+# {numref}`fig:coverage` is the reason why this book computes the intervals of metrics by study. If images are the
+# unit, a nominal 95 % interval contains the truth less and less often as the images of a study resemble each other
+# more, and equal networks are declared different far more often than one time in twenty. If studies are the unit,
+# both problems disappear, and nothing else has to change.
 
 # %% tags=["remove-cell"]
 glue_values("c12", {f"cover-{unit}": f"{rates.loc[0.5, f'bootstrap, {unit}']:.1%}" for unit in looks})
@@ -421,14 +420,14 @@ glue_values("c12", {f"cover-{unit}": f"{rates.loc[0.5, f'bootstrap, {unit}']:.1%
 # q = 0 \ \text{or}\ \frac{n_{\text{test}}}{n_{\text{train}}} .
 # $$ (eq:corrected-t)
 #
-# The plain test has $q = 0$ and assumes that the $k$ differences are independent. They are not: of five folds, any two
-# training sets have three quarters of their images in common. The differences therefore agree more closely than
-# independent ones would, and their spread is too small. Nadeau and Bengio {cite}`nadeau2003` correct for this with
-# $q = n_{\text{test}} / n_{\text{train}}$, which is one quarter for five folds.
+# The plain test has $q = 0$ and assumes that the $k$ differences are independent. They are not: of five folds, any
+# two training sets have three quarters of their images in common. The differences therefore agree more closely than
+# independent ones would, and the test underestimates the variance of their mean. Nadeau and Bengio {cite}`nadeau2003`
+# correct for this with $q = n_{\text{test}} / n_{\text{train}}$, which is one quarter for five folds.
 #
-# Again we need data whose truth is known. Two linear classifiers see ten features each; the features are different
-# but equally informative, so neither classifier is better. Both are trained and evaluated on five folds, over and
-# over:
+# Again we need data whose truth is known. Two linear classifiers use ten features each; the features are different
+# but equally informative, so neither classifier is better. On each simulated dataset, both are trained and evaluated
+# on five folds:
 
 
 # %%
@@ -454,7 +453,7 @@ gaps = [fold_differences(rng) for _ in range(simulations)]
 false_positives = pd.Series({
     "paired t": np.mean([significance.paired_t(own).p < 0.05 for own in gaps]),
     "corrected (Nadeau and Bengio)": np.mean([significance.paired_t(own, 1 / 4).p < 0.05 for own in gaps]),
-}, name="rejects two equal classifiers")  # fmt: skip
+}, name="fraction of rejections")  # fmt: skip
 plain, corrected = false_positives
 assert corrected < plain
 glue_values("c12", {"t-plain": f"{plain:.1%}", "t-corrected": f"{corrected:.1%}"})
@@ -462,17 +461,18 @@ false_positives.round(3).to_frame()
 
 # %% [markdown]
 # At a nominal 5 %, the plain test rejects in {glue:text}`c12-t-plain` of cases and the corrected one in
-# {glue:text}`c12-t-corrected`. Moreover, a t-test of five numbers can only show that one *training recipe* is better on
-# patients like these, averaged over training sets. Whether this trained network beats that one is another question; it
-# is answered by DeLong's test and the paired bootstrap.
+# {glue:text}`c12-t-corrected`. Moreover, a t-test of five numbers can only show that one *training recipe* is better
+# on patients like these, averaged over training sets. Whether one trained network is better than another is a
+# different question, which DeLong's test and the paired bootstrap answer.
 #
 # ## Right or wrong at one threshold: McNemar
 #
-# At a threshold, each image is classified rightly or wrongly. Images that both networks get right, or both wrong, carry
-# no information about which is better. There remain $n_{10}$ images that only the first network gets right and
-# $n_{01}$ that only the second does. If the networks are equally good, each of these images is equally likely to be of
-# either kind, like the toss of a coin; an exact binomial test asks whether the split is more uneven than tosses explain
-# {cite}`mcnemar1947`. The test counts images, so {numref}`fig:coverage` applies to it.
+# At a threshold, each image is classified correctly or not. Images that both networks classify correctly, or both
+# incorrectly, carry no information about which is better. There remain $n_{10}$ images that only the first network
+# classifies correctly and $n_{01}$ that only the second does. If the networks are equally good, each of these images
+# is equally likely to be of either kind, like the toss of a coin; an exact binomial test asks whether the split is
+# more uneven than chance explains {cite}`mcnemar1947`. The test treats images as independent, so the warning of
+# {numref}`fig:coverage` applies to it.
 
 # %%
 columns, held_columns = (
@@ -491,11 +491,11 @@ for name, theirs in right.items():  # by hand: both tails of a binomial distribu
     assert np.isclose(mcnemar[name], min(1.0, 2 * tail))
 
 # %% [markdown]
-# ## Every comparison of Table 2
+# ## The comparisons of Table 2
 #
-# We compare DERNet with each network and with two other choices of weights. On the test split: the difference in AUROC
-# with its interval by study, DeLong's p by study, and McNemar's p. Across the {glue:text}`c12-folds` folds of the
-# training studies: the t-test as in the paper, and corrected.
+# We compare DERNet with each network and with two other choices of weights. On the test split we compute the
+# difference in AUROC with its interval by study, DeLong's p by study, and McNemar's p; across the
+# {glue:text}`c12-folds` folds of the training studies, the paper's t-test, plain and corrected.
 
 
 # %%
@@ -532,17 +532,18 @@ shown = table_2.index[table_2["DeLong, Holm"] < 0.05]
 text = "none of the differences remains significant"
 if len(shown):
     text = f"what remains significant is the difference from {', '.join(shown)}"
-glue_values("c12", {"stands": text, "plain-t": int((table_2["paired t"] < 0.05).sum())})
+glue_values("c12", {"stands": text})
 
 # %% [markdown]
-# These are five tests, and the chance that at least one of five true "no difference" hypotheses is rejected at 5 % may
-# reach a quarter. Holm's correction {cite}`holm1979` multiplies the smallest p by five, the next by four, and so on,
-# and keeps the chance of any false positive at 5 %. After it, by DeLong's test, {glue:text}`c12-stands`. The five
-# comparisons were fixed before the test split was opened, since they are the paper's.
+# These are five tests, and the chance that at least one of five true "no difference" hypotheses is rejected at 5 %
+# may reach a quarter. Holm's correction {cite}`holm1979` multiplies the smallest p by five, the next by four, and so
+# on, and keeps the chance of any false positive at 5 % or less. After this correction, by DeLong's test,
+# {glue:text}`c12-stands`. The five comparisons were fixed before the test split was opened: three are with rows of
+# the paper's table, two with other weights for the vote.
 #
-# Read the columns against each other. They answer different questions: DeLong's test concerns the ranking at all
-# thresholds, McNemar's one threshold, the t-test the recipe. With {glue:text}`c12-folds` folds the t-test has one
-# degree of freedom fewer than folds; with two folds it can hardly reject anything.
+# The columns answer different questions: DeLong's test concerns the ranking at all thresholds, McNemar's test one
+# threshold, the t-test the recipe. The t-test has one degree of freedom fewer than there are folds (here
+# {glue:text}`c12-folds`); with two folds it can hardly reject anything.
 #
 # ### By hand: Holm
 #
@@ -555,11 +556,11 @@ adjusted = [min(1.0, max((m_tests - i) * p[i] for i in range(j + 1))) for j in r
 assert np.allclose(np.sort(table_2["DeLong, Holm"].to_numpy(float)), adjusted)
 
 # %% [markdown]
-# ## Every comparison of Table 3
+# ## The comparisons of Table 3
 #
 # {ref}`chap:other-detectors` trained six detectors for equal time. The table shows YOLO11-L's mAP@0.5 minus that of
-# each other detector, resampled by study. The second column is a *simultaneous* interval, at the level $1 - 0.05/5$,
-# so that all five hold together in 95 % of cases (Bonferroni).
+# each other detector, resampled by study. The second column has *simultaneous* intervals, each at the level $1 -
+# 0.05/5$, so that all five contain the true differences together in at least 95 % of cases (Bonferroni).
 
 # %%
 boxes = pd.read_parquet(workspace.tables / "baselines_test_boxes.parquet")
@@ -584,8 +585,8 @@ clear = [name for name, (_, wide) in table_3.items() if wide.low > 0 or wide.hig
 glue_values("c12", {"table-3": f"{len(clear)} of {len(table_3)} of them exclude zero"})
 
 # %% [markdown]
-# Simultaneous intervals are wider, and {glue:text}`c12-table-3`. What short trainings from random weights can say about
-# architectures is discussed in that chapter.
+# Simultaneous intervals are wider, and {glue:text}`c12-table-3`. That chapter discusses what short trainings from
+# random weights can show about architectures.
 #
 # ## How many studies would it take?
 #
@@ -597,8 +598,8 @@ glue_values("c12", {"table-3": f"{len(clear)} of {len(table_3)} of them exclude 
 # K = \left( \frac{(z_{0.975} + z_{1 - \beta})\, \sigma}{\delta} \right)^2
 # $$ (eq:studies-needed)
 #
-# studies, where $\sigma$ is the standard error times $\sqrt K$. We take $\sigma$ from this run: for a difference
-# between two networks on the same images, and for one AUROC against a fixed number.
+# studies, where $\sigma$ is the standard error times $\sqrt K$. We estimate $\sigma$ from this run, for a difference
+# between two networks on the same images and for one AUROC against a fixed number.
 
 # %%
 delta = (TABLE_2["DERNet"][0] - TABLE_2["VinDr Ensemble"][0]) / 100
@@ -636,34 +637,34 @@ show_figure("c12-fig-power", fig)
 # :name: fig:power
 # :alt: Chance of detecting the difference against the number of test studies: two rising curves, with the numbers
 # :  of studies of this run and of VinDr-SpineXR marked.
-# Chance that a test at 5 % detects a difference of the size that the paper claims over the dataset's baseline. Standard
-# errors from this run: {glue:text}`c12-n` {glue:text}`c12-kind` from {glue:text}`c12-n-studies` studies, profile
+# Chance that a test at 5 % detects a difference as large as the paper's lead over the dataset's baseline. Standard
+# errors are from this run: {glue:text}`c12-n` {glue:text}`c12-kind` from {glue:text}`c12-n-studies` studies, profile
 # {glue:text}`c12-profile`.
 # ```
 #
-# To detect 2.42 points with a chance of {glue:text}`c12-power` takes {glue:text}`c12-needed-one` studies for one
-# AUROC against a fixed number, and {glue:text}`c12-needed-pair` for two networks on the same images, as far as this
-# run's standard errors apply. {numref}`fig:power` marks the numbers of studies that exist. A network with a higher
-# AUROC has a smaller $\sigma$, so the paper's own case is somewhat easier; it cannot be settled without the paper's
-# scores.
+# With this run's standard errors, detecting 2.42 points with a chance of {glue:text}`c12-power` takes
+# {glue:text}`c12-needed-one` studies for one AUROC against a fixed number, and {glue:text}`c12-needed-pair` for two
+# networks on the same images. {numref}`fig:power` marks the size of this run's test split and of VinDr-SpineXR's. A
+# higher AUROC usually has a smaller $\sigma$, so the paper's own networks may need fewer studies; only the paper's
+# scores could settle this.
 #
-# ## Which test when
+# ## Which test to use
 #
 # | question | tool | unit |
 # |---|---|---|
-# | how uncertain is this AUROC, F1 or mAP | bootstrap; BCa near an end of the scale | study |
-# | does this network rank better than that one | DeLong, or a paired bootstrap | study |
-# | is it right more often at its threshold | paired bootstrap; McNemar if each study has one image | study |
-# | is this recipe better than that one | corrected t over folds, and more seeds | training |
+# | how uncertain is this AUROC, F1 or mAP? | bootstrap; BCa near an end of the scale | study |
+# | does one network rank images better than another? | DeLong, or a paired bootstrap | study |
+# | is it correct more often at its threshold? | paired bootstrap; McNemar if each study has one image | study |
+# | is one recipe better than another? | corrected t over folds, and more seeds | training |
 # | several of these at once | Holm for p, Bonferroni for intervals | – |
-# | can the difference be detected at all | power, before the test split is opened | study |
+# | can the difference be detected at all? | power, before the test split is opened | study |
 #
 # ## Paper beside ours
 #
 # | | paper | this book |
 # |---|---|---|
 # | resamples | 1,000 | {glue:text}`c12-resamples` |
-# | intervals | 95 %, announced, not printed | 95 %, printed with each number |
+# | intervals | 95 %, announced, not printed | 95 %, printed with the results |
 # | unit | not stated | study |
 # | test of two methods | paired t, $p < 0.05$; no p printed | DeLong by study, paired bootstrap, both t-tests |
 # | correction for several tests | not stated | Holm, Bonferroni |
@@ -728,17 +729,17 @@ print(f"{factor:.2f}; the root of the design effect is {np.sqrt(1 + 3 * 0.6):.2f
 #
 # ```{solution} ex:statistics-question
 # :class: dropdown
-# The five differences, since $p$ alone hides whether the gain comes from one lucky fold. The corrected p, which for
-# five folds divides t by 1.5: 0.03 becomes about 0.12. How many comparisons were made. Whether anything, such as the
-# epoch or the threshold, was chosen on the folds used for evaluation. And the interval of the gain on an untouched
-# test split, by study.
+# The five differences, since $p$ alone hides whether the gain comes from one lucky fold. The corrected p, for which t
+# is divided by 1.5 with five folds: 0.03 becomes about 0.09. The number of comparisons made. Whether anything, such
+# as the epoch or the threshold, was chosen on the folds used for evaluation. And the interval of the gain on an
+# untouched test split, by study.
 # ```
 #
 # ## Takeaways
 #
 # - The unit of a radiology test set is the study. If images are the unit, 95 % is not 95 %.
-# - A bootstrap is a matrix of weights times a statistic; DeLong's formula does the same for an AUROC without
-#   resampling. Both can be computed by study.
-# - Folds share training images: correct the t-test, or do not use it.
+# - A bootstrap can be computed with a matrix of weights instead of copies of images. DeLong's formula gives an
+#   AUROC's interval without resampling. Both can be computed by study.
+# - Folds share training images, so correct the t-test or do not use it.
 # - Fix all comparisons beforehand, correct for their number, and print the interval of the difference.
 # - First ask how many studies it would take to detect the difference.

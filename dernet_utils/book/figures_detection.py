@@ -1,4 +1,4 @@
-"""Figures of the detection chapters: each function takes data and returns a figure."""
+"""Figures of the detection chapters."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,11 +14,11 @@ from dernet_utils.book.figures import show_boxes, show_radiograph
 from dernet_utils.core.vocabulary import CORNERS, LESION_STYLE, PAPER_CODES
 from dernet_utils.imaging.enhance import load_cached
 
-# Column and height of each of YOLO11's layers: down the backbone, up, down again.
+# Column and row of each of YOLO11's layers: down the backbone, up the neck, and down again.
 _POSITIONS = {i: (0, i) for i in range(11)} | {i: (1, 19 - i) for i in range(11, 17)}
 _POSITIONS |= {i: (2, i - 12) for i in range(17, 23)}
 _LAYER_COLOURS = {"Conv": "#CFE3F2", "C3k2": "#F6DDB0", "SPPF": "#E3E3E3", "C2PSA": "#F2C6DC"}
-# On a white ground, two of the lesion types' colours must be darker than on radiographs.
+# On a white background, two lesion types need darker colours than on radiographs.
 _ON_WHITE = {"Other lesions": "0.35", "Surgical implant": "#A89C00"}
 
 # The network ------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def draw_layers(network: nn.Module, maps: Sequence[Tensor], size: tuple[int, int
     """Draw YOLO11 as a diagram: backbone, neck up, neck down, and heads.
 
     Args:
-        network: ultralytics' YOLO11; its layers say where their inputs come from.
+        network: ultralytics' YOLO11.
         maps: Output of each layer but the last, shape (1, C, H, W).
         size: Height and width of the input, px.
     """
@@ -82,13 +82,13 @@ def _connect(ax: Axes, start: tuple, end: tuple, dash: str = "-") -> None:
 def draw_scaling(
     lengths: Sequence[int], variance: np.ndarray, largest: Mapping[str, np.ndarray], marked: int
 ) -> Figure:
-    """Draw why attention divides by the root of the keys' length.
+    """Draw the variance of products and the largest weight, with and without division by √d_k.
 
     Args:
         lengths: Lengths d_k of the random queries.
-        variance: Of the products of queries and keys, by length.
-        largest: Mean largest weight by length, ``undivided`` and ``divided``.
-        marked: The network's own length, a dotted line.
+        variance: Of the products of queries and keys, shape (lengths,).
+        largest: Mean largest weight, ``undivided`` and ``divided``, each of shape (lengths,).
+        marked: The network's d_k, a dotted line.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.9))
     left.loglog(lengths, variance, "o-", base=2, label="undivided")
@@ -96,7 +96,7 @@ def draw_scaling(
     left.set(xlabel="length of a query, $d_k$", ylabel="variance of the products")
     right.semilogx(lengths, largest["undivided"], "o-", base=2)
     right.semilogx(lengths, largest["divided"], "s--", base=2)
-    right.set(xlabel="length of a query, $d_k$", ylabel="largest weight, mean", ylim=(0, 1))
+    right.set(xlabel="length of a query, $d_k$", ylabel="mean largest weight", ylim=(0, 1))
     for ax in (left, right):
         ax.set_xticks(lengths, lengths)
         ax.axvline(marked, color="0.4", lw=0.8, ls=":")
@@ -108,12 +108,12 @@ def draw_scaling(
 def draw_attention(
     filled: np.ndarray, lesion: pd.DataFrame, centre: np.ndarray, weights: Tensor
 ) -> Figure:
-    """Draw a radiograph with a lesion's box, and each head's attention weights over it.
+    """Draw a radiograph with a lesion's box, and over it each head's weights and their mean.
 
     Args:
         filled: Letterboxed image, 8-bit, shape (H, W).
-        lesion: One row with `lesion_type` and corners in the image's pixels.
-        centre: x and y of the querying cell's lesion, px.
+        lesion: One row: `lesion_type` and corners, px of `filled`.
+        centre: x and y of the lesion's centre, px of `filled`.
         weights: Of each head, in units of 1/n, shape (heads, rows, columns).
     """
     fig, axes = plt.subplots(2, 3, figsize=(7.2, 5.4))
@@ -143,18 +143,18 @@ def draw_attention_cost(
     """Draw multiply-adds of convolutions and of attention against the side of a square input.
 
     Args:
-        px: Sides, px.
-        convolutions, products: Multiply-adds, by side.
-        marks: Sides to mark with a dotted line, by their label.
+        px: Sides, px, shape (n,).
+        convolutions, products: Multiply-adds, shape (n,).
+        marks: Sides to mark with a dotted line, px, by label.
     """
     fig, ax = plt.subplots(figsize=(5.2, 3.2))
-    ax.loglog(px, convolutions / 1e9, "o-", label="convolutions, as $n$")
-    ax.loglog(px, products / 1e9, "s--", label="products of Eq. 3, as $n^2$")
+    ax.loglog(px, convolutions / 1e9, "o-", label=r"convolutions, $\propto n$")
+    ax.loglog(px, products / 1e9, "s--", label=r"products of Eq. 3, $\propto n^2$")
     foot = {"transform": ax.get_xaxis_transform(), "va": "top", "rotation": 90, "fontsize": 8}
     for word, at in marks.items():
         ax.axvline(at, color="0.4", lw=0.8, ls=":")
         ax.text(at * 1.03, 0.97, word, **foot)
-    ax.set(xlabel="side of a square input, px", ylabel="billion multiply-adds")
+    ax.set(xlabel="side of a square input, px", ylabel="multiply-adds, billions")
     ax.set_xticks(px, [f"{p}" for p in px])
     ax.minorticks_off()
     ax.legend(fontsize=8, loc="lower right")
@@ -165,8 +165,8 @@ def draw_fields(gradients: Iterable[tuple[str, int, Tensor, float]]) -> Figure:
     """Draw six effective receptive fields, each with the square that holds 90 % of it.
 
     Args:
-        gradients: A name, the map's stride, the size of the gradient by pixel (S, S), and the side
-            of the square, px.
+        gradients: Name and stride of a map, absolute gradient by pixel, shape (S, S), and side of
+            the square, px.
     """
     fig, axes = plt.subplots(2, 3, figsize=(7.2, 5.3))
     for ax, (name, stride, gradient, wide) in zip(axes.flat, gradients, strict=True):
@@ -182,16 +182,16 @@ def draw_fields(gradients: Iterable[tuple[str, int, Tensor, float]]) -> Figure:
         ax.tick_params(labelsize=8)
     bar = fig.colorbar(seen, ax=axes, location="bottom", shrink=0.6, ticks=[-4, -3, -2, -1, 0])
     bar.ax.set_xticklabels(["≤ 10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1"], fontsize=8)
-    bar.set_label("size of the gradient, largest is 1; axes in px", fontsize=9)
+    bar.set_label("absolute gradient, fraction of its maximum; axes in px", fontsize=9)
     return fig
 
 
 def draw_box_sides(lesions: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
-    """Draw the sides of lesion boxes by type, at two input sizes, against the three strides.
+    """Draw the sides of boxes by lesion type, at two input sizes, and lines at the three strides.
 
     Args:
-        lesions: `type`, and a column of sides in the network's pixels for each of `labels`.
-        labels: Two columns, and how the legend names them; types are sorted by the first's median.
+        lesions: `type`, and each column of `labels`: sides, px of the network's input.
+        labels: Legend of each of the two columns; the first's medians sort the types.
     """
     (first, second), faces = labels, ("#56B4E9", "white")
     present = lesions.groupby("type")[first].median().sort_values().index
@@ -210,9 +210,9 @@ def draw_box_sides(lesions: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
         ax.axvline(stride, color="#B23B00", lw=1.7, ls=dash, label=f"stride {stride}", zorder=1)
     for label, face in zip(labels.values(), faces, strict=True):
         ax.bar(0, 0, fc=face, ec="black", label=label)
-    low = min(6.5, lesions[first].min() / 1.2)  # so that all three strides are in sight
+    low = min(6.5, lesions[first].min() / 1.2)  # so that all three strides are visible
     ticks = [t for t in (2, 4, 8, 16, 32, 64, 128, 256, 512) if t > low]
-    ax.set(xscale="log", xlabel="side of a square of the box's area, network's px")
+    ax.set(xscale="log", xlabel="side of a square of the box's area, px of the input")
     ax.set_xlim(low, lesions[second].max() * 1.2)
     ax.set_xticks(ticks, ticks)
     ax.minorticks_off()
@@ -226,7 +226,7 @@ def draw_box_sides(lesions: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
 
 
 def draw_augmented(shown: Mapping[str, Sequence[tuple[np.ndarray, pd.DataFrame]]]) -> Figure:
-    """Draw a row of four augmented images and their boxes for each title.
+    """Draw augmented images with their boxes, one row of four per title.
 
     Args:
         shown: By title, images and boxes as `detection.images.augmented_images` yields them.
@@ -243,15 +243,15 @@ def draw_augmented(shown: Mapping[str, Sequence[tuple[np.ndarray, pd.DataFrame]]
 
 
 def draw_detector_learning(history: pd.DataFrame, epochs: int, with_mosaic: int) -> Figure:
-    """Draw loss terms and validation mAP over epochs; epochs with mosaic have a grey ground.
+    """Draw loss terms and validation mAP by epoch; epochs with mosaic have a grey background.
 
     Args:
-        history: As `detection.training.TrainedDetector` has it, or its first rows.
-        epochs: Of the whole run.
+        history: That of `detection.training.TrainedDetector`, or its first rows.
+        epochs: Number of epochs of the whole run.
         with_mosaic: Number of epochs with mosaic.
     """
     fig, (ax_loss, ax_map) = plt.subplots(1, 2, figsize=(8, 3.1))
-    for name, label, dash in (("box", "CIoU", "-"), ("cls", "classes", "--"), ("dfl", "DFL", ":")):
+    for name, label, dash in (("box", "CIoU", "-"), ("cls", "class", "--"), ("dfl", "DFL", ":")):
         ax_loss.plot(history["epoch"], history[name], dash, marker="o", ms=3, label=label)
     evaluated = history.dropna(subset="map50")
     ax_map.plot(evaluated["epoch"], evaluated["map50"], marker="o", color="k")
@@ -263,11 +263,11 @@ def draw_detector_learning(history: pd.DataFrame, epochs: int, with_mosaic: int)
 
 
 def draw_found(images: pd.DataFrame, truth: pd.DataFrame, found: pd.DataFrame) -> Figure:
-    """Draw images with their true boxes above and the predicted ones below.
+    """Draw images, one per column, with true boxes above and predicted boxes below.
 
     Args:
-        images: One per column: `image_id`, `cached_path`, and `scale`, cached over stored pixels.
-        truth, found: Boxes in stored pixels.
+        images: `image_id`, `cached_path`, and `scale`, cached over stored pixels.
+        truth, found: `image_id`, `lesion_type` and corners in stored pixels.
     """
     width = 2.3 * len(images)
     fig, axes = plt.subplots(2, len(images), figsize=(width, 6.4), squeeze=False)
@@ -287,7 +287,7 @@ def draw_precision_recall(curves: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw precision-recall curves.
 
     Args:
-        curves: By lesion type, what `metrics.detection.precision_recall` returns.
+        curves: By lesion type, as `metrics.detection.precision_recall` returns them.
     """
     fig, ax = plt.subplots(figsize=(6.2, 4))
     for number, (name, curve) in enumerate(curves.items()):
@@ -305,12 +305,12 @@ def draw_precision_recall(curves: Mapping[str, pd.DataFrame]) -> Figure:
 def draw_intervals(
     scores: pd.DataFrame, diamond: str, xlabel: str, xlim: tuple[float, float | None]
 ) -> Figure:
-    """Draw a dot with its interval for each row, the first row at the top.
+    """Draw a value with its interval for each row, the first at the top.
 
     Args:
-        scores: Rows with `value`, `low` and `high`; their index labels the axis.
-        diamond: The row that has a diamond in place of a dot.
-        xlabel, xlim: Of the axis.
+        scores: `value`, `low` and `high`; the index labels the vertical axis.
+        diamond: Row to mark with a diamond, not a dot.
+        xlabel, xlim: Of the horizontal axis.
     """
     fig, ax = plt.subplots(figsize=(6.3, 3.4))
     for row, (name, score) in enumerate(scores[::-1].iterrows()):
@@ -322,12 +322,12 @@ def draw_intervals(
 
 
 def draw_froc(false_positives: pd.Series, sensitivity: pd.Series, points: pd.DataFrame) -> Figure:
-    """Draw a free-response curve with intervals at its seven working points.
+    """Draw a free-response curve with intervals at seven operating points.
 
     Args:
-        false_positives: Per image, along the curve.
+        false_positives: False positives per image along the curve.
         sensitivity: Along the curve, in [0, 1].
-        points: What `metrics.froc.froc_table` returns.
+        points: As `metrics.froc.froc_table` returns them.
     """
     fig, ax = plt.subplots(figsize=(6.2, 3.6))
     ax.step(false_positives, sensitivity, where="post", color="k")
@@ -342,13 +342,13 @@ def draw_froc(false_positives: pd.Series, sensitivity: pd.Series, points: pd.Dat
 def draw_examples(
     rows: Mapping[str, pd.DataFrame], images: pd.DataFrame, truth: pd.DataFrame, found: pd.DataFrame
 ) -> Figure:
-    """Draw three rows of four patches round boxes, one of each lesion type first.
+    """Draw three rows of up to four patches around boxes, one of each lesion type first.
 
     Args:
-        rows: By title, the boxes to show, in order of preference; a title may have none.
+        rows: By title, boxes in stored pixels in order of preference; may be empty.
         images: `image_id`, `cached_path`, and `scale`, cached over stored pixels.
-        truth: True boxes, drawn with full lines, in stored pixels.
-        found: Predicted boxes, drawn dashed.
+        truth: True boxes in stored pixels; solid lines.
+        found: Predicted boxes in stored pixels; dashed lines.
     """
     by_id = images.set_index("image_id")
     fig, axes = plt.subplots(3, 4, figsize=(8, 6.6))
@@ -365,7 +365,7 @@ def draw_examples(
 
 
 def _draw_patch(ax: Axes, box: tuple, image: pd.Series, tables: dict[str, pd.DataFrame]) -> None:
-    """The surroundings of a box, with the boxes of each table in its line style."""
+    """Draw the surroundings of a box, with the boxes of each table in its line style."""
     scale = image["scale"]
     show_radiograph(ax, load_cached(image["cached_path"]))
     for dash, table in tables.items():
