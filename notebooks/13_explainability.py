@@ -543,7 +543,7 @@ left.hist(100 * fall, bins=20, color="0.6")
 left.axvline(0, color="#B5442E", ls="--", label="no change")
 if exact:
     left.axvline(100 * fall.mean(), color="k", label=f"mean {100 * fall.mean():+.1f}")
-left.set(xlabel="fall of the probability, points", ylabel="images")
+left.set(xlabel="fall of the probability, percentage points", ylabel="images")
 left.legend(fontsize=8)
 right.plot(100 * area, 100 * moved, "o", ms=4, alpha=0.7)
 limit = 105 * max([*area, *moved], default=1)
@@ -579,11 +579,11 @@ glue_values("c13", {
 # {glue:text}`c13-profile`.
 # ```
 #
-# The probability falls by {glue:text}`c13-fall` points (mean, 95 % by study): {glue:text}`c13-fall-verdict`. The
-# fraction of the map's change that lies at the lesion, with a margin of 7 pixels, exceeds that region's fraction of
-# the image by {glue:text}`c13-moved`. {glue:text}`c13-moved-verdict` Points of {numref}`fig:twins-explained` near the
-# dashed line are images on which the change is spread evenly: the two maps together do not show where the radiographs
-# differ.
+# The probability falls by {glue:text}`c13-fall` percentage points (mean, 95 % interval by study):
+# {glue:text}`c13-fall-verdict`. The fraction of the map's change that lies at the lesion, with a margin of 7 pixels,
+# exceeds that region's fraction of the image by {glue:text}`c13-moved`. {glue:text}`c13-moved-verdict` Points of
+# {numref}`fig:twins-explained` near the dashed line are images on which the change is spread evenly: the two maps
+# together do not show where the radiographs differ.
 #
 # ## Are the masks right?
 #

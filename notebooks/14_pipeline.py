@@ -417,7 +417,7 @@ glue_values("c14", {
 # | false positives per normal image | not stated | {glue:text}`c14-alarms-before` to {glue:text}`c14-alarms-after` |
 # | lesions missed | not stated | {glue:text}`c14-missed-before` to {glue:text}`c14-missed-after` |
 #
-# The paper gives one number for both systems, so its claim that the gate raises mAP cannot be checked from the text
+# The paper gives one number for both systems, so its claim that the gate drives mAP cannot be checked from the text
 # ({ref}`chap:audit`). Nor does it say whether its Table 3 was computed on all test images or behind the gate; the
 # other rows of that table have no gate.
 #

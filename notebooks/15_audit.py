@@ -396,7 +396,7 @@ glue_values("c15", {
 #
 # | check | result |
 # |---|---|
-# | F1 from sensitivity and specificity, five rows of Table 2 | any one $\pi$ fits at most {glue:text}`c15-agreeing` |
+# | F1 from sensitivity and specificity, five rows of Table 2 | no single $\pi$ fits more than {glue:text}`c15-agreeing` of them |
 # | mAP from its APs, seven rows of Table 3 | {glue:text}`c15-unfit` do not fit |
 # | +11.65 in foraminal stenosis | fits, as points of AP |
 # | 46.9 : 1 | fits, for osteophytes to vertebral collapse |
@@ -445,7 +445,7 @@ shared, own = rng.normal(size=(20_000, 1)), rng.normal(size=(20_000, 10))
 measured = 0.80 + 0.02 * (np.sqrt(0.5) * shared + np.sqrt(0.5) * own)
 excess = measured.max(axis=1).mean() - 0.80
 assert 0.015 < excess < 0.03
-print(f"{100 * excess:.1f} points, only from choosing the best")
+print(f"{100 * excess:.1f} points, merely from choosing the best")
 
 # %% [markdown]
 # ````{solution-end}

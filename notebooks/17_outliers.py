@@ -19,7 +19,7 @@
 #
 # :::{admonition} In this chapter
 # **You will be able to** build an input check from three layers, each of which gives a reason that a user
-# understands, choose its limit without a single unsuitable picture, and measure what it lets through.
+# understands, choose its limit without any unsuitable picture, and measure what it lets through.
 #
 # **You need** {ref}`chap:onnx` for the exported files, {ref}`chap:statistics` for intervals.
 #
@@ -133,8 +133,8 @@ table.astype(float).round(3)
 #
 # with $\tilde e$ centred and scaled, $v_k$ and $\lambda_k$ the first {glue:text}`c17-dimensions` principal directions
 # of the training embeddings and their variances, and $\bar\lambda$ the mean of all remaining variances. This is the
-# Mahalanobis distance, with one common variance for all remaining directions, since the images are too few to
-# determine each of theirs.
+# Mahalanobis distance, with one common variance for all remaining directions, since there are too few images to
+# estimate one for each.
 #
 # Why not the plain distance to the mean? Components of an embedding vary together: a brighter image, for example, may
 # raise many of them at once. Training images then spread widely along that direction and little across it, so that
@@ -304,8 +304,8 @@ glue_values("c17", {
 # interval. The interval treats pictures as independent and does not extend to other pictures: the photographs are
 # crops of only four, and the slices come from one body. *AUROC* is the probability that a picture of the family lies
 # farther from the training images than a radiograph of the test split does, whatever the limit; a file that the
-# header or the pixels refuse counts as farthest. *Passes at 95 %* is the fraction that would pass if the limit let 95
-# % of the test split's radiographs pass, all layers together. Of the families that are clearly not radiographs,
+# header or the pixels refuse counts as farthest. *Passes at 95 %* is the fraction that would pass all layers if the
+# limit let 95 % of the test split's radiographs pass. Among the families that are clearly not radiographs,
 # {glue:text}`c17-worst`.
 #
 # A check that refused everything would refuse every picture in this table, so the fraction of radiographs that it

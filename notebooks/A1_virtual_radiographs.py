@@ -18,10 +18,10 @@
 # # A1 · How the virtual radiographs are made
 #
 # VinDr-SpineXR may not be redistributed, so this book brings its own radiographs. They are digitally reconstructed:
-# one real CT is deformed into many bodies, lesions are added to its spine, rays are traced through it, and the
-# photons that arrive are counted and processed for display. This chapter takes the simulator apart. Each stage is
-# done once by hand and compared with the package, so that you see what physics a virtual radiograph contains and what
-# it leaves out.
+# one real CT is deformed into many bodies, lesions are added to its spine, rays are traced through it, the photons
+# that arrive are counted, and the image is processed for display. This chapter takes the simulator apart. Each stage
+# is done once by hand and compared with the package, so that you see what physics a virtual radiograph contains and
+# what it leaves out.
 #
 # ```{admonition} In this chapter
 # :class: tip
@@ -108,7 +108,7 @@ print(f"Φ / Φ0 = {fraction:.4f}: one photon in {1 / fraction:.0f} arrives")
 # to the water. The package's `transmission` must give the same.
 
 # %%
-ways = {"20 cm water": (20.0, 0.0, 0.0), "2 cm of it bone": (18.0, 2 * 1.92, 0.0),
+ways = {"20 cm water": (20.0, 0.0, 0.0), "18 cm water, 2 cm bone": (18.0, 2 * 1.92, 0.0),
         "20 cm water, 0.5 mm titanium": (20.0, 0.0, 0.05 * 4.5)}  # fmt: skip
 passed = {}
 for name, (soft, bone, metal) in ways.items():
@@ -135,7 +135,7 @@ assert (np.diff(per_cm) < 0).all() and (np.diff(mean_keV) > 0).all()
 # %% tags=["hide-input", "remove-output"]
 fig, (ax1, ax2) = plt.subplots(1, 2, figsize=(9.5, 3.4))
 ax1.semilogy(cm, left.sum(axis=0), "o-", ms=3, color="#0072B2", label="three energies")
-ax1.semilogy(cm, np.exp(-per_cm[0] * cm), "--", color="0.25", label="as the first centimetre")
+ax1.semilogy(cm, np.exp(-per_cm[0] * cm), "--", color="0.25", label="if every centimetre were like the first")
 ax1.set(xlabel="water, cm", ylabel="fraction that arrives, Φ / Φ₀")
 ax1.legend()
 at = np.arange(3)
@@ -445,7 +445,7 @@ for one, other in zip(plans, others, strict=False):
     assert all(one[key] == other[key] for key in ("age", "sex", "shape"))
     changed += bool(one["findings"]) != bool(other["findings"])
 assert changed > 50
-print(f"{changed} of {len(others)} went from healthy to abnormal or back, and kept age and body")
+print(f"{changed} of {len(others)} patients have findings in only one cohort, and the same age and body in both")
 
 # %% [markdown]
 # In people, age and degeneration are correlated. Leaving this out makes the cohort less like a clinic, but a network
@@ -782,8 +782,8 @@ assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # tw
 # ## What these images can and cannot stand for
 #
 # The {doc}`data card <../book/data_card>` lists it in full. In short: these images can test every step from file to
-# score, and questions of physics (superposition, noise, magnification). They cannot show how a network performs on
-# patients. A radiologist who reads them would object to several things:
+# score, and answer questions of physics (superposition, noise, magnification). They cannot show how a network
+# performs on patients. A radiologist who reads them would object to several things:
 #
 # - There is one donor. All patients share his or her ribs, heart and vessels, though deformed, and the contrast
 #   agent; there is neither neck nor sacrum.
