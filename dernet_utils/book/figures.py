@@ -124,7 +124,7 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
         )
     left.plot([], [], "o-", ms=3, color="0.3", label="training")
     left.plot([], [], "s--", ms=3, color="0.3", label="held out")
-    left.axhline(np.log(2), color="0.4", lw=0.8, ls=":", label="always ½")
+    left.axhline(np.log(2), color="0.4", lw=0.8, ls=":", label="constant ½")
     left.set(xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, 1.5))
     right.axhline(0.5, color="0.4", lw=0.8, ls=":")
     right.set(xlabel="epoch", ylabel="AUROC, held out", ylim=(0, 1.04))

@@ -165,7 +165,7 @@ def skull(rng: np.random.Generator) -> np.ndarray:
 
 
 def expose(attenuation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a radiograph, uint8, from line integrals of attenuation: blurred, noisy, bone bright."""
+    """Return a radiograph of line integrals of attenuation: uint8, blurred, noisy, bone bright."""
     signal = cv2.GaussianBlur(np.exp(-attenuation), (0, 0), 1.2) * PHOTONS
     return to_grey_levels(-np.log(rng.poisson(signal + 20) / PHOTONS))
 
