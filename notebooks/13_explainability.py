@@ -37,7 +37,7 @@
 profile = ""  # smoke, laptop or night; empty: DERNET_PROFILE, else laptop
 films_judged = 48  # at most so many abnormal test images are used to evaluate the maps
 lime_samples = 150  # altered images on which LIME runs the network, per explanation
-lime_seeds = 4  # repetitions of LIME, on a quarter of the images
+lime_seeds = 4  # random seeds of LIME, compared on a quarter of the images
 
 # %%
 from dataclasses import replace

@@ -396,7 +396,7 @@ glue_values("c15", {
 #
 # | check | result |
 # |---|---|
-# | F1 from sensitivity and specificity, five rows of Table 2 | no $\pi$ fits more than {glue:text}`c15-agreeing` of them |
+# | F1 from sensitivity and specificity, Table 2 | no $\pi$ fits more than {glue:text}`c15-agreeing` of five rows |
 # | mAP from its APs, seven rows of Table 3 | {glue:text}`c15-unfit` do not fit |
 # | +11.65 in foraminal stenosis | fits, as points of AP |
 # | 46.9 : 1 | fits, for osteophytes to vertebral collapse |

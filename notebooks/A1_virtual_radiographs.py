@@ -598,8 +598,8 @@ glue_values("ca1", {"labelled": sum(labelled.values())})
 # ```
 #
 # The smallest spur is less visible from the front, where its own vertebra lies behind it, than from the side. This is
-# why a study has more than one view. And the cohort labels only what can be seen: its threshold is a visibility, not
-# a severity.
+# one reason why a study has more than one view. And the cohort labels only what can be seen: its threshold is a
+# visibility, not a severity.
 #
 # ## From photons to the displayed image
 #
