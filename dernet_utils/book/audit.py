@@ -119,7 +119,7 @@ def largest_agreement(ranges: dict[str, Range]) -> tuple[list[str], Range]:
 
 
 def implied_mean(values: tuple[float, ...]) -> Range:
-    """Return the range of a mean, rounded to two decimals, that values printed with two allow.
+    """Return the range of a printed mean of printed values, all rounded to two decimals.
 
     >>> implied_mean((1.0, 2.0))
     Range(low=1.49, high=1.51)
