@@ -18,9 +18,9 @@
 # # 13 · Where the networks look
 #
 # :::{admonition} In this chapter
-# **You will be able to** compute a Grad-CAM by hand, explain a single prediction with LIME, draw the outline of a
-# lesion inside a box, and evaluate all three: against exact masks, against maps that ignore the image, against
-# networks that have not learnt the task, and against the very same radiograph without its lesion.
+# **You will be able to** compute a Grad-CAM map by hand, explain a single prediction with LIME, outline a lesion
+# inside a box, and evaluate the results against exact masks, maps that ignore the image, networks that have not
+# learnt the task, and the same radiograph without its lesion.
 #
 # **You need** {ref}`chap:densenet121` for the network and {ref}`chap:statistics` for intervals.
 #
@@ -35,9 +35,9 @@
 
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop or night; empty: DERNET_PROFILE, else laptop
-films_judged = 48  # abnormal test images on which maps are evaluated, at most
+films_judged = 48  # at most so many abnormal test images are used to evaluate the maps
 lime_samples = 150  # altered images on which LIME runs the network, per explanation
-lime_seeds = 4  # repetitions of LIME, on a quarter of the images
+lime_seeds = 4  # random seeds of LIME, compared on a quarter of the images
 
 # %%
 from dataclasses import replace
@@ -87,9 +87,9 @@ glue_values("c13", {
 })  # fmt: skip
 
 # %% [markdown]
-# We take {glue:text}`c13-n` {glue:text}`c13-kind` from the test split with at least one labelled lesion, from
-# {glue:text}`c13-n-studies` studies, drawn at random. The mask of a virtual radiograph is the shadow of all its
-# labelled lesions, exact to the pixel. Real radiographs have no outlined shadows; their mask is the filled boxes.
+# From the test split we draw at random {glue:text}`c13-n` {glue:text}`c13-kind`, of {glue:text}`c13-n-studies`
+# studies, each with at least one labelled lesion. The mask of a virtual radiograph is the union of the exact shadows
+# of its labelled lesions. Real radiographs come with boxes only, so their mask is the union of the filled boxes.
 
 
 # %%
@@ -126,9 +126,9 @@ pd.Series(fraction).describe()[["min", "50%", "max"]].round(4).to_frame("fractio
 # %% [markdown]
 # ## Grad-CAM, by hand
 #
-# The last convolution of each network outputs maps $A_k$ that are a few cells wide. They are averaged over all
-# positions and weighted, and the sum is the logit. *Grad-CAM* {cite}`selvaraju2017` takes the mean gradient of the
-# logit as the weight of map $k$ and adds the weighted maps up:
+# The last feature maps $A_k$ of each network are a few cells wide. Each is averaged over all positions, and the logit
+# is a weighted sum of these averages plus a bias. *Grad-CAM* {cite}`selvaraju2017` uses the mean gradient of the
+# logit as the weight of map $k$, adds up the weighted maps and keeps the positive part:
 #
 # $$
 # \alpha_k = \frac{1}{h w} \sum_{i, j} \frac{\partial z}{\partial A_k^{ij}}, \qquad
@@ -153,11 +153,12 @@ for name, (network, *_) in networks.items():
 glue_values("c13", {"cells": f"{A.shape[2]} × {A.shape[3]}"})
 
 # %% [markdown]
-# For an input of {glue:text}`c13-px` pixels a side the maps have {glue:text}`c13-cells` cells. Enlarged to the size of
-# the radiograph they look smooth, but that is interpolation; they cannot localise anything more precisely than a cell.
+# For an input of {glue:text}`c13-px` × {glue:text}`c13-px` pixels the maps have {glue:text}`c13-cells` cells.
+# Enlarged to the size of the radiograph they look smooth, but only because they are interpolated; they cannot
+# localise anything more precisely than to one cell.
 #
-# Each network was trained once per fold, and DERNet is a vote. DERNet's map is the sum of all maps, each scaled to a
-# sum of one and weighted as in the vote:
+# Each network was trained once per fold, and DERNet is a vote of the three. We scale each map to a sum of one,
+# average over the folds, and add up the three networks' maps with the weights of the vote:
 
 
 # %%
@@ -181,16 +182,16 @@ maps = cams(pixels)
 # %% [markdown]
 # ## LIME, by hand
 #
-# LIME {cite}`ribeiro2016` treats the network as a black box. It divides the image into superpixels and blurs a random
-# half of them away. Inference is run on many such altered images, and a linear model is fitted that predicts the logit
-# from which patches $z'$ were kept:
+# LIME {cite}`ribeiro2016` treats the network as a black box. It divides the image into patches (superpixels) and
+# blurs about half of them, chosen at random. It runs inference on many such altered images and fits a linear model
+# that predicts the logit from $z'$, which is 1 for each patch that was kept and 0 for each that was blurred:
 #
 # $$
 # \hat w = \arg\min_w \sum_s \pi_s \bigl( f(x_s) - w_0 - w^\top z'_s \bigr)^2 + \lambda \lVert w \rVert^2 ,
 # $$ (eq:lime)
 #
-# where $\pi_s$ measures how similar the altered image is to the original. Patches with large positive weights count as
-# evidence for *abnormal*. We explain DenseNet121.
+# where $\pi_s$ measures how similar the altered image is to the original, and $\lambda$ penalises large weights.
+# Patches with large positive weights count as evidence for *abnormal*. We explain the DenseNet121 of fold 0.
 
 # %%
 network = networks["densenet121"][0]
@@ -204,8 +205,8 @@ maps["LIME"] = np.stack([explain.spread_over(w, p) for w, p in zip(weights, patc
 assert all(len(w) == p.max() + 1 for w, p in zip(weights, patches, strict=True))
 
 # %% [markdown]
-# By hand, for the first image: draw patches, run inference, and solve the least squares without the penalty. The
-# result should rank the patches much as captum does.
+# By hand, for the first image: choose patches at random, run inference, and solve the least-squares problem without
+# similarity weights and without the penalty. The result should rank the patches much as captum does.
 
 # %%
 rng = np.random.default_rng(0)
@@ -219,17 +220,17 @@ w_hat = np.linalg.lstsq(design, f, rcond=None)[0][1:]
 glue_values("c13", {"lime-agreement": f"{spearmanr(w_hat, weights[0]).statistic:.2f}"})
 
 # %% [markdown]
-# The rank correlation of the two is {glue:text}`c13-lime-agreement`. It falls short of one because of chance, since
-# the two used different random patches, and because of the penalty.
+# The rank correlation of the two is {glue:text}`c13-lime-agreement`. It falls short of one because the two chose
+# different random patches, and because only captum uses similarity weights and a penalty.
 #
 # ## Masks without labels
 #
-# The paper's Fig. 4c shows masks, but the dataset has boxes only. Our masks come from a method that was not trained on
-# any mask: within a box, *GrabCut* {cite}`rother2004` separates two mixtures of grey levels. It is given two
-# constraints. There is no lesion outside the largest ellipse in the box, and the lesion is likely to be in a smaller
-# ellipse inside it, except in the quarter of that ellipse where the heat map is lowest (`explain.lesion_mask`).
+# The paper's Fig. 4c shows masks, but the dataset has boxes only. Our masks come from a method that was not trained
+# on any mask: within a box, *GrabCut* {cite}`rother2004` separates two mixtures of grey levels. It starts from two
+# assumptions: no lesion lies outside the largest ellipse in the box, and the lesion probably fills a smaller ellipse
+# inside it, except for the quarter of that ellipse where the heat map is lowest (`explain.lesion_mask`).
 #
-# All three on radiographs of this run, the counterpart of the paper's Fig. 4:
+# The next figure shows all three on radiographs of this run:
 
 # %%
 boxes = pd.read_parquet(workspace.tables / "yolo11l_test_boxes.parquet")
@@ -280,9 +281,9 @@ show_figure("c13-fig-explained", fig)
 # ## Test 1: against the lesion
 #
 # We use two measures. The *pointing game* checks whether the maximum of the map lies in a lesion; *energy* is the
-# fraction of the total heat that does. Both are easy to misread: on an image of which one fifth is lesion, a map of
-# noise scores one fifth. So each map is compared with two baselines that ignore the image: a uniform map, and a map
-# that is hottest at the centre.
+# fraction of the total heat inside lesions. Both are easy to misread: if one fifth of an image is lesion, a map of
+# pure noise scores one fifth on average. So we compare each map with two baselines that ignore the image: a uniform
+# map, and a map that is hottest at the centre.
 
 # %%
 maps["centre"] = np.repeat(explain.centred_map((px, px))[None], len(chosen), axis=0)
@@ -310,7 +311,7 @@ levels = {title[name]: [f"{mean_of(points[name]):.2f}", f"{mean_of(energies[name
 pd.DataFrame(levels, ["pointing", "energy"]).T
 
 # %% [markdown]
-# And by how much each map is ahead of the two baselines, image by image:
+# The mean lead of each map over the two baselines, paired by image:
 
 # %%
 names = (*NETWORKS, "DERNet", "LIME")
@@ -343,8 +344,8 @@ glue_values("c13", {
 # | pointing | {glue:text}`c13-points-same` | {glue:text}`c13-points-centre` |
 # | energy | {glue:text}`c13-energy-same` | {glue:text}`c13-energy-centre` |
 #
-# "Clearly above" means that the interval of the difference lies above zero on {glue:text}`c13-n` images, nothing more.
-# The centre is a strong baseline here, as it is in a clinic, since radiographs are centred on what is to be examined.
+# "Clearly above" means only that, on {glue:text}`c13-n` images, the interval of the difference lies above zero. The
+# centre is a strong baseline here, as it is in a clinic, since radiographs are centred on what is to be examined.
 #
 # Lesion types differ in size and in how they appear. The next table gives the energy in the lesions of one type, on
 # the images that contain it:
@@ -372,8 +373,8 @@ pd.DataFrame(rows).set_index("lesion type").round(3)
 
 # %% [markdown]
 # Among the types that occur in at least five studies, DERNet's Grad-CAM is ahead of the centre map on
-# {glue:text}`c13-ahead-DERNet`, and LIME on {glue:text}`c13-ahead-LIME`. On every other type these maps show no more
-# than that lesions lie near the centre.
+# {glue:text}`c13-ahead-DERNet`, and LIME on {glue:text}`c13-ahead-LIME`. For the other types, this run does not show
+# that these maps are better than a map of the centre.
 #
 # ## Test 2: removing the hottest regions
 #
@@ -431,15 +432,15 @@ pd.DataFrame(removal).T
 # ```
 #
 # In {numref}`fig:removal` a deletion area below that of the random map, and an insertion area above it, are evidence
-# for a map. The network has never seen a partly blurred image, so part of what the curves show is its reaction to
-# unfamiliar input.
+# for a map. The network was not trained on partly blurred images, so the curves also show its reaction to unfamiliar
+# input.
 #
 # ## Test 3: networks that have not learnt the task
 #
 # If a map looks much the same for a network that has not learnt the task, it describes the image and not the network
-# {cite}`adebayo2018`. We make three comparisons by the rank correlation of maps: with the same network trained on the
-# other folds, which should agree; with random weights; and with a network trained on shuffled labels, which can learn
-# nothing about lesions.
+# {cite}`adebayo2018`. We compute the rank correlation of DenseNet121's maps with those of three other networks: the
+# DenseNet121 of another fold, which should agree; one with random weights; and one trained on shuffled labels, which
+# cannot have learnt anything about lesions.
 
 # %%
 table = crossvalidation.triage_images(workspace)
@@ -455,9 +456,9 @@ untrained = build_network("densenet121", seed=numbers.seed)
 with torch.no_grad():
     untrained.get_classifier().weight.normal_(generator=torch.Generator().manual_seed(1))
 others = {
-    "trained on the other folds": networks["densenet121"][1],
-    "random weights": untrained,
-    "trained on shuffled labels": misled,
+    "that of another fold's network": networks["densenet121"][1],
+    "that of random weights": untrained,
+    "that of training on shuffled labels": misled,
 }
 
 
@@ -476,7 +477,7 @@ alike["the centre map"] = similarity(own_maps, maps["centre"])
 repeated = [(row, numbers.seed + k) for row in range(0, len(chosen), 4) for k in range(1, lime_seeds)]
 again = [explain.lime(network, pixels[[row]], patches[row], lime_samples, seed) for row, seed in repeated]
 stable = similarity([weights[row] for row, _ in repeated], again)
-sanity = {f"Grad-CAM and that of: {name}": f"{mean_of(value):.2f}" for name, value in alike.items()}
+sanity = {f"Grad-CAM and {name}": f"{mean_of(value):.2f}" for name, value in alike.items()}
 sanity["LIME and LIME with another seed"] = f"{stable.mean():.2f}, from {stable.min():.2f} to {stable.max():.2f}"
 pd.Series(sanity, name="rank correlation").to_frame()
 
@@ -488,17 +489,18 @@ glue_values("c13", {
 })  # fmt: skip
 
 # %% [markdown]
-# For two networks trained on the same task with different images, the maps have a rank correlation of
-# {glue:text}`c13-folds-alike`; with random weights it is {glue:text}`c13-random-alike`, with shuffled labels
-# {glue:text}`c13-misled-alike`. The first should be clearly above the other two; otherwise the map reveals little of
-# what was learnt. LIME agrees with itself, under another random seed, by {glue:text}`c13-stable` on average
-# ({glue:text}`c13-seeds` seeds): a LIME picture should never be shown from a single seed without saying so.
+# The maps of two networks that were trained on the same task, with different folds held out, have a mean rank
+# correlation of {glue:text}`c13-folds-alike`; with random weights it is {glue:text}`c13-random-alike`, with shuffled
+# labels {glue:text}`c13-misled-alike`. The first should be clearly above the other two; otherwise the map reveals
+# little of what was learnt. LIME's weights from two random seeds have a mean rank correlation of
+# {glue:text}`c13-stable` ({glue:text}`c13-seeds` seeds). Anyone who shows a LIME picture from a single seed should
+# say so.
 #
 # ## Test 4: the same radiograph without the lesion
 #
-# The hardest test: *does the map change when only the lesion is removed?* For each radiograph we take the most visible
-# lesion and the counterfactual without it, put through the same enhancement. No patient has such a second radiograph,
-# so on real data this test cannot be run.
+# The hardest test: *does the map change at the lesion when only the lesion is removed?* For each radiograph we take
+# the counterfactual without its most visible labelled lesion and enhance it in the same way. No patient has such a
+# second radiograph, so on real data this test cannot be run.
 
 
 # %%
@@ -541,7 +543,7 @@ left.hist(100 * fall, bins=20, color="0.6")
 left.axvline(0, color="#B5442E", ls="--", label="no change")
 if exact:
     left.axvline(100 * fall.mean(), color="k", label=f"mean {100 * fall.mean():+.1f}")
-left.set(xlabel="fall of the probability, points", ylabel="images")
+left.set(xlabel="fall of the probability, percentage points", ylabel="images")
 left.legend(fontsize=8)
 right.plot(100 * area, 100 * moved, "o", ms=4, alpha=0.7)
 limit = 105 * max([*area, *moved], default=1)
@@ -560,7 +562,7 @@ if exact:
         moved_verdict = "The map changes more at the lesion than elsewhere, though most of its change is elsewhere."
     if lead.low > 0 and moved.mean() > 0.5:
         moved_verdict = "Most of the map's change is at the lesion."
-    fall_verdict = "a fall cannot be distinguished from zero"
+    fall_verdict = "the change cannot be distinguished from zero"
     if falls.low > 0:
         fall_verdict = "with one lesion fewer the network is more confident that the image is normal"
 glue_values("c13", {
@@ -577,17 +579,17 @@ glue_values("c13", {
 # {glue:text}`c13-profile`.
 # ```
 #
-# The probability falls by {glue:text}`c13-fall` points (mean, 95 % by study): {glue:text}`c13-fall-verdict`. The
-# fraction of the map's change that lies at the lesion exceeds the lesion's fraction of the image by
-# {glue:text}`c13-moved`. {glue:text}`c13-moved-verdict` Points of {numref}`fig:twins-explained` near the dashed line
-# are images on which the map would direct a reader's attention to a location that has nothing to do with the
-# difference.
+# The probability falls by {glue:text}`c13-fall` percentage points (mean, 95 % interval by study):
+# {glue:text}`c13-fall-verdict`. The fraction of the map's change that lies at the lesion, with a margin of 7 pixels,
+# exceeds that region's fraction of the image by {glue:text}`c13-moved`. {glue:text}`c13-moved-verdict` Points of
+# {numref}`fig:twins-explained` near the dashed line are images on which the change is spread evenly: the two maps
+# together do not show where the radiographs differ.
 #
 # ## Are the masks right?
 #
 # Each labelled lesion of a virtual radiograph has its exact mask, so the overlap can be measured. We do so for the
-# filled box and for the ellipse in its centre, both of which ignore the image, for GrabCut, and for GrabCut given the
-# heat map; first inside true boxes, and then inside the boxes that the detector found.
+# filled box and for the ellipse in its centre, both of which ignore the image, for GrabCut, and for GrabCut with the
+# heat map; first inside true boxes, then inside the boxes that the detector found.
 
 
 # %%
@@ -645,9 +647,9 @@ for key, (one, other) in gains.items():
     glue_values("c13", {f"{key}-gain": f"{mean_of(gain, groups):+.3f}" if in_true else "(no exact masks here)"})
 
 # %% [markdown]
-# GrabCut minus the ellipse: IoU {glue:text}`c13-mask-gain`. The heat map adds {glue:text}`c13-heat-gain` to that.
-# Where the first is not above zero, the outline in a figure is decoration: the box already gave the same information.
-# By lesion type, mean IoU in true boxes:
+# In true boxes, the IoU of GrabCut minus that of the ellipse is {glue:text}`c13-mask-gain`; the heat map adds
+# {glue:text}`c13-heat-gain`. If the first is not above zero, the outline in a figure adds nothing to the box. By
+# lesion type, mean IoU in true boxes:
 
 # %%
 kinds = pd.Series([record["lesion_type"] for record in in_true], dtype=object)
@@ -655,17 +657,17 @@ per_type = pd.DataFrame({way: [record[way][0] for record in in_true] for way in 
 per_type.groupby(kinds).mean().assign(n=kinds.value_counts()).rename_axis("lesion type").round(2)
 
 # %% [markdown]
-# The masks of narrowed discs and slipped vertebrae are regions of anatomy, not densities, and no contrast marks their
-# edge.
+# The masks of narrowed discs and slipped vertebrae are anatomical regions without a density of their own, so no
+# contrast marks their edges.
 #
 # ## Where explanations mislead
 #
-# - A smooth map over a radiograph looks precise. It has only {glue:text}`c13-cells` cells here, each larger than most
-#   lesions.
-# - It always points somewhere, also on a normal radiograph, and when the network is wrong.
-# - A map that highlights the spine does not necessarily highlight the lesion: the spine is in the centre of every
-#   radiograph.
-# - LIME's picture depends on its seed, and on how *absent* is defined.
+# - A smooth map over a radiograph looks precise. Here it has only {glue:text}`c13-cells` cells and cannot outline a
+#   lesion smaller than one of them.
+# - A map always has a maximum, even on a normal radiograph and when the network is wrong.
+# - A map that highlights the spine does not necessarily highlight the lesion: spine radiographs are centred on the
+#   spine.
+# - LIME's picture depends on its seed, and on how a patch is removed (here, by blurring).
 # - Test 4 is the only one in which it is known what *should* change, and it needs image pairs that do not exist for
 #   patients.
 #
@@ -674,7 +676,7 @@ per_type.groupby(kinds).mean().assign(n=kinds.value_counts()).rename_axis("lesio
 # | claim of the paper | here |
 # |---|---|
 # | LIME confirms the focus on meaningful structures | pointing and energy against centre and uniform maps, above |
-# | Grad-CAM aligns precisely with lesions | the same; and the effect of removing one, {numref}`fig:twins-explained` |
+# | Grad-CAM aligns precisely with lesions | the same, and the effect of removing one, {numref}`fig:twins-explained` |
 # | masks show high overlap with ground truth | IoU and Dice beside a filled box's, above; the paper gives neither |
 #
 # ## Exercises
@@ -737,10 +739,10 @@ print(f"energy {got:.3f}, fraction {has:.3f}")
 #
 # ```{solution} ex:explain-question
 # :class: dropdown
-# How the six were chosen, and from how many. The rate over all images of a test split, with its interval. The rate of a
-# map that ignores the image and points to the centre. What the maps look like on normal images and on images that the
-# network got wrong. Whether a network trained on shuffled labels gives different maps. Each of these fits into one
-# sentence of a methods section; six pictures answer none of them.
+# How the six were chosen, and from how many. The rate over all images of a test split, with its interval. The rate of
+# a map that ignores the image and points to the centre. What the maps look like on normal images and on images that
+# the network got wrong. Whether a network trained on shuffled labels gives different maps. Each of these takes one
+# sentence in a methods section; six pictures show none of them.
 # ```
 #
 # ## Takeaways

@@ -116,9 +116,9 @@ opened = tau < S
 assert set(gated["image_id"]) <= set(test["image_id"][opened])
 
 # %% [markdown]
-# A box is *reported* if its score reaches a second threshold. We choose it on fold 0, on which neither the detector's
-# weights nor the test split had an influence, as in {ref}`chap:yolo11-training`: the lowest score with at most
-# {glue:text}`c14-alarms` false positives per image. This completes the pipeline. It is written to the run's folder,
+# A box is *reported* if its score reaches a second threshold. We choose it, as in {ref}`chap:yolo11-training`, on
+# fold 0, which contains neither training images of the detector nor test images: the lowest score with at most
+# {glue:text}`c14-alarms` false positives per image. This completes the pipeline. We write it to the run's folder,
 # where the command `dernet predict` and the local web app read it.
 
 # %%
@@ -154,7 +154,7 @@ with torch.no_grad():
     raw = trained.network.answers(batch)[1].cpu().numpy()  # of two images at a time
 assert np.allclose(pipeline.detector(filled)[:4], raw[:4], atol=1e-2)  # boxes, px
 assert np.allclose(pipeline.detector(filled)[4:], raw[4:], atol=1e-4)  # probabilities
-if numbers.name != "smoke":  # untrained, boxes overlap by just one half: rounding decides which are kept
+if numbers.name != "smoke":  # barely trained: boxes overlap by about one half, and rounding decides the NMS
     reported = of_image.get(image["image_id"], none)
     expected = reported[reported["score"] >= score_threshold] if opened[row] else none
     assert answer.abnormal == opened[row] and abs(len(answer.boxes) - len(expected)) <= 1  # one at the threshold
@@ -203,8 +203,8 @@ show_figure("c14-fig-pipeline", fig)
 # {glue:text}`c14-least-score`, colours as in all chapters).
 # ```
 #
-# {numref}`fig:phase-three` shows every step of inference. What the detector can contribute is settled before it runs:
-# it never sees a radiograph whose gate is closed.
+# {numref}`fig:phase-three` shows every step of inference. Triage limits what the detector can contribute: it never
+# sees a radiograph on which the gate closes.
 #
 # ## What a gate can gain, and must lose
 #
@@ -269,7 +269,7 @@ glue_values("c14", {
 # no more than {glue:text}`c14-perfect`: that is the cost of the false positives on normal images. All intervals are
 # 95 % intervals by study, on {glue:text}`c14-truth` boxes in {glue:text}`c14-test` {glue:text}`c14-kind`.
 #
-# Mean average precision summarises a ranking over all scores. A reader sees something else: the boxes above one score
+# Mean average precision summarises a ranking over all scores, but a reader sees only the boxes above one score
 # threshold. At that threshold we count the false positives per normal image, and the fraction of lesions that no box
 # marks.
 
@@ -306,14 +306,15 @@ glue_values("c14", {
 })  # fmt: skip
 
 # %% [markdown]
-# On normal images the gate takes false positives from {glue:text}`c14-alarms-before` to {glue:text}`c14-alarms-after`
-# per image. The price: lesions missed rise from {glue:text}`c14-missed-before` to {glue:text}`c14-missed-after`. So the
-# paper is right that a gate removes false positives; it cannot do otherwise. Whether the exchange is a good one depends
-# on the cost of a missed lesion.
+# On normal images the gate brings the false positives from {glue:text}`c14-alarms-before` to
+# {glue:text}`c14-alarms-after` per image. The price: the fraction of lesions missed rises from
+# {glue:text}`c14-missed-before` to {glue:text}`c14-missed-after`. So the paper is right that a gate removes false
+# positives; it cannot do otherwise. Whether the exchange is a good one depends on the cost of a missed lesion.
 #
 # ## Along the threshold
 #
-# One $\tau$ fixes one exchange of lesions for false positives. These are all of them:
+# Each $\tau$ is one trade of lesions against false positives. We compute it for thresholds from zero, where the gate
+# is always open, up to the 95th percentile of the scores:
 
 # %%
 taus = np.concatenate([[0.0], np.unique(np.quantile(S, np.linspace(0, 0.95, 12)))])
@@ -350,12 +351,12 @@ show_figure("c14-fig-along", fig)
 # score threshold for boxes {glue:text}`c14-least-score`; profile {glue:text}`c14-profile`.
 # ```
 #
-# At the left end of {numref}`fig:gate` the gate is always open and changes nothing; towards the right it closes on more
-# and more images, and less and less is found. A threshold chosen for triage is not a threshold chosen for the whole
-# system. But to choose the best point of the left curve here would be to choose on the test split.
+# At the left end of {numref}`fig:gate` the gate is always open and changes nothing; towards the right it closes on
+# more and more images, and fewer and fewer lesions are found. A threshold that suits triage need not suit the whole
+# system. But choosing the best point of the left curve here would mean choosing on the test split.
 #
-# Which lesions are given up? The gate decides whether *anything* is abnormal, so it passes images with conspicuous
-# lesions and holds back those with subtle ones.
+# Which lesions are given up? The gate decides whether *anything* is abnormal, so it tends to open on images with
+# conspicuous lesions and to close on those with subtle ones.
 
 # %%
 lost = truth.assign(lost=truth["image_id"].isin(closed)).groupby("lesion_type")["lost"]
@@ -402,9 +403,9 @@ glue_values("c14", {
 # %% [markdown]
 # With one set of weights per network, a gated image takes {glue:text}`c14-with-gate` ms on average. The detector
 # alone takes {glue:text}`c14-without` ms, and both without a gate {glue:text}`c14-both` ms. So if triage is wanted
-# anyway, the gate saves {glue:text}`c14-saved` of the time. If it is not, a gate made of three networks does not save
-# time, whatever its threshold. (The pipeline above runs each network with the weights of all folds, and takes
-# longer.)
+# anyway, the gate saves {glue:text}`c14-saved` of the time. If it is not, compare the first two numbers: the gate
+# saves time only if the three networks take less time than they spare the detector. (The pipeline above runs each
+# network with the weights of all folds, and takes longer.)
 #
 # ## Paper beside ours
 #
@@ -417,8 +418,8 @@ glue_values("c14", {
 # | lesions missed | not stated | {glue:text}`c14-missed-before` to {glue:text}`c14-missed-after` |
 #
 # The paper gives one number for both systems, so its claim that the gate drives mAP cannot be checked from the text
-# ({ref}`chap:audit`). Nor does it say whether its Table 3 was computed on all test images or behind the gate; the other
-# rows of that table have no gate.
+# ({ref}`chap:audit`). Nor does it say whether its Table 3 was computed on all test images or behind the gate; the
+# other rows of that table have no gate.
 #
 # ## Exercises
 #
@@ -434,8 +435,8 @@ glue_values("c14", {
 # ````{solution-start} ex:pipeline-hand
 # :class: dropdown
 # ````
-# $0.5 \cdot 0.85 + 0.5 \cdot 0.18 = 0.515$ of the images are searched, and 0.15 of the lesions are given up. At the
-# paper's operating point, a gate in front of a perfect detector loses about every seventh lesion.
+# $0.5 \cdot 0.85 + 0.5 \cdot 0.18 = 0.515$ of the images are searched, and 0.15 of the lesions are given up. At an
+# operating point like the paper's, the system misses about every seventh lesion even with a perfect detector.
 
 # %%
 assert np.isclose(0.5 * 0.85 + 0.5 * (1 - 0.82), 0.515)
@@ -462,8 +463,8 @@ gain = detection.mean_difference(truth, soft, found, test, **draws)
 print(f"soft gate minus no gate: {gain:+.3f}; hard gate minus no gate: {change['gate']:+.3f}")
 
 # %% [markdown]
-# Nothing is given up: a lesion on an image with a low score is only ranked lower. Average precision depends on the
-# ranking alone, so this is the gate that it rewards.
+# No lesion is given up: one on an image with a low score is only ranked lower. Average precision depends on the
+# ranking alone, so it can gain from a gate that reorders boxes and removes none.
 #
 # ````{solution-end}
 # ````
@@ -486,6 +487,6 @@ print(f"soft gate minus no gate: {gain:+.3f}; hard gate minus no gate: {change['
 # ## Takeaways
 #
 # - Phase III is a threshold and a non-maximum suppression; all training happens before it.
-# - A gate trades lesions for false positives. Print both sides.
-# - The perfect gate shows how much there is to gain before a gate is built.
-# - A gate saves time only where triage is wanted anyway.
+# - A gate trades lesions for false positives. Report both.
+# - The perfect gate shows how much any gate could gain, before one is built.
+# - A gate saves the detector's time; whether it saves time in all depends on how long triage takes.

@@ -18,9 +18,9 @@
 # # 16 · Networks without torch
 #
 # :::{admonition} In this chapter
-# **You will be able to** export trained networks to files that any runtime reads, explain what a runtime changes in
-# them and why that makes them faster, round a network to sixteen or eight bits by hand, and show that its outputs are
-# still the same, or by how much they differ.
+# **You will be able to** export trained networks to files that other runtimes can read, explain what a runtime
+# changes in them and why that makes them faster, round a network's weights to sixteen or eight bits by hand, and show
+# whether its outputs stay the same, or by how much they differ.
 #
 # **You need** {ref}`chap:pipeline` for the pipeline, {ref}`chap:statistics` for intervals.
 #
@@ -71,7 +71,7 @@ from dernet_utils.triage.crossvalidation import cross_validate, open_test_labels
 # %%
 workspace = open_chapter(profile)
 numbers = workspace.profile
-rounds = numbers.timings  # per engine; the engines take turns
+rounds = numbers.timings  # per engine; the engines alternate
 folder = workspace.models
 export.export_run(workspace, folder, int8=True)
 manifest = onnx_backend.read_export(folder)
@@ -92,11 +92,11 @@ glue_values("c16", {
 # %% [markdown]
 # ## What is in the file
 #
-# An ONNX file is a list of operations and the numbers that they need, in a form that belongs to no library. Ours take
-# the enhanced image as it is, 8-bit grey, and do everything else inside: the division by 255, ImageNet's mean and
-# standard deviation, the mirrored image, and the networks of all {glue:text}`c16-folds` folds. A user of the file
-# cannot forget what it contains. A manifest beside the files records the rest: input sizes, weights of the vote,
-# temperature, thresholds, and each file's SHA-256.
+# An ONNX file holds a network's operations and weights in a format that is independent of any library. Ours take the
+# enhanced image as it is, in 8-bit grey, and do everything else inside: the division by 255 and, for triage,
+# ImageNet's mean and standard deviation, the mirrored image, and the networks of all {glue:text}`c16-folds` folds. So
+# a user of the file cannot forget any of these steps. A manifest beside the files records the rest: input sizes,
+# weights of the vote, temperature, thresholds, and each file's SHA-256.
 
 
 # %%
@@ -119,13 +119,13 @@ inside = pd.DataFrame({name: contents(path) for name, path in files.items()}).T
 inside.astype({"MB": float}).round({"MB": 0})
 
 # %% [markdown]
-# Besides the probability a triage file outputs a heat map, by the formula of {ref}`chap:explainability`, and an
+# Besides the probability, a triage file outputs a heat map, by the formula of {ref}`chap:explainability`, and an
 # embedding, which {ref}`chap:outliers` needs.
 #
-# ## What a runtime changes: fewer operations to read and write
+# ## What a runtime changes: fewer operations
 #
 # In evaluation, batch normalisation is a multiplication and an addition with fixed numbers, and the convolution
-# before it is linear. So both together are one convolution:
+# before it is linear. So the two together are one convolution:
 #
 # $$
 # W' = \frac{\gamma}{\sqrt{\sigma^2 + \varepsilon}}\, W, \qquad
@@ -149,11 +149,11 @@ with torch.no_grad():
 assert torch.allclose(one, two, atol=1e-4)
 
 # %% [markdown]
-# The export has done so for every such pair, hence the zeros in the column of normalisations. DenseNet121 keeps half
-# of its own: those that stand *before* a convolution ({ref}`chap:densenet121`), with an activation in between, where
-# there is nothing linear to merge. A runtime goes on from there: it fuses activations into convolutions, and drops
-# what is computed twice. We let ONNX Runtime write down the operations that remain. One later step is not in this
-# count: it arranges the feature maps in memory as its convolutions read them best on this machine.
+# The export merges every such pair, hence the zeros in the column *normalisations*. DenseNet121 keeps about half of
+# its normalisations: those *before* a convolution ({ref}`chap:densenet121`), where the activation in between prevents
+# merging. A runtime goes further: it fuses activations into convolutions and removes duplicate computations. We let
+# ONNX Runtime save the optimised graph, and count the operations that remain. One later step is not in this count: it
+# rearranges the feature maps in memory to suit the convolutions of this processor.
 
 
 # %%
@@ -182,8 +182,8 @@ pd.DataFrame({"operations in the file": inside["operations"], "after ONNX Runtim
 # \qquad \hat w = s\,q, \qquad s = \frac{\max |w|}{127} ,
 # $$ (eq:int8)
 #
-# so that no weight is off by more than $s/2$. Both by hand, for the same layer, and compared with what the quantised
-# file holds:
+# so that no weight changes by more than $s/2$. We round the same layer by hand in both ways, and compare bfloat16
+# with torch's and int8 with the quantised file:
 
 
 # %%
@@ -214,15 +214,15 @@ assert apart <= 1  # a tie may be rounded either way
 pd.Series({
     "int8": np.abs(W - s * q).mean() / np.abs(W).mean(),
     "bfloat16": np.abs(to_bfloat16(W) - W).mean() / np.abs(W).mean(),
-}).round(4).to_frame("mean error / mean weight, first layer of ResNet50")
+}).round(4).to_frame("mean |error| / mean |weight|, first layer of ResNet50")
 
 # %% [markdown]
-# The weights are known; the feature maps between the layers are not, and need scales too. These come from the maps'
-# ranges on {glue:text}`c16-calibration` images of the *training* split; a map is stored as integers from 0 to 255
-# with a zero point of its own. *Where* to quantise the maps is a choice. OpenVINO fuses a convolution, the activation
-# after it, and the quantisation of the result into one operation: it needs one quantisation step per convolution, on
-# the input. ONNX Runtime recognises an integer convolution by a quantisation step on either side, the second before
-# the activation. So each engine gets a file of its own, from one calibration:
+# The weights are known in advance; the feature maps between the layers are not, and they need scales too. These come
+# from the maps' ranges on {glue:text}`c16-calibration` images of the *training* split; a map is stored as integers
+# from 0 to 255 with a zero point of its own. *Where* to quantise the maps is a choice. OpenVINO fuses a convolution,
+# the activation after it, and the quantisation of the result into one operation: it needs one quantisation step per
+# convolution, on the input. ONNX Runtime recognises an integer convolution by a quantisation step on either side, the
+# second before the activation. So each engine gets a file of its own, from the same calibration:
 
 # %%
 pd.Series({
@@ -232,10 +232,10 @@ pd.Series({
 # %% [markdown]
 # ## Are the outputs the same?
 #
-# Every image of the test split goes through five engines: ONNX Runtime in float32 and int8; OpenVINO, which reads the
-# same files in float32 and can round them to bfloat16 itself, and OpenVINO with its own file in int8. They are
-# compared with torch: with the predictions of {ref}`chap:ensemble` and {ref}`chap:yolo11-training`, and with the
-# detector's raw output, every box at every anchor before any is discarded.
+# Every image of the test split goes through five engines: ONNX Runtime in float32 and int8, and OpenVINO in float32,
+# bfloat16 and int8. OpenVINO reads the same float32 files and rounds them to bfloat16 itself; in int8 it has files of
+# its own. We compare all five with torch: with the predictions of {ref}`chap:ensemble` and
+# {ref}`chap:yolo11-training`, and with the detector's raw output, every box at every anchor before any is discarded.
 
 # %%
 def eager(module):
@@ -279,7 +279,7 @@ def run_all(engine):
     return columns, raw, pd.concat(found_boxes, ignore_index=True)
 
 
-with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # as many engines in parallel
+with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # engines in parallel
     results = dict(zip(onnx_backend.ENGINES, pool.map(run_all, onnx_backend.ENGINES), strict=True))
 
 
@@ -320,9 +320,9 @@ parity.round(4).set_axis(pd.MultiIndex.from_tuples([*columns, ("", "AUROC"), (""
 # In float32 an engine must compute what torch computes. The next cell asserts it at every profile: the score, each
 # network's probability before the vote (the vote could hide one) and the detector's raw confidences agree to within
 # $10^{-4}$, raw and reported boxes to within half a pixel. AUROC and mAP are compared only where the detector has
-# learnt, that is, where some box has a confidence above 0.05. Barely trained networks, as those of profile smoke,
-# give every image and every box nearly the same score. The order of such scores is decided by the last bit of a sum,
-# which differs between processors, and AUROC and mAP depend on nothing but that order.
+# learnt, that is, where some box has a confidence above 0.05. Barely trained networks, such as those of profile
+# smoke, give every image and every box nearly the same score. The order of such scores is decided by the last bit of
+# a sum, which differs between processors, and AUROC and mAP depend on nothing but that order.
 
 # %%
 for engine in ("onnxruntime", "openvino"):
@@ -341,21 +341,21 @@ glue_values("c16", {
 pd.DataFrame(losses).T.map("{:+.4f}".format)
 
 # %% [markdown]
-# These are {glue:text}`c16-n` {glue:text}`c16-kind` of {glue:text}`c16-n-studies` studies with {glue:text}`c16-boxes`
-# boxes; torch has an AUROC of {glue:text}`c16-torch-auroc` and a mAP of {glue:text}`c16-torch-map`; intervals by
-# study. For eight bits look at the column *any network*: a vote hides what happens to a network with a small weight,
-# and neither the score nor AUROC shows it. Engines whose AUROC and mAP are less than {glue:text}`c16-allowed` below
-# torch's: {glue:text}`c16-good`. That selection uses point estimates, and an interval in the table may be wider than
-# {glue:text}`c16-allowed`. It also uses the test split: it shows what each engine costs, and whoever deploys one
-# should choose it on images held out of training.
+# The tables rest on {glue:text}`c16-n` {glue:text}`c16-kind` of {glue:text}`c16-n-studies` studies with
+# {glue:text}`c16-boxes` boxes; torch has an AUROC of {glue:text}`c16-torch-auroc` and a mAP of
+# {glue:text}`c16-torch-map`; intervals are by study. For eight bits, see the column *any network*: a vote hides
+# errors of a network with a small weight, so neither the score nor AUROC shows them. Engines whose AUROC and mAP are
+# less than {glue:text}`c16-allowed` below torch's: {glue:text}`c16-good`. This selection uses point estimates, and an
+# interval in the table may be wider than {glue:text}`c16-allowed`. It also uses the test split, to show what each
+# engine costs; choose an engine for deployment on held-out training images.
 #
 # ## How fast
 #
-# Now at {glue:text}`c16-timed-px` px for triage and {glue:text}`c16-timed-view` px for the detector (the paper's
-# sizes are 384 and 640 px). Weights do not affect the time, so the networks are untrained: one network per backbone,
-# and the image with its mirror image, as everywhere in this book. Engines are timed alternately, so that a busy
-# moment of the machine affects all alike. PyTorch runs with its defaults, except that feature maps are stored
-# channels last.
+# We now time the engines, at {glue:text}`c16-timed-px` px for triage and {glue:text}`c16-timed-view` px for the
+# detector (the paper's sizes are 384 and 640 px). The weights hardly affect the time, so the networks are untrained:
+# one network per backbone, run on the image and its mirror image, as everywhere in this book. Engines are timed
+# alternately, so that a busy moment of the machine affects all alike. PyTorch runs with its defaults, except that
+# feature maps are stored channels last.
 #
 # Training jobs of this book run with further settings (`graph.TRAINING_ENVIRONMENT` in `dernet_utils.book.graph`).
 # Keeping freed memory would make PyTorch faster here too, and lower the factors below; putting waiting threads to
@@ -431,7 +431,7 @@ medians["per image"] = [np.median(own) for own in whole.values()]
 
 # %%
 def peak(operation, count, times=8):
-    """Operations per second, the best of some repetitions of one that needs `count`."""
+    """Operations per second: the best of several runs of an operation that needs `count`."""
     best = np.inf
     for _ in range(times):
         started = time.perf_counter()
@@ -511,11 +511,12 @@ show_figure("c16-fig-latency", draw_latency(medians, labels))
 # machine performs {glue:text}`c16-peak-float32` billion per second in float32, {glue:text}`c16-peak-bfloat16` in
 # bfloat16 and {glue:text}`c16-peak-int8` in int8. PyTorch itself reaches {glue:text}`c16-eager-limit` of the limit: a
 # runtime that computed every convolution in full at the speed of this large one, and everything else in no time,
-# would be {glue:text}`c16-most` times as fast in float32; ONNX Runtime is {glue:text}`c16-ort-faster` times as fast.
+# would be {glue:text}`c16-most` times as fast as PyTorch in float32, against {glue:text}`c16-ort-faster` for ONNX
+# Runtime.
 #
 # ## What is left to gain
 #
-# What does ONNX Runtime do with the rest of the time? It can record how long each operation takes, by its own clock:
+# On what does ONNX Runtime spend its time? It can record how long each operation takes:
 
 
 # %%
@@ -558,17 +559,17 @@ parts.round(0).astype(int).assign(**{"convolutions, of the limit": at_best.map("
 # %% [markdown]
 # Convolutions take {glue:text}`c16-conv-share` of the time, and in them the machine reaches
 # {glue:text}`c16-conv-limit` of its peak. If everything else took no time, ONNX Runtime would be
-# {glue:text}`c16-conv-most` times as fast as PyTorch: fusing operations cannot give more than that. What remains is
-# to use fewer bits, or fewer multiplications. The limit counts those of a convolution written out as its sum;
+# {glue:text}`c16-conv-most` times as fast as PyTorch: fusing operations cannot give more than that. Beyond it, one
+# needs fewer bits or fewer multiplications. The limit counts the multiplications of a convolution computed directly;
 # algorithms that need fewer exist {cite}`lavin2016`, and {ref}`one of them <ex:onnx-winograd>` is an exercise below.
 #
-# ## A thread that waits
+# ## Waiting threads
 #
 # ONNX Runtime gives each network its own threads. A thread that has finished its part does not sleep at once: it
 # keeps checking for new work ("spinning"), because a thread that is awake starts sooner. That is meant for one
-# network that processes image after image. Where four networks run alternately, the threads of the previous network
+# network that processes image after image. Where four networks run in turn, the threads of the previous network
 # occupy a core that the next one needs. So this book opens every network with `session.force_spinning_stop`: as soon
-# as an output is ready, the threads sleep. Here are the four networks in turn, opened with the library's defaults and
+# as an output is ready, the threads sleep. We time the four networks in turn, opened with the library's defaults and
 # by `onnx_backend.open_network`:
 
 
@@ -580,7 +581,7 @@ def in_turn(opened):
 
 
 def opened_with(path, options=None):
-    """A network in ONNX Runtime, by default with the library's own options."""
+    """A network in ONNX Runtime, by default with the library's options."""
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda image: session.run(None, {"film": image})
 
@@ -606,14 +607,15 @@ glue_values("c16", {"asleep": f"{speedup(waited['keep spinning'], waited['sleep'
 pd.DataFrame({"ms": pd.Series(waited).map(np.median).round().astype(int)}).rename_axis("waiting threads")
 
 # %% [markdown]
-# With sleeping threads it is {glue:text}`c16-asleep` times as fast (95 % interval over rounds), and every output is
-# the same to the last bit. Timing one network alone would not show this: the networks have to run in turn.
+# With sleeping threads the four networks are {glue:text}`c16-asleep` times as fast (95 % interval over rounds), and
+# every output is the same to the last bit. Timing one network alone would not show this: the networks have to run in
+# turn.
 #
-# ## Which step makes it faster
+# ## Which optimisation helps
 #
 # The same comparison at three of ONNX Runtime's optimisation levels: the file as it is; with operations fused, as
-# counted above; and with feature maps also arranged in memory for its convolutions, which is what every other table
-# of this page shows.
+# counted above; and with feature maps also rearranged in memory for its convolutions, the setting of every other
+# timing on this page.
 
 
 # %%
@@ -644,8 +646,8 @@ pd.DataFrame({
 # %% [markdown]
 # ## Many images, and the gate
 #
-# A server with a queue may give a network several images at once. Images per second of every stage and engine, for
-# batches of {glue:text}`c16-at-once` (CLAHE takes one at a time):
+# A server with a queue may give a network several images at once. The table shows the images per second of every
+# stage and engine, for batches of {glue:text}`c16-at-once` (CLAHE takes one at a time):
 
 
 # %%
@@ -679,9 +681,9 @@ all_stages.round(2).rename_axis(columns="images per second")
 
 # %% [markdown]
 # In batches all stages together process {glue:text}`c16-gain-least` to {glue:text}`c16-gain-most` times as many
-# images per second, depending on the engine; each was timed once. Where that is near 1 or below, one image keeps all
-# cores busy, and a queue gains nothing by waiting for its next image. An image that triage calls normal needs no
-# detector, which is the cheapest of all speedups:
+# images per second, depending on the engine; each was timed once. Where the factor is near 1 or below, batches gain
+# nothing, and a queue need not wait for its next image. An image that triage calls normal needs no detector, which is
+# the simplest way to save time:
 
 # %%
 gate_open = (by_torch > decision.thresholds["youden"]).mean()
@@ -698,12 +700,11 @@ pd.DataFrame({
 # |---|---|---|
 # | runtime | ONNX Runtime | ONNX Runtime, and OpenVINO on the same networks |
 # | "low-latency inference on standard clinical hardware" | no time given | {glue:text}`c16-best-time` |
-# | do the outputs change? | not stated | the table of parity above |
+# | do the outputs change? | not stated | the tables of differences above |
 #
 # ## Exercises
 #
-# Change the chapter first: set `export.CALIBRATION_IMAGES = 4` before the export. Which of the two, AUROC or mAP,
-# suffers more?
+# Change the chapter first: set `export.CALIBRATION_IMAGES = 4` before the export. Which falls more, AUROC or mAP?
 #
 # ```{exercise}
 # :label: ex:onnx-hand
@@ -748,7 +749,8 @@ assert once > each
 print(f"mean error with one scale, relative to one scale per channel: {once / each:.1f}")
 
 # %% [markdown]
-# Folding is the reason: it multiplies each channel by a number of its own, and the largest sets the scale of all.
+# Folding is the reason: it multiplies each channel by a different factor, and with one scale the largest channel sets
+# the scale of all.
 #
 # ````{solution-end}
 # ````
@@ -781,7 +783,7 @@ assert np.allclose([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], np.correlate(d, g))
 # %% [markdown]
 # Along both axes 4 × 4 products give 2 × 2 outputs: 4 per output instead of 9. The sums of weights are computed once
 # in advance. The sums of $d$ are not: they cost additions, feature maps that are written and read once more, and
-# precision, so that it pays for large maps with many channels, if at all.
+# precision. So the algorithm pays, if at all, for large maps with many channels.
 #
 # ````{solution-end}
 # ````
@@ -789,22 +791,22 @@ assert np.allclose([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], np.correlate(d, g))
 # %% [markdown]
 # ```{exercise}
 # :label: ex:onnx-question
-# Question the method: "our system runs in 30 ms". Which five things would you have to know before the number means
-# something?
+# Question the method: "our system runs in 30 ms". Which five things do you have to know before the number means
+# anything?
 # ```
 #
 # ```{solution} ex:onnx-question
 # :class: dropdown
 # On which machine, and on how many of its cores; which steps between the file and the result are included; whether it
-# is the median or the best, of how many runs, and beside what other load; for a radiograph whose gate opens or one
-# whose gate stays closed; and whether the outputs are still those whose accuracy was reported.
+# is the median or the best, of how many runs, and under what other load; for a radiograph on which the gate opens or
+# one on which it closes; and whether the outputs are still those whose accuracy was reported.
 # ```
 #
 # ## Takeaways
 #
 # - Put into the file what must not be forgotten: scaling, mirror image, folds.
-# - A runtime is faster because it fuses operations and arranges feature maps as its machine reads them; fewer bits come
-#   second, and pay only where they do not separate what was fused.
+# - A runtime is faster because it fuses operations and arranges feature maps to suit the processor; fewer bits pay
+#   only where they do not separate what was fused.
 # - Measure networks as they will be used: four in turn behave differently from one alone.
 # - Rounding is a change of the method. Measure AUROC and mAP again.
 # - Report how far from the machine's limit you are; it shows which step to take next.

@@ -19,23 +19,23 @@
 #
 # :::{admonition} In this chapter
 # **You will be able to** build an input check from three layers, each of which gives a reason that a user
-# understands, choose its limit without having seen a single unsuitable picture, and measure what it lets through.
+# understands, choose its limit without any unsuitable picture, and measure what it lets through.
 #
 # **You need** {ref}`chap:onnx` for the exported files, {ref}`chap:statistics` for intervals.
 #
 # **It takes** twenty minutes of reading, and about a minute to run: nothing is trained.
 # :::
 #
-# A network gives an output for any input: for a holiday photograph, too, the ensemble returns a probability between 0
+# A network gives an output for any input: even for a holiday photograph the ensemble returns a probability between 0
 # and 1. The paper's interface has an "automated outlier rejection" {cite}`dernet` and does not say how it works. Ours
 # checks three things, the cheapest first: the DICOM header, a few statistics of the pixels, and how far a network's
 # embedding of the image lies from those of its training images. A picture that is no spine radiograph is called
 # *out-of-distribution* (OOD): it does not come from the distribution of images on which the networks were trained and
-# evaluated, so nothing that this book measures says anything about the score that it gets.
+# evaluated, so none of this book's results apply to its score.
 
 # %% tags=["parameters"]
 profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
-rejected = 0.025  # fraction of held-out training radiographs that may lie beyond the network's limit
+rejected = 0.025  # fraction of held-out training radiographs allowed beyond the embedding's limit
 each = 24  # pictures per family
 
 # %%
@@ -84,9 +84,9 @@ glue_values("c17", {
 # ## Layer 1: the header
 #
 # A DICOM file states what it is. Spine radiographs have the modality CR, DX or RG; any other modality is a reason to
-# refuse the file, and so is a body part that is named and is not the spine. An empty element is not held against the
-# file: many headers are emptied when data are anonymised. PNG and JPEG files have no header at all. The library that
-# reads DICOM comes with small files for its own tests; this is what the check finds in three of them:
+# refuse the file, and so is a named body part other than the spine. An empty element is no reason: anonymisation
+# empties many headers. PNG and JPEG files have no such header. The library that reads DICOM comes with small files
+# for its own tests; this is what the check finds in three of them, and in a radiograph of the test split:
 
 # %%
 files = {
@@ -102,12 +102,12 @@ pd.Series(texts, name="reasons to refuse, from the header").to_frame()
 # %% [markdown]
 # ## Layer 2: the pixels
 #
-# Eight statistics that separate radiographs from other pictures. Each has a limit, set with a wide margin around all
-# training images of the virtual cohort; a file beyond one is refused, and that statistic is the reason. Most catch
-# one kind of picture: *colour* a photograph, *paper* (one bright grey that covers much of the image) a document,
-# *flat* (pixels equal to their neighbours) a drawing or a screenshot, and a low *smoothness* (the correlation of
-# neighbouring pixels) noise. Of this run's {glue:text}`c17-train` training images {glue:text}`c17-beyond` lie beyond
-# a limit.
+# The second layer computes eight statistics that separate radiographs from other pictures. Each has a limit, set with
+# a wide margin around all training images of the virtual cohort; a file beyond a limit is refused, and that statistic
+# is the reason. Most catch one kind of picture: *colour* a photograph, *paper* (one bright grey that covers much of
+# the image) a document, *flat* (pixels equal to their neighbours) a drawing or a screenshot, and a low *smoothness*
+# (the correlation of neighbouring pixels) noise. Of this run's {glue:text}`c17-train` training images
+# {glue:text}`c17-beyond` lie beyond a limit.
 
 # %%
 facts = pd.DataFrame([ood.picture_facts(decode_radiograph(read_bytes(image))) for image in train.itertuples()])
@@ -121,10 +121,10 @@ table.astype(float).round(3)
 # %% [markdown]
 # ## Layer 3: the network's embedding
 #
-# A grey photograph passes both layers. But in a photograph a network trained on radiographs finds patterns that none
-# of its training images has. Take the spatial means of its early feature maps, an embedding $e$; scale each component
-# by its standard deviation over the training images; and compute how far it lies from their mean, *in units of their
-# standard deviation in that direction* {cite}`lee2018`:
+# A grey photograph may pass both layers. But it contains patterns that no radiograph has, and a network trained on
+# radiographs responds to them. Take the spatial means of its early feature maps, an embedding $e$; scale each
+# component by its standard deviation over the training images; and compute how far it lies from their mean, *in units
+# of their standard deviation in that direction* {cite}`lee2018`:
 #
 # $$
 # d(e)^2 = \sum_{k=1}^{m} \frac{(v_k^\top \tilde e)^2}{\lambda_k}
@@ -133,12 +133,13 @@ table.astype(float).round(3)
 #
 # with $\tilde e$ centred and scaled, $v_k$ and $\lambda_k$ the first {glue:text}`c17-dimensions` principal directions
 # of the training embeddings and their variances, and $\bar\lambda$ the mean of all remaining variances. This is the
-# Mahalanobis distance, with one common variance for the directions that too few images determine.
+# Mahalanobis distance, with one common variance for all remaining directions, since there are too few images to
+# estimate one for each.
 #
-# Why not the plain distance to the mean? Components of an embedding vary together: a more exposed image, say, raises
-# many of them at once. Training images are then spread far along that direction and little across it, and the same
-# step is ordinary along the one and alarming along the other. Dividing each direction by its own spread makes the two
-# comparable. The embeddings come from ResNet50 of fold 0:
+# Why not the plain distance to the mean? Components of an embedding vary together: a brighter image, for example, may
+# raise many of them at once. Training images then spread widely along that direction and little across it, so that
+# the same distance is ordinary along the one and exceptional along the other. Dividing each direction by its own
+# spread makes the two comparable. The embeddings come from ResNet50 of fold 0:
 
 # %%
 checkpoint = cross_validate(workspace, "resnet50").checkpoints[0]
@@ -182,25 +183,27 @@ d = np.sqrt((inside / (variance[:m] + ridge)).sum(axis=1) + rest / mean_rest)
 assert np.allclose(d, gate.distance(known), rtol=1e-2)
 
 # %% [markdown]
-# Images on which the network was trained lie nearer than others do. So the limit comes from fold 0, which was used
-# neither for this network nor for the directions: {glue:text}`c17-rejected` of its images may lie beyond. No OOD
-# image was needed.
+# Images on which the network was trained lie nearer to the mean than others. So the limit comes from fold 0, which
+# was used neither for this network nor for the directions: {glue:text}`c17-rejected` of its images may lie beyond. No
+# OOD image was needed.
 #
 # ## Out-of-distribution images
 #
-# Nobody can list what will be uploaded. We take families of pictures, {glue:text}`c17-each` of each:
+# No list of what users may upload is complete. We use the following families, with {glue:text}`c17-each` pictures of
+# each:
 #
 # - *Photographs* in colour and in grey: crops of scikit-learn's and ultralytics' own samples.
-# - *Other modalities.* Slices through the donor's CT, in three directions, are the nearest to a radiograph that we
-#   could think of: they show the very body that the virtual radiographs show. The same slices with the grey levels of a
-#   magnetic resonance image, where fat is bright and cortical bone is dark; and speckle in a fan, as in ultrasound.
+# - *Other modalities.* Slices through the donor's CT, in three directions, are the pictures nearest to a radiograph
+#   that we could think of: they show the body that the virtual radiographs show. Further slices have the grey levels
+#   of a magnetic resonance image, where fat is bright and cortical bone is dark. The third modality is speckle in a
+#   fan, as in ultrasound.
 # - *Other body parts*, a hand and a skull, built of rods and shells and exposed like a radiograph.
 # - *Noise*, from fine to coarse.
 # - *Screens*: a page of text, and an image viewer that shows a radiograph; in colour and in grey.
 #
 # Last, *altered radiographs of the test split*: rotated by 90° and by 180°, inverted to a negative, or cropped to
-# half and a quarter of their sides. Whether these should be refused is a matter of opinion; what happens to them is a
-# measurement. The module `dernet_utils.book.unlike_images` makes all of them from one seed.
+# half and a quarter of their sides. Opinions may differ on whether these should be refused; we measure whether they
+# are. The module `dernet_utils.book.unlike_images` makes all of them from one seed.
 
 # %%
 radiographs = [decode_radiograph(read_bytes(image)).pixels for image in test.itertuples()]
@@ -297,16 +300,17 @@ glue_values("c17", {
 })
 
 # %% [markdown]
-# Each row describes up to {glue:text}`c17-each` pictures. *Refused by either* comes with its 95 % interval, the exact
-# binomial one, which knows nothing of pictures that are not here: the photographs are crops of four, the slices come
-# from one body. *AUROC* is the probability that a picture of the family lies farther from the training images than a
-# radiograph of the test split does, whatever the limit; a file that the header or the pixels refuse counts as
-# farthest. *Passes at 95 %* is the fraction that would pass if the limit let 95 % of the test split's radiographs
-# pass, all layers together. Of the families that nobody would call a radiograph, {glue:text}`c17-worst`.
+# Each row describes up to {glue:text}`c17-each` pictures. *Refused by either* comes with its exact binomial 95 %
+# interval. The interval treats pictures as independent and does not extend to other pictures: the photographs are
+# crops of only four, and the slices come from one body. *AUROC* is the probability that a picture of the family lies
+# farther from the training images than a radiograph of the test split does, whatever the limit; a file that the
+# header or the pixels refuse counts as farthest. *Passes at 95 %* is the fraction that would pass all layers if the
+# limit let 95 % of the test split's radiographs pass. Among the families that are clearly not radiographs,
+# {glue:text}`c17-worst`.
 #
-# A check that refuses everything would score perfectly in this table, so the price belongs beside it: of the
-# {glue:text}`c17-test` {glue:text}`c17-kind` of the test split ({glue:text}`c17-test-studies` studies)
-# {glue:text}`c17-refused-test` are refused (95 % interval by study).
+# A check that refused everything would refuse every picture in this table, so the fraction of radiographs that it
+# refuses has to be reported with it. Of the {glue:text}`c17-test` {glue:text}`c17-kind` of the test split
+# ({glue:text}`c17-test-studies` studies) {glue:text}`c17-refused-test` are refused (95 % interval by study).
 
 # %% tags=["hide-input", "remove-output"]
 fig, ax = plt.subplots(figsize=(8, 4))
@@ -331,9 +335,9 @@ show_figure("c17-fig-distances", fig)
 #
 # ## Which stage of the network separates best
 #
-# The embedding comes from an *early* stage. That was not our first idea: the last feature maps hold what the network
-# has learnt, and most methods use them. Here is every stage of ResNet50 on the same pictures, as the AUROC of test
-# radiographs against each family:
+# The embedding comes from an *early* stage. Our first idea was the last feature maps, which hold what the network has
+# learnt and which most methods use. The table compares all stages of ResNet50 on the same pictures, by the AUROC of
+# test radiographs against each family:
 
 # %%
 by_stage = {}
@@ -349,17 +353,17 @@ for stage in range(len(embedded["test"])):
 pd.DataFrame(by_stage).round(3)
 
 # %% [markdown]
-# A late stage keeps less of an image's appearance. One explanation is that it keeps what triage needs, lesion or
+# One possible explanation for differences between stages is that a late stage keeps what triage needs, lesion or
 # none, and discards the grain, the edges and the depth of a radiograph; this table does not test it. We chose the
 # stage while looking at such pictures, so this table and the one above prove nothing about pictures of another kind,
-# and the family that nobody thought of is the one that will come.
+# and a check in use will meet families that we did not think of.
 #
-# One more caveat. In a virtual cohort the check separates so well because all training images come from one renderer
-# and one donor: they share a grain. It may well refuse most radiographs of any patient (none was here to try), and it
-# should, as long as the networks behind it were trained on virtual radiographs alone. Fitted on radiographs from many
-# devices it would be wider, and let more through.
+# One more caveat. In a virtual cohort all training images come from one renderer and one donor, so they share a
+# grain, which probably makes the separation easy. The check may well refuse most radiographs of real patients (we had
+# none to try), and it should, as long as the networks behind it were trained on virtual radiographs alone. Fitted on
+# radiographs from many devices, its limit would be wider and let more through.
 #
-# ## What slips through
+# ## What the check lets through
 
 # %% tags=["hide-input", "remove-output"]
 passed = others[~others["pixels"] & (others["distance"] <= 1)]
@@ -382,10 +386,10 @@ glue_values("c17", {"passed": len(passed), "unlike": len(others)})
 # {glue:text}`c17-unlike` pictures passed).
 # ```
 #
-# A check errs in both directions: {numref}`fig:passed` shows what it lets through, the fraction of radiographs above
-# what it refuses wrongly. So a user who knows better may override a refusal, and the report then states that this was
-# done. Anybody who is shown a score must look at the picture beside it, since a picture that slips through gets a
-# score like any other.
+# A check errs in both directions: {numref}`fig:passed` shows pictures that it wrongly accepts, and the fraction of
+# refused radiographs above counts those that it wrongly refuses. So a user may override a refusal, and the report
+# then states that this was done. Whoever reads a score must also look at the picture beside it, since an unsuitable
+# picture that passes gets a score like any other.
 #
 # ## Paper beside ours
 #
@@ -397,7 +401,7 @@ glue_values("c17", {"passed": len(passed), "unlike": len(others)})
 #
 # ## Exercises
 #
-# Change the chapter first: set `rejected = 0.1`. Which family gains, and what does it cost?
+# Change the chapter first: set `rejected = 0.1`. Which family is refused more often, and at what cost?
 #
 # ```{exercise}
 # :label: ex:outliers-hand
@@ -443,8 +447,8 @@ print(f"AUROC of closeness to ½, {len(prob)} refused pictures against {len(usua
 
 # %% [markdown]
 # At 1 the probability would separate the two perfectly, at ½ not at all, and below ½ OOD images get the more
-# confident probabilities. It was not made for this question: a probability is divided between two answers, *normal*
-# and *abnormal*, and leaves no room for *neither*.
+# confident probabilities. The network was not trained for this question: its probability is divided between *normal*
+# and *abnormal* and leaves no room for *neither*.
 #
 # ````{solution-end}
 # ````
@@ -459,12 +463,12 @@ print(f"AUROC of closeness to ½, {len(prob)} refused pictures against {len(usua
 # :class: dropdown
 # Which outliers, and whether those used to choose the method were among those used to evaluate it. How many true
 # radiographs are refused at the same limit. Whether near misses were included, other body parts above all, or only
-# photographs. And what the system shows for the rest, to whom.
+# photographs. And what the system shows to its users for the pictures that pass.
 # ```
 #
 # ## Takeaways
 #
 # - Run the cheap checks first, and give the reason with the refusal.
 # - A limit can be chosen from radiographs alone; only its evaluation needs OOD images.
-# - Try every stage of a network: here the early feature maps separated best.
-# - A check reduces the number of nonsense scores. It does not make the rest right.
+# - Compare all stages of a network: the last one need not separate best.
+# - A check reduces the number of meaningless scores. It does not make the others right.

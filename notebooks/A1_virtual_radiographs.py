@@ -18,10 +18,10 @@
 # # A1 · How the virtual radiographs are made
 #
 # VinDr-SpineXR may not be redistributed, so this book brings its own radiographs. They are digitally reconstructed:
-# one real CT is deformed into many bodies, lesions are added to its spine, rays are traced through it, and the
-# photons that arrive are counted and processed for display. This chapter takes the simulator apart. Each stage is
-# done once by hand and compared with the package, so that you can judge how far the physics of a virtual radiograph
-# reaches.
+# one real CT is deformed into many bodies, lesions are added to its spine, rays are traced through it, the photons
+# that arrive are counted, and the image is processed for display. This chapter takes the simulator apart. Each stage
+# is done once by hand and compared with the package, so that you see what physics a virtual radiograph contains and
+# what it leaves out.
 #
 # ```{admonition} In this chapter
 # :class: tip
@@ -43,7 +43,7 @@ spacing_mm = 0.4  # pixel size of most images here
 
 # %% [markdown]
 # The set-up loads the donor: a chest CT with a label for every voxel of a vertebra
-# {cite}`gopalakrishnan2022,wasserthal2023`. It is downloaded once, and its bytes are verified.
+# {cite}`gopalakrishnan2022,wasserthal2023`. It is downloaded once, and its checksum is verified.
 
 # %% tags=["hide-input"]
 import tempfile
@@ -104,11 +104,11 @@ fraction = sum(w[E] * np.exp(-WATER[E] * water) for E in range(3))
 print(f"Φ / Φ0 = {fraction:.4f}: one photon in {1 / fraction:.0f} arrives")
 
 # %% [markdown]
-# Now replace two of these centimetres by cortical bone (1.92 g/cm³), or add half a millimetre of titanium (4.5 g/cm³)
+# Now replace two of the centimetres with cortical bone (1.92 g/cm³), or add half a millimetre of titanium (4.5 g/cm³)
 # to the water. The package's `transmission` must give the same.
 
 # %%
-ways = {"20 cm water": (20.0, 0.0, 0.0), "2 cm of it bone": (18.0, 2 * 1.92, 0.0),
+ways = {"20 cm water": (20.0, 0.0, 0.0), "18 cm water, 2 cm bone": (18.0, 2 * 1.92, 0.0),
         "20 cm water, 0.5 mm titanium": (20.0, 0.0, 0.05 * 4.5)}  # fmt: skip
 passed = {}
 for name, (soft, bone, metal) in ways.items():
@@ -119,8 +119,8 @@ for name, (soft, bone, metal) in ways.items():
 pd.Series(passed).map("{:.2%}".format).to_frame("Φ / Φ0")
 
 # %% [markdown]
-# A trabecular vertebra holds far less mineral than two centimetres of cortical bone, which is why a spine in a real
-# radiograph is pale and a screw is not.
+# A trabecular vertebra holds far less mineral than two centimetres of cortical bone, which is why the spine in a real
+# radiograph stands out far less than a screw.
 #
 # The sum over energies has an effect that a single exponential lacks. Low-energy photons are removed first, so that
 # the beam *hardens*: the first centimetre stops a larger fraction than the twentieth.
@@ -135,7 +135,7 @@ assert (np.diff(per_cm) < 0).all() and (np.diff(mean_keV) > 0).all()
 # %% tags=["hide-input", "remove-output"]
 fig, (ax1, ax2) = plt.subplots(1, 2, figsize=(9.5, 3.4))
 ax1.semilogy(cm, left.sum(axis=0), "o-", ms=3, color="#0072B2", label="three energies")
-ax1.semilogy(cm, np.exp(-per_cm[0] * cm), "--", color="0.25", label="as the first centimetre")
+ax1.semilogy(cm, np.exp(-per_cm[0] * cm), "--", color="0.25", label="if every centimetre were like the first")
 ax1.set(xlabel="water, cm", ylabel="fraction that arrives, Φ / Φ₀")
 ax1.legend()
 at = np.arange(3)
@@ -259,8 +259,8 @@ def along(point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # %% [markdown]
 # `Scene.paths` does this for all rays of an image, with a sample every {glue:text}`ca1-step` near the spine and every
 # {glue:text}`ca1-far-step` elsewhere. Soft tissue is smooth, so a tolerance of 2 % is enough. The cortex is thinner
-# than a step, so that a single ray may count it once too often or miss it: a step of some 0.2 cm at about 1 g/cm³,
-# hence 0.2 g/cm². Over many rays such errors must cancel; if they do not, something is wrong.
+# than a step, so a single ray may count it twice or miss it: an error of one step, some 0.2 cm at about 1 g/cm³,
+# hence a tolerance of 0.2 g/cm². Over many rays such errors must cancel.
 
 # %%
 scene = Scene(donor, bodies, donor_shape, [])
@@ -318,8 +318,8 @@ show_figure("ca1-fig-ray", fig)
 #
 # ## A body from the donor
 #
-# A cohort starts as a *plan*: plain numbers for every patient, drawn from one seed. Nothing is rendered yet, so three
-# hundred patients take less than a second.
+# A cohort starts as a *plan*: plain numbers for every patient, drawn from one seed. Nothing is rendered yet, so
+# planning three hundred patients is quick.
 
 # %%
 plans = plan_cohort(300, seed, bodies)
@@ -329,8 +329,8 @@ print({k: round(v, 2) for k, v in patient["shape"].items() if k != "proportions"
 
 # %% [markdown]
 # Planning and rendering are separate, so we can take one plan and replace one number. Our standard patient has a
-# plain body and is imaged without rotation or tilt. The random quanta of an image are drawn with the patient's
-# number, so images of the same patient have the *same* noise and differ in nothing else.
+# plain body and is imaged without rotation or tilt. The patient's number seeds the random quanta, so images of the
+# same patient have the *same* noise and differ only in what we change.
 
 # %%
 straight = patient["views"][0] | {
@@ -391,7 +391,7 @@ show_figure("ca1-fig-bodies", fig)
 #
 # {numref}`fig:virtual-bodies` shows something about grey levels. Twice the mineral does not give an image twice as
 # white: each image is scaled to its own range, and what changes is how well the vertebrae stand out. Nor is the image
-# of the wider patient paler; automatic exposure control used {glue:text}`ca1-mas` times the milliampere-seconds.
+# of the wider patient brighter; automatic exposure control used {glue:text}`ca1-mas` times the milliampere-seconds.
 #
 # Where do the numbers of a cohort come from? From measurements, where they exist: stature of women and men
 # {cite}`ncdrisc2016`, the proportion of adults with a scoliosis {cite}`kebaish2011`, kyphosis, which grows with age
@@ -445,7 +445,7 @@ for one, other in zip(plans, others, strict=False):
     assert all(one[key] == other[key] for key in ("age", "sex", "shape"))
     changed += bool(one["findings"]) != bool(other["findings"])
 assert changed > 50
-print(f"{changed} of {len(others)} went from healthy to abnormal or back, and kept age and body")
+print(f"{changed} of {len(others)} patients have findings in only one cohort, and the same age and body in both")
 
 # %% [markdown]
 # In people, age and degeneration are correlated. Leaving this out makes the cohort less like a clinic, but a network
@@ -482,9 +482,8 @@ def finding(lesion_type: str, **other) -> dict:
 # %% [markdown]
 # From nothing: at severity 0 the image must equal the healthy patient's in every bit, and there must be no
 # counterfactual (the same image without the lesion). A shape that left a rim or a smoothed edge behind would reveal a
-# label's position. And growing: of the same lesion at three severities, the more severe is more visible, a word that
-# a later section defines. In the package, the counterfactuals of a rendered radiograph, one per finding, are its
-# attribute `counterfactuals`.
+# label's position. And growing: the visibility, defined in a later section, must rise with the severity. A rendered
+# radiograph holds its counterfactuals, one per finding, in the attribute `counterfactuals`.
 
 # %%
 healthy = render()
@@ -502,7 +501,7 @@ pd.DataFrame(rising, index=["severity 0.4", "0.7", "1.0"]).T.round(2)
 # %% [markdown]
 # Next we show all seven: the changed tissue in a slice, the healthy patient's radiograph, the one with the lesion and
 # its computed box, and the difference that is stored with the image. We compute the slice ourselves, from the
-# lesion's public parts.
+# lesion's public attributes.
 
 
 # %%
@@ -564,7 +563,7 @@ glue_values("ca1", {"severity": f"{severity:g}"})
 # ```
 #
 # The first three change the image along *edges*: what has moved has left one position and arrived at another, and the
-# slip carries the tissue above along. The other four change only the region they fill. How visible a lesion is
+# slip also carries the tissue above it. The other four change only the region they fill. How visible a lesion is
 # depends on its severity, but also on the view and on the anatomy in front of and behind it. So we show the same spur
 # at four severities, from three sides:
 
@@ -599,7 +598,7 @@ glue_values("ca1", {"labelled": sum(labelled.values())})
 # ```
 #
 # The smallest spur is less visible from the front, where its own vertebra lies behind it, than from the side. This is
-# why a study has more than one view. And the cohort labels nothing that cannot be seen: the threshold is a
+# one reason why a study has more than one view. And the cohort labels only what can be seen: its threshold is a
 # visibility, not a severity.
 #
 # ## From photons to the displayed image
@@ -716,7 +715,7 @@ show_figure("ca1-fig-steps", fig)
 #
 # where $\Delta$ is the image minus its counterfactual, $G$ the counterfactual, $\mathcal{Q}$ the quarter of the mask
 # that changes most (edges attract the eye), and $\mathcal{R}$ the mask with a margin of 3 mm. All of it can be
-# computed from the image and its counterfactual alone:
+# computed from the image, its counterfactual and the mask:
 
 # %%
 radiograph = render(findings=[finding("Vertebral collapse", severity=0.8)])
@@ -756,7 +755,7 @@ show_figure("ca1-fig-truth", fig)
 # orange, dashed: $\mathcal{R}$; black, at the right: $\mathcal{Q}$.
 # ```
 #
-# Here {eq}`eq:visibility` gives {glue:text}`ca1-cnr`. A finding is labelled in a view if it reaches
+# Here {eq}`eq:visibility` gives {glue:text}`ca1-cnr`. A finding is labelled in a view if its visibility is at least
 # {glue:text}`ca1-seen` and at least half of its shadow is inside the image. The fourth part of the ground truth is
 # the box: the mask's bounding box with a margin, because annotators draw slightly outside the lesion. Now we write
 # all of it as a cohort does, and read it back.
@@ -775,7 +774,7 @@ assert np.array_equal(read.mask, mask) and read.visibility == counterfactual.vis
 assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # two greys of 255
 
 # %% [markdown]
-# So for any image of a run in `smoke` or `laptop`, `read_counterfactuals(workspace.data_root, image_id)` returns one
+# So for any image of a virtual cohort, `read_counterfactuals(workspace.data_root, image_id)` returns one
 # counterfactual per finding of its study, in the manifest's order, and `Counterfactual.without(grey)` the image
 # without that finding. It allows a test that no reader study can offer: *what would the network have predicted for
 # exactly this image without this lesion?*
@@ -783,16 +782,16 @@ assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # tw
 # ## What these images can and cannot stand for
 #
 # The {doc}`data card <../book/data_card>` lists it in full. In short: these images can test every step from file to
-# score, and questions of physics (superposition, noise, magnification). They cannot show how a network performs on
-# people. A radiologist who reads them would object to several things:
+# score, and answer questions of physics (superposition, noise, magnification). They cannot show how a network
+# performs on patients. A radiologist who reads them would object to several things:
 #
-# - There is one donor. All patients share his or her ribs, heart and vessels, however deformed, and the contrast
-#   agent in them; there is neither neck nor sacrum.
+# - There is one donor. All patients share his or her ribs, heart and vessels, though deformed, and the contrast
+#   agent; there is neither neck nor sacrum.
 # - The lesions are clean. A real spur is accompanied by sclerosis, gas in a disc and a dozen neighbours; a real
 #   collapse breaks the cortex. Slips are rare where this scan has its vertebrae, around the thoracolumbar junction.
 # - The CT was taken of a person lying down, with voxels larger than a trabecula: bone has no texture.
 # - Scatter is a blur, the beam has three energies, and the display processing is one recipe out of many.
-# - Two radiologists disagree. A computed box has no second reader.
+# - Radiologists disagree with one another; a computed box has no second reader.
 #
 # ## Exercises
 #
@@ -842,8 +841,8 @@ assert seen[0] < seen[-1]
 print(*(f"bone × {b}: visibility {v:.2f}" for b, v in zip(minerals, seen, strict=True)), sep="\n")
 
 # %% [markdown]
-# It grows. The focus is mineral and nothing else; much of what surrounds it in the image is soft tissue and air,
-# which do not change.
+# It grows. The focus consists of mineral only; much of what surrounds it in the image is soft tissue and air, which
+# do not change.
 #
 # ```{solution-end}
 # ```
@@ -867,8 +866,8 @@ print([f"{v:.2f}" for v in at_dose])
 assert abs(at_dose[2] / at_dose[0] - 1) < 0.15
 
 # %% [markdown]
-# A hundred times the dose changes next to nothing. In a chest radiograph the "noise" that hides a spur is anatomy:
-# ribs, vessels, the edge of its own vertebra. It does not decrease with dose. Another view helps more.
+# A hundred times the dose hardly changes the visibility. In a chest radiograph the "noise" that hides a spur is
+# anatomy: ribs, vessels, the edge of its own vertebra. It does not decrease with dose. Another view may help more.
 #
 # ```{solution-end}
 # ```
@@ -885,11 +884,11 @@ assert abs(at_dose[2] / at_dose[0] - 1) < 0.15
 # :class: dropdown
 #
 # A lower threshold adds boxes that neither a reader nor a detector can find: recall falls, and so does average
-# precision, while the detector is the same. A higher one removes the labels of visible lesions, and true positives
-# are counted as false positives. Either way a score on this cohort partly reflects the threshold. An observer study
+# precision, while the detector is the same. A higher one removes the labels of visible lesions, and detections of
+# them count as false positives. Either way a score on this cohort partly reflects the threshold. An observer study
 # would show images and counterfactuals in random order to several readers, ask at each position "lesion or not", and
 # take the visibility at which they are right in, say, three of four cases. Since the counterfactual is otherwise the
-# same image, the comparison is clean, which real radiographs never allow.
+# same image, nothing else differs, which real radiographs never allow.
 # ```
 #
 # ## Takeaways
@@ -897,9 +896,9 @@ assert abs(at_dose[2] / at_dose[0] - 1) < 0.15
 # - A radiograph is a sum along rays and an exponential. Both can be done by hand, and agree with the package to a few
 #   per cent of one ray.
 # - Bodies, lesions and exposures are plain numbers in a plan. Age and body are drawn independently of the findings,
-#   so that the label cannot be inferred from them.
+#   so the label cannot be inferred from them.
 # - Lesions move tissue or fill it, and grow from nothing; at severity 0 not one bit of the image changes.
-# - Each finding comes with mask, counterfactual, visibility and box, and what cannot be seen in a view is not
+# - Each finding comes with mask, counterfactual, visibility and box, and what is not visible in a view is not
 #   labelled there.
-# - None of this makes the images evidence about people. They show whether a method runs, learns, and is right about
+# - None of this makes the images evidence about patients. They show whether a method runs, learns, and is right about
 #   the lesions that were simulated.

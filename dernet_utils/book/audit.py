@@ -1,4 +1,4 @@
-"""What the numbers of a printed table imply for one another."""
+"""What the numbers of a printed table imply about one another."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -8,12 +8,12 @@ from scipy.stats import norm
 
 from dernet_utils.core.errors import DernetError
 
-HALF = 0.005  # per cent: the rounding error of a number printed with two decimals, at most
+HALF = 0.005  # per cent: largest rounding error of a number printed with two decimals
 
 
 @dataclass(frozen=True)
 class Range:
-    """All values that a quantity may have, given numbers that were rounded.
+    """The values that a quantity may have, given rounded numbers.
 
     Attributes:
         low: The smallest; nan where none is possible.
@@ -45,7 +45,7 @@ def f1_of(sensitivity: float, specificity: float, prevalence: float) -> float:
 def prevalence_of(f1: float, sensitivity: float, specificity: float) -> float:
     """Return the fraction of abnormal images at which `f1_of` gives this F1, all in [0, 1].
 
-    nan where there is none, as for a specificity of 1, at which F1 does not depend on it.
+    nan if there is none, or if the specificity is 1, where F1 does not depend on the prevalence.
 
     >>> round(prevalence_of(2 / 3, 0.5, 0.9), 3)
     1.0
@@ -72,14 +72,14 @@ def implied_prevalence(f1: float, sensitivity: float, specificity: float) -> Ran
 
 
 def possible_counts(images: int, f1: float, sensitivity: float, specificity: float) -> list[int]:
-    """Return the numbers of abnormal images at which a row can come from counting images.
+    """Return the numbers of abnormal images for which whole counts give a row's decimals.
 
-    A sensitivity is a whole number of true positives over a whole number of abnormal images, and so
-    on; only few numbers of abnormal images give the printed decimals (compare Brown and Heathers'
-    GRIM test, Social Psychological and Personality Science 8, 2017).
+    A sensitivity, for example, is a whole number of true positives over a whole number of abnormal
+    images (compare Brown and Heathers' GRIM test, Social Psychological and Personality Science 8,
+    2017).
 
     Args:
-        images: Of the test split.
+        images: Number of images in the test split.
         f1, sensitivity, specificity: In per cent, each rounded to two decimals.
 
     >>> possible_counts(10, 66.67, 50.0, 100.0)
@@ -99,7 +99,7 @@ def possible_counts(images: int, f1: float, sensitivity: float, specificity: flo
 def largest_agreement(ranges: dict[str, Range]) -> tuple[list[str], Range]:
     """Return the largest set of rows that one value can satisfy, and the values that do.
 
-    The first of several equally large sets is returned.
+    Of several equally large sets, the first is returned.
 
     Raises:
         DernetError: There are no ranges.
@@ -119,7 +119,7 @@ def largest_agreement(ranges: dict[str, Range]) -> tuple[list[str], Range]:
 
 
 def implied_mean(values: tuple[float, ...]) -> Range:
-    """Return the means that printed values allow, themselves rounded to two decimals.
+    """Return the range of a printed mean of printed values, all rounded to two decimals.
 
     >>> implied_mean((1.0, 2.0))
     Range(low=1.49, high=1.51)
@@ -129,10 +129,10 @@ def implied_mean(values: tuple[float, ...]) -> Range:
 
 
 def hanley_mcneil(auroc: float, abnormal: int, normal: int) -> float:
-    """Return an AUROC's standard error from its value and the numbers of images alone.
+    """Return the standard error of an AUROC from its value and the numbers of images.
 
     Hanley and McNeil, Radiology 143, 1982, Eqs. 1 and 2: exact for exponentially distributed
-    scores and close for others; all images are taken as independent.
+    scores and close for others; images are treated as independent.
 
     Args:
         auroc: In [0, 1].
@@ -156,7 +156,7 @@ def hanley_mcneil(auroc: float, abnormal: int, normal: int) -> float:
 
 
 def difference_p(first: float, second: float, error: float) -> float:
-    """Return the two-sided p-value of a difference, by the normal distribution.
+    """Return the two-sided p-value of a difference under a normal distribution.
 
     Args:
         first, second: The two values.

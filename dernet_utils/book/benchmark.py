@@ -1,7 +1,6 @@
-"""What training takes on this machine: one step at full size, and two training loops compared.
+"""Time and memory of training on this machine, and comparisons with plain training loops.
 
-The comparison is between the loop that trains the book's networks and the plainest loop over the
-same batches. Each table names the processor and the commit that it comes from.
+Each table names the processor and the commit of its measurement.
 """
 
 import multiprocessing
@@ -59,15 +58,15 @@ def estimate_triage(
 ) -> pd.DataFrame:
     """Measure one training step of each triage network at a profile's image size and batch size.
 
-    The step is taken on images of the run's own training split, read, enhanced and loaded as for
-    any training. Each network gets its own process, whose memory is therefore that of its step.
+    The step uses images of the run's training split, loaded as for any training. Each network gets
+    a process of its own, so that the memory is that of its step.
 
     Args:
-        workspace: The run; the epochs on crops of its recipe are left out.
-        threads: Threads of the libraries.
+        workspace: The run; its epochs on crops are left out.
+        threads: Number of threads of the libraries.
         report: Called with one line per network.
-        images: Training images of all folds together, for which the hours are estimated; by
-            default as many as VinDr-SpineXR has.
+        images: Number of training images, all folds together, for which hours are estimated; by
+            default that of VinDr-SpineXR.
 
     Returns:
         One row per network, as text for a page: name, image side, batch size, seconds per step,
@@ -98,7 +97,7 @@ def estimate_triage(
 
 
 def measure_step(workspace: Workspace, name: str, recipe: TriageRecipe) -> tuple[float, float]:
-    """Take two optimisation steps on a run's first images, and measure the second.
+    """Take two optimisation steps on a run's first images and measure the second.
 
     Returns:
         Seconds of the second step, and the peak memory in GB of this process (on a GPU, of torch).
@@ -119,8 +118,8 @@ def measure_step(workspace: Workspace, name: str, recipe: TriageRecipe) -> tuple
 def compare_loops(workspace: Workspace, image_px: int, report: Say) -> pd.DataFrame:
     """Train each network twice on the same images, by the book's loop and by `plain_epoch`.
 
-    One epoch on crops, where the profile has any, and one on whole images. The two loops run
-    alternately, epoch by epoch, on the same batches of all folds but fold 0, which evaluates them.
+    Training is one epoch on crops, if the profile has any, and one on whole images. The loops
+    alternate by epoch, on the same batches of all folds but fold 0, on which they are evaluated.
 
     Args:
         workspace: The run.
@@ -165,7 +164,7 @@ def compare_loops(workspace: Workspace, image_px: int, report: Say) -> pd.DataFr
 def _race(
     name: str, sample: Sample, recipe: TriageRecipe
 ) -> tuple[nn.Module, nn.Module, dict[str, float]]:
-    """Return the network of the plain loop, that of ours, and the seconds that each loop took."""
+    """Return the network of the plain loop, that of the book's, and the seconds of each loop."""
     fast, optimizer = start_training(name, None, recipe)
     plain = build_network(name, None, recipe.seed).to(machine.device())
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=recipe.lr)
@@ -188,10 +187,10 @@ def plain_epoch(
     recipe: TriageRecipe,
     epoch: int,
 ) -> None:
-    """Train for one epoch by the plainest loop: float32, and torch's default memory layout.
+    """Train for one epoch in float32 and torch's default memory layout, without refinements.
 
     Args:
-        network, optimizer: They are changed in place.
+        network, optimizer: Changed in place.
         train, recipe, epoch: As `triage.training.train_epoch` takes them.
     """
     network.train()
@@ -220,7 +219,7 @@ def _held_out_auroc(
 
 
 class StockTrainer(yolo.MosaicDecay):
-    """ultralytics' own step on the same images: its network, loss, memory layout and optimizer."""
+    """ultralytics' own training step: its network, loss, memory layout and optimizer."""
 
     def build_optimizer(self, *given, **named) -> torch.optim.Optimizer:
         """Return the optimizer as ultralytics builds it."""
@@ -232,13 +231,12 @@ def estimate_detector(workspace: Workspace, threads: int, report: Say) -> pd.Dat
 
     Args:
         workspace: The run.
-        threads: Threads of the libraries.
+        threads: Number of threads of the libraries.
         report: Called with one line.
 
     Returns:
-        One row, as text for a page: image size, batch size, seconds per step, memory, the number
-        of images that the run's detector is trained on, hours for all epochs on them, processor,
-        commit.
+        One row, as text for a page: image size, batch size, seconds per step, memory, number of
+        the detector's training images, hours for all epochs on them, processor, commit.
     """
     os.environ.update(TRAINING_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)})
     recipe = DetectorRecipe.of(workspace.profile)
@@ -262,7 +260,7 @@ def estimate_detector(workspace: Workspace, threads: int, report: Say) -> pd.Dat
 
 
 def measure_detector_step(workspace: Workspace, recipe: DetectorRecipe) -> tuple[float, float]:
-    """Take two steps, and return the seconds of the second and the process's peak memory in GB."""
+    """Take two steps; return the seconds of the second and the process's peak memory in GB."""
     with (
         _trainer(yolo.MosaicDecay, workspace, recipe) as trainer,
         machine.denormals_flushed(),
@@ -274,9 +272,9 @@ def measure_detector_step(workspace: Workspace, recipe: DetectorRecipe) -> tuple
 def compare_steps(
     workspace: Workspace, view: tuple[int, int], report: Say, rounds: int = 5
 ) -> pd.DataFrame:
-    """Time steps of YOLO11-L, alternately: stock ultralytics, it with all threads, and ours.
+    """Time steps of YOLO11-L alternately: stock ultralytics, the same with all threads, and ours.
 
-    By default ultralytics leaves one core of the processor idle.
+    By default, ultralytics leaves one core of the processor idle.
 
     Args:
         workspace: The run; the batches are its first images with lesions.
@@ -326,7 +324,7 @@ def _trainer(
     workspace: Workspace,
     recipe: DetectorRecipe,
 ) -> Iterator[yolo.MosaicDecay]:
-    """Yield a trainer before its first step, on a few images; its files are deleted afterwards."""
+    """Yield a trainer before its first step on a few images; its files are deleted afterwards."""
     images = detection_images(workspace)
     some = images.training.head(2 * recipe.batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -345,7 +343,7 @@ def _trainer(
 
 
 def _batches(trainer: yolo.MosaicDecay, steps: int) -> Iterator[dict]:
-    """Yield so many preprocessed batches, going through the images as often as needed."""
+    """Yield preprocessed batches, one per step, going through the images as often as needed."""
     while steps:
         for batch in trainer.train_loader:
             if steps and len(batch["img"]) == trainer.batch_size:
@@ -354,7 +352,7 @@ def _batches(trainer: yolo.MosaicDecay, steps: int) -> Iterator[dict]:
 
 
 def _step(trainer: yolo.MosaicDecay, batch: dict) -> float:
-    """Take one optimisation step as ultralytics' loop does, and return its seconds."""
+    """Take one optimisation step as ultralytics' loop does; return its seconds."""
     started = time.perf_counter()
     loss, _ = trainer.model(batch)
     loss.sum().backward()

@@ -1,4 +1,4 @@
-"""Drawing that chapters share: one style, one way to show a radiograph and its boxes."""
+"""Figures that several chapters share, in one style."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -59,7 +59,7 @@ def show_boxes(ax: Axes, boxes: pd.DataFrame, scale: float = 1.0, names: bool = 
         ax: Axes that show the radiograph.
         boxes: Rows with `lesion_type`, `xmin`, `ymin`, `xmax`, `ymax` in stored pixels, and
             optionally `score` (0 to 1), which is then written beside the name.
-        scale: Shown pixels per stored pixel.
+        scale: Displayed pixels per stored pixel.
         names: Whether to write the lesion type beside the box.
     """
     for box in boxes.itertuples():
@@ -80,14 +80,14 @@ def show_boxes(ax: Axes, boxes: pd.DataFrame, scale: float = 1.0, names: bool = 
 def draw_stage(
     ax: Axes, x: float, y: float, text: str, width: float, colour: str = "#dbe9f6"
 ) -> None:
-    """Draw a stage of a schematic: a rounded box, 0.9 high, with a centred text.
+    """Draw a stage of a schematic: a rounded box, 0.9 high, with centred text.
 
     Args:
         ax: Where to draw; positions and sizes are in its data units.
         x, y: Lower left corner.
         text: One line or two.
-        width: Of the box.
-        colour: Of its background.
+        width: Width of the box.
+        colour: Background of the box.
     """
     shape = FancyBboxPatch((x, y), width, 0.9, "round,pad=0.06", fc=colour, ec="0.3", lw=0.8)
     ax.add_patch(shape)
@@ -97,7 +97,7 @@ def draw_stage(
 def draw_arrow(
     ax: Axes, start: tuple[float, float], end: tuple[float, float], text: str = ""
 ) -> None:
-    """Draw an arrow between two stages of a schematic, with a text above its middle.
+    """Draw an arrow between two stages of a schematic, with text above its middle.
 
     Args:
         ax: Where to draw.
@@ -109,10 +109,10 @@ def draw_arrow(
 
 
 def draw_learning_curves(curves: pd.DataFrame) -> Figure:
-    """Draw loss and held-out AUROC over epochs, one line per fold; epochs on crops lie on grey.
+    """Draw loss and held-out AUROC over epochs, per fold; epochs on crops are shaded grey.
 
     Args:
-        curves: As `triage.crossvalidation.CrossValidated` has them.
+        curves: `triage.crossvalidation.CrossValidated.curves`.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.1))
     for fold, rows in curves.groupby("fold"):
@@ -124,7 +124,7 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
         )
     left.plot([], [], "o-", ms=3, color="0.3", label="training")
     left.plot([], [], "s--", ms=3, color="0.3", label="held out")
-    left.axhline(np.log(2), color="0.4", lw=0.8, ls=":", label="always one half")
+    left.axhline(np.log(2), color="0.4", lw=0.8, ls=":", label="constant ½")
     left.set(xlabel="epoch", ylabel="binary cross-entropy", ylim=(0, 1.5))
     right.axhline(0.5, color="0.4", lw=0.8, ls=":")
     right.set(xlabel="epoch", ylabel="AUROC, held out", ylim=(0, 1.04))
@@ -139,11 +139,11 @@ def draw_learning_curves(curves: pd.DataFrame) -> Figure:
 
 
 def draw_roc(bands: dict[str, pd.DataFrame], stars: dict[str, tuple[float, float]]) -> Figure:
-    """Draw receiver operating characteristics, the first one with its band.
+    """Draw receiver operating characteristic (ROC) curves, the first with its band.
 
     Args:
-        bands: For each label, what `metrics.classification.roc_band` returns.
-        stars: Operating points: for each label, sensitivity and specificity.
+        bands: Per label, the table that `metrics.classification.roc_band` returns.
+        stars: Operating points: per label, sensitivity and specificity.
     """
     fig, ax = plt.subplots(figsize=(4.8, 4.6))
     for number, (label, band) in enumerate(bands.items()):
@@ -167,8 +167,8 @@ def draw_most_confident(images: pd.DataFrame, threshold: float) -> Figure:
     """Show the most confident true positive, true negative, false negative and false positive.
 
     Args:
-        images: One row per image: ``cached_path``, ``label`` (bool), ``prob`` and ``lesions``,
-            whose centres are marked, as `triage.crossvalidation.triage_images` returns them.
+        images: Rows of `triage.crossvalidation.triage_images` with ``prob``; the centres in
+            ``lesions`` are marked.
         threshold: Images with a probability above it are called abnormal.
     """
     called, margin = images["prob"] > threshold, (images["prob"] - threshold).abs()
@@ -193,7 +193,7 @@ def draw_most_confident(images: pd.DataFrame, threshold: float) -> Figure:
 
 
 def _mark_lesions(ax: Axes, lesions: np.ndarray, height: int, width: int) -> None:
-    """Draw a ring around each lesion's centre, and name each type in a legend."""
+    """Draw a ring around each lesion's centre, with a legend of the types."""
     named = set()
     for x, y, kind in lesions:
         name = LESION_TYPES[int(kind)]

@@ -1,4 +1,4 @@
-"""Figures of the chapters on practice: each function takes data and returns a figure."""
+"""Figures of the chapters on practice."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ def draw_latency(medians: pd.DataFrame, stages: Sequence[str]) -> Figure:
     """Draw the time per image of several engines as bars divided into stages.
 
     Args:
-        medians: One row per engine, first at the top: a column of milliseconds per stage, and
-            ``limit``, the milliseconds of the arithmetic alone, drawn as a mark.
-        stages: Names of the stages' columns, in the order in which they run.
+        medians: One row per engine, the first at the top: milliseconds of each stage, and in
+            ``limit`` those of the arithmetic alone, drawn as a mark.
+        stages: The stages' columns, in the order in which they run.
     """
     fig, ax = plt.subplots(figsize=(8, 3.4))
     start = np.zeros(len(medians))

@@ -38,14 +38,14 @@ def compare_with_table_2(
     """Return rows of the paper's Table 2 with this run's results beside them.
 
     Args:
-        profile: The run's; names its dataset.
-        found: For each column of ours, such as ``out of fold``, a table by method as
+        profile: The run's profile.
+        found: Per column of ours, such as ``out of fold``, and per method, a table as
             `metrics.classification.classification_table` returns it.
-        methods: Which rows, by the keys of `TABLE_2`.
+        methods: Keys of `TABLE_2`: the rows to return.
 
     Returns:
-        One row per method and metric; text, in per cent, ours with 95 % intervals. A dash stands
-        where a value was not printed or not measured.
+        One row per method and metric, as text in per cent, ours with 95 % intervals; a dash for a
+        value that was not printed or not measured.
     """
     ours = "virtual cohort" if profile.virtual else "VinDr-SpineXR"
     rows = {}

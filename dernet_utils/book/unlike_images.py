@@ -1,8 +1,8 @@
-"""Pictures that are no upright spine radiographs, to measure an out-of-distribution check.
+"""Pictures other than upright spine radiographs, to evaluate an out-of-distribution check.
 
 All are made here or come with installed packages: photographs, slices of the donor's CT, simulated
-ultrasound, other body parts, noise, screenshots, and altered radiographs. The same generator state
-gives the same pictures. Colour pictures are uint8 (H, W, 3) in OpenCV's order, grey ones (H, W).
+ultrasound, other body parts, noise, screens, and altered radiographs. The same generator state
+gives the same pictures: uint8, shape (H, W) in grey, (H, W, 3) in colour, in OpenCV's BGR order.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ WORDS += ["below"]  # on a page of text
 def unlike_images(
     radiographs: Sequence[np.ndarray], count: int, rng: np.random.Generator
 ) -> dict[str, list[np.ndarray]]:
-    """Return pictures that nobody would call a spine radiograph, by family.
+    """Return pictures that are clearly not spine radiographs, by family.
 
     Args:
-        radiographs: Shown on every other screen, uint8 (H, W); at least one.
+        radiographs: uint8 (H, W), at least one; shown on every other screen.
         count: Pictures per family.
-        rng: Its state decides all pictures; the families are drawn in the order of the result.
+        rng: Its state determines all pictures.
     """
     photos = photographs(count, rng)
     density = load_donor().density[::-1, ::-1].astype(np.float32)
@@ -63,9 +63,9 @@ def altered_radiographs(
     """Return radiographs that are rotated, inverted or cropped, by family.
 
     Args:
-        radiographs: Shape (H, W), uint8.
-        count: Pictures per family; at most one per radiograph is made.
-        rng: Chooses the radiographs, then the crops.
+        radiographs: uint8 (H, W).
+        count: Pictures per family, at most one per radiograph.
+        rng: Chooses the radiographs and the crops.
     """
     some = [radiographs[k] for k in rng.permutation(len(radiographs))[:count]]
     return {
@@ -92,7 +92,7 @@ def photographs(count: int, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def random_crop(picture: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Return a part at a random position, each side this fraction, in (0, 1], of the picture's."""
+    """Return a random part whose sides are this fraction, in (0, 1], of the picture's."""
     height, width = (int(side * fraction) for side in picture.shape[:2])
     y, x = (
         int(rng.integers(0, whole - part + 1))
@@ -107,7 +107,7 @@ def slices(volume: np.ndarray, count: int, rng: np.random.Generator) -> list[np.
     Args:
         volume: Shape (z, y, x).
         count: Number of slices.
-        rng: Draws each slice's position, between 20% and 80% of its axis.
+        rng: Draws the positions, between 20% and 80% of an axis.
     """
     found = []
     for k in range(count):
@@ -165,13 +165,13 @@ def skull(rng: np.random.Generator) -> np.ndarray:
 
 
 def expose(attenuation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a radiograph of an attenuation (line integral): blurred, noisy, bone bright."""
+    """Return a radiograph of line integrals of attenuation: uint8, blurred, noisy, bone bright."""
     signal = cv2.GaussianBlur(np.exp(-attenuation), (0, 0), 1.2) * PHOTONS
     return to_grey_levels(-np.log(rng.poisson(signal + 20) / PHOTONS))
 
 
 def to_grey_levels(values: np.ndarray) -> np.ndarray:
-    """Return uint8, 0 to 255 from the 1st to the 99.5th percentile of the values."""
+    """Return uint8 values: 0 at or below the 1st percentile, 255 at or above the 99.5th."""
     low, high = np.quantile(values, [0.01, 0.995])
     return (255 * ((values - low) / max(high - low, 1e-9)).clip(0, 1)).astype(np.uint8)
 
@@ -180,7 +180,7 @@ def to_grey_levels(values: np.ndarray) -> np.ndarray:
 
 
 def text_page(rng: np.random.Generator) -> np.ndarray:
-    """Return a white page of 24 lines of random words, in colour."""
+    """Return a white page with 24 lines of random words, in colour."""
     fig = _screen("white")
     lines = [" ".join(rng.choice(WORDS, 11)) for _ in range(24)]
     fig.text(0.08, 0.95, "\n".join(lines), va="top", fontsize=9)
@@ -188,7 +188,7 @@ def text_page(rng: np.random.Generator) -> np.ndarray:
 
 
 def viewer(radiograph: np.ndarray) -> np.ndarray:
-    """Return the window of an image viewer that shows a radiograph, uint8 (H, W), in colour."""
+    """Return the window of an image viewer with a radiograph, uint8 (H, W), in colour."""
     fig = _screen("#2b2b2b")
     scale = 460 / radiograph.shape[0]
     fig.figimage(cv2.resize(radiograph, None, fx=scale, fy=scale), 250, 30, cmap="gray")
