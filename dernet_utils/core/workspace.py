@@ -1,4 +1,4 @@
-"""Where a run keeps its files: ``runs/<profile>/`` and nothing outside it."""
+"""Where a run keeps its files: the folder ``runs/<profile>``."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ class Workspace:
 
     Attributes:
         profile: The run's numbers.
-        folder: ``runs/<profile>``; its folders are created when first used.
+        folder: ``runs/<profile>``; its subfolders are created when first used.
     """
 
     profile: Profile
@@ -87,7 +87,7 @@ def open_workspace(profile: str = "") -> Workspace:
 
 
 def commit() -> str:
-    """Return the project's short commit, with a note if files differ from it; or ``unknown``."""
+    """Return the project's short commit, with a note of local changes; ``unknown`` without git."""
     git = ["git", "-C", str(PROJECT)]
     try:
         found = subprocess.run(
