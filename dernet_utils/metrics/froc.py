@@ -1,4 +1,4 @@
-"""Detection at a threshold: free-response curves, and confusion of lesion types."""
+"""Detection at a score threshold: free-response curves and confusion of lesion types."""
 
 import numpy as np
 import pandas as pd
@@ -19,20 +19,20 @@ def froc_curve(
 ) -> pd.DataFrame:
     """Return the free-response curve: sensitivity against false positives per image.
 
-    All lesion types count together, and each is matched separately: a true positive is of the same
-    type. For one type, pass the boxes of that type. Average precision summarises a ranking; this
-    curve shows what a reader would see at a threshold (Bunch et al., J Appl Photogr Eng 4, 1978).
+    All lesion types count together, but each is matched separately: a true positive is of the same
+    type. For one type, pass only its boxes. Average precision summarises a ranking; this curve
+    shows what a radiologist would see at a threshold (Bunch et al., J Appl Photogr Eng 4, 1978).
 
     Args:
-        truth, predictions, iou: As `average_precision` takes them; types that the truth does not
-            hold give false positives.
-        images: `image_id` of every image that was searched, also those without a box.
+        truth, predictions, iou: As `average_precision` takes them. Predictions of a type without
+            true boxes are false positives.
+        images: `image_id` of every image that was analysed, including those without boxes.
 
     Returns:
-        A row for each distinct `score`, falling, where all predictions with at least that score
-        are accepted: `false_positives_per_image`, a mean, at least 0, and `sensitivity`, the
-        fraction of true boxes found, in [0, 1], nan where there is none. The first row accepts
-        nothing, at the score inf.
+        A row for each distinct `score`, falling, as the threshold: all predictions with at least
+        that score are accepted. `false_positives_per_image` is a mean; `sensitivity` is the
+        fraction of true boxes found, nan without true boxes. The first row, with the score inf,
+        accepts nothing.
 
     Raises:
         DernetError: As `match_boxes` raises, there is no image, or a box's image is not listed.
@@ -63,16 +63,15 @@ def froc_table(
 ) -> pd.DataFrame:
     """Return the sensitivity at given false positives per image, with 95 % intervals by study.
 
-    The highest sensitivity of `froc_curve` with at most that many false positives. Every draw of
-    studies has its own curve, and so its own threshold.
+    Each is the highest sensitivity of `froc_curve` with at most that many false positives. Every
+    draw of studies has its own curve and so its own thresholds.
 
     Args:
         truth, predictions, iou: As `froc_curve` takes them.
         images, resamples, seed: As `detection_table` takes them.
 
     Returns:
-        One row for each of `FALSE_POSITIVES_PER_IMAGE`, with the columns of `intervals.Interval` as
-        fractions of one.
+        One row for each of `FALSE_POSITIVES_PER_IMAGE`, with the columns of `intervals.Interval`.
 
     Raises:
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
@@ -89,7 +88,7 @@ def froc_table(
 def _all_types(
     truth: pd.DataFrame, predictions: pd.DataFrame, image_ids: list[str], iou: float
 ) -> Matches:
-    """The matches of all types in one list, with falling score."""
+    """Return the matches of all types in one list, by falling score."""
     types = sorted({*truth["lesion_type"], *predictions["lesion_type"]})
     parts = [match_boxes(truth, predictions, name, image_ids, iou) for name in types]
     score = np.concatenate([part.score for part in parts] or [np.empty(0)])
@@ -103,15 +102,15 @@ def _all_types(
 
 
 def _ends_of_scores(matches: Matches) -> np.ndarray:
-    """Rank of the last prediction of each distinct score: equal ones are accepted together."""
+    """Return the last rank of each distinct score: equal scores are accepted together."""
     return np.flatnonzero(np.diff(matches.score, append=np.nan))
 
 
 def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
-    """Sensitivity at FALSE_POSITIVES_PER_IMAGE where image i counts weights[:, i] times.
+    """Return sensitivity at FALSE_POSITIVES_PER_IMAGE with image i counted weights[:, i] times.
 
-    Shape (draws, 7). Sensitivity changes only at scores with a true positive, so the curve is
-    computed at those only.
+    Shape (draws, 7). The curve is computed only at scores with a true positive, since sensitivity
+    changes only there.
     """
     ends = _ends_of_scores(matches)
     stops = ends[np.unique(ends.searchsorted(np.flatnonzero(matches.hit)))]
@@ -132,26 +131,26 @@ def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
 def type_confusion(
     truth: pd.DataFrame, predictions: pd.DataFrame, threshold: float, iou: float = 0.5
 ) -> pd.DataFrame:
-    """Count true boxes by their type and the type that is predicted, at one threshold.
+    """Count true boxes by their true and their predicted type, at one score threshold.
 
-    Matching ignores types: on each image, in the order of falling score, a prediction takes the
-    free true box that it overlaps most, at least `iou`; ties go to a box of its own type.
+    Matching ignores types. On each image, by falling score, a prediction takes the unmatched true
+    box with the largest IoU, if that is at least `iou`; ties go to a box of its own type.
 
     Args:
         truth: `image_id`, `lesion_type` and corners.
         predictions: The same, and `score`.
         threshold: A prediction is accepted where its score is at least this.
-        iou: Least overlap of a match, in (0, 1].
+        iou: Least IoU of a match, in (0, 1].
 
     Returns:
-        Counts of boxes. Rows are true types and a last row `NO_LESION`, the false positives;
-        columns are predicted types and a last column `NOT_FOUND`, the false negatives. Types are
-        those of either table, in alphabetical order. A type's row adds up to its true boxes, its
-        column to its accepted predictions.
+        Numbers of boxes. Rows are true types and a last row `NO_LESION`, the false positives;
+        columns are predicted types and a last column `NOT_FOUND`, the false negatives. Types of
+        both tables are in alphabetical order. A type's row adds up to its true boxes, its column to
+        its accepted predictions.
 
     Raises:
         DernetError: A column is missing, a corner or a score is not a number, or a table is
-            marked with a stratum, while all boxes are counted.
+            marked by `size_stratum`.
 
     >>> box = {"image_id": "a", "xmin": 0, "ymin": 0, "xmax": 9, "ymax": 9}
     >>> truth = pd.DataFrame([box | {"lesion_type": "Osteophytes"}])
