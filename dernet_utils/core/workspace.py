@@ -88,14 +88,13 @@ def open_workspace(profile: str = "") -> Workspace:
 
 def commit() -> str:
     """Return the project's short commit, with a note of local changes; ``unknown`` without git."""
-    git = ["git", "-C", str(PROJECT)]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(PROJECT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        found, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{found} with local changes" if changed else found

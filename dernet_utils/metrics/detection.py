@@ -173,8 +173,6 @@ def coco_average_precision(
     from faster_coco_eval import COCO, COCOeval_faster
 
     _all_sizes(truth, predictions)
-    for boxes in (truth, predictions):
-        need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")
     types = sorted(truth["lesion_type"].unique())
     ious = pd.Index([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95], name="iou")
     number_of = {name: number for number, name in enumerate(types, start=1)}
@@ -242,8 +240,7 @@ def detection_table(
     Raises:
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
     """
-    image_ids = _searched(truth, predictions, images)
-    weights = _weights(images, resamples, seed)
+    image_ids, weights = _searched(images, truth, predictions), _weights(images, resamples, seed)
     types, boxes, areas = _all_areas(truth, predictions, image_ids, weights, iou)
     rows = [
         {"boxes": count, **vars(interval_of(values, images["study_id"].to_numpy()))}
@@ -291,17 +288,18 @@ def mean_difference(
     Raises:
         DernetError: As `detection_table` raises.
     """
-    image_ids, weights = _searched(truth, predictions, images), _weights(images, resamples, seed)
-    _searched(truth, others, images)
+    image_ids = _searched(images, truth, predictions, others)
+    weights = _weights(images, resamples, seed)
     first, second = (
         _all_areas(truth, found, image_ids, weights, iou)[2][-1] for found in (predictions, others)
     )
     return interval_of(first - second, images["study_id"].to_numpy(), level)
 
 
-def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+def _searched(images: pd.DataFrame, *tables: pd.DataFrame) -> list[str]:
+    """Return the images' ids; raise DernetError where a box of the tables lies on no such image."""
     image_ids = list(images["image_id"])
-    if strangers := {*truth["image_id"], *predictions["image_id"]} - set(image_ids):
+    if strangers := set().union(*(boxes["image_id"] for boxes in tables)) - set(image_ids):
         raise DernetError(
             f"Every box must lie on an image of the list, but {len(strangers)} images with boxes "
             "are not in it: pass all images that were analysed."
@@ -316,18 +314,14 @@ def _weights(images: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
 
 
 def size_table(
-    truth: pd.DataFrame,
-    predictions: pd.DataFrame,
-    images: pd.DataFrame,
-    resamples: int = 1000,
-    seed: int = 42,
-    iou: float = 0.5,
+    truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame, **options
 ) -> pd.DataFrame:
     """Return `detection_table` for lesions below 1 % of the field of view and for the others.
 
     Args:
-        truth, predictions, resamples, seed, iou: As `detection_table` takes them.
+        truth, predictions: As `detection_table` takes them.
         images: As `detection_table` takes it, and `height` and `width` in pixels.
+        options: `resamples`, `seed` and `iou` of `detection_table`.
 
     Returns:
         Both tables in one, indexed by `size` (of `SIZES`) and `lesion_type`. A type without true
@@ -341,9 +335,7 @@ def size_table(
             size_stratum(truth, images, small),
             size_stratum(predictions, images, small),
             images,
-            resamples,
-            seed,
-            iou,
+            **options,
         )
         for name, small in SIZES.items()
     }
@@ -351,8 +343,11 @@ def size_table(
 
 
 def _all_sizes(truth: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    """Raise DernetError where a size stratum is marked or a table lacks images or types."""
     if "outside" in truth or "outside" in predictions:
         raise DernetError(
             "Boxes of all sizes are evaluated here, but a size stratum is marked: pass the tables "
             "without the column outside."
         )
+    for boxes in (truth, predictions):
+        need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")

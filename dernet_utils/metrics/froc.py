@@ -7,7 +7,7 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.boxes import box_iou
 from dernet_utils.metrics.detection import _all_sizes, _running, _searched, _weights
 from dernet_utils.metrics.intervals import interval_of
-from dernet_utils.metrics.matching import Matches, _partners, box_numbers, match_boxes, need_columns
+from dernet_utils.metrics.matching import Matches, _partners, box_numbers, join_ranked, match_boxes
 
 # Setio et al., Med Image Anal 42, 2017.
 FALSE_POSITIVES_PER_IMAGE = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
@@ -37,7 +37,7 @@ def froc_curve(
     Raises:
         DernetError: As `match_boxes` raises, there is no image, or a box's image is not listed.
     """
-    image_ids = _searched(truth, predictions, images)
+    image_ids = _searched(images, truth, predictions)
     if not image_ids:
         raise DernetError("False positives are counted per image: pass at least one image.")
     matches = _all_types(truth, predictions, image_ids, iou)
@@ -76,7 +76,7 @@ def froc_table(
     Raises:
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
     """
-    image_ids = _searched(truth, predictions, images)
+    image_ids = _searched(images, truth, predictions)
     matches = _all_types(truth, predictions, image_ids, iou)
     found = _found_within(matches, _weights(images, resamples, seed))
     rows = [vars(interval_of(values, images["study_id"].to_numpy())) for values in found.T]
@@ -91,14 +91,9 @@ def _all_types(
     """Return the matches of all types in one list, by falling score."""
     types = sorted({*truth["lesion_type"], *predictions["lesion_type"]})
     parts = [match_boxes(truth, predictions, name, image_ids, iou) for name in types]
-    score = np.concatenate([part.score for part in parts] or [np.empty(0)])
-    order = np.argsort(-score, kind="stable")
-    return Matches(
-        np.concatenate([part.image for part in parts] or [np.empty(0, int)])[order],
-        score[order],
-        np.concatenate([part.hit for part in parts] or [np.empty(0, bool)])[order],
-        sum((part.truths for part in parts), start=np.zeros(len(image_ids), int)),
-    )
+    ranked = [(part.image, part.score, part.hit) for part in parts]
+    truths = sum((part.truths for part in parts), start=np.zeros(len(image_ids), int))
+    return join_ranked(ranked, truths)
 
 
 def _ends_of_scores(matches: Matches) -> np.ndarray:
@@ -160,8 +155,6 @@ def type_confusion(
     """
     _all_sizes(truth, predictions)
     true_boxes, found_boxes = box_numbers(truth, []), box_numbers(predictions, ["score"])
-    for boxes in (truth, predictions):
-        need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")
     true_types, found_types = truth["lesion_type"].to_numpy(), predictions["lesion_type"].to_numpy()
     true_of = truth.groupby("image_id").indices
     named = np.full(len(truth), NOT_FOUND, object)
@@ -176,9 +169,9 @@ def type_confusion(
         partner = _partners(overlaps, [same, overlaps], iou)
         rows, taken = rows[partner >= 0], own[partner[partner >= 0]]
         named[taken], meant[rows] = found_types[rows], true_types[taken]
-    alarms = accepted & (meant == NO_LESION)
-    rows = np.concatenate([true_types, meant[alarms]])
-    columns = np.concatenate([named, found_types[alarms]])
+    false = accepted & (meant == NO_LESION)
+    rows = np.concatenate([true_types, meant[false]])
+    columns = np.concatenate([named, found_types[false]])
     types = sorted({*true_types, *found_types})
     counts = pd.crosstab(rows, columns).reindex(
         index=[*types, NO_LESION], columns=[*types, NOT_FOUND], fill_value=0

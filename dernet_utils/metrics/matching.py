@@ -107,27 +107,31 @@ def match_boxes(
             "predictions through size_stratum."
         )
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
-    true_of = by_image(truth, lesion_type, [])
-    found_of = by_image(predictions, lesion_type, ["score"])
+    true_of = _by_image(truth, lesion_type, [])
+    found_of = _by_image(predictions, lesion_type, ["score"])
     parts = [
-        (row_of[image_id], *judge_predictions(true_of.get(image_id), found, iou))
+        _match_image(row_of[image_id], true_of.get(image_id), found, iou)
         for image_id, found in sorted(found_of.items())  # equal scores rank by image, as in COCO's
         if image_id in row_of
     ]
-    rows = np.concatenate([np.full(len(hit), row) for row, _, hit in parts] or [np.empty(0, int)])
-    score = np.concatenate([score for _, score, _ in parts] or [np.empty(0)])
-    hit = np.concatenate([hit for _, _, hit in parts] or [np.empty(0, bool)])
-    order = np.argsort(-score, kind="stable")
     truths = np.array(
         [
             (true_of[image_id][:, -1] == 0).sum() if image_id in true_of else 0
             for image_id in image_ids
         ]
     )
-    return Matches(rows[order], score[order], hit[order], truths)
+    return join_ranked(parts, truths)
 
 
-def by_image(boxes: pd.DataFrame, lesion_type: str, more: list[str]) -> dict[str, np.ndarray]:
+def join_ranked(parts: list[tuple], truths: np.ndarray) -> Matches:
+    """Join parts (image, score and hit of their predictions) by falling score; ties keep order."""
+    none = np.empty(0, int), np.empty(0), np.empty(0, bool)
+    image, score, hit = map(np.concatenate, zip(none, *parts, strict=True))
+    order = np.argsort(-score, kind="stable")
+    return Matches(image[order], score[order], hit[order], truths)
+
+
+def _by_image(boxes: pd.DataFrame, lesion_type: str, more: list[str]) -> dict[str, np.ndarray]:
     """Return a lesion type's boxes by image; predictions by falling score.
 
     Args:
@@ -172,22 +176,23 @@ def box_numbers(boxes: pd.DataFrame, more: list[str]) -> np.ndarray:
     return values
 
 
-def judge_predictions(true: np.ndarray | None, found: np.ndarray, iou: float) -> tuple:
-    """Return the scores of an image's predictions that count, and which are true positives.
+def _match_image(row: int, true: np.ndarray | None, found: np.ndarray, iou: float) -> tuple:
+    """Return image, score and hit, as in `Matches`, of an image's predictions that count.
 
     Args:
-        true, found: Boxes as `by_image` returns them, of one image; `true` may be None.
+        row: The image's position in the list of images.
+        true, found: Its boxes as `_by_image` returns them; `true` may be None.
         iou: Least IoU of a match, in (0, 1].
     """
     score, outside = found[:, 4], found[:, -1] > 0
-    if true is None:
-        return score[~outside], np.zeros((~outside).sum(), bool)
-    overlaps = box_iou(found[:, :4], true[:, :4])
-    inside = np.broadcast_to(true[:, -1] == 0, overlaps.shape)
-    partner = _partners(overlaps, [overlaps, inside], iou)
-    hit = (partner >= 0) & (true[partner, -1] == 0)
-    counts = np.where(partner >= 0, hit, ~outside)
-    return score[counts], hit[counts]
+    hit, counts = np.zeros(len(found), bool), ~outside
+    if true is not None:
+        overlaps = box_iou(found[:, :4], true[:, :4])
+        inside = np.broadcast_to(true[:, -1] == 0, overlaps.shape)
+        partner = _partners(overlaps, [overlaps, inside], iou)
+        hit = (partner >= 0) & (true[partner, -1] == 0)
+        counts = np.where(partner >= 0, hit, ~outside)
+    return np.full(counts.sum(), row), score[counts], hit[counts]
 
 
 def _partners(overlaps: np.ndarray, keys: list[np.ndarray], iou: float) -> np.ndarray:
