@@ -18,8 +18,8 @@ ENERGY_WEIGHTS = np.array([[0.40, 0.48, 0.12], [0.27, 0.50, 0.23]])
 WATER = np.array([0.2683, 0.2059, 0.1837])
 CORTICAL_BONE = np.array([0.6655, 0.3148, 0.2229])
 TITANIUM = np.array([2.214, 0.7661, 0.4052])
-FOCUS_MM = 0.18  # blur of a focal spot of 0.6 mm in the plane of the spine, as a deviation
-SCINTILLATOR_MM = 0.12  # blur of the detector, as a deviation
+FOCUS_MM = 0.18  # SD of the focal spot's blur at the spine; 0.6 mm alone cause less (about 0.03)
+SCINTILLATOR_MM = 0.12  # SD of the detector's blur
 QUANTA = 30_000.0  # per µGy and mm²: IEC 62220-1, RQA5
 
 
