@@ -1,6 +1,7 @@
-"""The command ``dernet``: every step of the book; each error ends in one clear sentence.
+"""The command ``dernet``, which runs every step of the book.
 
-Heavy imports stand inside the commands, so that ``dernet --help`` responds at once.
+An error that the user can resolve ends in one sentence. Heavy imports stand inside the commands,
+so that ``dernet --help`` responds at once.
 """
 
 import errno
@@ -37,20 +38,22 @@ app = typer.Typer(
 LOOPBACK = "127.0.0.1"
 ProfileName = Annotated[
     str,
-    typer.Option("--profile", help="smoke, laptop, night or paper; else DERNET_PROFILE, laptop."),
+    typer.Option(
+        "--profile", help="smoke, laptop, night or paper. Default: DERNET_PROFILE, else laptop."
+    ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads; else all cores.")]
-Detector = Annotated[bool, typer.Option("--detector", help="YOLO11-L instead of triage.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: all cores.")]
+Detector = Annotated[bool, typer.Option("--detector", help="YOLO11-L, not the triage networks.")]
 Csv = Annotated[Path | None, typer.Option("--out", help="Also write the table to this CSV file.")]
 Root = Annotated[Path, typer.Argument(help="A dataset folder in the form of VinDr-SpineXR.")]
 Engine = Annotated[
     str,
     typer.Option(
-        help="onnxruntime, openvino, openvino-bfloat16, or with int8 networks onnxruntime-int8, "
+        help="onnxruntime, openvino or openvino-bfloat16; for int8 networks onnxruntime-int8 or "
         "openvino-int8."
     ),
 ]
-# Errors of the machine, which the user can resolve.
+# Errors of the operating system that the user can resolve.
 _MACHINE_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space and run the command again",
     errno.EDQUOT: "your disk quota is used up; free some space and run the command again",
@@ -64,7 +67,7 @@ _MACHINE_ERRORS = {
 
 def main() -> None:
     """Run the command line."""
-    # A shell that starts a job in the background makes it ignore Ctrl-C; a run must not.
+    # A shell makes a background job ignore Ctrl-C; a run must not ignore it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     app()
@@ -89,7 +92,7 @@ def _one_sentence() -> Iterator[None]:
             raise typer.Exit(130) from None
         _end("Interrupted; the next call continues where this one stopped.", 130)
     except OSError as error:
-        # pydicom and worker processes raise anew; then only the text has the number.
+        # pydicom and worker processes re-raise without the number; only the text then has it.
         found = re.search(r"\[Errno (\d+)\]", str(error))
         number = error.errno or (int(found[1]) if found else None)
         if number not in _MACHINE_ERRORS:
@@ -138,7 +141,9 @@ def cohort(
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(metavar="MASK", help="Its vertebrae, with TotalSegmentator's numbers."),
+        typer.Option(
+            metavar="MASK", help="The labels of its vertebrae, as TotalSegmentator numbers them."
+        ),
     ] = None,
 ) -> None:
     """Write virtual radiographs as a VinDr-SpineXR folder with a manifest."""
@@ -163,7 +168,7 @@ def check(
         Path | None,
         typer.Option(
             metavar="OUT",
-            help="Also write a copy to OUT, without empty boxes and with the others clipped.",
+            help="Also write a copy to OUT, without boxes of no area and with the others clipped.",
         ),
     ] = None,
 ) -> None:
@@ -197,7 +202,7 @@ def prepare(
     profile: ProfileName = "",
     workers: Annotated[int | None, typer.Option(min=1, help="Number of processes.")] = None,
 ) -> None:
-    """Prepare what all chapters share: virtual cohort, folds, cached images."""
+    """Prepare what all chapters use: the virtual cohort, folds and cached images."""
     prepare_data(open_workspace(profile), workers or cores(), _say)
 
 
@@ -206,7 +211,7 @@ def prepare(
 
 @_command
 def chapter(
-    name: Annotated[str, typer.Argument(help="Such as 02_imaging.")],
+    name: Annotated[str, typer.Argument(help="The chapter's name, such as 02_imaging.")],
     profile: ProfileName = "",
     threads: Threads = None,
     parameter: Annotated[
@@ -214,7 +219,7 @@ def chapter(
         typer.Option("-p", metavar="NAME=VALUE", help="A value for the `parameters` cell."),
     ] = None,
 ) -> None:
-    """Execute one chapter; with -p as a trial, which leaves the book's copy unchanged."""
+    """Execute one chapter. With -p it is a trial, which leaves the book's copy unchanged."""
     values = dict(_parameter(text) for text in parameter or [])
     executed = execute_chapter(name, open_workspace(profile), threads or cores(), _say, values)
     if values:
@@ -252,9 +257,9 @@ def run(
 @_command
 def train(
     network: Annotated[
-        str, typer.Argument(help="densenet121, tf_efficientnetv2_s or resnet50; else all three.")
+        str, typer.Argument(help="densenet121, tf_efficientnetv2_s or resnet50. Default: all.")
     ] = "",
-    fold: Annotated[int | None, typer.Option(min=0, help="The held-out fold; else each.")] = None,
+    fold: Annotated[int | None, typer.Option(min=0, help="Held-out fold. Default: each.")] = None,
     profile: ProfileName = "",
     threads: Threads = None,
 ) -> None:
@@ -304,15 +309,15 @@ def estimate(
 @_command
 def speed(
     profile: ProfileName = "",
-    px: Annotated[int | None, typer.Option(min=32, help="Image side; else the profile's.")] = None,
+    px: Annotated[int | None, typer.Option(min=32, help="In pixels; else the profile's.")] = None,
     detector: Detector = False,
     threads: Threads = None,
     out: Csv = None,
 ) -> None:
     """Compare the book's training loop with a plain one, alternately on the same images.
 
-    Reports the speed-up and both AUROCs of each triage network. For the detector it compares
-    training steps of the book's trainer with those of ultralytics' own.
+    Reports the speed-up and both AUROCs of each triage network. With --detector it compares
+    training steps of the book's trainer with those of ultralytics' trainer.
     """
     import torch
 
@@ -374,8 +379,8 @@ def predict(
 
 @_command
 def export(
-    out: Annotated[Path | None, typer.Option(help="Folder; else `models` in the run's.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Also in 8-bit integers.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: the run's `models`.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Also 8-bit integer networks.")] = False,
     profile: ProfileName = "",
 ) -> None:
     """Export the last run's networks as ONNX files, with a manifest."""
@@ -389,7 +394,7 @@ def export(
 @_command
 def serve(
     profile: ProfileName = "",
-    host: Annotated[str, typer.Option(help="Any other address needs a token.")] = LOOPBACK,
+    host: Annotated[str, typer.Option(help="Any but the default needs a token.")] = LOOPBACK,
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     engine: Engine = "onnxruntime",
 ) -> None:

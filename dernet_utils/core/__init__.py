@@ -1,4 +1,5 @@
-"""Errors, profiles, the run's folders, the machine, and the words that all of the package shares.
+"""The foundation: errors, profiles, a run's folders, the machine, and the package's vocabulary.
 
-Imports no other wing. `errors`, `files` and `vocabulary` import nothing of ours.
+Every other wing may use any module here; this wing imports no other. `errors`, `files` and
+`vocabulary` import no module of the package but these.
 """

@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent  # holds the package and
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write a file under another name and rename it, so that a killed run never leaves half of it.
+    """Write a file under another name, then rename it: a killed run never leaves half a file.
 
     Args:
         path: The file; replaced where it exists.
@@ -39,7 +39,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def digest_of(*parts: str | bytes) -> str:
-    """Return the SHA-256 of some parts, hexadecimal; the boundaries between them count.
+    """Return the SHA-256 of some parts, hexadecimal; it depends on where one part ends.
 
     >>> digest_of("ab", "c") == digest_of("a", "bc")
     False
@@ -58,7 +58,7 @@ def file_digest(path: Path) -> str:
 
 
 def code_digest(path: Path) -> str:
-    """Return a digest of what a Python file does: comments and docstrings do not count.
+    """Return a digest of a Python file's code; comments and docstrings do not count.
 
     Raises:
         SyntaxError: The file is not valid Python.

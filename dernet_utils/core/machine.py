@@ -1,4 +1,4 @@
-"""What this machine can do, and how training uses it: devices, threads, bfloat16, denormals."""
+"""What this machine offers to training: devices, threads, bfloat16, flushed denormals."""
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -28,17 +28,17 @@ def processor_name() -> str:
 def claim_jobs(wanted: Sequence[Job], run: Sequence[Job]) -> Sequence[Job]:
     """Return the jobs of this process, and choose its GPU.
 
-    Processes that `accelerate launch` has started divide the jobs among them, each on its own GPU.
-    Jobs are divided and batches are not: batch normalisation sees what it sees on one GPU, and the
-    results are the same. A single process does all wanted jobs; where there are several GPUs,
-    single processes with one job each use them in turn.
+    Processes started by `accelerate launch` divide the jobs among themselves, each on its own GPU.
+    Whole jobs are divided, never batches, so batch normalisation sees the same batches as on one
+    GPU. A single process does all wanted jobs. It takes the GPU that its first job's position in
+    the run gives, in rotation, so that separate processes with one job each spread over the GPUs.
 
     Args:
         wanted: Jobs to do, at least one.
-        run: All jobs of the run, the wanted ones among them.
+        run: All jobs of the run, including the wanted ones.
 
     Returns:
-        Those of the wanted jobs that are this process's.
+        This process's part of the wanted jobs.
     """
     processes = PartialState()
     try:
@@ -52,8 +52,8 @@ def claim_jobs(wanted: Sequence[Job], run: Sequence[Job]) -> Sequence[Job]:
 def bfloat16_helps(device: torch.device) -> bool:
     """Return whether a device computes bfloat16 natively: a GPU, or a CPU with AMX or AVX-512.
 
-    Measured on a CPU with AVX-512's instructions: a step of our networks takes about half as long
-    as in float32. Other CPUs emulate bfloat16, and a step takes longer.
+    On a CPU with AVX-512's bfloat16 instructions, a training step of our networks was measured to
+    take about half as long as in float32. Other CPUs emulate bfloat16, which is slower.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -64,7 +64,7 @@ def bfloat16_helps(device: torch.device) -> bool:
 def in_bfloat16(forward: Callable, device: torch.device, *given, **named):
     """Run a network, or a part of one, in bfloat16 where that helps; its output is float32.
 
-    For training only: scores in bfloat16 tie, and their order is lost.
+    For training only: scores rounded to bfloat16 tie, so their order is lost.
 
     Args:
         forward: The network's forward pass.
@@ -89,7 +89,7 @@ def _float32(output):
 
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
-    """Flush numbers below 1e-38 to zero, as they slow a CPU tenfold; undone at the end."""
+    """Flush denormal numbers (below 1e-38) to zero, since they slow a CPU; ends with the block."""
     torch.set_flush_denormal(True)
     try:
         yield

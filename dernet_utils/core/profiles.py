@@ -1,6 +1,6 @@
 """Profiles: the numbers of a run, frozen and validated.
 
-A profile changes numbers only; no chapter has a second code path.
+A profile changes numbers only: every chapter runs the same code with each profile.
 """
 
 import os
@@ -17,8 +17,8 @@ class Profile(BaseModel):
     """The numbers of a run.
 
     Sizes are in pixels; an epoch is one pass over the training images. `patients` is the number of
-    virtual patients; None means that the data are a VinDr-SpineXR folder, named by the environment
-    variable ``DERNET_DATA``.
+    virtual patients; where it is None, the data are the VinDr-SpineXR folder that the environment
+    variable ``DERNET_DATA`` names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,14 +44,14 @@ class Profile(BaseModel):
     mosaic_until: int = Field(ge=0, description="first epoch without mosaic")
     focal_gamma: float = Field(2.0, ge=0)  # paper, section 3.3
     focal_alpha: float = Field(0.25, gt=0, lt=1)  # companion code
-    detect_scale: float = Field(0.5, ge=0, lt=1)  # ultralytics' own
+    detect_scale: float = Field(0.5, ge=0, lt=1)  # ultralytics' default
     detect_repeat: bool = Field(False, description="rare lesion types drawn more often")
     detect_paste: bool = Field(False, description="rare lesion types pasted into other images")
     baseline_seconds: float = Field(gt=0, description="training time of each detector of Table 3")
     bootstrap: int = Field(1000, ge=100)  # paper, section 4.1
     timings: int = Field(15, ge=2, description="rounds of interleaved runtime measurements")
-    timed_px: int = Field(384, gt=0, multiple_of=32, description="side of triage's input in these")
-    timed_size: tuple[Side, Side] = Field((640, 640), description="the detector's input in these")
+    timed_px: int = Field(384, gt=0, multiple_of=32, description="side of the triage input there")
+    timed_size: tuple[Side, Side] = Field((640, 640), description="the detector's input there")
 
     @property
     def virtual(self) -> bool:
@@ -81,7 +81,7 @@ PROFILES = {
             detect_scale=0.2, detect_repeat=True, mosaic_until=13, baseline_seconds=30,
             focal_gamma=0.0, focal_alpha=0.5,  # cross-entropy, halved: see Deviations
         ),
-        # A night on two cores: the profile `laptop`, with more time for each detector.
+        # A night on two cores: `laptop` with more time for each detector and with the focal loss.
         Profile(
             name="night", patients=560, folds=2, cache_px=640,
             triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,

@@ -1,10 +1,10 @@
-"""Words that the package shares: the dataset's terms, names of networks, colours, the notice."""
+"""The package's vocabulary: the dataset's terms, names of networks, colours, the notice."""
 
 # The dataset ------------------------------------------------------------------------------------
 
 SPLITS = ("train", "test")
 NO_FINDING = "No finding"
-# The seven types of the paper's Table 3 in the dataset's spelling, with the paper's codes.
+# The seven types of the paper's Table 3, in the dataset's spelling, and the paper's codes.
 PAPER_CODES = {
     "Disc space narrowing": "LT2",
     "Foraminal stenosis": "LT4",
@@ -16,7 +16,7 @@ PAPER_CODES = {
 }
 LESION_TYPES = tuple(PAPER_CODES)
 # The radiologists marked thirteen types (Nguyen et al., MICCAI 2021). These six, numbers 1, 3,
-# 5, 7, 9 and 12 of the paper's codes, are rare and are read as "Other lesions".
+# 5, 7, 9 and 12 of the paper's codes, are rare and count as "Other lesions".
 RARER_TYPES = (
     "Ankylosis",
     "Enthesophytes",

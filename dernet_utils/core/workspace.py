@@ -1,4 +1,4 @@
-"""Where a run keeps its files: ``runs/<profile>/`` and nothing outside it."""
+"""Where a run keeps its files: the folder ``runs/<profile>``."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ class Workspace:
 
     Attributes:
         profile: The run's numbers.
-        folder: ``runs/<profile>``; its folders are created when first used.
+        folder: ``runs/<profile>``; its subfolders are created when first used.
     """
 
     profile: Profile
@@ -87,15 +87,14 @@ def open_workspace(profile: str = "") -> Workspace:
 
 
 def commit() -> str:
-    """Return the project's short commit, with a note if files differ from it; or ``unknown``."""
-    git = ["git", "-C", str(PROJECT)]
+    """Return the project's short commit, with a note of local changes; ``unknown`` without git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(PROJECT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        found, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{found} with local changes" if changed else found

@@ -1,9 +1,9 @@
-"""What a VinDr-SpineXR folder holds, in whatever state it is, and the problems of that state.
+"""Reads a VinDr-SpineXR folder in any state, and collects its problems.
 
 The folder holds ``train_images/<image_id>.dicom``, ``test_images/<image_id>.dicom`` and
 ``annotations/train.csv``, ``annotations/test.csv`` with one row per box. An image without lesions
 has exactly one row, of type "No finding", with empty corners. Reading does not stop at the first
-problem: `check` lists them all, `tables` accepts a folder without any.
+problem: `check` lists all problems, and `tables` accepts only a folder without any.
 """
 
 import csv
@@ -29,11 +29,11 @@ class Contents:
     Attributes:
         rows: CSV rows as text, with `split`, `file`, `row`, the corners as numbers in `left`,
             `top`, `right`, `bottom`, and the image's `height` and `width` (px); nan where unknown.
-        headers: One row per DICOM file that can be used as far as its header shows: `image_id`,
+        headers: One row per DICOM file whose header can be used: `image_id`,
             `split`, `height`, `width` (px), `view`, `transfer_syntax`,
             `photometric_interpretation`, `bits_stored`.
-        problems: All that tables and headers show, in order.
-        broken: Those of them that keep a table from being copied faithfully.
+        problems: All problems of the tables and headers, in order.
+        broken: Those of them that prevent a faithful copy of a table.
     """
 
     rows: pd.DataFrame
@@ -65,7 +65,7 @@ def read_contents(root: Path) -> Contents:
         root: The folder.
 
     Raises:
-        DernetError: The folder has neither table, so it is no dataset at all.
+        DernetError: The folder has neither table, so it is not a dataset.
     """
     if not any((root / table_path(split)).is_file() for split in SPLITS):
         raise DernetError(
@@ -97,7 +97,7 @@ def read_contents(root: Path) -> Contents:
 
 
 def _read_table(root: Path, split: str) -> tuple[list[dict], list[Problem]]:
-    """Return the rows of a CSV file and what keeps it from being a table."""
+    """Return the rows of a CSV file and the problems of its form."""
     file = table_path(split)
     if not (root / file).is_file():
         return [], [Problem(file, None, "the table is missing")]
@@ -129,7 +129,7 @@ def _read_table(root: Path, split: str) -> tuple[list[dict], list[Problem]]:
 
 # --- Images -----------------------------------------------------------------------------------
 
-# What a header tells of an image; `read_header` has made sure that all but the view are there.
+# Facts from a header; `read_header` has made sure that all but the view have a value.
 _FACTS = {
     "height": lambda header: int(header.Rows),
     "width": lambda header: int(header.Columns),
@@ -170,7 +170,7 @@ def _header_facts(path: Path) -> dict:
     """Return size, view and encoding of a DICOM image, without reading its pixel data.
 
     Raises:
-        DernetError: As `read_header` raises; or the view is malformed.
+        DernetError: As `read_header` raises, or the view is malformed.
     """
     header = read_header(path)
     try:

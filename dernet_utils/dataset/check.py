@@ -1,4 +1,4 @@
-"""A dataset's fingerprint and all its problems; a copy without the two that can be repaired."""
+"""A dataset's fingerprint and problems; a copy without the two kinds that can be repaired."""
 
 import shutil
 import tempfile
@@ -55,22 +55,22 @@ class DatasetReport:
 def check_dataset(
     root: Path, progress: Callable[[Iterable], Iterable] = iter, workers: int = 1
 ) -> DatasetReport:
-    """Describe a dataset and list all its problems, those of the pixel data included.
+    """Describe a dataset and list all its problems, including those of the pixel data.
 
-    A run's preparation reads what passes here, and refuses nothing that passes: both read headers
-    by `read_contents` and decode images by `decode_radiograph`.
+    A run's preparation accepts every dataset that passes here: both read headers by `read_contents`
+    and decode images by `decode_radiograph`.
 
     Args:
         root: A folder in the form of VinDr-SpineXR.
-        progress: Wraps the loop over images, as ``tqdm`` does; each is decoded, which takes up to
-            a second for a large one.
+        progress: Wraps the loop over images, as ``tqdm`` does; decoding a large image takes up to
+            a second.
         workers: Number of processes.
 
     Returns:
         The fingerprint and the problems.
 
     Raises:
-        DernetError: The folder has neither table, so it is no dataset at all.
+        DernetError: The folder has neither table, so it is not a dataset.
     """
     root = Path(root)
     contents = read_contents(root)
@@ -98,7 +98,7 @@ def _refusal(path: Path) -> str:
 
 
 def _fingerprint(contents: Contents, split: str) -> dict:
-    """Return what `DatasetReport.fingerprint` holds of a split."""
+    """Return a split's entry of `DatasetReport.fingerprint`."""
     rows = contents.rows[contents.rows["split"] == split]
     headers = contents.headers[contents.headers["split"] == split]
     lesions = rows.loc[is_lesion(rows), "lesion_type"]
@@ -111,7 +111,7 @@ def _fingerprint(contents: Contents, split: str) -> dict:
         "normal_images": rows["image_id"].nunique() - abnormal,
         "boxes": {name: int(boxes.get(name, 0)) for name in LESION_TYPES},
         "folded_into_other_lesions": _counts(lesions[lesions.isin(RARER_TYPES)]),
-        # The most frequent class against the rarest one present; the paper's is 46.9.
+        # The most frequent class over the rarest one present; 46.9 in the paper.
         "imbalance_ratio": round(float(boxes.max() / boxes.min()), 1) if len(boxes) else None,
         "height_px": _range(headers["height"]),
         "width_px": _range(headers["width"]),
@@ -138,21 +138,21 @@ def repair_dataset(root: Path, out: Path) -> list[str]:
     """Write a copy of a dataset without the boxes that have no area or reach outside.
 
     A box without area is dropped. A box that reaches outside its image is clipped to it, and
-    dropped where nothing remains. An image that had lesions and keeps none is left out of the
-    copy: a radiologist marked it as abnormal, so "No finding" would be a false label, and without
-    a box it has no location to learn. Every other problem is left for a person to solve.
+    dropped where no area remains. An image that loses all its boxes is left out of the copy: a
+    radiologist marked it as abnormal, so "No finding" would be a false label, and without a box a
+    detector cannot learn from it. You must solve every other problem by hand.
 
     Args:
         root: The dataset; nothing in it is changed.
         out: A folder that does not exist yet. It becomes a dataset of its own: cleaned tables,
-            links to the images of `root`, and ``repairs.txt`` with what is returned. Use it
+            links to the images of `root`, and ``repairs.txt`` with the returned sentences. Use it
             instead of `root`, for example as ``DERNET_DATA``.
 
     Returns:
-        What was done, one sentence per row, with file and row of the original.
+        One sentence per changed row, with file and row of the original.
 
     Raises:
-        DernetError: `out` exists, `root` is no dataset, or its tables lack a column or have
+        DernetError: `out` exists, `root` is not a dataset, or its tables lack a column or have
             rows of the wrong length, so that a faithful copy cannot be written.
     """
     root, out = Path(root), Path(out)

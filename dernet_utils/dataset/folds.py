@@ -11,13 +11,14 @@ from dernet_utils.core.errors import DernetError
 def make_folds(images_train: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFrame:
     """Split the training studies into folds.
 
-    All images of a study share a fold, and the folds' fractions of abnormal images are as equal as
-    that allows (scikit-learn's StratifiedGroupKFold). The order of the rows has no influence.
+    All images of a study are in one fold; within that limit, the folds' fractions of abnormal
+    images are as equal as possible (scikit-learn's StratifiedGroupKFold). The order of the rows has
+    no influence.
 
     Args:
         images_train: Rows of `Dataset.images` whose split is ``train``; at least the columns
             `image_id`, `study_id`, `split` and `abnormal`.
-        n_folds: Number of folds; the paper's section 4.1 has 5.
+        n_folds: Number of folds (paper, section 4.1: 5).
         seed: Seed of the split.
 
     Returns:

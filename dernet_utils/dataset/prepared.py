@@ -1,6 +1,6 @@
-"""What a run's preparation writes once: the tables of images and boxes, and enhanced images.
+"""The tables of images and boxes that a run's preparation writes once.
 
-Chapters and trainings read these, so that no DICOM file is read or checked twice.
+Chapters and training read these, so that no DICOM file is read or checked twice.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Problems of a folder's tables: cells, rows and groups of rows that contradict themselves."""
+"""Problems of a folder's tables: invalid cells, and rows that contradict each other."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,11 +22,11 @@ MARKED_TYPES = (*LESION_TYPES, *RARER_TYPES)  # the thirteen that the radiologis
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that keeps a folder from being a clean dataset.
+    """A reason why a folder is not a clean dataset.
 
     Attributes:
         file: Path below the dataset's folder.
-        row: Line of the CSV file, its header being line 1; None where the whole file is concerned.
+        row: Line of the CSV file, whose header is line 1; None for a problem of the whole file.
         message: What is wrong.
     """
 
@@ -61,7 +61,7 @@ def table_problems(rows: pd.DataFrame) -> list[Problem]:
 
 
 def parse_number(text: str) -> float:
-    """Return a finite number, nan where the text is none.
+    """Return a finite number; nan where the text is not one.
 
     >>> parse_number("12.5"), parse_number("left")
     (12.5, nan)
@@ -103,7 +103,7 @@ def box_text(row: pd.Series) -> str:
 
 
 def _cell(rule: Callable[[pd.Series], pd.Series], expected: str) -> pa.Column:
-    # Nullable: a column that the file lacks is one problem, not one per row.
+    # Nullable: a missing column is one problem, not one per row.
     return pa.Column(None, pa.Check(rule, error=expected), nullable=True)
 
 
@@ -111,7 +111,7 @@ def _matches(pattern: str) -> Callable[[pd.Series], pd.Series]:
     return lambda cells: cells.str.fullmatch(pattern)
 
 
-# The cells of the CSV files as they come: text. A check's error says what was expected.
+# The cells of the CSV files, as text. A check's error says what was expected.
 _CELLS = pa.DataFrameSchema(
     {
         **{
@@ -135,7 +135,7 @@ _CELLS = pa.DataFrameSchema(
 
 
 def _cell_problems(rows: pd.DataFrame) -> Iterator[Problem]:
-    """Yield cells that are not what their column holds."""
+    """Yield cells that do not fit their column."""
     try:
         _CELLS.validate(rows, lazy=True)
     except pa.errors.SchemaErrors as errors:
@@ -155,7 +155,7 @@ def _corner_problems(rows: pd.DataFrame) -> Iterator[Problem]:
     for row in rows[is_lesion(rows) & empty].itertuples():
         yield Problem(row.file, row.row, f"{row.lesion_type!r} needs four corners")
     for row in rows[(rows["lesion_type"] == NO_FINDING) & filled].itertuples():
-        yield Problem(row.file, row.row, f"{NO_FINDING!r} has no corners, but here are some")
+        yield Problem(row.file, row.row, f"{NO_FINDING!r} has no corners, but some are given")
     for row in rows[has_no_area(rows)].itertuples():
         yield Problem(row.file, row.row, f"the box {box_text(row)} has no area")
     for row in rows[is_outside(rows)].itertuples():

@@ -9,7 +9,7 @@ from dernet_utils.dataset.check import DatasetReport
 
 
 def print_report(report: DatasetReport) -> None:
-    """Print the fingerprint, one column per split, then one line per problem and their number."""
+    """Print the fingerprint, one column per split, then each problem and their number."""
     console = Console(soft_wrap=True)
     table = Table("", *report.fingerprint, title="Fingerprint", title_justify="left")
     rows: dict[str, dict[str, str]] = {}
@@ -27,7 +27,7 @@ def print_report(report: DatasetReport) -> None:
 
 
 def _flat(facts: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield label and formatted value of each fact, those of nested dicts with a prefix."""
+    """Yield the label and the formatted value of each fact; nested facts have a prefix."""
     for name, value in facts.items():
         label = f"{prefix}{str(name).replace('_', ' ')}"
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A VinDr-SpineXR folder without problems, as typed tables; a virtual cohort's manifest."""
+"""A VinDr-SpineXR folder without problems as typed tables, and a virtual cohort's manifest."""
 
 import json
 from dataclasses import dataclass
@@ -69,17 +69,17 @@ class Dataset:
 
 
 def read_dataset(root: Path) -> Dataset:
-    """Read a dataset that has no problem.
+    """Read a dataset that has no problems.
 
     Args:
         root: A folder in the form of VinDr-SpineXR, or a copy that `repair_dataset` wrote.
 
     Returns:
         Images and boxes as typed tables, in the order of the CSV files, train before test.
-        Rarer lesion types are folded into "Other lesions".
+        Rarer lesion types become "Other lesions".
 
     Raises:
-        DernetError: The folder is no dataset, or its tables or headers have a problem. Pixel
+        DernetError: The folder is not a dataset, or its tables or headers have a problem. Pixel
             data are not read here; `check_dataset` reads them.
     """
     root = Path(root)
@@ -110,7 +110,7 @@ def read_dataset(root: Path) -> Dataset:
 
 
 def read_manifest(root: Path) -> dict | None:
-    """Return the manifest that the virtual cohort was written with.
+    """Return a virtual cohort's manifest.
 
     Args:
         root: The dataset's folder.

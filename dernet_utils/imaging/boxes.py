@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-PADDING_GREY = 114  # ultralytics' padding, so that inference sees the same margin as training
+PADDING_GREY = 114  # ultralytics' padding; the same in training and inference
 NMS_IOU = 0.5  # paper, Algorithm 1, line 18
 MAX_BOXES = 300  # per image; ultralytics' default
 
@@ -17,7 +17,7 @@ def letterbox(
 
     Args:
         grey: Image, uint8 (H, W).
-        view: Size of the rectangle: height and width, px.
+        view: Height and width of the rectangle, px.
 
     Returns:
         The rectangle, uint8 (height, width), and the image's position in it: left, top, width,
@@ -94,7 +94,7 @@ def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         second: The same, shape (m, 4).
 
     Returns:
-        float64 (n, m), in [0, 1]; zero where neither box has an area.
+        float64 (n, m), in [0, 1]; 0 where neither box has an area.
 
     >>> box_iou(np.array([[0, 0, 2, 2]]), np.array([[1, 0, 3, 2], [5, 5, 6, 6]])).round(3).tolist()
     [[0.333, 0.0]]
@@ -114,7 +114,7 @@ def non_maximum_suppression(
     """Keep the most confident of overlapping boxes of a class: Algorithm 1, line 18.
 
     A box is dropped where its IoU with a more confident one of the same class exceeds `NMS_IOU`;
-    `MAX_BOXES` at most are kept.
+    at most `MAX_BOXES` are kept.
 
     Args:
         raw: A detector's output for one image: per anchor the centre, width and height, then a

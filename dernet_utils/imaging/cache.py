@@ -1,4 +1,4 @@
-"""Enhanced images, made once and kept as PNG."""
+"""The cache: each image is enhanced once and kept as PNG."""
 
 import errno
 import hashlib
@@ -19,7 +19,7 @@ from dernet_utils.imaging.enhance import preprocess, shrink_factor
 from dernet_utils.imaging.radiograph import naming, read_bytes, reading
 from dernet_utils.imaging.reader import decode_radiograph
 
-# Part of every cache key: raise it whenever `preprocess` or the decoding changes its pixels.
+# Part of every cache key: raise it whenever a change to `preprocess` or the decoding alters pixels.
 PREPROCESSING_VERSION = 1
 
 
@@ -34,8 +34,8 @@ def cache_images(
 
     A PNG is named after the SHA-256 of its source file, the parameters and
     `PREPROCESSING_VERSION`. It is written under another name and then renamed: a killed run leaves
-    nothing half-written, and the next continues where it stopped. A PNG is reused if it is, byte
-    for byte, what was written; a source file whose size and time are unchanged is not read again.
+    no half-written file, and the next run continues where it stopped. A PNG is reused if its bytes
+    are those that were written; a source file of unchanged size and time is not read again.
 
     Args:
         images: At least the columns `image_id` and `dicom_path`.
@@ -60,7 +60,7 @@ def cache_images(
         with (cache / "index.jsonl").open("a", encoding="utf-8") as index:
             for path, record in _records(images["dicom_path"], cache, numbers, known, workers):
                 if known.get(record["stamp"]) != record:
-                    # Begins with a line break, should a killed run have left half a line.
+                    # The line break closes a line that a killed run left unfinished.
                     index.write("\n" + json.dumps(record) + "\n")
                     index.flush()
                 records[path] = record
@@ -80,7 +80,7 @@ def cache_images(
 def _records(
     paths: pd.Series, cache: Path, numbers: tuple, known: dict[str, dict], workers: int
 ) -> Iterator[tuple[str, dict]]:
-    """Yield each file and its record: those whose PNG is there, then those to be made."""
+    """Yield each file and its record: first those whose PNG exists, then those to be made."""
     missing = []
     for path in dict.fromkeys(map(str, paths)):
         record = known.get(_stamp(path, numbers))
@@ -99,7 +99,7 @@ def _records(
 
 
 def _make(path: str, cache: Path, numbers: tuple, same: dict | None) -> tuple[str, dict]:
-    """Preprocess a file and return it with its record; `same` is that of a file of its content."""
+    """Preprocess a file; return it and its record. `same` is a record of equal content."""
     stamp = _stamp(path, numbers)
     if same and _is_intact(cache, same):
         return path, same | {"stamp": stamp}
@@ -127,14 +127,14 @@ def _read(path: str) -> bytes:
 
 
 def _stamp(path: str, numbers: tuple) -> str:
-    """Return a text that changes when a file is written again; the file is not read."""
+    """Return a text that changes when the file is rewritten; the file is not read."""
     with naming(path), reading():
         state = Path(path).stat()
     return f"{Path(path).absolute()} {state.st_size} {state.st_mtime_ns} {_version(numbers)}"
 
 
 def _key(data: bytes, numbers: tuple) -> str:
-    """Return a digest of a file's content and of all that the PNG depends on besides."""
+    """Return a digest of a file's content and of all else that the PNG depends on."""
     return hashlib.sha256(_version(numbers).encode() + data).hexdigest()
 
 
@@ -151,7 +151,7 @@ def _is_intact(cache: Path, record: dict) -> bool:
 
 
 def _read_index(path: Path) -> dict[str, dict]:
-    """Return the records by stamp and by key; lines that a killed run left half are skipped."""
+    """Return the records by stamp and by key; unfinished lines of a killed run are skipped."""
     known = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in lines:

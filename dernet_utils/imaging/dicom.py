@@ -1,4 +1,4 @@
-"""DICOM images: which are read, which are refused and why, and their pixels as 8-bit grey."""
+"""DICOM images: which files are refused and why, and the others' pixels as 8-bit grey."""
 
 import math
 import struct
@@ -38,23 +38,23 @@ JPEG_2000_START = b"\xff\x4f\xff\x51"
 def decode_dicom(data: bytes) -> tuple[np.ndarray, pydicom.Dataset]:
     """Decode a grey-scale DICOM image with one frame to 8-bit grey, in the standard's order.
 
-    Modality LUT or rescale; VOI LUT or, where there is none, window (the first of several);
-    MONOCHROME1 inverted last. The VOI's output spans 0 to 255; where there is neither LUT nor
-    window, the image's minimum to maximum does. Padding pixels are ignored and become black. A
-    window narrower than the standard permits is ignored.
+    The modality LUT or rescale comes first, then the VOI LUT or, where there is none, the window
+    (the first of several); MONOCHROME1 is inverted last. The VOI's output spans 0 to 255; without
+    VOI LUT and window, the range of the image's values does. Padding pixels do not count and become
+    black. A window narrower than the standard permits is ignored.
 
     Args:
-        data: The file's bytes. Any transfer syntax that an installed decoder reads, 8 to 16 bits,
-            signed or unsigned.
+        data: The file's bytes, in any transfer syntax that an installed decoder reads; pixels of 8
+            to 16 bits, signed or unsigned.
 
     Returns:
         uint8 (H, W), 0 black and 255 white; and the header, without the pixel data.
 
     Raises:
-        DernetError: The file is no such image: an unreadable header, colour, several frames, too
-            many pixels, none, floating-point ones, bits elsewhere than at the low end, pixel data
-            that are cut short or of another size than the header's, no decoder for them, a
-            malformed LUT or window. The message gives the reason and a remedy.
+        DernetError: The file is not such an image: its header is unreadable; it has colour or
+            several frames; its pixels are missing, too many, floating-point or not in the low bits;
+            its pixel data are cut short, differ from the header in size or have no decoder; or a
+            LUT or window is malformed. The message gives the reason and a remedy.
 
     Source: DICOM PS3.3 C.7.5.1.1.2 (padding), C.7.6.3.1.2 (MONOCHROME1), C.11.1 (modality LUT),
     C.11.2 (VOI LUT).
@@ -73,16 +73,16 @@ def decode_dicom(data: bytes) -> tuple[np.ndarray, pydicom.Dataset]:
 
 
 def read_header(path: Path | str) -> pydicom.Dataset:
-    """Read the header of a DICOM image; what `decode_dicom` refuses by the header is refused here.
+    """Read the header of a DICOM image; refuse each header that `decode_dicom` refuses.
 
     Args:
         path: The file; its pixel data are not read.
 
     Returns:
-        The header, in which everything of `REQUIRED` has a value.
+        The header, in which each attribute of `REQUIRED` has a value.
 
     Raises:
-        DernetError: The file cannot be read, is no DICOM file, or its header is one that
+        DernetError: The file cannot be read, is not a DICOM file, or has a header that
             `decode_dicom` refuses. The message does not name the file.
     """
     with _refusing_cut_files(), reading(), Path(path).open("rb") as file:
@@ -97,7 +97,7 @@ def read_header(path: Path | str) -> pydicom.Dataset:
 
 @contextmanager
 def _refusing_cut_files() -> Iterator[None]:
-    """Ignore pydicom's warnings of odd headers, but raise the one that tells of a cut file."""
+    """Ignore pydicom's warnings about odd headers, but raise the one about a cut file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message="End of file reached")
@@ -108,13 +108,13 @@ def _refusing_cut_files() -> Iterator[None]:
 
 
 def _read(file: BinaryIO, whole: bool) -> pydicom.Dataset:
-    """Return the header of an image that can be decoded, if `whole` with its pixel data.
+    """Return the header of an image that can be decoded; with its pixel data if `whole`.
 
     Raises:
-        DernetError: As `decode_dicom` raises; of the pixel data only their absence or kind.
+        DernetError: As `decode_dicom` raises, but of the pixel data only their absence or kind.
     """
-    # pydicom raises what it likes (ValueError, RuntimeError, struct.error …): whatever it is, a
-    # file from outside must end in a sentence.
+    # pydicom raises many types (ValueError, RuntimeError, struct.error …); for each of them, the
+    # user must get a sentence.
     try:
         _refuse_bomb(file)
         file.seek(0)
@@ -136,7 +136,7 @@ def _refuse_bomb(file: BinaryIO) -> None:
     """Refuse a deflated file that would fill the memory: pydicom inflates without a limit."""
     file.seek(0)
     filereader.read_preamble(file, False)
-    # Not public, but the one reading that ends where pydicom's own inflating begins.
+    # Not public, but the only function that stops where pydicom starts to inflate.
     header = filereader._read_file_meta_info(file)
     if header.get("TransferSyntaxUID") != pydicom.uid.DeflatedExplicitVRLittleEndian:
         return
@@ -151,7 +151,7 @@ def _refuse_bomb(file: BinaryIO) -> None:
 def _refusal(header: pydicom.Dataset, whole: bool) -> str:
     """Return why an image cannot be decoded to a grey-scale radiograph; empty if it can.
 
-    Pixel data are missed only where the `whole` file was read.
+    Missing pixel data count only where the `whole` file was read.
     """
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is None:
@@ -182,18 +182,18 @@ def _refusal(header: pydicom.Dataset, whole: bool) -> str:
     frames = int(header.get("NumberOfFrames") or 1)
     if frames > 1:
         return (
-            f"the DICOM file holds {frames} frames, where a radiograph has one; save the frame "
-            "that is meant as a file of its own."
+            f"the DICOM file holds {frames} frames, where a radiograph has one; save the wanted "
+            "frame as a separate file."
         )
     allocated, stored = header.BitsAllocated, header.BitsStored
     if allocated not in (8, 16) or stored not in range(8, allocated + 1):
         return (
             f"the DICOM image stores {stored} bits in {allocated}, where a radiograph stores 8 to "
-            "16 (dose grids and masks do otherwise); choose the image itself."
+            "16 (dose grids and masks differ); choose the image itself."
         )
     if header.get("HighBit", stored - 1) != stored - 1:
         return (
-            f"the DICOM image's {stored} bits end at bit {header.HighBit}, where they must at "
+            f"the DICOM image's {stored} bits end at bit {header.HighBit}, but must end at bit "
             f"{stored - 1}; export the image again."
         )
     if _choose_decoder(syntax) is None:
@@ -202,10 +202,10 @@ def _refusal(header: pydicom.Dataset, whole: bool) -> str:
 
 
 def _choose_decoder(syntax: pydicom.uid.UID) -> str | None:
-    """Return the plugin that decodes a transfer syntax ("" for pydicom alone), None if none does.
+    """Return the plugin that decodes a transfer syntax; "" for pydicom alone, None if none does.
 
-    GDCM comes last, and no second decoder is tried: on damaged JPEG 2000 it does not raise but
-    ends the whole process.
+    GDCM comes last, and it is not tried after another decoder has failed: on damaged JPEG 2000 it
+    does not raise but ends the whole process.
     """
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
@@ -234,7 +234,7 @@ def _decode_pixels(dataset: pydicom.Dataset) -> np.ndarray:
 
 
 def _refuse_other_size(dataset: pydicom.Dataset) -> None:
-    """Refuse compressed pixels of another size than the header's: decoders allocate memory for it.
+    """Refuse compressed pixels whose size is not the header's: decoders allocate memory for it.
 
     Raises:
         ValueError: The sizes differ.
@@ -254,11 +254,11 @@ def _refuse_other_size(dataset: pydicom.Dataset) -> None:
 
 
 def _coded_size(coded: bytes) -> tuple[int, int] | None:
-    """Return rows and columns as a compressed image declares them; None where it does not.
+    """Return the rows and columns that a compressed image declares; None where it declares none.
 
     Source: ITU-T T.800 A.5.1 (JPEG 2000), T.81 B.2.2 (JPEG), T.87 C.2.2 (JPEG-LS).
     """
-    start = coded.find(JPEG_2000_START, 0, 4096)  # it may lie in boxes
+    start = coded.find(JPEG_2000_START, 0, 4096)  # it may lie inside JP2 boxes
     if start >= 0 and len(coded) >= start + 24:
         right, bottom, left, top = struct.unpack_from(">4I", coded, start + 8)
         return bottom - top, right - left

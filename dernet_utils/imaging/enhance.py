@@ -1,4 +1,4 @@
-"""Enhancement: contrast-limited adaptive histogram equalisation (CLAHE, Eq. 1), then shrinking."""
+"""Contrast-limited adaptive histogram equalisation (CLAHE, Eq. 1), then shrinking."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def clahe(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> np.ndarr
     Args:
         grey: uint8 (H, W).
         clip_limit: Greatest count of a histogram bin, in multiples of the mean count; above 0.
-        tiles: Contextual regions per side; at least 1.
+        tiles: Number of contextual regions per side; at least 1.
 
     Returns:
         uint8 (H, W).
@@ -33,7 +33,7 @@ def clahe(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> np.ndarr
 
 
 def clahe_by_hand(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> np.ndarray:
-    """Compute what `clahe` does step by step with numpy; equal to it within one grey level.
+    """Compute `clahe` step by step with numpy; the two agree within one grey level.
 
     Arguments, result and errors are those of `clahe`. Chapter 02 explains each step.
 
@@ -52,13 +52,11 @@ def clahe_by_hand(grey: np.ndarray, clip_limit: float = 2.0, tiles: int = 8) -> 
 
 
 def preprocess(grey: np.ndarray, long_side_px: int, clip_limit: float, tiles: int) -> np.ndarray:
-    """Enhance at full size, then shrink: the one way from a radiograph's pixels to a network.
-
-    Training, the ONNX models and the web app all call this.
+    """Enhance at full size, then shrink. Training and inference both call this function.
 
     Args:
         grey: `Radiograph.pixels`, uint8 (H, W).
-        long_side_px: Longest permitted side of the result; a smaller image is not enlarged.
+        long_side_px: Largest long side of the result; a smaller image is not enlarged.
         clip_limit: As in `clahe`.
         tiles: As in `clahe`.
 
@@ -112,7 +110,7 @@ def _check_clahe(grey: np.ndarray, clip_limit: float, tiles: int) -> None:
 
 
 def _pad_to_tiles(grey: np.ndarray, tiles: int) -> np.ndarray:
-    """Mirror the image at its lower and right border until the tiles divide it.
+    """Mirror the image at its lower and right borders, so that the tiles divide it evenly.
 
     As in OpenCV, both sides are padded where either needs it; a side that already fits gains one
     pixel per tile.
@@ -134,7 +132,7 @@ def _tile_histograms(padded: np.ndarray, tiles: int) -> np.ndarray:
 
 
 def _clip_histograms(histograms: np.ndarray, limit: int) -> np.ndarray:
-    """Clip bins at the limit; spread the excess evenly over all, its remainder at even steps."""
+    """Clip bins at the limit; spread the excess over all bins, its remainder at even steps."""
     excess = np.maximum(histograms - limit, 0).sum(axis=-1, keepdims=True)
     per_bin, remainder = np.divmod(excess, LEVELS)
     step = np.maximum(LEVELS // np.maximum(remainder, 1), 1)
@@ -173,6 +171,6 @@ def load_cached(path: Path | str) -> np.ndarray:
     if grey is None:
         raise DernetError(
             f"{path} cannot be read as a cached image; run cache_images (or `dernet prepare`) "
-            "again, which makes it anew."
+            "to make it again."
         )
     return grey

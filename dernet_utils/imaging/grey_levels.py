@@ -1,7 +1,7 @@
 """From a DICOM image's stored values to 8-bit grey: modality LUT, VOI LUT or window, inversion.
 
-`pydicom.pixels` renders less than files in the wild need: it refuses narrow windows and 8-bit LUTs
-packed two entries to a word, and its VOI LUT of 8-bit entries wraps positions beyond 255.
+`pydicom.pixels` does not render every file that occurs: it refuses narrow windows and 8-bit LUTs
+packed two entries to a word, and with a VOI LUT of 8-bit entries it wraps positions beyond 255.
 """
 
 import math
@@ -34,14 +34,14 @@ def to_grey_levels(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
 
 
 def stretch(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-    """Map the range from the least to the greatest valid value to fractions, 0 to 1.
+    """Map values linearly to fractions: the least valid value to 0, the greatest to 1.
 
     Args:
         values: Numbers, any shape.
-        valid: Which of them count, bool of the same shape; None means all.
+        valid: Which values set the range, bool of the same shape; None means all.
 
     Returns:
-        Floats of the same shape, clipped to [0, 1]; zeros where the valid values do not differ.
+        Floats of the same shape, clipped to [0, 1]; all 0 where the valid values are equal.
 
     >>> stretch(np.array([1000, 1255, 1510])).tolist()
     [0.0, 0.5, 1.0]
@@ -102,10 +102,10 @@ def _apply_voi(dataset: pydicom.Dataset, values: np.ndarray, valid: np.ndarray) 
 def _apply_window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
     """Map values to the window's fractions, 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     if function == "SIGMOID":
-        # Beyond an exponent of 700 a float overflows, and the fraction has long been 0 or 1.
+        # An exponent beyond 700 would overflow; the fraction is 0 or 1 long before.
         return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -700, 700)))
     if function == "LINEAR":
-        # The standard's default counts the steps between integers.
+        # The standard's default function counts the steps between integers.
         center, width = center - 0.5, width - 1
     elif function != "LINEAR_EXACT":
         raise ValueError(f"unknown VOI LUT function {function}")
@@ -128,14 +128,14 @@ def _lut_table(dataset: pydicom.Dataset, item: pydicom.Dataset) -> np.ndarray:
 
 
 def _look_up(table: np.ndarray, item: pydicom.Dataset, values: np.ndarray) -> np.ndarray:
-    """Map values through a table; its first and last entries hold for values beyond its ends."""
+    """Map values through a table; values beyond its ends take its first or last entry."""
     first = int(item.LUTDescriptor[1])
     position = np.rint(values).astype(np.int64) - first
     return table[np.clip(position, 0, table.size - 1)]
 
 
 def _first(dataset: pydicom.Dataset, keyword: str) -> float | None:
-    """Return a header's number, the first of several; None where it is absent or empty."""
+    """Return a number of the header, the first of several; None where it is absent or empty."""
     value = dataset.get(keyword)
     if isinstance(value, pydicom.multival.MultiValue):
         value = value[0] if len(value) else None

@@ -1,4 +1,4 @@
-"""A radiograph as it was read; the three forms of its files, and errors that name the file."""
+"""A decoded radiograph, the three file formats that are read, and errors that name the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ MOST_PIXELS = 40_000_000  # per image; a large radiograph has 20 million
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_START = b"\xff\xd8\xff"
 DICOM_MARK = b"DICM"  # after a preamble of 128 bytes
-RECOGNISED_BY = 132  # first bytes that tell a file's form
+RECOGNISED_BY = 132  # number of first bytes that show a file's format
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Radiograph:
         pixels: uint8 (H, W), 0 black and 255 white, bone bright.
         form: ``DICOM``, ``PNG`` or ``JPEG``.
         header: Header of a DICOM file, without its pixel data; None for a PNG or JPEG.
-        coloured: Fraction of the pixels that are in colour, 0 to 1; 0 for DICOM, of which colour
-            images are refused.
+        coloured: Fraction of the pixels that are in colour, 0 to 1; 0 for DICOM, where colour is
+            refused.
     """
 
     pixels: np.ndarray
@@ -36,13 +36,13 @@ class Radiograph:
 
 
 def recognise(data: bytes) -> str:
-    """Return a file's form: ``DICOM``, ``PNG`` or ``JPEG``. Its content decides, not its name.
+    """Return a file's format, ``DICOM``, ``PNG`` or ``JPEG``, by its content, not its name.
 
     Args:
-        data: The file's first bytes; `RECOGNISED_BY` are enough.
+        data: The file's first bytes, at least `RECOGNISED_BY` where it has them.
 
     Raises:
-        DernetError: The file has none of these forms.
+        DernetError: The file has none of these formats.
 
     >>> recognise(bytes(128) + b"DICM"), recognise(JPEG_START)
     ('DICOM', 'JPEG')
@@ -63,7 +63,7 @@ def read_bytes(path: Path | str) -> bytes:
     """Return a file's bytes.
 
     Raises:
-        DernetError: The file cannot be read; the message does not name it, see `naming`.
+        DernetError: The file cannot be read. The message does not name it: see `naming`.
     """
     with reading():
         return Path(path).read_bytes()

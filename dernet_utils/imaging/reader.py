@@ -1,4 +1,4 @@
-"""A file as a radiograph: DICOM, PNG or JPEG, recognised and parsed once.
+"""A DICOM, PNG or JPEG file as a radiograph.
 
 Chapter 02 rebuilds these steps by hand and asserts that the two agree.
 """
@@ -29,16 +29,16 @@ UNDECODABLE = "the picture cannot be decoded; copy or export the file again."
 
 
 def read_radiograph(path: Path | str) -> Radiograph:
-    """Read a DICOM, PNG or JPEG file; its content decides which, not its name.
+    """Read a DICOM, PNG or JPEG file; its content decides the format, not its name.
 
     Args:
         path: The file.
 
     Returns:
-        Its pixels as 8-bit grey, with the form, the header and the fraction of coloured pixels.
+        Its pixels as 8-bit grey, its format, its header and the fraction of coloured pixels.
 
     Raises:
-        DernetError: The file cannot be read or is no image of these forms; the message gives the
+        DernetError: The file cannot be read or is no image of these formats; the message gives the
             file, the reason and a remedy.
     """
     with naming(path):
@@ -55,7 +55,7 @@ def decode_radiograph(data: bytes) -> Radiograph:
         As `read_radiograph` returns it.
 
     Raises:
-        DernetError: As `read_radiograph` raises, without the file's name.
+        DernetError: As `read_radiograph` raises; the message does not name the file.
 
     >>> decode_radiograph(b"hello")
     Traceback (most recent call last):
@@ -73,11 +73,11 @@ byte 128), PNG or JPEG file; export the picture again in one of these forms.
 def _decode_picture(data: bytes, form: str) -> Radiograph:
     """Decode PNG or JPEG; colour becomes grey by OpenCV's weights (ITU-R BT.601).
 
-    Eight bits are taken as they are, since such a picture was made for display. Sixteen bits do
-    not define their display, so their minimum to maximum is shown.
+    8-bit values are kept, since such a picture was made for display. 16-bit values do not define
+    how they are displayed, so their range is stretched to 0 to 255.
     """
     _refuse_incomplete(data, form)
-    try:  # Pillow reads no more than the header here
+    try:  # Pillow reads only the header here
         header = (PngImageFile if form == "PNG" else JpegImageFile)(BytesIO(data))
     except (OSError, SyntaxError, ValueError) as error:
         raise DernetError(UNDECODABLE) from error
@@ -99,11 +99,11 @@ def _decode_picture(data: bytes, form: str) -> Radiograph:
 
 
 def _refuse_incomplete(data: bytes, form: str) -> None:
-    """Refuse a picture without its end mark: decoders fill what is missing with grey."""
+    """Refuse a picture without its end mark: decoders would fill the missing part with grey."""
     if form == "PNG":
         complete = b"IEND" in data[-64:]
     else:
-        # Neither mark occurs within a JPEG's coded pixels, so the last scan's end is the file's.
+        # Neither mark occurs within coded pixels, so the end mark must follow the last scan mark.
         complete = data.find(JPEG_END, data.rfind(JPEG_SCAN)) > 0
     if not complete:
         raise DernetError("the picture is cut short; copy or download the file again.")

@@ -14,15 +14,15 @@ from dernet_utils.metrics.intervals import draw_weights, interval_of, resample_b
 def auroc(y: np.ndarray, prob: np.ndarray) -> float:
     """Return the area under the receiver operating characteristic.
 
-    The probability that an abnormal image scores above a normal one, a tie counting half: the
+    The probability that an abnormal image scores above a normal one, ties counting half: the
     Mann-Whitney statistic divided by its maximum (Hanley & McNeil, Radiology 143, 1982).
 
     Args:
         y: Labels, shape (n,), 0 or 1.
-        prob: Scores, shape (n,), any monotone scale.
+        prob: Scores, shape (n,), on any monotone scale.
 
     Returns:
-        A number in [0, 1]; nan where `y` holds one class only.
+        A number in [0, 1]; nan if `y` holds only one class.
 
     Raises:
         DernetError: Shapes differ, labels are not 0 or 1, or a score is nan.
@@ -41,13 +41,13 @@ def auroc(y: np.ndarray, prob: np.ndarray) -> float:
 
 
 def operating_point(y: np.ndarray, prob: np.ndarray, threshold: float) -> dict[str, float]:
-    """Return F1, sensitivity and specificity where a score above a threshold means abnormal.
+    """Return F1, sensitivity and specificity at a score threshold.
 
     Args:
         y: Labels, shape (n,), 0 or 1.
         prob: Probabilities of abnormal, shape (n,).
-        threshold: An image is called abnormal where ``prob > threshold``, strictly, as in line
-            17 of the paper's Algorithm 1.
+        threshold: An image is called abnormal if ``prob > threshold``, strictly, as in line 17 of
+            the paper's Algorithm 1.
 
     Returns:
         ``f1``, ``sensitivity`` and ``specificity`` in [0, 1]; nan where a denominator is zero.
@@ -76,28 +76,28 @@ def youden_threshold(y: np.ndarray, prob: np.ndarray) -> float:
     lowest, since in triage a false negative costs more than a false positive.
 
     Args:
-        y: Labels, shape (n,), 0 or 1, of out-of-fold images: a threshold chosen on the test
-            split makes the test optimistic.
+        y: Labels, shape (n,), 0 or 1, of out-of-fold images: with a threshold chosen on the test
+            split, the test would be optimistic.
         prob: Probabilities of abnormal, shape (n,).
 
     Returns:
-        A threshold for `operating_point`. Where all scores are equal, that score.
+        A threshold for `operating_point`; if all scores are equal, that score.
 
     Raises:
-        DernetError: `y` holds one class only, or as `auroc` raises.
+        DernetError: `y` holds only one class, or as `auroc` raises.
 
     >>> round(youden_threshold([0, 0, 1, 1], [0.1, 0.3, 0.5, 0.9]), 3)
     0.4
     """
     candidates, sensitivity, specificity = (part[1:] for part in _working_points(y, prob))
-    # Rounded, so that two equal sums of fractions tie and the lowest threshold wins.
+    # Rounded, so that equal sums of fractions tie and the lowest threshold wins.
     return float(candidates[np.argmax(np.round(sensitivity + specificity, 12))])
 
 
 def f1_threshold(y: np.ndarray, prob: np.ndarray) -> float:
     """Return the threshold with the largest F1; ties go to the lowest.
 
-    Args, returns and raises as `youden_threshold`.
+    Args, returns, raises: As `youden_threshold`.
 
     >>> round(f1_threshold([0, 1, 0, 1], [0.1, 0.3, 0.5, 0.9]), 3)
     0.2
@@ -110,29 +110,29 @@ def f1_threshold(y: np.ndarray, prob: np.ndarray) -> float:
 
 
 def sensitivity_threshold(y: np.ndarray, prob: np.ndarray, at_least: float = 0.9) -> float:
-    """Return the highest threshold that keeps a given sensitivity.
+    """Return the highest threshold with at least a given sensitivity.
 
     Args:
         y, prob: As in `youden_threshold`.
-        at_least: Sensitivity to keep, in (0, 1].
+        at_least: The sensitivity, in (0, 1].
 
     Returns:
         A threshold for `operating_point`.
 
     Raises:
-        DernetError: As `youden_threshold`, or the sensitivity is outside (0, 1].
+        DernetError: As `youden_threshold` raises, or the sensitivity is outside (0, 1].
 
     >>> round(sensitivity_threshold([0, 1, 1, 0, 1], [0.1, 0.3, 0.5, 0.7, 0.9], 0.6), 3)
     0.4
     """
     if not 0 < at_least <= 1:
-        raise DernetError(f"A sensitivity to keep lies between 0 and 1, not at {at_least}.")
+        raise DernetError(f"The least sensitivity must lie between 0 and 1, but is {at_least}.")
     candidates, sensitivity, _ = _working_points(y, prob)
     return float(candidates[sensitivity >= at_least - 1e-12].max())
 
 
 def _working_points(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thresholds with the sensitivity and specificity of each.
+    """Return candidate thresholds and the sensitivity and specificity at each.
 
     The first calls every image abnormal; the others lie halfway between neighbouring scores.
     """
@@ -145,7 +145,7 @@ def _working_points(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.nda
     scores = np.unique(prob)
     lower, upper = scores[:-1], scores[1:]
     middle = lower + (upper - lower) / 2
-    candidates = np.where(middle < upper, middle, lower)  # floats next to each other
+    candidates = np.where(middle < upper, middle, lower)  # neighbouring floats have no middle
     if len(scores) == 1:
         candidates = scores
     candidates = np.concatenate([[np.nextafter(scores[0], -1.0)], candidates])
@@ -169,7 +169,7 @@ def classification_table(
         y: Labels, shape (n,), 0 or 1.
         prob: Probabilities of abnormal, shape (n,).
         studies: Study of each image, shape (n,).
-        threshold: As in `operating_point`; chosen on other images, or the page must say so.
+        threshold: As in `operating_point`; to be chosen on other images.
         resamples: Number of bootstrap draws (paper, section 4.1: 1,000).
         seed: Seed of the draws; one seed pairs the four metrics draw by draw.
 
@@ -178,7 +178,7 @@ def classification_table(
         the columns of `intervals.Interval` as fractions of one.
 
     Raises:
-        DernetError: As `auroc` and `resample_by_study` raise, or lengths differ.
+        DernetError: As `auroc` and `resample_by_study` raise, or the lengths differ.
     """
     y, prob = _checked(y, prob)
     studies = _studies_of(y, studies)
@@ -198,13 +198,13 @@ def roc_band(
     seed: int = 42,
     level: float = 0.95,
 ) -> pd.DataFrame:
-    """Return the receiver operating characteristic with a pointwise band by study.
+    """Return the receiver operating characteristic with a pointwise bootstrap band by study.
 
     Args:
         y: Labels, shape (n,), 0 or 1, of both classes.
         prob: Probabilities of abnormal, shape (n,).
         studies: Study of each image, shape (n,).
-        resamples: Number of bootstrap draws; those of one class are left out.
+        resamples: Number of bootstrap draws; draws with only one class are left out.
         seed: Seed of the draws.
         level: Coverage of the band at each false-positive rate, in (0, 1).
 
@@ -213,7 +213,7 @@ def roc_band(
         and ``high``, all in [0, 1].
 
     Raises:
-        DernetError: `y` holds one class only, or as `auroc` and `resample_by_study` raise.
+        DernetError: `y` holds only one class, or as `auroc` and `resample_by_study` raise.
     """
     y, prob = _checked(y, prob)
     studies = _studies_of(y, studies)
@@ -242,15 +242,15 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def _checked(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool and scores as float64, both of shape (n,), checked."""
+    """Return checked labels as bool and scores as float64, both of shape (n,)."""
     y, prob = np.asarray(y), np.asarray(prob, dtype=np.float64)
     if y.ndim != 1 or y.shape != prob.shape:
         raise DernetError(
-            f"Labels and scores are two lists of one length, not of shapes {y.shape} and "
+            f"Labels and scores must be two lists of one length, but have shapes {y.shape} and "
             f"{prob.shape}: pass one score per label."
         )
     if not np.isin(y, (0, 1)).all():
-        raise DernetError("Labels are 0 (normal) or 1 (abnormal): another value came.")
+        raise DernetError("Labels must be 0 (normal) or 1 (abnormal), but another value was found.")
     if np.isnan(prob).any():
         raise DernetError(f"{int(np.isnan(prob).sum())} of {len(prob)} scores are not a number.")
     return y.astype(bool), prob
@@ -260,7 +260,8 @@ def _studies_of(y: np.ndarray, studies: np.ndarray) -> np.ndarray:
     studies = np.asarray(studies)
     if studies.shape != y.shape:
         raise DernetError(
-            f"Each label needs its study: got {len(y)} labels and shape {studies.shape}."
+            f"Each label needs its study, but the {len(y)} labels have studies of shape "
+            f"{studies.shape}."
         )
     return studies
 
@@ -271,15 +272,15 @@ def _studies_of(y: np.ndarray, studies: np.ndarray) -> np.ndarray:
 def weighted_auroc(y: np.ndarray, prob: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from weights of images, shape (draws, n), to AUROCs, shape (draws,).
 
-    Scores are sorted once; running sums then give each draw's area: the sum, over all pairs of an
-    abnormal and a normal image, of the product of their weights where the abnormal one scores
-    higher, half of it at a tie, divided by the sum of all products.
+    Scores are sorted once, and running sums give each draw's area. For each pair of an abnormal and
+    a normal image, take the product of their weights. The area is the sum over the pairs in which
+    the abnormal image scores higher, plus half the sum over ties, divided by the sum over all.
 
     Args:
         y, prob: As in `auroc`.
 
     Returns:
-        The function; nan for a draw without weight on one of the classes.
+        The function; it gives nan for a draw in which a class has no weight.
 
     Raises:
         DernetError: As `auroc` raises.
@@ -297,11 +298,11 @@ def weighted_auroc(y: np.ndarray, prob: np.ndarray) -> Callable[[np.ndarray], np
         weights = np.asarray(weights, np.float64)[:, order]
         if not len(first):
             return np.full(len(weights), np.nan)
-        hits = np.add.reduceat(weights * abnormal, first, axis=1)
-        alarms = np.add.reduceat(weights * ~abnormal, first, axis=1)
-        below = alarms.cumsum(axis=1)
-        pairs = hits.sum(axis=1) * below[:, -1]
-        wins = np.einsum("bn,bn->b", hits, below - alarms / 2)
+        above = np.add.reduceat(weights * abnormal, first, axis=1)
+        tied = np.add.reduceat(weights * ~abnormal, first, axis=1)
+        below = tied.cumsum(axis=1)
+        pairs = above.sum(axis=1) * below[:, -1]
+        wins = np.einsum("bn,bn->b", above, below - tied / 2)
         return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
     return areas
@@ -319,11 +320,11 @@ def weighted_point(
     cells = np.stack([called & y, ~called & y, called & ~y, ~called & ~y], axis=1)
 
     def points(weights: np.ndarray) -> dict[str, np.ndarray]:
-        hits, misses, alarms, cleared = (np.asarray(weights, np.float64) @ cells).T
+        tp, fn, fp, tn = (np.asarray(weights, np.float64) @ cells).T
         parts = {
-            "f1": (2 * hits, 2 * hits + misses + alarms),
-            "sensitivity": (hits, hits + misses),
-            "specificity": (cleared, cleared + alarms),
+            "f1": (2 * tp, 2 * tp + fn + fp),
+            "sensitivity": (tp, tp + fn),
+            "specificity": (tn, tn + fp),
         }
         return {
             name: np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)

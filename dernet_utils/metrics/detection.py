@@ -22,28 +22,28 @@ SIZES = {"below 1 %": True, "1 % and above": False}  # of the field of view; whe
 
 
 def precision_recall(matches: Matches) -> pd.DataFrame:
-    """Return the precision-recall curve that the average precision is the area under.
+    """Return the precision-recall curve, the area under which is the average precision.
 
     Returns:
-        101 rows, `recall` from 0 to 1, and the best `precision` at that recall or beyond; zero
-        beyond the last true box found.
+        101 rows: `recall` from 0 to 1, and the best `precision` at that recall or a higher one, 0
+        beyond the highest recall.
     """
     curve = _curves(matches, np.ones((1, len(matches.truths))))[0]
     return pd.DataFrame({"recall": RECALLS, "precision": curve})
 
 
 def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
-    """Precision at RECALLS where image i counts weights[:, i] times, shape (draws, 101).
+    """Return precision at RECALLS with image i counted weights[:, i] times, shape (draws, 101).
 
-    Recall changes only at true positives, and only there can precision be the best at its recall
-    or beyond, so the curve is computed at true positives only.
+    The curve is computed at true positives only: recall changes only there, and only there can
+    precision be the best at its recall or a higher one.
     """
     stops = np.flatnonzero(matches.hit)
     hits = weights[:, matches.image[stops]].cumsum(1)
     ranked = _running(matches.image, stops, weights)
     precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    best = np.column_stack([best, np.zeros(len(best))])  # beyond the last hit
+    best = np.column_stack([best, np.zeros(len(best))])  # beyond the last true positive
     truths = weights @ matches.truths
     recall = np.divide(hits, truths[:, None], out=np.zeros_like(hits), where=truths[:, None] > 0)
     first = np.stack([row.searchsorted(RECALLS) for row in recall])
@@ -51,28 +51,28 @@ def _curves(matches: Matches, weights: np.ndarray) -> np.ndarray:
 
 
 def _running(image: np.ndarray, stops: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Predictions up to and including each stop where images count `weights` times.
+    """Return the weighted number of predictions up to and including each stop.
 
-    They are counted once per image between one stop and the next, and weighted in one sparse
-    product: far fewer steps than a cumulative sum over all predictions for every draw.
+    Predictions are counted once per image between one stop and the next, and weighted in one sparse
+    product: far fewer steps than a cumulative sum over all predictions in every draw.
 
     Args:
-        image: Row of each prediction's image, with falling score, shape (n,).
-        stops: Ranks to count up to, rising, shape (stops,).
-        weights: Shape (draws, images).
+        image: Row of each prediction's image, by falling score, shape (n,).
+        stops: Ranks up to which predictions are counted, rising, shape (stops,).
+        weights: How often each image counts, shape (draws, images).
 
     Returns:
         Shape (draws, stops).
     """
     image = image[: stops[-1] + 1 if len(stops) else 0]
-    stretch = stops.searchsorted(np.arange(len(image)))  # the stop that each one comes before
+    stretch = stops.searchsorted(np.arange(len(image)))  # the next stop of each prediction
     shape = (len(stops), weights.shape[1])
     between = csr_array((np.ones(len(image)), (stretch, image)), shape)
     return (between @ weights.T).cumsum(0).T
 
 
 def _areas(matches: Matches, weights: np.ndarray, chunk: int = 100) -> np.ndarray:
-    """Average precision of each row of weights (draws, images); nan without a true box."""
+    """Return the average precision of each row of weights, (draws,); nan without true boxes."""
     parts = [
         _curves(matches, weights[first : first + chunk]).mean(1)
         for first in range(0, len(weights), chunk)
@@ -83,16 +83,16 @@ def _areas(matches: Matches, weights: np.ndarray, chunk: int = 100) -> np.ndarra
 def average_precision(
     truth: pd.DataFrame, predictions: pd.DataFrame, lesion_type: str, iou: float = 0.5
 ) -> float:
-    """Return a lesion type's average precision: COCO's mean over 101 recalls.
+    """Return a lesion type's average precision: COCO's mean precision over 101 recalls.
 
     Args:
         truth: `image_id`, `lesion_type`, `xmin`, `ymin`, `xmax`, `ymax`.
         predictions: The same, and `score`; on the same images, in the same pixels.
         lesion_type: The type to evaluate.
-        iou: Least overlap that counts as found.
+        iou: Least IoU of a true positive, in (0, 1].
 
     Returns:
-        A number in [0, 1]; nan where the truth holds no box of the type.
+        A number in [0, 1]; nan if there is no true box of the type.
 
     Raises:
         DernetError: As `match_boxes` raises.
@@ -121,7 +121,7 @@ def weighted_average_precision(
     Args, raises: As `match_boxes`.
 
     Returns:
-        The function; nan for a draw without weight on a true box.
+        The function; it gives nan for a draw in which no true box has weight.
     """
     matches = match_boxes(truth, predictions, lesion_type, image_ids, iou)
     return lambda weights: _areas(matches, np.asarray(weights, np.float64))
@@ -134,13 +134,13 @@ def _image_ids(truth: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
 def mean_average_precision(
     truth: pd.DataFrame, predictions: pd.DataFrame, iou: float = 0.5
 ) -> tuple[float, pd.Series]:
-    """Return the mean of the average precisions of the lesion types that the truth holds.
+    """Return the mean average precision over the lesion types of the true boxes.
 
     Args:
         truth, predictions, iou: As `average_precision` takes them.
 
     Returns:
-        The mean, in [0, 1], nan where there is no true box; and each type's value, by name.
+        The mean, in [0, 1], nan without true boxes; and each type's value, by name.
 
     Raises:
         DernetError: As `match_boxes` raises.
@@ -153,29 +153,26 @@ def mean_average_precision(
 def coco_average_precision(
     truth: pd.DataFrame, predictions: pd.DataFrame
 ) -> tuple[float, pd.DataFrame]:
-    """Return COCO's AP@[0.5:0.95], the mean over ten overlaps, by the library faster-coco-eval.
+    """Return COCO's AP@[0.5:0.95], the mean over ten IoU thresholds, by faster-coco-eval.
 
-    It shares no code with this module: its column 0.5 is a second computation of
-    `average_precision`. The other nine measure how tightly boxes fit (Lin et al., ECCV 2014).
+    Matching and averaging are that library's, so column 0.5 checks `average_precision`
+    independently. The other nine measure how tightly boxes fit (Lin et al., ECCV 2014).
 
     Args:
         truth, predictions: As `average_precision` takes them.
 
     Returns:
-        The mean over overlaps and over the lesion types that the truth holds, in [0, 1], nan
-        where there is no true box; and each type's value, one row per type by name, one column per
-        overlap from 0.5 to 0.95.
+        The mean over thresholds and over the lesion types of the true boxes, in [0, 1], nan without
+        true boxes; and a table with one row per type and one column per threshold.
 
     Raises:
         DernetError: A column is missing, a corner or a score is not a number, or a table is
-            marked with a stratum, for which `size_stratum` is read by `average_precision`.
+            marked by `size_stratum`; for a stratum, use `average_precision`.
     """
-    # here, not above: training a detector needs this module, but not the library
+    # imported here: training a detector needs this module, but not the library
     from faster_coco_eval import COCO, COCOeval_faster
 
     _all_sizes(truth, predictions)
-    for boxes in (truth, predictions):
-        need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")
     types = sorted(truth["lesion_type"].unique())
     ious = pd.Index([0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95], name="iou")
     number_of = {name: number for number, name in enumerate(types, start=1)}
@@ -212,7 +209,7 @@ def coco_average_precision(
     run.params.maxDets = [MOST_BOXES]
     run.evaluate()
     run.accumulate()
-    precision = run.eval["precision"][:, :, :, 0, 0]  # overlap, recall, type
+    precision = run.eval["precision"][:, :, :, 0, 0]  # IoU threshold, recall, type
     each = pd.DataFrame(precision.mean(1).T, types, ious)
     return float(each.to_numpy().mean()), each
 
@@ -227,24 +224,23 @@ def detection_table(
 ) -> pd.DataFrame:
     """Return each lesion type's average precision, and their mean, with 95 % intervals by study.
 
-    Predictions are matched once; a draw of studies only changes the images' weights.
+    Predictions are matched once; a draw of studies changes only the images' weights.
 
     Args:
         truth, predictions, iou: As `average_precision` takes them.
-        images: `image_id` and `study_id` of every image that was searched, also those without a
-            box: they count as studies, and their false positives count.
+        images: `image_id` and `study_id` of every image that was analysed. Images without true
+            boxes are needed too, for their studies and their false positives.
         resamples: Number of bootstrap draws (paper, section 4.1: 1,000).
-        seed: Seed of the draws; one seed pairs the rows draw by draw.
+        seed: Seed of the draws, which all rows share.
 
     Returns:
-        One row per lesion type of the truth and a last row ``mAP``, with `boxes` (true boxes) and
-        the columns of `intervals.Interval` as fractions of one.
+        One row per lesion type of the true boxes and a last row ``mAP``, with `boxes` (number of
+        true boxes) and the columns of `intervals.Interval`.
 
     Raises:
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
     """
-    image_ids = _searched(truth, predictions, images)
-    weights = _weights(images, resamples, seed)
+    image_ids, weights = _searched(images, truth, predictions), _weights(images, resamples, seed)
     types, boxes, areas = _all_areas(truth, predictions, image_ids, weights, iou)
     rows = [
         {"boxes": count, **vars(interval_of(values, images["study_id"].to_numpy()))}
@@ -260,7 +256,7 @@ def _all_areas(
     weights: np.ndarray,
     iou: float,
 ) -> tuple[list[str], list[int], np.ndarray]:
-    """The truth's types, their boxes, and of each type and their mean a row of areas by draw."""
+    """Return types, their numbers of true boxes, and each type's and the mean's APs by draw."""
     types = sorted(truth["lesion_type"].unique())
     matched = [match_boxes(truth, predictions, name, image_ids, iou) for name in types]
     areas = np.stack([_areas(matches, weights) for matches in matched])
@@ -282,7 +278,7 @@ def mean_difference(
 ) -> Interval:
     """Return the difference of two detectors' mean average precisions, with its interval.
 
-    Both use the same draws of studies, so what is hard for both cancels.
+    Both use the same draws of studies, so what makes a study hard for both cancels.
 
     Args:
         truth, predictions, images, resamples, seed, iou: As `detection_table` takes them.
@@ -292,47 +288,44 @@ def mean_difference(
     Raises:
         DernetError: As `detection_table` raises.
     """
-    image_ids, weights = _searched(truth, predictions, images), _weights(images, resamples, seed)
-    _searched(truth, others, images)
+    image_ids = _searched(images, truth, predictions, others)
+    weights = _weights(images, resamples, seed)
     first, second = (
         _all_areas(truth, found, image_ids, weights, iou)[2][-1] for found in (predictions, others)
     )
     return interval_of(first - second, images["study_id"].to_numpy(), level)
 
 
-def _searched(truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+def _searched(images: pd.DataFrame, *tables: pd.DataFrame) -> list[str]:
+    """Return the images' ids; raise DernetError where a box of the tables lies on no such image."""
     image_ids = list(images["image_id"])
-    if strangers := {*truth["image_id"], *predictions["image_id"]} - set(image_ids):
+    if strangers := set().union(*(boxes["image_id"] for boxes in tables)) - set(image_ids):
         raise DernetError(
-            f"Every box lies on an image of the list, and {len(strangers)} images are not in it: "
-            "pass all images that were searched."
+            f"Every box must lie on an image of the list, but {len(strangers)} images with boxes "
+            "are not in it: pass all images that were analysed."
         )
     return image_ids
 
 
 def _weights(images: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
-    """Weights of images: once each, then as drawn by study, shape (1 + resamples, images)."""
+    """Return images' weights, first all 1, then as drawn by study: (1 + resamples, images)."""
     drawn = draw_weights(images["study_id"].to_numpy(), resamples, seed)
     return np.vstack([np.ones(len(images)), drawn])
 
 
 def size_table(
-    truth: pd.DataFrame,
-    predictions: pd.DataFrame,
-    images: pd.DataFrame,
-    resamples: int = 1000,
-    seed: int = 42,
-    iou: float = 0.5,
+    truth: pd.DataFrame, predictions: pd.DataFrame, images: pd.DataFrame, **options
 ) -> pd.DataFrame:
-    """Return `detection_table` for lesions below 1 % of the field of view, and for the others.
+    """Return `detection_table` for lesions below 1 % of the field of view and for the others.
 
     Args:
-        truth, predictions, resamples, seed, iou: As `detection_table` takes them.
-        images: Also `height` and `width`, in pixels.
+        truth, predictions: As `detection_table` takes them.
+        images: As `detection_table` takes it, and `height` and `width` in pixels.
+        options: `resamples`, `seed` and `iou` of `detection_table`.
 
     Returns:
-        The two tables below each other, indexed by `size`, of `SIZES`, and `lesion_type`. A type
-        without a true box in a stratum has nan there, and is left out of that stratum's mean.
+        Both tables in one, indexed by `size` (of `SIZES`) and `lesion_type`. A type without true
+        boxes in a stratum has nan there and is left out of that stratum's mean.
 
     Raises:
         DernetError: As `size_stratum` and `detection_table` raise.
@@ -342,9 +335,7 @@ def size_table(
             size_stratum(truth, images, small),
             size_stratum(predictions, images, small),
             images,
-            resamples,
-            seed,
-            iou,
+            **options,
         )
         for name, small in SIZES.items()
     }
@@ -352,8 +343,11 @@ def size_table(
 
 
 def _all_sizes(truth: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    """Raise DernetError where a size stratum is marked or a table lacks images or types."""
     if "outside" in truth or "outside" in predictions:
         raise DernetError(
-            "All boxes are evaluated here, and a stratum is marked: pass the tables without the "
-            "column outside."
+            "Boxes of all sizes are evaluated here, but a size stratum is marked: pass the tables "
+            "without the column outside."
         )
+    for boxes in (truth, predictions):
+        need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")

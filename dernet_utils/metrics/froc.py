@@ -1,4 +1,4 @@
-"""Detection at a threshold: free-response curves, and confusion of lesion types."""
+"""Detection at a score threshold: free-response curves and confusion of lesion types."""
 
 import numpy as np
 import pandas as pd
@@ -7,7 +7,7 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.boxes import box_iou
 from dernet_utils.metrics.detection import _all_sizes, _running, _searched, _weights
 from dernet_utils.metrics.intervals import interval_of
-from dernet_utils.metrics.matching import Matches, _partners, box_numbers, match_boxes, need_columns
+from dernet_utils.metrics.matching import Matches, _partners, box_numbers, join_ranked, match_boxes
 
 # Setio et al., Med Image Anal 42, 2017.
 FALSE_POSITIVES_PER_IMAGE = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
@@ -19,25 +19,25 @@ def froc_curve(
 ) -> pd.DataFrame:
     """Return the free-response curve: sensitivity against false positives per image.
 
-    All lesion types count together, and each is matched separately: a true positive is of the same
-    type. For one type, pass the boxes of that type. Average precision summarises a ranking; this
-    curve shows what a reader would see at a threshold (Bunch et al., J Appl Photogr Eng 4, 1978).
+    All lesion types count together, but each is matched separately: a true positive is of the same
+    type. For one type, pass only its boxes. Average precision summarises a ranking; this curve
+    shows what a radiologist would see at a threshold (Bunch et al., J Appl Photogr Eng 4, 1978).
 
     Args:
-        truth, predictions, iou: As `average_precision` takes them; types that the truth does not
-            hold give false positives.
-        images: `image_id` of every image that was searched, also those without a box.
+        truth, predictions, iou: As `average_precision` takes them. Predictions of a type without
+            true boxes are false positives.
+        images: `image_id` of every image that was analysed, including those without boxes.
 
     Returns:
-        A row for each distinct `score`, falling, where all predictions with at least that score
-        are accepted: `false_positives_per_image`, a mean, at least 0, and `sensitivity`, the
-        fraction of true boxes found, in [0, 1], nan where there is none. The first row accepts
-        nothing, at the score inf.
+        A row for each distinct `score`, falling, as the threshold: all predictions with at least
+        that score are accepted. `false_positives_per_image` is a mean; `sensitivity` is the
+        fraction of true boxes found, nan without true boxes. The first row, with the score inf,
+        accepts nothing.
 
     Raises:
         DernetError: As `match_boxes` raises, there is no image, or a box's image is not listed.
     """
-    image_ids = _searched(truth, predictions, images)
+    image_ids = _searched(images, truth, predictions)
     if not image_ids:
         raise DernetError("False positives are counted per image: pass at least one image.")
     matches = _all_types(truth, predictions, image_ids, iou)
@@ -63,21 +63,20 @@ def froc_table(
 ) -> pd.DataFrame:
     """Return the sensitivity at given false positives per image, with 95 % intervals by study.
 
-    The highest sensitivity of `froc_curve` with at most that many false positives. Every draw of
-    studies has its own curve, and so its own threshold.
+    Each is the highest sensitivity of `froc_curve` with at most that many false positives. Every
+    draw of studies has its own curve and so its own thresholds.
 
     Args:
         truth, predictions, iou: As `froc_curve` takes them.
         images, resamples, seed: As `detection_table` takes them.
 
     Returns:
-        One row for each of `FALSE_POSITIVES_PER_IMAGE`, with the columns of `intervals.Interval` as
-        fractions of one.
+        One row for each of `FALSE_POSITIVES_PER_IMAGE`, with the columns of `intervals.Interval`.
 
     Raises:
         DernetError: As `match_boxes` and `resample_by_study` raise, or a box's image is not listed.
     """
-    image_ids = _searched(truth, predictions, images)
+    image_ids = _searched(images, truth, predictions)
     matches = _all_types(truth, predictions, image_ids, iou)
     found = _found_within(matches, _weights(images, resamples, seed))
     rows = [vars(interval_of(values, images["study_id"].to_numpy())) for values in found.T]
@@ -89,29 +88,24 @@ def froc_table(
 def _all_types(
     truth: pd.DataFrame, predictions: pd.DataFrame, image_ids: list[str], iou: float
 ) -> Matches:
-    """The matches of all types in one list, with falling score."""
+    """Return the matches of all types in one list, by falling score."""
     types = sorted({*truth["lesion_type"], *predictions["lesion_type"]})
     parts = [match_boxes(truth, predictions, name, image_ids, iou) for name in types]
-    score = np.concatenate([part.score for part in parts] or [np.empty(0)])
-    order = np.argsort(-score, kind="stable")
-    return Matches(
-        np.concatenate([part.image for part in parts] or [np.empty(0, int)])[order],
-        score[order],
-        np.concatenate([part.hit for part in parts] or [np.empty(0, bool)])[order],
-        sum((part.truths for part in parts), start=np.zeros(len(image_ids), int)),
-    )
+    ranked = [(part.image, part.score, part.hit) for part in parts]
+    truths = sum((part.truths for part in parts), start=np.zeros(len(image_ids), int))
+    return join_ranked(ranked, truths)
 
 
 def _ends_of_scores(matches: Matches) -> np.ndarray:
-    """Rank of the last prediction of each distinct score: equal ones are accepted together."""
+    """Return the last rank of each distinct score: equal scores are accepted together."""
     return np.flatnonzero(np.diff(matches.score, append=np.nan))
 
 
 def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
-    """Sensitivity at FALSE_POSITIVES_PER_IMAGE where image i counts weights[:, i] times.
+    """Return sensitivity at FALSE_POSITIVES_PER_IMAGE with image i counted weights[:, i] times.
 
-    Shape (draws, 7). Sensitivity changes only at scores with a true positive, so the curve is
-    computed at those only.
+    Shape (draws, 7). The curve is computed only at scores with a true positive, since sensitivity
+    changes only there.
     """
     ends = _ends_of_scores(matches)
     stops = ends[np.unique(ends.searchsorted(np.flatnonzero(matches.hit)))]
@@ -132,26 +126,26 @@ def _found_within(matches: Matches, weights: np.ndarray) -> np.ndarray:
 def type_confusion(
     truth: pd.DataFrame, predictions: pd.DataFrame, threshold: float, iou: float = 0.5
 ) -> pd.DataFrame:
-    """Count true boxes by their type and the type that is predicted, at one threshold.
+    """Count true boxes by their true and their predicted type, at one score threshold.
 
-    Matching ignores types: on each image, in the order of falling score, a prediction takes the
-    free true box that it overlaps most, at least `iou`; ties go to a box of its own type.
+    Matching ignores types. On each image, by falling score, a prediction takes the unmatched true
+    box with the largest IoU, if that is at least `iou`; ties go to a box of its own type.
 
     Args:
         truth: `image_id`, `lesion_type` and corners.
         predictions: The same, and `score`.
         threshold: A prediction is accepted where its score is at least this.
-        iou: Least overlap of a match, in (0, 1].
+        iou: Least IoU of a match, in (0, 1].
 
     Returns:
-        Counts of boxes. Rows are true types and a last row `NO_LESION`, the false positives;
-        columns are predicted types and a last column `NOT_FOUND`, the false negatives. Types are
-        those of either table, in alphabetical order. A type's row adds up to its true boxes, its
-        column to its accepted predictions.
+        Numbers of boxes. Rows are true types and a last row `NO_LESION`, the false positives;
+        columns are predicted types and a last column `NOT_FOUND`, the false negatives. Types of
+        both tables are in alphabetical order. A type's row adds up to its true boxes, its column to
+        its accepted predictions.
 
     Raises:
         DernetError: A column is missing, a corner or a score is not a number, or a table is
-            marked with a stratum, while all boxes are counted.
+            marked by `size_stratum`.
 
     >>> box = {"image_id": "a", "xmin": 0, "ymin": 0, "xmax": 9, "ymax": 9}
     >>> truth = pd.DataFrame([box | {"lesion_type": "Osteophytes"}])
@@ -161,8 +155,6 @@ def type_confusion(
     """
     _all_sizes(truth, predictions)
     true_boxes, found_boxes = box_numbers(truth, []), box_numbers(predictions, ["score"])
-    for boxes in (truth, predictions):
-        need_columns(boxes, ["image_id", "lesion_type"], "A table of boxes")
     true_types, found_types = truth["lesion_type"].to_numpy(), predictions["lesion_type"].to_numpy()
     true_of = truth.groupby("image_id").indices
     named = np.full(len(truth), NOT_FOUND, object)
@@ -177,9 +169,9 @@ def type_confusion(
         partner = _partners(overlaps, [same, overlaps], iou)
         rows, taken = rows[partner >= 0], own[partner[partner >= 0]]
         named[taken], meant[rows] = found_types[rows], true_types[taken]
-    alarms = accepted & (meant == NO_LESION)
-    rows = np.concatenate([true_types, meant[alarms]])
-    columns = np.concatenate([named, found_types[alarms]])
+    false = accepted & (meant == NO_LESION)
+    rows = np.concatenate([true_types, meant[false]])
+    columns = np.concatenate([named, found_types[false]])
     types = sorted({*true_types, *found_types})
     counts = pd.crosstab(rows, columns).reindex(
         index=[*types, NO_LESION], columns=[*types, NOT_FOUND], fill_value=0

@@ -1,7 +1,7 @@
 """Bootstrap intervals by study.
 
 Images of one study resemble each other, so they are not independent observations. A bootstrap that
-draws images treats them as if they were, and its intervals are, as a rule, too narrow; this one
+draws single images treats them as independent, and its intervals are usually too narrow; this one
 draws whole studies.
 """
 
@@ -16,17 +16,17 @@ from dernet_utils.core.errors import DernetError
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its interval and the numbers that it is based on.
+    """A value with its interval and the sample sizes behind it.
 
     Attributes:
         value: The statistic on all rows.
-        low: Lower end of the interval; nan where no resample defined it.
-        high: Upper end of the interval; nan where no resample defined it.
-        n_images: Rows that the statistic is computed on.
-        n_studies: Studies that the rows belong to.
-        resamples: Resamples that the interval is computed from.
-        undefined: Resamples left out because the statistic was nan there, as an AUROC is where
-            all rows drawn are of one class.
+        low: Lower end of the interval; nan if it is undefined.
+        high: Upper end of the interval; nan if it is undefined.
+        n_images: Number of rows that the statistic is computed on.
+        n_studies: Number of studies that the rows belong to.
+        resamples: Number of resamples that the interval is computed from.
+        undefined: Number of resamples left out because the statistic was nan, as an AUROC is when
+            all drawn rows are of one class.
 
     >>> f"{Interval(0.841, 0.76, 0.913, 78, 40, 1000):.2f}"
     '0.84 [0.76, 0.91]'
@@ -55,13 +55,13 @@ def resample_by_study(
 
     Args:
         studies: Study of each row, shape (n,).
-        resamples: Number of draws; the paper's section 4.1 takes 1,000.
-        seed: Seed of the draws; two calls with one seed yield the same rows, so that two
-            statistics can be compared draw by draw.
+        resamples: Number of draws (paper, section 4.1: 1,000).
+        seed: Seed of the draws; equal seeds yield equal rows, so that two statistics can be
+            compared draw by draw.
 
     Yields:
-        Row indices, shape (m,). A study drawn twice brings its rows twice; m varies from draw
-        to draw where studies differ in size.
+        Row indices, shape (m,). A study drawn twice gives its rows twice; m varies from draw to
+        draw if studies differ in size.
 
     Raises:
         DernetError: There are no rows or no resamples, or `studies` is not one-dimensional.
@@ -86,8 +86,8 @@ def checked_groups(studies: np.ndarray, resamples: int = 1) -> np.ndarray:
     studies = np.asarray(studies)
     if studies.ndim != 1 or not len(studies):
         raise DernetError(
-            f"A bootstrap needs one study for each of at least one row, not shape {studies.shape}: "
-            "pass the column study_id of the rows that are scored."
+            "Studies must be a list with one entry per row, of at least one row, but have shape "
+            f"{studies.shape}: pass the column study_id of the rows that are scored."
         )
     if resamples < 1:
         raise DernetError(f"A bootstrap needs at least one resample, not {resamples}.")
@@ -112,8 +112,8 @@ def bootstrap_by_study(
     """Return a statistic with its percentile interval over resampled studies.
 
     Args:
-        statistic: Takes row indices, shape (m,), and returns a number; nan where those rows
-            leave it undefined.
+        statistic: Takes row indices, shape (m,), and returns a number; nan if it is undefined on
+            those rows.
         studies: Study of each row, shape (n,).
         resamples: Number of draws.
         seed: Seed of the draws.
@@ -135,23 +135,23 @@ def bootstrap_by_study(
     return interval_of(np.array([statistic(np.arange(len(studies))), *draws]), studies, level)
 
 
-# Statistics of weighted rows: all draws at once
+# Statistics of weighted rows: all draws in one computation
 
 
 def draw_weights(groups: np.ndarray, resamples: int = 1000, seed: int = 42) -> np.ndarray:
     """Return each row's weight in each draw of groups with replacement.
 
-    The draws are those of `resample_by_study`, so that a statistic of weighted rows and one of
-    drawn rows agree draw by draw.
+    The draws are those of `resample_by_study`, so a statistic of weighted rows equals one of drawn
+    rows, draw by draw.
 
     Args:
-        groups: Group of each row, drawn whole, such as its study, shape (n,); all different to
-            draw rows.
+        groups: Group of each row, such as its study, shape (n,); drawn whole. With all groups
+            different, rows are drawn.
         resamples: Number of draws.
         seed: Seed of the draws.
 
     Returns:
-        Shape (resamples, n), whole numbers from 0.
+        Whole numbers from 0, float64 (resamples, n).
 
     Raises:
         DernetError: As `resample_by_study` raises.
@@ -169,7 +169,7 @@ def draw_weights(groups: np.ndarray, resamples: int = 1000, seed: int = 42) -> n
 
 
 def leave_one_out(groups: np.ndarray) -> np.ndarray:
-    """Return weights that leave out one group each, shape (groups, n), 0 or 1.
+    """Return weights, 0 or 1, each row of which leaves out one group; shape (groups, n).
 
     Args:
         groups: As `draw_weights` takes them.
@@ -193,28 +193,28 @@ def bootstrap(
 
     Args:
         statistic: Takes weights of shape (draws, n) and returns a number for each draw, shape
-            (draws,); nan where it is undefined, as `classification.weighted_auroc` does.
+            (draws,), nan where it is undefined; `classification.weighted_auroc` makes one.
         groups: As `draw_weights` takes them.
-        resamples: Number of draws; the paper's section 4.1 takes 1,000.
+        resamples: Number of draws (paper, section 4.1: 1,000).
         seed: Seed of the draws.
         level: Coverage in (0, 1).
         method: ``percentile``, or ``bca``: bias-corrected and accelerated, with the acceleration
             from leaving out one group at a time (Efron, JASA 82, 1987, section 6).
 
     Returns:
-        The statistic on all rows with its interval. The ends are nan where no draw is defined, and
-        for ``bca`` also where leaving out any one group gives the same statistic, or all draws lie
-        on one side of it.
+        The statistic on all rows with its interval. The ends are nan if no draw is defined, and for
+        ``bca`` also if all leave-one-out statistics are equal or all draws lie on one side of it.
 
     Raises:
-        DernetError: `level` is outside (0, 1), another method, or as `resample_by_study` raises.
+        DernetError: `level` is outside (0, 1), `method` is another, or as `resample_by_study`
+            raises.
 
     >>> y = np.array([0.0, 0.0, 1.0, 1.0])
     >>> bootstrap(lambda w: w @ y / w.sum(1), [1, 2, 3, 4], 500).n_studies
     4
     """
     if method not in ("percentile", "bca"):
-        raise DernetError(f"An interval's method is percentile or bca, not {method!r}.")
+        raise DernetError(f"An interval's method must be percentile or bca, not {method!r}.")
     groups = checked_groups(groups, resamples)
     values = statistic(np.vstack([np.ones(len(groups)), draw_weights(groups, resamples, seed)]))
     if method == "percentile":
@@ -241,7 +241,7 @@ def interval_of(
         DernetError: `level` is outside (0, 1).
     """
     if not 0 < level < 1:
-        raise DernetError(f"The level of an interval lies between 0 and 1, not at {level}.")
+        raise DernetError(f"The level of an interval must lie between 0 and 1, but is {level}.")
     value, draws = float(values[0]), np.asarray(values[1:])
     defined = draws[~np.isnan(draws)]
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
@@ -263,7 +263,7 @@ def interval_of(
 def _bca_tails(
     value: float, draws: np.ndarray, without: np.ndarray, tails: np.ndarray
 ) -> np.ndarray:
-    """The quantiles of the draws that are a bca interval's ends (Efron, 1987, Eqs. 2.3, 6.6)."""
+    """Return the quantiles at which a bca interval ends (Efron, 1987, Eqs. 2.3, 6.6)."""
     below = ((draws < value).sum() + (draws == value).sum() / 2) / max(len(draws), 1)
     without = without[~np.isnan(without)]
     if not 0 < below < 1 or not len(without) or not np.ptp(without) > 0:

@@ -1,7 +1,7 @@
 """Tests of significance: DeLong by study, paired t, McNemar, Holm, and numbers of studies.
 
 Images of one study resemble each other, so they are not independent observations: DeLong's variance
-adds up whole studies.
+is computed from the sums over whole studies.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from dernet_utils.metrics.intervals import Interval, checked_groups
 
 @dataclass(frozen=True)
 class Areas:
-    """AUROCs of several scores of the same images, and how they vary together.
+    """AUROCs of several scores of the same images, with their covariance.
 
     Attributes:
         values: Shape (k,).
-        covariance: Of the values, shape (k, k).
+        covariance: Covariance of the values, shape (k, k).
         n_images: Number of images.
-        n_studies: Number of groups that count as independent.
+        n_studies: Number of independent groups.
     """
 
     values: np.ndarray
@@ -54,9 +54,9 @@ class Areas:
         return self._normal(self._contrast(first, second), level)
 
     def p_value(self, first: int = 0, second: int = 1) -> float:
-        """Return the two-sided p-value of two areas being equal.
+        """Return the two-sided p-value of the hypothesis that two areas are equal.
 
-        1 if the two are equal; 0 if they differ and the variance is zero.
+        If the variance is zero it is 1 for equal areas and 0 for others.
 
         Args:
             first, second: Columns of the scores.
@@ -83,30 +83,32 @@ class Areas:
 def delong(y: np.ndarray, prob: np.ndarray, groups: np.ndarray | None = None) -> Areas:
     """Return AUROCs with their covariance, from placement values.
 
-    Without groups it is the estimator of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988),
-    by midranks; with groups that of Obuchowski (Biometrics 53, 1997), which adds placement values
-    up by group before it squares them.
+    Without groups, by the estimator of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988),
+    computed from midranks; with groups, by that of Obuchowski (Biometrics 53, 1997), which sums the
+    placement values of each group before squaring.
 
     Args:
         y: Labels, shape (n,), 0 or 1.
-        prob: Scores, shape (n,) or (n, k), any monotone scale.
-        groups: Independent unit of each image, such as its study, shape (n,); None for images.
+        prob: Scores, shape (n,) or (n, k), on any monotone scale.
+        groups: Independent unit of each image, such as its study, shape (n,); None if each image
+            is one.
 
     Returns:
-        The areas; the covariance is nan where fewer than two independent units have a class.
+        The areas; the covariance is nan if fewer than two independent units have a class.
 
     Raises:
-        DernetError: Shapes do not fit, labels are not 0 or 1, a score is nan, or one class only.
+        DernetError: Shapes do not fit, labels are not 0 and 1 or only one of them, or a score is
+            nan.
     """
     y, prob = np.asarray(y), np.asarray(prob, np.float64)
     prob = prob[:, None] if prob.ndim == 1 else prob
     if y.ndim != 1 or prob.ndim != 2 or len(prob) != len(y) or np.isnan(prob).any():
         raise DernetError(
-            "DeLong's variance needs a label and a score for each image, none of them nan: "
-            f"got shapes {y.shape} and {prob.shape}."
+            "DeLong's variance needs a label and a score for each image, none of them nan, but got "
+            f"shapes {y.shape} and {prob.shape}, or a nan."
         )
     if not np.isin(y, (0, 1)).all() or len(np.unique(y)) < 2:
-        raise DernetError("DeLong's variance needs labels 0 and 1, and both of them.")
+        raise DernetError("DeLong's variance needs labels 0 and 1, both of them and no others.")
     y = y.astype(bool)
     groups = np.arange(len(y)) if groups is None else checked_groups(groups)
     if len(groups) != len(y):
@@ -126,20 +128,20 @@ def delong(y: np.ndarray, prob: np.ndarray, groups: np.ndarray | None = None) ->
 
 
 def _sums(rows: np.ndarray, unit: np.ndarray, units: int) -> np.ndarray:
-    """Rows added up by unit, shape (units, k)."""
+    """Return the sums of rows by unit, shape (units, k)."""
     sums = np.zeros((units, rows.shape[1]))
     np.add.at(sums, unit, rows)
     return sums
 
 
 def _freedom(unit: np.ndarray) -> float:
-    """Units over units less one; nan for a single one."""
+    """Return n / (n - 1) for n units; nan for a single one."""
     number = len(np.unique(unit))
     return number / (number - 1) if number > 1 else float("nan")
 
 
 def _root(variance: float) -> float:
-    """A standard error; variances below zero by rounding count as zero."""
+    """Return a standard error; a variance below zero by rounding counts as zero."""
     return float(np.sqrt(variance if np.isnan(variance) else max(variance, 0.0)))
 
 
@@ -152,7 +154,7 @@ class PairedTest:
 
     Attributes:
         statistic: The test statistic.
-        p: Probability of a statistic at least as far from zero if there is no difference.
+        p: Probability of a statistic at least as far from zero under the null hypothesis.
         n: Number of pairs.
     """
 
@@ -164,13 +166,13 @@ class PairedTest:
 def paired_t(differences: np.ndarray, test_share: float = 0.0) -> PairedTest:
     """Return Student's paired test, plain or corrected for cross-validation.
 
-    Differences across folds are not independent: two folds' training sets overlap. Nadeau and
-    Bengio (Machine Learning 52, 2003) enlarge the variance of the mean from 1/k to 1/k + test
-    images / training images.
+    Differences across folds are not independent, since the folds' training sets overlap. Nadeau and
+    Bengio (Machine Learning 52, 2003) replace the factor 1/k in the variance of the mean by 1/k +
+    test images / training images.
 
     Args:
         differences: One per pair, such as a fold, shape (k,).
-        test_share: Test images over training images in each fold, such as 1/4 for five folds; 0
+        test_share: Ratio of test to training images in each fold, such as 1/4 for five folds; 0
             for the plain test.
 
     Raises:
@@ -186,7 +188,7 @@ def paired_t(differences: np.ndarray, test_share: float = 0.0) -> PairedTest:
             f"got {differences.tolist()}."
         )
     if test_share < 0:
-        raise DernetError(f"Test images over training images are at least 0, not {test_share}.")
+        raise DernetError(f"The ratio of test to training images is at least 0, not {test_share}.")
     n, mean = len(differences), differences.mean()
     error = np.sqrt(differences.var(ddof=1) * (1 / n + test_share))
     if not error:
@@ -197,10 +199,10 @@ def paired_t(differences: np.ndarray, test_share: float = 0.0) -> PairedTest:
 
 
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
-    """Return McNemar's exact test of two classifiers being correct equally often.
+    """Return McNemar's exact test that two classifiers are correct equally often.
 
-    Only images count on which exactly one classifier is correct; without a difference, each is
-    equally likely to be that one (McNemar, Psychometrika 12, 1947). Computed by statsmodels.
+    Only images on which exactly one classifier is correct count; under the null hypothesis either
+    is equally likely to be that one (McNemar, Psychometrika 12, 1947). Computed by statsmodels.
 
     Args:
         first_right, second_right: Whether each is correct on each image, shape (n,).
@@ -215,13 +217,14 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
     >>> mcnemar([1, 1, 1, 0], [0, 0, 1, 1])
     PairedTest(statistic=1.0, p=1.0, n=3)
     """
-    # here, not above: loading it takes seconds
+    # imported here because loading it takes seconds
     from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
 
     first, second = np.asarray(first_right, bool), np.asarray(second_right, bool)
     if first.ndim != 1 or first.shape != second.shape:
         raise DernetError(
-            f"McNemar's test compares the same images: got shapes {first.shape} and {second.shape}."
+            "McNemar's test compares two classifiers on the same images, but got shapes "
+            f"{first.shape} and {second.shape}."
         )
     alone, other = int((first & ~second).sum()), int((second & ~first).sum())
     p = exact_mcnemar([[0, alone], [other, 0]], exact=True).pvalue
@@ -229,16 +232,16 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> PairedTest:
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Return p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
+    """Return p-values adjusted for multiplicity (Holm, Scandinavian Journal of Statistics 6, 1979).
 
-    Rejecting those at most alpha keeps the probability of any false rejection at most alpha.
-    Computed by statsmodels.
+    Rejecting where the adjusted p is at most alpha keeps the probability of any false rejection at
+    most alpha. Computed by statsmodels.
 
     Args:
         p: Shape (m,), in [0, 1].
 
     Returns:
-        In the same order, in [0, 1], none below its own p.
+        Adjusted p-values in the same order, in [0, 1], none below its own p.
 
     Raises:
         DernetError: A value is outside [0, 1] or nan.
@@ -246,11 +249,11 @@ def holm(p: np.ndarray) -> np.ndarray:
     >>> holm([0.04, 0.01, 0.03]).round(2).tolist()
     [0.06, 0.03, 0.06]
     """
-    from statsmodels.stats.multitest import multipletests  # here, not above: likewise
+    from statsmodels.stats.multitest import multipletests  # slow to load, too
 
     p = np.asarray(p, np.float64)
     if not ((p >= 0) & (p <= 1)).all():
-        raise DernetError(f"P-values lie between 0 and 1: got {p.tolist()}.")
+        raise DernetError(f"P-values must lie between 0 and 1, but are {p.tolist()}.")
     return multipletests(p, method="holm")[1] if len(p) else p
 
 
@@ -259,15 +262,15 @@ def studies_needed(
 ) -> int:
     """Return how many studies are needed to detect a difference.
 
-    By the normal approximation: the standard error of a difference falls with the square root of
-    the number of studies, and the two-sided test must reject with probability `power`.
+    By the normal approximation: the standard error falls with the square root of the number of
+    studies, and the two-sided test must reject with probability `power`.
 
     Args:
         difference: True difference, not 0.
-        deviation: Standard error of the difference times the root of the number of studies that
-            it was estimated from.
+        deviation: Standard error of the difference, times the square root of the number of studies
+            from which it was estimated.
         power: In (0.5, 1).
-        level: One minus the probability of a false positive, in (0, 1).
+        level: One minus the significance level, in (0, 1).
 
     Raises:
         DernetError: A number is outside its range.
@@ -277,8 +280,8 @@ def studies_needed(
     """
     if not difference or not deviation > 0 or not 0.5 < power < 1 or not 0 < level < 1:
         raise DernetError(
-            "A number of studies needs a difference that is not 0, a deviation above 0, a power "
-            f"between 0.5 and 1 and a level between 0 and 1: got {difference}, {deviation}, "
+            "The number of studies needs a difference that is not 0, a deviation above 0, a power "
+            f"between 0.5 and 1 and a level between 0 and 1, but got {difference}, {deviation}, "
             f"{power} and {level}."
         )
     reach = distributions.norm.ppf((1 + level) / 2) + distributions.norm.ppf(power)

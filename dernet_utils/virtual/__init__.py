@@ -1,5 +1,6 @@
-"""The virtual radiographs: one donor CT, many patients, lesions in three dimensions, X-rays.
+"""Virtual radiographs: many patients from one donor CT, with lesions modelled in three dimensions.
 
-Others use `cohort`, which writes a folder in the form of VinDr-SpineXR, and `counterfactual`, which
-reads what each radiograph would show without a lesion. Chapter A1 explains the rest.
+Other wings may use `cohort` (writes a folder in the form of VinDr-SpineXR), `counterfactual` (reads
+each radiograph without one of its findings), `donor` (fetches and loads the CT) and, for figures,
+`render`. Chapter A1 explains how radiographs are made.
 """

@@ -1,6 +1,6 @@
 """Acquisition: Beer–Lambert attenuation, scatter, the detector, and processing for display.
 
-What `projection` has integrated along the rays becomes a detector's signal, and this grey values.
+Turns the integrals along the rays (from `projection`) into a detector's signal, then grey values.
 """
 
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import cv2
 import numpy as np
 
 SOURCE_MM = 950.0  # focal spot to spine
-DETECTOR_MM = 1150.0  # focal spot to detector: the spine is 200 mm before it
+DETECTOR_MM = 1150.0  # focal spot to detector: the spine is 200 mm in front of it
 # Mass attenuation in cm²/g at 40, 60 and 80 keV: NIST, X-ray mass attenuation coefficients
-# (water, ICRU-44 cortical bone, titanium). The weights of the energies describe filtered beams at
-# two tube voltages and are interpolated between them.
+# (water, ICRU-44 cortical bone, titanium). The weights of the energies stand for filtered beams at
+# two tube voltages; between these, they are interpolated.
 KVP = (70.0, 90.0)
 ENERGY_WEIGHTS = np.array([[0.40, 0.48, 0.12], [0.27, 0.50, 0.23]])
 WATER = np.array([0.2683, 0.2059, 0.1837])
 CORTICAL_BONE = np.array([0.6655, 0.3148, 0.2229])
 TITANIUM = np.array([2.214, 0.7661, 0.4052])
-FOCUS_MM = 0.18  # blur of a focal spot of 0.6 mm in the plane of the spine, as a deviation
-SCINTILLATOR_MM = 0.12  # blur of the detector, as a deviation
+FOCUS_MM = 0.18  # SD of the focal spot's blur at the spine; 0.6 mm alone cause less (about 0.03)
+SCINTILLATOR_MM = 0.12  # SD of the detector's blur
 QUANTA = 30_000.0  # per µGy and mm²: IEC 62220-1, RQA5
 
 
@@ -33,14 +33,14 @@ class Paths:
 
 
 def transmission(paths: Paths, kvp: float) -> np.ndarray:
-    """Return the fraction of photons that is transmitted, by the Beer–Lambert law.
+    """Return the transmitted fraction of photons, by the Beer–Lambert law.
 
-    Each energy of a small spectrum decays by exp(-sum of mass attenuation times path); what
-    arrives is their weighted sum, so a thick part hardens the beam.
+    Each of three energies decays by exp(-sum of mass attenuation times path). The result is their
+    weighted sum, so a thick part hardens the beam.
 
     Args:
         paths: What the rays pass through.
-        kvp: Tube voltage, kV, between the two of `KVP`.
+        kvp: Tube voltage, kV, within `KVP`.
 
     Returns:
         Shape (rows, columns), above 0 and at most 1.
@@ -56,7 +56,7 @@ def scattered_radiation(arrived: np.ndarray, spacing_mm: float, scatter: float) 
     """Return the scattered radiation behind the grid, as a fraction of what left the tube, (H, W).
 
     Args:
-        arrived: Fraction of photons that is transmitted, shape (H, W).
+        arrived: Transmitted fraction of photons, shape (H, W).
         spacing_mm: Pixel size in the plane of the spine.
         scatter: Ratio of scattered to primary radiation.
     """
@@ -74,12 +74,12 @@ def expose(
     """Turn transmission into a detector's signal: scatter, focal spot, grid, quanta, blur.
 
     Args:
-        arrived: Fraction of photons that is transmitted, shape (H, W).
+        arrived: Transmitted fraction of photons, shape (H, W).
         spacing_mm: Pixel size in the plane of the spine.
-        dose_ugy: Air kerma behind the patient, µGy, that automatic exposure control aims at.
+        dose_ugy: Target of automatic exposure control: air kerma behind the patient, µGy.
         scatter: Ratio of scattered to primary radiation behind the grid.
-        grid_lines_px: Period of the lines that a stationary grid leaves, px; 0 for a moving grid.
-        rng: Draws the quantum noise.
+        grid_lines_px: Period of a stationary grid's lines, px; 0 for a moving grid.
+        rng: Source of the quantum noise.
 
     Returns:
         Signal relative to its mean, shape (H, W), above 0.
@@ -98,16 +98,15 @@ def expose(
 class DisplayProcessing:
     """Processing of a detector's signal into grey values for reading.
 
-    A logarithm (so that thicknesses add), less of the slow variation (so that the whole field is
-    readable), enhancement of detail, and an S-shaped tone curve, as radiography systems do. The
-    parameters that were adapted to the image are kept, so that its counterfactuals are processed
-    alike.
+    As in radiography systems, a logarithm makes thicknesses add, slow variation is reduced so that
+    the whole field is readable, detail is enhanced, and an S-shaped tone curve is applied. The
+    parameters adapted to the image are kept, so that its counterfactuals are processed alike.
 
     Args:
         signal: As `expose` returns it, shape (H, W).
         spacing_mm: Pixel size in the plane of the spine.
         contrast: Steepness of the tone curve.
-        detail: Gain of structures between 1 and 8 mm.
+        detail: Gain of fine structures (band between Gaussians of 0.8 and 5 mm).
 
     Attributes:
         grey: The processed image, 0 black to 1 white, shape (H, W).
@@ -116,7 +115,7 @@ class DisplayProcessing:
     def __init__(self, signal: np.ndarray, spacing_mm: float, contrast: float, detail: float):
         self.spacing_mm, self.contrast, self.detail = spacing_mm, contrast, detail
         self.dense = -np.log(signal)
-        # Metal does not count for the adaptation: it would darken everything else.
+        # Metal does not count in the adaptation: it would darken everything else.
         self.ceiling = np.percentile(self.dense, 90.0) + 0.3
         slow = _smooth(np.minimum(self.dense, self.ceiling), 18.0 / spacing_mm)
         self.slow = 0.65 * (slow - slow.mean())
@@ -126,7 +125,7 @@ class DisplayProcessing:
         self.grey = self._curve(image)
 
     def change(self, extra: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
-        """Return how another density would have changed the processed image.
+        """Return how another density would change the processed image.
 
         Args:
             extra: The other density less this image's (natural logarithm), shape (H, W), zero
@@ -143,7 +142,7 @@ class DisplayProcessing:
             if not len(where):
                 return np.s_[0:0, 0:0], np.zeros((0, 0))
             spans.append((where[0] - reach, where[-1] + 1 + reach, size))
-        # The filters get a margin as wide again, so that the part's rim is exact, too.
+        # The filters get a second margin of that width, so that the part's rim is exact too.
         wide = tuple(slice(max(a - reach, 0), min(b + reach, size)) for a, b, size in spans)
         part = tuple(slice(max(a, 0), min(b, size)) for a, b, size in spans)
         inner = tuple(
@@ -167,7 +166,7 @@ class DisplayProcessing:
 
 
 def _smooth(image: np.ndarray, sigma_px: float) -> np.ndarray:
-    """Blur by a Gaussian; wide ones on a smaller copy, which is much faster and as accurate."""
+    """Blur by a Gaussian; a wide one on a smaller copy, which is much faster."""
     shrink = max(1, int(sigma_px / 6.0))
     small = cv2.resize(image, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
     small = cv2.GaussianBlur(small, (0, 0), sigma_px / shrink, borderType=cv2.BORDER_REFLECT)

@@ -11,9 +11,9 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.virtual.donor import LABELS, Donor, load_donor
 from dernet_utils.virtual.spine import Disc, Vertebra
 
-LEAST_BODIES = 6  # whole vertebrae of a donor
+LEAST_BODIES = 6  # least number of whole vertebrae in a donor
 MID_MM = 7.0  # half width of the midline slab in which the vertebral canal is searched
-CUT_MM = 2.5  # a body that ends closer to the scan's end than one slice counts as cut through
+CUT_MM = 2.5  # one slice: a body that ends closer to the scan's end counts as cut through
 
 
 class Anatomy(NamedTuple):
@@ -51,9 +51,9 @@ def _load_anatomy(ct: Path | None, mask: Path | None) -> Anatomy:
 def find_vertebrae(donor: Donor) -> list[Vertebra]:
     """Measure the donor's whole vertebral bodies, from the lowest to the highest.
 
-    Vertebrae that the scan's ends cut through are left out.
+    Vertebrae that an end of the scan cuts through are left out.
     """
-    order = sorted(LABELS)  # TotalSegmentator numbers from the lowest vertebra up
+    order = sorted(LABELS)  # TotalSegmentator numbers upwards from the lowest vertebra
     top_mm = (len(donor.labels) - 1) * donor.spacing_mm[0]
     found = []
     for label in order:

@@ -1,8 +1,8 @@
 """The virtual cohort: many patients from one donor, written as a VinDr-SpineXR folder.
 
 There are two steps. A *plan* draws every patient's body, lesions and views from one seed, as plain
-values. *Rendering* turns a patient's plan into DICOM files and rows of the tables; it depends
-on that plan alone, so patients can be rendered in any order and by any number of workers, and an
+values. *Rendering* turns a patient's plan into DICOM files and table rows. It depends on the donor
+and that plan alone, so patients can be rendered in any order and by any number of workers, and an
 interrupted run resumes where it stopped.
 """
 
@@ -29,11 +29,11 @@ from dernet_utils.virtual.dicom_writer import write_dicom
 from dernet_utils.virtual.plan import VERSION, plan_cohort
 from dernet_utils.virtual.render import BOX_MARGIN_MM, find_box, render_radiograph
 
-LEAST_VISIBILITY = 0.7  # of a labelled lesion, in standard deviations of its surroundings
+LEAST_VISIBILITY = 0.7  # of a labelled lesion: contrast-to-noise ratio
 
 
 def identify(*parts: object) -> str:
-    """Return an identifier, 32 hexadecimal digits, that depends on the parts alone."""
+    """Return an identifier of 32 hexadecimal digits that depends only on the parts."""
     return hashlib.md5("/".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
 
 
@@ -54,7 +54,7 @@ def write_cohort(
         patients: Number of virtual patients (studies), at least 20.
         seed: The same seed gives the same bytes, whatever the number of workers.
         workers: Number of processes.
-        progress: Called with the number of finished patients and of all.
+        progress: Called with (finished patients, all patients) after each patient.
         ct, mask: Another donor and its TotalSegmentator labels, as `load_donor` takes them.
 
     Returns:
@@ -62,7 +62,7 @@ def write_cohort(
 
     Raises:
         DernetError: The folder is not empty, the donor cannot be used (see `load_anatomy`), there
-            are too few patients, or the disk has too little room.
+            are too few patients, or the disk has too little space.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -82,7 +82,7 @@ def write_cohort(
                 if progress:
                     progress(done, patients)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
+            pool.shutdown(cancel_futures=True)  # on an error or Ctrl-C, do not wait for the rest
             raise
     manifest = _assemble(working, plans, patients, seed, anatomy.donor.digest)
     if out.is_dir():
@@ -92,9 +92,7 @@ def write_cohort(
 
 
 def ensure_cohort(workspace: Workspace, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Return the folder of a run's dataset, and make the virtual cohort if it is missing.
-
-    Nothing is made for real data.
+    """Return the folder of a run's dataset; a virtual cohort is made where it is missing.
 
     Args:
         workspace: The run.
@@ -129,7 +127,7 @@ def _check_room(working: Path, plans: list[dict]) -> None:
 
 
 def _claim(working: Path, plans: list[dict], donor: str) -> None:
-    """Make the working folder, or check that it belongs to the same plan."""
+    """Make the working folder; empty it first if it belongs to another plan."""
     digest = hashlib.sha256(json.dumps([VERSION, donor, plans]).encode()).hexdigest()
     stamp = working / "plan.sha256"
     if stamp.is_file() and stamp.read_text() != digest:

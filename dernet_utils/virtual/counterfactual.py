@@ -2,8 +2,8 @@
 
 Only virtual radiographs have them. They are stored as ``twins/<image_id>.npz``, one entry per
 finding in the manifest's order: the mask as bits inside its bounding rectangle, and the change of
-grey to the counterfactual in steps of 1/1023, inside the rectangle where there is any. A finding
-out of the field has no entry.
+grey in steps of 1/1023 inside the rectangle outside which nothing changes. A finding outside the
+field has no entry.
 """
 
 import zipfile
@@ -16,7 +16,7 @@ import pandas as pd
 
 from dernet_utils.core.errors import DernetError
 
-STEPS = 1023  # of grey from black to white: as fine as an image of 10 bits
+STEPS = 1023  # grey steps from black to white, as in an image of 10 bits
 
 
 class Counterfactual(NamedTuple):
@@ -25,8 +25,8 @@ class Counterfactual(NamedTuple):
     Attributes:
         visibility: Contrast-to-noise ratio inside the mask.
         mask: The finding's shadow, bool (H, W).
-        part: Rows and columns outside which the two radiographs are the same.
-        change: The radiograph without the finding less the one with it, in `part`; -1 to 1.
+        part: Rows and columns outside which the two radiographs are equal.
+        change: The radiograph without the finding minus the one with it, in `part`; -1 to 1.
     """
 
     visibility: float
@@ -56,11 +56,11 @@ class Counterfactual(NamedTuple):
 
 
 def write_counterfactuals(path: Path, counterfactuals: list[Counterfactual | None]) -> None:
-    """Write a radiograph's counterfactuals; the same ones give the same bytes.
+    """Write a radiograph's counterfactuals; equal counterfactuals give equal bytes.
 
     Args:
         path: The file, ``<image_id>.npz``; replaced where it exists.
-        counterfactuals: One entry per finding; None where a finding is out of the field.
+        counterfactuals: One entry per finding; None for a finding outside the field.
     """
     arrays = {}
     for number, one in enumerate(counterfactuals):
@@ -87,8 +87,8 @@ def read_counterfactuals(root: Path, image_id: str) -> list[Counterfactual | Non
         image_id: The radiograph.
 
     Returns:
-        One entry per finding of the study, in the manifest's order; None where a finding is out of
-        the field.
+        One entry per finding of the study, in the manifest's order; None for a finding outside the
+        field.
 
     Raises:
         DernetError: There are none, as in a dataset of real radiographs, or the file is damaged.
@@ -115,7 +115,7 @@ def _counterfactual(arrays: dict, number: int) -> Counterfactual | None:
 
 
 def _spans(where: np.ndarray) -> list[tuple[int, int]]:
-    """Return the first and one past the last row and column with any true value."""
+    """Return the half-open ranges of rows and of columns that contain all true values."""
     indices = [np.flatnonzero(where.any(axis=axis)) for axis in (1, 0)]
     return [(int(i[0]), int(i[-1]) + 1) if len(i) else (0, 0) for i in indices]
 

@@ -18,21 +18,22 @@ from pydicom.uid import (
 
 from dernet_utils.virtual.acquisition import DETECTOR_MM, SOURCE_MM
 
-GAMMA = 1.6  # ours: exponent of a VOI LUT
-TUBE_MA = 250  # ours: one fixed tube current; the exposure time follows from it and the mAs
+GAMMA = 1.6  # our choice: exponent of the VOI LUT
+TUBE_MA = 250  # our choice: a fixed tube current; the mAs then give the exposure time
 FOCAL_SPOT_MM = 0.6  # nominal; its blur is `acquisition.FOCUS_MM`
 # View Position (0018,5101), PS3.3, C.8.1.1, and the code of CID 4010 "DX View", PS3.16. A lateral
-# view is named for the side at the detector: on LL the beam goes from right to left. The defined
-# terms have no posterior oblique, so an oblique view takes the lateral oblique of the side at the
-# detector: the left back on LPO, hence LLO; the right back on RPO, hence RLO. The code has it.
+# view is named after the side at the detector: in LL the beam goes from right to left. The defined
+# terms lack posterior obliques, so an oblique view takes the lateral oblique of the side at the
+# detector: in LPO the left side of the back, hence LLO; in RPO the right, hence RLO. The code names
+# the posterior oblique itself.
 VIEWS = {
     "AP": ("AP", codes.cid4010.AnteroPosterior),
     "LATERAL": ("LL", codes.cid4010.LeftLateral),
     "LPO": ("LLO", codes.cid4010.LeftPosteriorOblique),
     "RPO": ("RLO", codes.cid4010.RightPosteriorOblique),
 }
-# The patient's direction along a row of the image, PS3.3, C.7.6.1.1.1: where an LPO's or an RPO's
-# two letters are equally true, the side comes first.
+# The patient's direction along a row of the image, PS3.3, C.7.6.1.1.1. In an oblique view both
+# letters apply equally, and the side comes first.
 ACROSS = {"AP": "L", "LATERAL": "A", "LPO": "LA", "RPO": "LP"}
 MIRRORED = {"LATERAL": "P"}
 
@@ -61,7 +62,7 @@ def write_dicom(
         path: The file; replaced where it exists.
         grey: 0 black to 1 white, shape (H, W).
         plan: The patient's plan, as `plan.plan_cohort` returns it.
-        number: Which of its views this is, from 0.
+        number: Index of the view in the plan, from 0.
         ids: ``study_id``, ``series_id`` and ``image_id``, from which the UIDs are made.
         mas: Tube current-time product of the exposure, mAs.
     """
@@ -89,7 +90,7 @@ def write_dicom(
 
 
 def _put_identity(data: Dataset, plan: dict, number: int, ids: dict) -> None:
-    """Add the patient, study and series, none of them a person's."""
+    """Add the patient, study and series, none of which is a real person's."""
     data.SOPInstanceUID = generate_uid(entropy_srcs=[ids["image_id"]])
     data.StudyInstanceUID = generate_uid(entropy_srcs=[ids["study_id"]])
     data.SeriesInstanceUID = generate_uid(entropy_srcs=[ids["series_id"]])
@@ -122,8 +123,8 @@ def _put_geometry(data: Dataset, drawn: dict) -> None:
 def _put_exposure(data: Dataset, drawn: dict, mas: float) -> None:
     """Add the tube's settings (PS3.3, C.8.7.9, and C.8.1.2 for computed radiography).
 
-    Exposure (0018,1152) and Exposure Time (0018,1150) are whole numbers of mAs and ms; their
-    companions in µAs and µs are not rounded to these.
+    Exposure (0018,1152) and Exposure Time (0018,1150) are whole numbers of mAs and ms; the
+    attributes in µAs and µs keep the finer values.
     """
     data.KVP = f"{drawn['kvp']:.1f}"
     data.ExposureInuAs = round(1000.0 * mas)
@@ -169,7 +170,7 @@ def _put_digital(data: Dataset, drawn: dict, size: tuple[int, int]) -> None:
     ]
     inverse = drawn["photometric"] == "MONOCHROME1"
     data.PixelIntensityRelationship = "LOG"
-    data.PixelIntensityRelationshipSign = 1 if inverse else -1  # -1: more value, fewer photons
+    data.PixelIntensityRelationshipSign = 1 if inverse else -1  # -1: larger value, fewer photons
     data.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
 
 

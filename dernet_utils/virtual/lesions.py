@@ -1,10 +1,10 @@
 """Seven types of lesion, modelled in the donor's spine in three dimensions.
 
-A lesion moves tissue (a narrowed disc, a collapsed or a slipped vertebra), changes what tissue is
-made of (an osteophyte, a screw, a sclerotic focus), or both: `Lesion.move` and `Lesion.region` are
-functions of position. All positions are in the donor's millimetres, so that a lesion follows its
-vertebra through every deformation of the patient. All sizes grow from zero with severity: a lesion
-of severity 0 changes no voxel.
+A lesion moves tissue (a narrowed disc, a collapsed or slipped vertebra), replaces it (a spur, a
+screw, a sclerotic focus), or both: `Lesion.move` and `Lesion.region` are functions of position.
+All positions are in the donor's millimetres, so a lesion follows its vertebra through every
+deformation of the patient. All sizes grow from zero with severity: a lesion of severity 0 changes
+no voxel.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from dernet_utils.virtual.spine import Disc, Vertebra
 
 Points = tuple[Tensor, Tensor, Tensor]  # x, y, z in donor millimetres, all of one shape
 Tubes = list[tuple[list[np.ndarray], list[float]]]  # of each tube its nodes and its radii, mm
-SKIN_MM = 0.8  # depth over which occupancy rises from 0 at the surface to 1: no voxel staircase
-BONE = 1850.0  # HU + 1000 of an osteophyte: half compact bone at 1,500 HU, half spongy at 200
-SHEAR_MM = 5.0  # beyond the disc's edges, a slip's shear fades out
+SKIN_MM = 0.8  # depth over which occupancy rises from 0 at the surface to 1; avoids a staircase
+BONE = 1850.0  # HU + 1000 of an osteophyte: half compact bone (1,500 HU), half cancellous (200 HU)
+SHEAR_MM = 5.0  # distance beyond the disc's edges over which a slip's shear fades out
 CEMENT = 2600.0  # HU + 1000 of bone cement with barium
 TITANIUM = 4.5  # g/cm³
 
@@ -32,16 +32,16 @@ class Lesion:
 
     Attributes:
         lesion_type: One of `vocabulary.LESION_TYPES`.
-        form: Its kind, such as ``wedge``.
+        form: Its subtype, such as ``wedge``.
         level: Its vertebra or disc, such as ``L1`` or ``T12/L1``.
-        severity: From 0, absent, to 1.
+        severity: From 0 (absent) to 1.
         centre_mm: Centre of the sphere outside which the lesion changes nothing, (x, y, z).
         reach_mm: Radius of that sphere.
         size_mm: Radius of a sphere about the same centre that contains the region.
-        region: Occupancy, 0 to 1, of the volume that a reader would call the lesion.
-        move: Maps a position in the patient with the lesion to the position in the donor whose
-            tissue is found there; None where nothing moves.
-        fill: Density (HU + 1000) that the region takes; None where tissue stays as it is.
+        region: Occupancy, 0 to 1, of the volume that a radiologist would call the lesion.
+        move: Maps a position in the patient with the lesion to the donor position whose tissue
+            lies there; None where nothing moves.
+        fill: Density (HU + 1000) of the region; None where tissue keeps its density.
         metal: Density of titanium in g/cm³ inside the region; 0 for tissue.
     """
 
@@ -62,7 +62,7 @@ class Lesion:
 
 
 def _frame(points: Points, part: Vertebra | Disc) -> Points:
-    """Return positions in a part's frame: mm to the left, to the front and up from its centre."""
+    """Return positions in a part's frame: mm to the left, the front and upwards of its centre."""
     offset = [p - float(c) for p, c in zip(points, part.centre_mm, strict=True)]
     left = np.cross(part.front, part.up)
     axes = (left, part.front, part.up)
@@ -86,7 +86,7 @@ def _tube(points: tuple[Tensor, ...], nodes: np.ndarray, radii: np.ndarray) -> T
     for start, end, r0, r1 in zip(nodes, nodes[1:], radii, radii[1:], strict=False):
         along = end - start
         offset = [p - float(s) for p, s in zip(points, start, strict=True)]
-        length = max(float(along @ along), 1e-9)  # at severity 0 nodes may coincide
+        length = max(float(along @ along), 1e-9)  # nodes may coincide at severity 0
         t = sum(o * float(a) for o, a in zip(offset, along, strict=True)) / length
         t = t.clamp(0.0, 1.0)
         square = sum((o - t * float(a)) ** 2 for o, a in zip(offset, along, strict=True))
@@ -95,13 +95,13 @@ def _tube(points: tuple[Tensor, ...], nodes: np.ndarray, radii: np.ndarray) -> T
 
 
 def _ellipsoid(points: Points, centre: tuple, radii: tuple) -> Tensor:
-    """Return the occupancy of an ellipsoid in a frame's millimetres."""
+    """Return the occupancy of an ellipsoid; centre and radii in mm of the points' frame."""
     square = sum(((p - c) / r) ** 2 for p, c, r in zip(points, centre, radii, strict=True))
     return _inside((square.sqrt() - 1.0) * min(radii))
 
 
 def _shift(points: Points, axis: np.ndarray, by: Tensor) -> Points:
-    """Move positions along an axis by a distance of each, mm."""
+    """Move each position along an axis by its own distance, mm."""
     return tuple(p + by * float(a) for p, a in zip(points, axis, strict=True))
 
 
@@ -109,7 +109,7 @@ def _shift(points: Points, axis: np.ndarray, by: Tensor) -> Points:
 
 
 def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
-    """Return a disc that has lost up to 85 % of its height, with sclerosis of both endplates."""
+    """Return the loss of up to 85 % of a disc's height, with sclerosis of both endplates."""
     lost = disc.height_mm * 0.85 * severity
     half, left_half = disc.height_mm / 2, (disc.height_mm - lost) / 2
     depth, width = disc.below.depth_mm / 2, disc.below.width_mm / 2
@@ -149,10 +149,8 @@ def disc_space_narrowing(disc: Disc, severity: float) -> list[Lesion]:
 def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesion]:
     """Return a wedge, biconcave or crush fracture with up to 48 % of the body's height lost.
 
-    Bone is impacted under a broken endplate and shows as a dense band.
-
-    By Genant's grades (J Bone Miner Res 1993; 8: 1137) a loss of at least 20 % is mild, of 25 %
-    moderate, and of 40 % severe.
+    Impacted bone under a broken endplate appears as a dense band. By Genant's grades (J Bone Miner
+    Res 1993; 8: 1137) a loss of at least 20 % is mild, of 25 % moderate, and of 40 % severe.
 
     Args:
         body: The vertebral body.
@@ -195,9 +193,9 @@ def vertebral_collapse(body: Vertebra, severity: float, form: str) -> list[Lesio
 
 
 def spondylolisthesis(disc: Disc, severity: float) -> list[Lesion]:
-    """Return an upper vertebra that slipped forward by up to half the depth of the lower one.
+    """Return a forward slip of the upper vertebra by up to half the depth of the lower one.
 
-    These are Meyerding's grades I and II.
+    This covers Meyerding's grades I and II.
     """
     slip = disc.below.depth_mm * 0.5 * severity
     height, tall = disc.height_mm, disc.above.height_mm
@@ -248,12 +246,12 @@ def osteophyte(disc: Disc, severity: float, form: str, upper: bool, angle: float
         angle: Position on the rim in radians: 0 in front, positive to the patient's left.
     """
     body = disc.above if upper else disc.below
-    toward = -1.0 if upper else 1.0  # direction of the disc along `up`
+    toward = -1.0 if upper else 1.0  # direction along `up` to the disc
     length, thick = 11.0 * severity, 3.4 * severity**0.5
     arc = 0.48 * severity**0.5 + 1e-3  # half of its extent along the rim, radians
     reach = {"claw": 0.75, "traction": 0.9, "bridging": 0.8}[form] * length
     rise = {"claw": 0.65, "traction": 0.05, "bridging": 0.4}[form] * length
-    # Its cross-section: (outward, toward the disc) in mm from the rim's edge.
+    # Its cross-section: (outward, towards the disc) in mm from the rim's edge.
     section = np.array([[-1.5, -1.5], [0.7 * reach, 0.2 * rise], [reach, rise]])
     radii = np.array([thick, 0.8 * thick, 0.35 * thick])
     if form == "bridging":
@@ -297,7 +295,7 @@ def _rim(body: Vertebra, angle: Tensor) -> Tensor:
 
 
 def foraminal_stenosis(disc: Disc, severity: float) -> list[Lesion]:
-    """Return bone of the facets that has grown into both foramina behind a disc."""
+    """Return facet bone that has grown into both foramina behind a disc."""
     radius = 7.5 * severity
     back = -(disc.below.depth_mm / 2 + 5.0)
     side = disc.below.width_mm * 0.36
@@ -317,13 +315,13 @@ def foraminal_stenosis(disc: Disc, severity: float) -> list[Lesion]:
 
 
 def other_lesion(body: Vertebra, severity: float, form: str, place: np.ndarray) -> list[Lesion]:
-    """Return a focus in a body.
+    """Return a sclerotic, lytic or mixed focus in a vertebral body.
 
     Args:
         body: The vertebral body.
         severity: Fraction of the largest radius, 10.5 mm; 0 to 1.
         form: ``sclerotic``, ``lytic`` or ``mixed``.
-        place: Its position (left, front, up) in half sizes of the body, shape (3,).
+        place: Its centre (left, front, up) in half sizes of the body, shape (3,).
     """
     radius = 10.5 * severity
     size = radius + 1.0
@@ -347,13 +345,13 @@ def other_lesion(body: Vertebra, severity: float, form: str, place: np.ndarray) 
 
 
 def implant(bodies: list[Vertebra], discs: list[Disc], form: str) -> list[Lesion]:
-    """Return hardware over neighbouring vertebrae; each screw, rod and cage is one `Lesion`.
+    """Return hardware in neighbouring vertebrae; each screw, rod or cage is one `Lesion`.
 
     Args:
         bodies: The vertebrae that it spans, from the lowest up.
         discs: The discs between them.
-        form: Pedicle ``screws`` and rods; these with ``cages`` in the discs; an anterior
-            ``plate``; or ``cement`` in the bodies.
+        form: ``screws`` (pedicle screws and rods), ``cages`` (the same, with cages in the discs),
+            ``plate`` (anterior) or ``cement`` (in the bodies).
     """
     level = bodies[0].name if len(bodies) == 1 else f"{bodies[-1].name}-{bodies[0].name}"
     what = {"fill": CEMENT} if form == "cement" else {"metal": TITANIUM}
@@ -389,7 +387,7 @@ def _cage(points: Points, disc: Disc) -> Tensor:
 
 
 def _screws(bodies: list[Vertebra]) -> Tubes:
-    """Return two pedicle screws per vertebra and a rod on each side, as nodes and radii in mm."""
+    """Return two pedicle screws per vertebra and a rod on each side; nodes and radii in mm."""
     parts = []
     for side in (-1.0, 1.0):
         heads = []
@@ -407,7 +405,7 @@ def _screws(bodies: list[Vertebra]) -> Tubes:
 
 
 def _plate(bodies: list[Vertebra]) -> Tubes:
-    """Return a plate in front of the bodies with two screws in each, as nodes and radii in mm."""
+    """Return a plate in front of the bodies with two screws in each; nodes and radii in mm."""
     parts = []
     for side in (-0.25, 0.25):
         rail = [body.point(left=side, front=1.12) for body in bodies]
@@ -420,7 +418,7 @@ def _plate(bodies: list[Vertebra]) -> Tubes:
 
 
 def _cement(bodies: list[Vertebra]) -> Tubes:
-    """Return cement in each body along both pedicles' directions, as nodes and radii in mm."""
+    """Return cement in each body along the directions of both pedicles; nodes and radii in mm."""
     parts = []
     for body in bodies:
         for side in (-1.0, 1.0):

@@ -6,12 +6,12 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.virtual.dicom_writer import SYNTAXES
 from dernet_utils.virtual.spine import Vertebra
 
-VERSION = 2  # of the cohort's recipe; a new version makes old cohorts stale
+VERSION = 2  # of the cohort's recipe and part of every seed; a new one makes old cohorts stale
 # Fractions of the patients.
 ABNORMAL = 0.52  # about half of the images then show a finding, as in the dataset
 TEST = 0.20  # 1,000 of the dataset's 5,000 studies
-# Who have a lesion of a class, chosen so that the labelled boxes per class follow the dataset's
-# training split (book/data_card.md); osteophytes are in nine of ten abnormal patients.
+# Fractions with a lesion of a type, chosen so that the labelled boxes per type follow the dataset's
+# training split (book/data_card.md).
 CARRIERS = {
     "Vertebral collapse": 0.047,
     "Other lesions": 0.050,
@@ -20,9 +20,9 @@ CARRIERS = {
     "Foraminal stenosis": 0.105,
     "Disc space narrowing": 0.165,
 }
-SPURS = 0.90  # of abnormal patients
-# Severity is drawn between the least that a reader would report and 1. The least is a fifth of the
-# height for a collapse (Genant), a tenth of the depth for a slip, else what is just visible.
+SPURS = 0.90  # of the patients with such a lesion, who also have osteophytes
+# Severity is drawn between the least that a radiologist would report and 1. The least loses a fifth
+# of the height in a collapse (Genant) and a tenth of the depth in a slip; else it is just visible.
 LEAST = {
     "Vertebral collapse": 0.42,
     "Other lesions": 0.35,
@@ -31,7 +31,7 @@ LEAST = {
     "Disc space narrowing": 0.35,
     "Osteophytes": 0.12,
 }
-# The views of a study and their probability; 2.1 images per study on average, as in the dataset.
+# The views of a study and their probabilities; 2.1 images per study on average, as in the dataset.
 STUDIES = {
     ("LATERAL",): 0.09,
     ("AP",): 0.09,
@@ -40,21 +40,21 @@ STUDIES = {
     ("LATERAL", "AP", "RPO"): 0.05,
     ("LATERAL", "AP", "LPO", "RPO"): 0.08,
 }
-FIELD_MARGIN_MM = 12.0  # rendered beyond the collimated field, since the detector may be rotated
-SHOULDERS_MM = 100.0  # least distance of the field's middle below the second highest vertebra
+FIELD_MARGIN_MM = 12.0  # rendered around the collimated field, since the detector may be rotated
+SHOULDERS_MM = 100.0  # least distance from the second highest vertebra down to the field's centre
 
 
 def plan_cohort(patients: int, seed: int, bodies: list[Vertebra]) -> list[dict]:
     """Draw a cohort's patients.
 
     Args:
-        patients: How many, at least 20, so that each lesion type is in both splits.
+        patients: Their number, at least 20. In a small cohort a split may lack a lesion type.
         seed: The same seed gives the same cohort.
         bodies: The donor's vertebrae, from the lowest up.
 
     Returns:
-        One dictionary of plain values per patient: ``patient`` (number), ``seed``, ``split``,
-        ``age`` (years), ``sex``, ``shape``, ``views`` and ``findings``, as the manifest holds them.
+        One dictionary of plain values per patient, as in the manifest: ``patient`` (number),
+        ``seed``, ``split``, ``age`` (years), ``sex``, ``shape``, ``views`` and ``findings``.
 
     Raises:
         DernetError: Fewer than 20 patients.
@@ -66,7 +66,7 @@ def plan_cohort(patients: int, seed: int, bodies: list[Vertebra]) -> list[dict]:
     carried: dict[int, list[str]] = {int(p): [] for p in abnormal}
     test: set[int] = set()
     train: set[int] = set()
-    # The rarest first: each split gets at least one carrier of each type.
+    # Each type in turn asks for at least one carrier in each split.
     for lesion_type, fraction in CARRIERS.items():
         carriers = rng.choice(abnormal, max(2, round(fraction * patients)), replace=False)
         wanted = max(1, round(TEST * len(carriers)))
@@ -96,10 +96,10 @@ def _plan_patient(
     bodies: list[Vertebra],
     rng: np.random.Generator,
 ) -> dict:
-    """Draw one patient; `types` is None for a healthy one."""
+    """Draw one patient; `types` is None for one without findings."""
     age, sex = int(rng.integers(25, 86)), str(rng.choice(["F", "M"]))
     height_mm = float(rng.uniform(160.0, 225.0))
-    # The cone's lower edge stays in the scan, the shoulders stay out of the field.
+    # The cone's lower edge stays inside the scan, and the shoulders outside the field.
     lowest = 5.0 + 0.61 * (height_mm + FIELD_MARGIN_MM)
     highest = bodies[-2].centre_mm[2] - SHOULDERS_MM
     aim_z = float(rng.uniform(lowest, max(lowest + 8.0, highest)))
@@ -120,10 +120,10 @@ def _plan_patient(
 
 
 def _plan_shape(age: int, sex: str, bodies: int, rng: np.random.Generator) -> dict:
-    """Draw a body, independently of its lesions (sources: book/data_card.md)."""
-    # Adults differ by 4 % in stature, women and men by 7 (NCD-RisC, eLife 2016).
+    """Draw a body's shape, independently of its lesions (sources: book/data_card.md)."""
+    # Stature has an SD of 4 %; men are 7 % taller than women (NCD-RisC, eLife 2016).
     stature = _normal(rng, 1.035 if sex == "M" else 0.965, 0.04, 0.87, 1.13)
-    # Curves beyond 10 degrees: 8.85 % of adults (Kebaish, Spine 2011); most of them are mild.
+    # 8.85 % of adults have a curve beyond 10 degrees (Kebaish, Spine 2011); most are mild.
     curved = rng.random() < 0.0885
     cobb = 10.0 + rng.exponential(7.0) if curved else abs(rng.normal(0.0, 4.0))
     return {
@@ -131,12 +131,12 @@ def _plan_shape(age: int, sex: str, bodies: int, rng: np.random.Generator) -> di
         "cobb_deg": float(min(cobb, 35.0) * rng.choice([-1.0, 1.0])),
         "curve_phase": float(rng.uniform(0.0, 2 * np.pi)),
         "curve_mm": float(rng.uniform(240.0, 340.0)),
-        # Of the thorax, 27 degrees at 25 years, 41 at 75 (Fon, Am J Roentgenol 1980).
+        # Thoracic kyphosis: 27 degrees at 25 years, 41 at 75 (Fon, Am J Roentgenol 1980).
         "kyphosis_deg": _normal(rng, 27.0 + 0.28 * (age - 25), 8.0, 12.0, 58.0),
-        # Added to the donor's own; between L1 and L5 its SD is 11 degrees (Vialle, JBJS 2005).
+        # Added to the donor's lordosis; SD from L1 to L5: 11 degrees (Vialle, JBJS 2005).
         "lordosis_deg": _normal(rng, 0.0, 11.0, -22.0, 22.0),
         "girth": _normal(rng, 1.0, 0.12, 0.78, 1.28),
-        # Trabecular bone loses 1.4 % per year of its value at 50 (Jang, Radiology 2019); half of
+        # Trabecular bone loses 1.4 % per year of its value at 50 (Jang, Radiology 2019). Half of
         # a vertebra's mineral is in its cortex, which loses less.
         "bone": _normal(rng, 1.55 * (1.0 - 0.007 * (age - 50)), 0.16, 0.8, 2.1),
         "proportions": [float(v) for v in rng.normal(1.0, 0.04, 2 * bodies)],
@@ -149,7 +149,7 @@ def _normal(rng: np.random.Generator, mean: float, sd: float, low: float, high: 
 
 
 def _plan_view(name: str, height_mm: float, aim_z: float, rng: np.random.Generator) -> dict:
-    """Draw how one radiograph is taken, processed and stored."""
+    """Draw how one radiograph is acquired, processed and stored."""
     lateral, spacing_mm = name == "LATERAL", float(np.exp(rng.uniform(np.log(0.2), np.log(0.5))))
     height_mm = height_mm * float(rng.uniform(0.94, 1.0))
     width_mm = float(rng.uniform(0.54, 0.76) * height_mm)

@@ -1,7 +1,8 @@
 """Projection: a patient's shape, the rays of a view, and what each ray passes through.
 
-Rays are followed from the patient back into the donor's volume, where lesions move tissue, fill it
-or replace it by metal. `acquisition` turns the integrals into a radiograph.
+Each sample of a ray through the patient is mapped to a position in the donor's volume, where
+lesions move tissue, change its density or replace it by metal. `acquisition` turns the integrals
+into a radiograph.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,29 +21,29 @@ from dernet_utils.virtual.spine import Vertebra
 # Rays and their samples.
 GRID_MM = 0.7  # distance of the rays in the plane of the spine
 STEP_MM = 1.5  # distance of the samples along a ray near the spine
-FAR_STEP_MM = 4.0  # and elsewhere: half the computing time, no visible change
-NEAR_MM = 56.0  # how far from the spine's axis the finer steps reach
-MARGIN_MM = 14.0  # how far a lesion that moves tissue may carry another, or itself
+FAR_STEP_MM = 4.0  # distance elsewhere; halves the computing time without visible change
+NEAR_MM = 56.0  # depth before and behind the spine in which the finer steps are used
+MARGIN_MM = 14.0  # allowance for the displacement of a lesion by itself or by another
 # Materials.
 BONE_FROM = 1080.0  # HU + 1000 above which tissue counts partly as bone
-BONE_SPAN = 1520.0  # from there to pure cortical bone
+BONE_SPAN = 1520.0  # from there up to pure cortical bone
 CORTICAL_G_CM3 = 1.92  # density of cortical bone
-BEYOND_MM = 45.0  # distance from the spine beyond which a patient's girth scales the donor's body
-# What is computed at once.
-SAMPLES = 700_000  # bounds the memory, and fits the processor's cache
-MOST_ROWS = 48  # of rays: the slices that they meet make one image, of at most 32,767 rows
+BEYOND_MM = 45.0  # distance from the spine beyond which girth scales the donor's body
+# Size of one computation.
+SAMPLES = 700_000  # limits memory, and fits the processor's cache
+MOST_ROWS = 48  # of rays: OpenCV limits the stack of the slices that they cross to 32,767 rows
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a patient's body differs from the donor's: functions of height, as tables.
+    """How a patient's body differs from the donor's; functions of height are tables.
 
     Attributes:
-        z_patient_mm, z_donor_mm: Corresponding heights, both increasing, shape (n,).
+        z_patient_mm, z_donor_mm: Corresponding heights, both increasing; shape (n,).
         shift_x_mm, shift_y_mm: Offset of the spine at those heights (scoliosis, kyphosis).
         turn_rad: Axial rotation at those heights.
         girth: Width of the soft tissue beside the spine, relative to the donor's.
-        bone: Mineral density relative to the donor's; 0.7 is osteoporotic.
+        bone: Mineral density relative to the donor's.
     """
 
     z_patient_mm: np.ndarray
@@ -61,10 +62,10 @@ class View:
     Attributes:
         name: ``AP``, ``LATERAL``, ``LPO`` or ``RPO``.
         angle_rad: Direction of the beam: 0 from front to back, pi/2 from right to left.
-        aim_mm: Donor position (x, y, z) in the middle of the image.
-        height_mm, width_mm: Collimated field in the plane of the spine.
+        aim_mm: Donor position (x, y, z) at the centre of the image.
+        height_mm, width_mm: Rendered field in the plane of the spine.
         tilt_deg: Rotation of the detector in its plane.
-        mirrored: Whether the image is shown from its other side.
+        mirrored: Whether the image is shown mirrored.
     """
 
     name: str
@@ -111,12 +112,12 @@ class Scene:
         return Block((0, _count(view.height_mm)), (0, _count(view.width_mm)), (0, steps))
 
     def _depths(self, view: View) -> tuple[np.ndarray, np.ndarray]:
-        """Return a ray's samples: depth behind the spine's plane, and spacing, mm."""
+        """Return the depths of a ray's samples behind the spine's plane and their spacings, mm."""
         sides = [(-a * self.shape.girth, (e - a) * self.shape.girth)
                  for a, e in zip(view.aim_mm, self.extent_mm[:2], strict=False)]  # fmt: skip
         along = [x * np.sin(view.angle_rad) - y * np.cos(view.angle_rad)
                  for x in sides[0] for y in sides[1]]  # fmt: skip
-        # A turned box is deeper at its corners than the body, which is round.
+        # A turned box is deeper at its corners than the round body.
         before, behind = (max(0.97 * a, NEAR_MM) for a in (-min(along), max(along)))
         middle = np.arange(-NEAR_MM, NEAR_MM, STEP_MM) + STEP_MM / 2
         front = -NEAR_MM - np.arange(0.0, before - NEAR_MM, FAR_STEP_MM)[::-1] - FAR_STEP_MM / 2
@@ -128,7 +129,7 @@ class Scene:
     def donor_positions(
         self, view: View, block: Block, every: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Follow the rays of a block and return the donor position of each sample.
+        """Return the donor position of each sample along the rays of a block.
 
         Args:
             view: The geometry.
@@ -142,7 +143,7 @@ class Scene:
         row = (np.arange(*block.rows, every) - (whole.rows[1] - 1) / 2) * -GRID_MM
         column = (np.arange(*block.columns, every) - (whole.columns[1] - 1) / 2) * GRID_MM
         depth = self._depths(view)[0][slice(*block.steps, every)]
-        wider = (SOURCE_MM + depth) / SOURCE_MM  # the beam is a cone
+        wider = (SOURCE_MM + depth) / SOURCE_MM  # the beam diverges
         aim_z = np.interp(view.aim_mm[2], shape.z_donor_mm, shape.z_patient_mm)
         height = aim_z + row[:, None] * wider  # (rows, steps)
         z = np.interp(height, shape.z_patient_mm, shape.z_donor_mm)
@@ -153,7 +154,7 @@ class Scene:
             for table in (shape.shift_x_mm, shape.shift_y_mm)
         ]  # fmt: skip
         aim = [np.interp(view.aim_mm[2], self.axis[:, 2], self.axis[:, i]) for i in (0, 1)]
-        # The offset of the image's middle line from the spine, which then turns with the body.
+        # Offset of the image's middle line from the spine, before the body's rotation.
         offset = [
             np.interp(view.aim_mm[2], shape.z_donor_mm, table) + centre + target - centre
             for table, centre, target in zip(
@@ -183,7 +184,7 @@ class Scene:
         Args:
             view: The geometry.
             lesions: The lesions that are present.
-            block: The part of the view; by default all of it.
+            block: The part of the view; None for all of it.
         """
         block = block or self.whole(view)
         apart = self._apart(view, block)
@@ -208,7 +209,7 @@ class Scene:
         others = [lesion for lesion in lesions if lesion not in finding]
         if any(lesion.move for lesion in finding):
             return self.paths(view, lesions, block), self.paths(view, others, block)
-        # Nothing moves: the rays and the tissue, before any lesion is inserted, are the same.
+        # Nothing moves: rays and tissue are the same in both before lesions are inserted.
         pairs, apart = [], self._apart(view, block)
         for strip in _strips(block):
             density, near = self._tissue(view, lesions, strip)
@@ -221,7 +222,7 @@ class Scene:
     def shadow(
         self, view: View, finding: list[Lesion], lesions: list[Lesion], block: Block
     ) -> np.ndarray:
-        """Return how many millimetres of a finding's regions each ray crosses, (rows, columns)."""
+        """Return the length of each ray inside a finding's regions, mm, (rows, columns)."""
         points = tuple(p.contiguous() for p in self.donor_positions(view, block))
         self._move(points, [(other, self._near(points, other)) for other in lesions if other.move])
         solid = torch.zeros(points[0].shape)
@@ -233,7 +234,7 @@ class Scene:
         return _along(solid, self._apart(view, block)).numpy() * 10.0
 
     def blocks(self, view: View, findings: list[list[Lesion]]) -> list[Block | None]:
-        """Return the part of a view that each finding covers; None where it is out of the field."""
+        """Return the part of a view that each finding covers; None outside the field."""
         whole, every = self.whole(view), 4
         points = self.donor_positions(view, whole, every)
         found = []
@@ -255,10 +256,10 @@ class Scene:
         return found
 
     def _tissue(self, view: View, lesions: list[Lesion], strip: Block) -> tuple:
-        """Sample the moved tissue on a few rows of rays.
+        """Sample the tissue, as lesions move it, on a few rows of rays.
 
         Returns:
-            Density, shape (rows, steps, columns), and the nearby lesions that fill a region: each
+            Density, shape (rows, steps, columns), and the nearby lesions that change tissue: each
             with the slices around it and its occupancy there.
         """
         points = tuple(p.contiguous() for p in self.donor_positions(view, strip))
@@ -275,9 +276,9 @@ class Scene:
     def _sample(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Interpolate the donor's density at positions in mm; 0 outside the scan.
 
-        The two neighbouring slices are sampled as images, which OpenCV does several times faster
-        than a general sampler of volumes, and blended. The slices are stacked in one tall image;
-        the first and the last row of each is air.
+        The two neighbouring slices are sampled as images and blended: OpenCV does this several
+        times faster than a general sampler of volumes. The slices are stacked in one tall image;
+        the first and last rows of each slice are air.
         """
         slice_mm, row_mm, column_mm = self.spacing_mm
         count, rows = self.density.shape[:2]
@@ -303,7 +304,7 @@ class Scene:
 
     @staticmethod
     def _move(points: tuple, near: list) -> None:
-        """Replace the positions that lesions move by those where they find their tissue."""
+        """Replace each position that lesions move by the position of its tissue in the donor."""
         for lesion, where in near:
             if lesion.move and where:
                 moved = lesion.move(tuple(p[where] for p in points))
@@ -368,5 +369,5 @@ def _count(size_mm: float) -> int:
 
 
 def _slimmer(offset: Tensor, girth: float) -> Tensor:
-    """Map a patient's distance from the spine to the donor's: beyond `BEYOND_MM` it is scaled."""
+    """Map a patient's offset from the spine to the donor's: scaled beyond `BEYOND_MM`."""
     return torch.lerp(offset.clamp(-BEYOND_MM, BEYOND_MM), offset, 1.0 / girth)

@@ -1,4 +1,4 @@
-"""Rendering of a planned patient's radiographs, and of the counterfactual of each finding."""
+"""Rendering of a planned patient's radiographs and of each finding's counterfactual."""
 
 from typing import NamedTuple
 
@@ -21,14 +21,14 @@ from dernet_utils.virtual.projection import GRID_MM, Block, Scene, Shape, View
 from dernet_utils.virtual.spine import Disc, Vertebra
 
 # Bodies.
-LUMBAR_MM = 150.0  # from L1 to L5, over which a lordosis is spread
-TURN = 0.35  # rotation over lateral curvature in a scoliosis: ours, after Nash and Moe's grades
+LUMBAR_MM = 150.0  # length from L1 to L5, over which a lordosis is spread
+TURN = 0.35  # axial rotation over lateral curvature: our choice, after Nash and Moe's grades
 # Views.
 ANGLES = {"AP": 0.0, "LATERAL": 90.0, "LPO": 45.0, "RPO": -45.0}  # of the beam, degrees
 AIR_UGY = 30.0  # air kerma behind table and grid for 1 mAs at 80 kVp, without a patient
 # Labels.
 PART_IN_FIELD = 0.5  # least fraction of a lesion's shadow inside the collimated field
-BOX_MARGIN_MM = 1.5  # annotators draw a little outside the lesion's edge
+BOX_MARGIN_MM = 1.5  # annotators draw boxes a little outside the lesion's edge
 
 
 class RenderedRadiograph(NamedTuple):
@@ -37,7 +37,7 @@ class RenderedRadiograph(NamedTuple):
     Attributes:
         grey: 0 black to 1 white, shape (H, W).
         mas: Tube current-time product that automatic exposure control chose, mAs.
-        counterfactuals: One for each finding of the plan; None where it is out of the field.
+        counterfactuals: One for each finding of the plan; None for a finding outside the field.
     """
 
     grey: np.ndarray
@@ -61,12 +61,12 @@ def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
     z = np.linspace(knots[0], knots[-1], 321)
     step = z[1] - z[0]
     stretch = drawn["stature"] * factors[np.clip(np.searchsorted(knots, z) - 1, 0, len(knots) - 1)]
-    # Integrated from the scan's lower end, which stays in place.
+    # Integrated, with the scan's lower end kept in place.
     patient = _sum(_soften(stretch, 4.0 / step), step)
     patient -= np.interp(0.0, z, patient)
     wave = np.sin(2 * np.pi * z / drawn["curve_mm"] + drawn["curve_phase"])
     cobb = np.deg2rad(drawn["cobb_deg"])
-    # Curvature of the sagittal profile in addition to the donor's, radians per mm.
+    # Sagittal curvature added to the donor's, radians per mm.
     low, high = (body.centre_mm[2] for body in _thorax(bodies))
     more = np.deg2rad(drawn["kyphosis_deg"]) - _kyphosis(bodies)
     bend = np.where((z > low) & (z < high), more / (high - low), 0.0)
@@ -87,7 +87,7 @@ def build_shape(plan: dict, bodies: list[Vertebra]) -> Shape:
 
 
 def _thorax(bodies: list[Vertebra]) -> tuple[Vertebra, Vertebra]:
-    """Return T12 and T5 or, where a donor lacks them, its lowest and its highest vertebra."""
+    """Return T12 and T5; where a donor lacks one, its lowest or its highest vertebra."""
     named = {body.name: body for body in bodies}
     return named.get("T12", bodies[0]), named.get("T5", bodies[-1])
 
@@ -111,7 +111,7 @@ def _sum(values: np.ndarray, step: float) -> np.ndarray:
 
 
 def build_finding(finding: dict, bodies: list[Vertebra], discs: list[Disc]) -> list[Lesion]:
-    """Turn a planned finding into the lesions that it consists of.
+    """Turn a planned finding into its lesions.
 
     Args:
         finding: An entry of a plan's ``findings``.
@@ -143,7 +143,7 @@ def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadi
 
     Args:
         plan: The patient's plan, as `plan_cohort` returns it.
-        number: Which of its views, from 0.
+        number: Index of the view in the plan, from 0.
         anatomy: The donor.
     """
     drawn = plan["views"][number]
@@ -175,14 +175,14 @@ def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadi
     if drawn["marker"]:
         _put_marker(grey, drawn["name"] == "LATERAL", frame, rng)
     grey[~frame.open] = 0.0
-    # A viewer without a window stretches an image to its range, so its range is 0 to 1.
+    # Without a window, a viewer shows an image's full range, so the range is made 0 to 1.
     low, high = grey.min(), grey.max()
     counterfactuals = [t and t._replace(change=t.change / (high - low)) for t in counterfactuals]
     return RenderedRadiograph((grey - low) / (high - low), mas, counterfactuals)
 
 
 class _Frame:
-    """From the grid of rays to the image's pixels: scale, rotate, mirror, collimate.
+    """The map from the grid of rays to the image's pixels: scale, rotate, mirror, collimate.
 
     Args:
         drawn: The view's plan.
@@ -247,12 +247,12 @@ def _counterfactual(
     developed: DisplayProcessing,
     frame: _Frame,
 ) -> Counterfactual | None:
-    """Compare an image with its counterfactual; None where most of the finding is out of the field.
+    """Compare an image with its counterfactual; None if most of the finding is outside the field.
 
-    The mask is where rays cross at least 0.8 mm of the finding, and at least 15 % of its thickest
-    part. The visibility is the contrast-to-noise ratio inside it: the root mean square of the
-    change in the quarter of the mask that changes most, since edges draw the eye, over the standard
-    deviation of the counterfactual image in the mask and 3 mm around it.
+    The mask is where rays cross more than 0.8 mm of the finding and more than 15 % of its thickest
+    part. The visibility is a contrast-to-noise ratio: the root mean square of the change in the
+    quarter of the mask that changes most, since edges draw the eye, over the standard deviation (at
+    least 0.02) of the counterfactual image in the mask and 3 mm around it.
 
     Args:
         haze: Scattered over primary radiation at each pixel, shape (H, W).
@@ -269,13 +269,13 @@ def _counterfactual(
     if mask.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 < PART_IN_FIELD * solid.sum():
         return None
     with_it, without = map(vars, scene.counterfactuals(view, everything, group, block))
-    more = np.zeros_like(paths.soft)  # log of how much more passes without the finding
+    more = np.zeros_like(paths.soft)  # log of transmission without over with the finding
     before = {k: v[where] for k, v in vars(paths).items()}
     after = {k: np.maximum(before[k] + (without[k] - with_it[k]), 0.0) for k in before}
     before = {k: np.maximum(v, 0.0) for k, v in before.items()}
     arrive = (np.log(transmission(Paths(**p), frame.drawn["kvp"])) for p in (after, before))
     more[where] = np.subtract(*arrive)
-    # Scatter comes from all around and stays as it is, so it veils what lies behind metal.
+    # Scatter comes from all around and stays the same, so it veils what lies behind metal.
     part, change = developed.change(-np.log1p(np.expm1(frame.resample(more)) / (1.0 + haze)))
     change = change * frame.open[part]
     here, grey = mask[part], developed.grey[part]
@@ -293,7 +293,7 @@ def find_box(shadow: np.ndarray, spacing_mm: float) -> tuple[float, float, float
 
     Args:
         shadow: The finding's mask, bool (H, W), not empty.
-        spacing_mm: Pixel size.
+        spacing_mm: Pixel size in the plane of the spine.
 
     Returns:
         (xmin, ymin, xmax, ymax) in pixels, within the image.
@@ -309,8 +309,8 @@ def find_box(shadow: np.ndarray, spacing_mm: float) -> tuple[float, float, float
 def _put_marker(grey: np.ndarray, lateral: bool, frame: _Frame, rng: np.random.Generator) -> None:
     """Draw a lead letter into a corner of the open field, in place.
 
-    On frontal and oblique views the patient's right is on the left; a lateral view has the letter
-    of the side next to the detector, in any corner.
+    On frontal and oblique radiographs the patient's right is on the image's left; a lateral one has
+    the letter of the side next to the detector, in any corner.
     """
     rows, columns = (np.flatnonzero(frame.open.any(axis=a)) for a in (1, 0))
     size = len(rows) / 420.0

@@ -12,9 +12,9 @@ class Vertebra:
     Attributes:
         name: Level, such as ``L1``.
         centre_mm: Centre of the body, shape (3,).
-        up: Unit vector from the lower to the upper endplate, shape (3,).
+        up: Unit vector from the lower towards the upper endplate, shape (3,).
         front: Unit vector to the anterior, at right angles to `up`, shape (3,).
-        height_mm: Mean distance of the endplates.
+        height_mm: Mean distance between the endplates.
         depth_mm: From the canal to the anterior wall.
         width_mm: From side to side.
     """
@@ -54,7 +54,7 @@ class Disc:
         centre_mm: Centre of the disc, shape (3,).
         up: Unit vector across the disc, shape (3,).
         front: Unit vector to the anterior, at right angles to `up`, shape (3,).
-        height_mm: Distance of the two endplates.
+        height_mm: Distance between the two endplates.
     """
 
     below: Vertebra
