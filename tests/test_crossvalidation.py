@@ -404,7 +404,7 @@ def test_a_fold_without_normal_images_is_told(workspace, monkeypatch):
 def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp_path):
     table = crossvalidation.train_fold(workspace, NETWORK, 0)
     checkpoint = workspace.weights / pd.read_parquet(table).attrs["checkpoint"]
-    with pytest.raises(DernetError, match="expected to hold network resnet50, and holds densenet"):
+    with pytest.raises(DernetError, match="expected to hold network resnet50, but holds densenet"):
         training.load_network("resnet50", checkpoint)
     other = training.TriageRecipe.of(get_profile("paper"))
     with pytest.raises(DernetError, match=r'hold recipe .*384.* holds .*"image_px": 32'):
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(checkpoint.read_bytes()[:-100])
     for path in (damaged, tmp_path / "none.safetensors"):
-        with pytest.raises(DernetError, match=r"cannot be read .* train anew"):
+        with pytest.raises(DernetError, match=r"cannot be read .* train again"):
             training.load_network(NETWORK, path)
 
 

@@ -163,9 +163,9 @@ def test_damaged_starting_weights_are_told(tmp_path, suffix):
     state = build_network(NETWORK).state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(DernetError, match=r"expected to be a checkpoint .* copy it again"):
+    with pytest.raises(DernetError, match=r"cannot be read as a checkpoint .* copy it again"):
         build_network(NETWORK, path)
-    with pytest.raises(DernetError, match="expected to be a checkpoint"):
+    with pytest.raises(DernetError, match="cannot be read as a checkpoint"):
         build_network(NETWORK, tmp_path / "none.safetensors")
 
 
