@@ -29,32 +29,32 @@ def dataset_of(films, folder, view=(96, 64), **data):
 
 @given(st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=30))
 def test_repeat_factors_are_of_films_with_a_type(kinds):
-    of_type, of_film = repeat_factors([np.array(own) for own in kinds], 5)
+    of_type, of_image = repeat_factors([np.array(own) for own in kinds], 5)
     for kind in range(5):
         share = np.mean([kind in own for own in kinds])
         expected = max(1, np.sqrt(RARE_BELOW / share)) if share else 1
         assert of_type[kind] == pytest.approx(expected)
-    for own, factor in zip(kinds, of_film, strict=True):
+    for own, factor in zip(kinds, of_image, strict=True):
         assert factor == max((of_type[kind] for kind in own), default=1)
 
 
 def test_rare_films_are_drawn_in_proportion_and_the_others_remain(films, tmp_path):
     dataset, _ = dataset_of(films, tmp_path / "yolo", repeat=True)
     assert (dataset.rows == np.arange(6)).all()
-    dataset.of_film = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
+    dataset.of_image = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(2000):
         dataset.draw(rng)
         assert len(dataset.rows) == 6
         drawn.append(np.bincount(dataset.rows, minlength=6))
-    assert np.mean(drawn, axis=0) == pytest.approx(dataset.of_film / 2, abs=0.05)
+    assert np.mean(drawn, axis=0) == pytest.approx(dataset.of_image / 2, abs=0.05)
     assert np.max(drawn, axis=0).tolist() == [1, 1, 2, 1, 1, 2]
 
 
 def test_without_the_switch_each_film_is_drawn_once(films, tmp_path):
     dataset, _ = dataset_of(films, tmp_path / "yolo")
-    dataset.of_film = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
+    dataset.of_image = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
     dataset.draw(np.random.default_rng(0))
     assert (dataset.rows == np.arange(6)).all()
 
