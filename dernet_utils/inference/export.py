@@ -4,7 +4,6 @@ Each triage network has one file, which holds the networks of all folds and also
 image, so that a user of the file cannot omit either. The detector has one file.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -31,7 +30,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
-from dernet_utils.core.files import write_whole
+from dernet_utils.core.files import file_digest, write_whole
 from dernet_utils.core.vocabulary import LESION_TYPES, NOTICE
 from dernet_utils.core.workspace import Workspace, commit
 from dernet_utils.detection.images import detection_images
@@ -371,4 +370,4 @@ def write_all(
 
 
 def _facts(path: Path) -> dict[str, str]:
-    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"file": path.name, "sha256": file_digest(path)}

@@ -1,6 +1,5 @@
 """The pipeline from exported ONNX files, run by ONNX Runtime or OpenVINO, without torch."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import file_digest
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.inference.ood import EmbeddingGate
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
@@ -72,10 +72,8 @@ def read_export(folder: Path) -> dict:
 def _checked(folder: Path, facts: dict) -> Path:
     """Return the path of a file in the manifest; refuse a file with another digest."""
     path = Path(folder) / facts["file"]
-    if path.is_file():
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]:
-                return path
+    if path.is_file() and file_digest(path) == facts["sha256"]:
+        return path
     raise DernetError(
         f"{path} is missing or not the file that {Path(folder) / MANIFEST} names: export the "
         "networks again."
