@@ -1,4 +1,4 @@
-"""Attenuation by hand, and what a detector and its processing make of it."""
+"""Attenuation by hand, and the image that detector and processing make of it."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def developed() -> DisplayProcessing:
     return DisplayProcessing(signal_of(arrived), 0.5, contrast=1.0, detail=1.8)
 
 
-def test_dense_is_white(developed):
+def test_a_dense_part_is_white(developed):
     grey = developed.grey
     assert grey.min() >= 0.0 and grey.max() <= 1.0
     assert grey[120, 100] > grey[5, 5]
