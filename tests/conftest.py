@@ -38,9 +38,9 @@ def tiny_dataset(tmp_path: Path, _tiny_original: Path) -> Path:
     """A dataset for one test alone: 14 train and 4 test studies of two or three images.
 
     Radiographs are noise over a gradient, 64 to 112 px, in four transfer syntaxes, both photometric
-    interpretations, and with 10 to 14 bits. Of three studies one is normal, one has one abnormal image
-    and one has two, with a bright patch in each of four boxes; all seven lesion types occur in
-    both splits, once by a rarer name.
+    interpretations, and with 10 to 14 bits. Of three studies one is normal, one has one abnormal
+    image and one has two, with a bright patch in each of four boxes; all seven lesion types occur
+    in both splits, once by a rarer name.
     """
     return Path(shutil.copytree(_tiny_original, tmp_path / "tiny"))
 

@@ -93,7 +93,7 @@ def test_heights_of_patient_and_donor_correspond_one_to_one(plans, anatomy):
         assert (np.diff(shape.z_patient_mm) > 0).all() and (np.diff(shape.z_donor_mm) > 0).all()
 
 
-# Radiographs ------------------------------------------------------------------------------------------
+# Radiographs ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,7 @@ CHANGES = ("nothing", "docstring", "code", "test image", "image", "fold", "label
 def test_a_table_is_stale_when_anything_it_is_computed_from_changes(
     workspace, tmp_path, monkeypatch, change
 ):
-    """Without training: `train_triage` and the scoring are replaced by functions that count calls."""
+    """`train_triage` and the scoring are replaced by functions that only count their calls."""
     images, done = crossvalidation.triage_images(workspace), []
     train = images.index[images["split"] == "train"]
     changed, profile = images.copy(), workspace.profile

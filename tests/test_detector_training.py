@@ -1,4 +1,4 @@
-"""YOLO11-L: the fast forward pass, mosaic decay, resuming, and and boxes to the letterbox and back."""
+"""YOLO11-L: the fast forward pass, mosaic decay, resuming, letterboxed boxes."""
 
 import json
 import pickle
@@ -235,7 +235,7 @@ def test_mosaic_stops_at_tau_in_training(boxed_images, tmp_path, centres):
     made = []
     trainer._progress = lambda row: made.append(len(centres))
     trainer.train()
-    # tau = 2: the first epoch, of six boxed_images, and no other; there is no accumulation of batches.
+    # tau = 2: the first epoch, of six images, and no other; there is no accumulation of batches.
     assert made == [6, 6, 6]
     assert [row["mosaic"] for row in trainer.history] == [True, False, False]
 

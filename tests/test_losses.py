@@ -33,11 +33,12 @@ def with_gradient(function, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_complete_iou_by_hand():
-    # Two squares of side 2, one 1 to the right: their intersection is 2 of 6, their centres are 1 apart, and
-    # the box around both has the squared diagonal 9 + 4.
+    # Two squares of side 2, one 1 to the right: their intersection is 2 of 6, their centres are 1
+    # apart, and the box around both has the squared diagonal 9 + 4.
     one, other = torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2])
     assert complete_iou_loss(one, other) == pytest.approx(1 - 1 / 3 + 1 / 13, abs=1e-6)
-    # The same centre, 4 x 1 against 2 x 2: their intersection is 2 of 6; v = 4/pi^2 (atan 1 - atan 4)^2.
+    # The same centre, 4 x 1 against 2 x 2: their intersection is 2 of 6, and
+    # v = 4/pi^2 (atan 1 - atan 4)^2.
     flat, square = torch.tensor([-2.0, -0.5, 2, 0.5]), torch.tensor([-1.0, -1, 1, 1])
     v = 4 / math.pi**2 * (math.atan(1) - math.atan(4)) ** 2
     expected = 1 - 1 / 3 + v * v / (1 - 1 / 3 + v)

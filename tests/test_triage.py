@@ -105,8 +105,8 @@ def test_residual_blocks_start_at_half_scale(name, blocks):
 
 def test_operations_and_receptive_field_of_resnet50():
     # He et al. 2016: 3.8 billion multiply-adds at 224 px, as torchvision counts them 4.09 with the
-    # stride in the 3 x 3 convolution. Araujo et al. (Distill, 2019): a receptive field of 483 px; there the
-    # stride is in the 1 x 1 convolution, whose 3 x 3 ones then step twice as far.
+    # stride in the 3 x 3 convolution. Araujo et al. (Distill, 2019): a receptive field of 483 px;
+    # there the stride is in the 1 x 1 convolution, and the 3 x 3 one then steps twice as far.
     assert count_operations(build_network("resnet50"), 224) / 2 == pytest.approx(4.09e9, rel=0.01)
     way = [(7, 2), (3, 2)] + [(3, 1)] * 3
     for blocks in (4, 6, 3):
