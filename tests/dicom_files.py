@@ -185,19 +185,17 @@ def _stored() -> np.ndarray:
     return (grey_picture(48, 40).astype(np.uint16) << 4) + 5
 
 
-def _radiograph(**header) -> Dataset:
+def _image(**header) -> Dataset:
     return make_dataset(_stored(), 12, **header)
 
 
 def _bytes(**header) -> bytes:
-    return to_bytes(_radiograph(**header))
+    return to_bytes(_image(**header))
 
 
 def _compressed(syntax: uid.UID, **header) -> Dataset:
     """A compressed image whose header is changed afterwards."""
-    dataset = (
-        make_dataset(grey_picture(48, 40)) if syntax == uid.JPEGBaseline8Bit else _radiograph()
-    )
+    dataset = make_dataset(grey_picture(48, 40)) if syntax == uid.JPEGBaseline8Bit else _image()
     encode(dataset, syntax)
     for keyword, value in header.items():
         setattr(dataset, keyword, value)
@@ -205,7 +203,7 @@ def _compressed(syntax: uid.UID, **header) -> Dataset:
 
 
 def _float_pixels() -> bytes:
-    dataset = without(_radiograph(), "PixelData")
+    dataset = without(_image(), "PixelData")
     dataset.FloatPixelData = _stored().astype("<f4").tobytes()
     return to_bytes(dataset)
 
@@ -216,7 +214,7 @@ def _endless_runs() -> bytes:
 
 
 def _deflate_bomb() -> bytes:
-    data = encode(_radiograph(), uid.DeflatedExplicitVRLittleEndian)
+    data = encode(_image(), uid.DeflatedExplicitVRLittleEndian)
     (meta,) = struct.unpack_from("<I", data, 140)  # its length
     zeros = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS).compress(
         bytes(3 * MOST_PIXELS + 2**22)
@@ -225,7 +223,7 @@ def _deflate_bomb() -> bytes:
 
 
 def _without_syntax() -> bytes:
-    dataset = _radiograph(preamble=bytes(128))
+    dataset = _image(preamble=bytes(128))
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     stream = BytesIO()
@@ -234,13 +232,13 @@ def _without_syntax() -> bytes:
 
 
 def _no_decoder() -> bytes:
-    dataset = set_frame(_radiograph(), bytes(10))
+    dataset = set_frame(_image(), bytes(10))
     dataset.file_meta.TransferSyntaxUID = uid.MPEG2MPML
     return to_bytes(dataset)
 
 
 def _unknown_syntax() -> bytes:
-    dataset = set_frame(_radiograph(), bytes(10))
+    dataset = set_frame(_image(), bytes(10))
     return replace_once(
         encode(dataset, uid.JPEG2000), uid.JPEG2000.encode(), b"1.2.840.10008.1.2.4.01"
     )
@@ -267,10 +265,10 @@ REFUSED = {
         lambda: replace_once(_bytes(), b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00FD"), UNREADABLE
     ),
     "a deflate bomb": Refused(_deflate_bomb, f"{UNREADABLE} .*inflates to more"),
-    "no rows": Refused(lambda: to_bytes(without(_radiograph(), "Rows")), "holds no Rows"),
+    "no rows": Refused(lambda: to_bytes(without(_image(), "Rows")), "holds no Rows"),
     "a report": Refused(
         lambda: to_bytes(
-            without(_radiograph(), "Rows", "Columns", "PhotometricInterpretation", "PixelData")
+            without(_image(), "Rows", "Columns", "PhotometricInterpretation", "PixelData")
         ),
         "holds no Rows, Columns, PhotometricInterpretation .*a report",
     ),
@@ -298,18 +296,13 @@ REFUSED = {
     ),
     # the pixel data
     "float pixels": Refused(_float_pixels, "floating-point"),
-    "no pixel data": Refused(
-        lambda: to_bytes(without(_radiograph(), "PixelData")), "no pixel data"
-    ),
+    "no pixel data": Refused(lambda: to_bytes(without(_image(), "PixelData")), "no pixel data"),
     "empty pixel data": Refused(lambda: _bytes(PixelData=b""), "no pixel data"),
     "raw, cut short": Refused(lambda: _bytes()[:-500], CUT),
     "raw, other size": Refused(lambda: _bytes(Rows=60), CUT),
-    "big endian, cut short": Refused(
-        lambda: encode(_radiograph(), uid.ExplicitVRBigEndian)[:-500], CUT
-    ),
+    "big endian, cut short": Refused(lambda: encode(_image(), uid.ExplicitVRBigEndian)[:-500], CUT),
     "deflated, cut short": Refused(
-        lambda: encode(_radiograph(), uid.DeflatedExplicitVRLittleEndian)[:-500],
-        "cut short|cannot be",
+        lambda: encode(_image(), uid.DeflatedExplicitVRLittleEndian)[:-500], "cut short|cannot be"
     ),
     **{
         f"{syntax.keyword}, {name}": Refused(make, words)

@@ -178,9 +178,7 @@ def test_each_training_image_is_scored_once_by_a_network_not_trained_on_it(works
         prob = predict_probabilities(network, training.load_pixels(rows["cached_path"], 32))
         assert found.out_of_fold["prob"][rows.index].to_numpy() == pytest.approx(prob, abs=1e-6)
         pixels, network = training.load_pixels(rows["cached_path"], 32), network.eval()
-        with (
-            torch.no_grad()
-        ):  # as after the epoch: not mirrored, and in bfloat16 where that is faster
+        with torch.no_grad():  # as after the epoch: not mirrored, in bfloat16 where that is faster
             plain = network(as_input(pixels)).squeeze(1).sigmoid().numpy()
         said = found.epochs[found.epochs["epoch"] == epochs].set_index("image_id")["prob"]
         assert said[rows["image_id"]].to_numpy() == pytest.approx(plain, abs=0.02)
@@ -395,8 +393,8 @@ def test_an_unknown_fold_or_network_is_refused(workspace):
 
 def test_a_fold_without_normal_images_is_refused(workspace, monkeypatch):
     images = crossvalidation.triage_images(workspace)
-    damaged = images[~((images["fold"] == 1) & ~images["label"].fillna(False))]
-    monkeypatch.setattr(crossvalidation, "triage_images", lambda _: damaged)
+    changed = images[~((images["fold"] == 1) & ~images["label"].fillna(False))]
+    monkeypatch.setattr(crossvalidation, "triage_images", lambda _: changed)
     with pytest.raises(DernetError, match=r"held out are .* of one class"):
         crossvalidation.train_fold(workspace, NETWORK, 1)
     with pytest.raises(DernetError, match=r"training images are .* of one class"):
