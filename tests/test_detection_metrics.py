@@ -48,10 +48,10 @@ def table(rows, scored=False):
     return pd.DataFrame(rows, columns=columns)
 
 
-def random_boxes(rng, image_ids, most, scored=False, levels=8):
+def random_boxes(rng, ids, most, scored=False, levels=8):
     """Boxes on a coarse grid, so that overlaps and scores tie often."""
     rows = []
-    for image_id in image_ids:
+    for image_id in ids:
         for _ in range(rng.integers(0, most + 1)):
             x, y = rng.integers(0, 6, 2) * 10
             width, height = rng.integers(1, 4, 2) * 10
@@ -60,11 +60,9 @@ def random_boxes(rng, image_ids, most, scored=False, levels=8):
     return table(rows, scored)
 
 
-def by_pycocotools(
-    truth, predictions, lesion_type, image_ids, ious=(0.5,), areas=(0, 1e10), field_px=1
-):
+def by_pycocotools(truth, predictions, lesion_type, ids, ious=(0.5,), areas=(0, 1e10), field_px=1):
     """AP as the reference implementation computes it; areas are fractions of `field_px`."""
-    number = {image_id: row + 1 for row, image_id in enumerate(image_ids)}
+    number = {image_id: row + 1 for row, image_id in enumerate(ids)}
     truth, predictions = (t[t["lesion_type"] == lesion_type] for t in (truth, predictions))
 
     def annotations(boxes):
@@ -115,9 +113,9 @@ def test_average_precision_by_hand():
 @pytest.mark.parametrize("seed", range(12))
 def test_equal_to_pycocotools_with_ties(seed):
     rng = np.random.default_rng(seed)
-    image_ids = [f"{i:02d}" for i in range(9)]
-    truth = random_boxes(rng, image_ids, most=8)
-    predictions = random_boxes(rng, image_ids, most=30, scored=True)
+    ids = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, ids, most=8)
+    predictions = random_boxes(rng, ids, most=30, scored=True)
     seen = sorted({*truth["image_id"], *predictions["image_id"]})
     for lesion_type in TYPES:
         expected = by_pycocotools(truth, predictions, lesion_type, seen)
@@ -161,12 +159,12 @@ def assert_as_coco(truth, predictions):
 @pytest.mark.parametrize("seed", range(12))
 def test_ten_overlaps_equal_pycocotools_with_ties_and_empty_images(seed):
     rng = np.random.default_rng(seed)
-    image_ids = [f"{i:02d}" for i in range(9)]
-    truth = random_boxes(rng, image_ids[:6], most=8)
+    ids = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, ids[:6], most=8)
     near = truth.sample(frac=0.7, random_state=seed)
     near = near.assign(score=rng.integers(1, 9, len(near)) / 8)
     near[list(CORNERS)] += rng.integers(-3, 4, (len(near), 4))
-    predictions = random_boxes(rng, image_ids[3:], most=20, scored=True)
+    predictions = random_boxes(rng, ids[3:], most=20, scored=True)
     predictions = pd.concat([predictions, near], ignore_index=True)
     assert_as_coco(truth, predictions)
     # A type without a true box is no part of the mean.
@@ -207,10 +205,10 @@ def images_of(names):
 @pytest.mark.parametrize("seed", range(12))
 def test_strata_equal_area_ranges_of_pycocotools(seed, small):
     rng = np.random.default_rng(seed)
-    image_ids = [f"{i:02d}" for i in range(9)]
-    truth = random_boxes(rng, image_ids, most=10)
-    predictions = random_boxes(rng, image_ids, most=40, scored=True)
-    marked = [size_stratum(boxes, images_of(image_ids), small) for boxes in (truth, predictions)]
+    ids = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, ids, most=10)
+    predictions = random_boxes(rng, ids, most=40, scored=True)
+    marked = [size_stratum(boxes, images_of(ids), small) for boxes in (truth, predictions)]
     assert marked[0]["outside"].any() and not marked[0]["outside"].all()
     field = {"areas": STRATA[small], "field_px": FILM_PX**2}
     seen = sorted({*truth["image_id"], *predictions["image_id"]})
@@ -287,17 +285,17 @@ def test_weights_equal_images_counted_again(seed):
     Scores differ here: the order of equal ones is arbitrary, and with it their precision.
     """
     rng = np.random.default_rng(seed)
-    image_ids = [f"{i}" for i in range(5)]
-    truth = random_boxes(rng, image_ids, most=4)
-    predictions = random_boxes(rng, image_ids, most=6, scored=True)
+    ids = [f"{i}" for i in range(5)]
+    truth = random_boxes(rng, ids, most=4)
+    predictions = random_boxes(rng, ids, most=6, scored=True)
     predictions["score"] = rng.permutation(len(predictions)) / max(len(predictions), 1)
-    counts = rng.integers(0, 3, len(image_ids))
+    counts = rng.integers(0, 3, len(ids))
     repeated = [t.assign(copy=0) for t in (truth, predictions)]
     repeated = [
         pd.concat(
             [
                 t[t["image_id"] == image_id].assign(image_id=f"{image_id}-{copy}")
-                for image_id, count in zip(image_ids, counts, strict=True)
+                for image_id, count in zip(ids, counts, strict=True)
                 for copy in range(count)
             ]
             or [t.iloc[:0]]
@@ -305,20 +303,15 @@ def test_weights_equal_images_counted_again(seed):
         for t in repeated
     ]
     for name in TYPES:
-        weighed = _areas(
-            match_boxes(truth, predictions, name, image_ids), counts[None].astype(float)
-        )
+        weighed = _areas(match_boxes(truth, predictions, name, ids), counts[None].astype(float))
         assert weighed[0] == pytest.approx(average_precision(*repeated, name), nan_ok=True)
 
 
 def test_curve_is_what_the_average_is_taken_of():
     rng = np.random.default_rng(0)
-    image_ids = list("abcd")
-    truth, predictions = (
-        random_boxes(rng, image_ids, 6),
-        random_boxes(rng, image_ids, 20, scored=True),
-    )
-    curve = precision_recall(match_boxes(truth, predictions, TYPES[0], image_ids))
+    ids = list("abcd")
+    truth, predictions = random_boxes(rng, ids, 6), random_boxes(rng, ids, 20, scored=True)
+    curve = precision_recall(match_boxes(truth, predictions, TYPES[0], ids))
     assert (curve["precision"].diff().dropna() <= 1e-12).all()
     expected = average_precision(truth, predictions, TYPES[0])
     assert curve["precision"].mean() == pytest.approx(expected)
@@ -326,10 +319,10 @@ def test_curve_is_what_the_average_is_taken_of():
 
 def test_table_of_intervals_holds_its_values():
     rng = np.random.default_rng(1)
-    image_ids = [f"{i:03d}" for i in range(100)]
-    images = pd.DataFrame({"image_id": image_ids, "study_id": [f"s{i // 2}" for i in range(100)]})
-    truth = random_boxes(rng, image_ids, 5)
-    predictions = random_boxes(rng, image_ids, 50, scored=True, levels=10_000)
+    ids = [f"{i:03d}" for i in range(100)]
+    images = pd.DataFrame({"image_id": ids, "study_id": [f"s{i // 2}" for i in range(100)]})
+    truth = random_boxes(rng, ids, 5)
+    predictions = random_boxes(rng, ids, 50, scored=True, levels=10_000)
     result = detection_table(truth, predictions, images, resamples=1000, seed=42)
     assert list(result.index) == [*TYPES, "mAP"]
     assert (result["low"] < result["high"]).all()
@@ -338,7 +331,7 @@ def test_table_of_intervals_holds_its_values():
     assert result.loc[each.index, "value"].tolist() == pytest.approx(each.tolist())
     assert result["boxes"].tolist()[-1] == len(truth)
     assert (result["n_studies"] == 50).all()
-    of_one = weighted_average_precision(truth, predictions, TYPES[0], image_ids)
+    of_one = weighted_average_precision(truth, predictions, TYPES[0], ids)
     own = bootstrap(of_one, images["study_id"], resamples=1000, seed=42)
     assert vars(own) == pytest.approx(result.drop(columns="boxes").loc[TYPES[0]].to_dict())
     bca = bootstrap(of_one, images["study_id"], resamples=1000, seed=42, method="bca")
@@ -347,9 +340,9 @@ def test_table_of_intervals_holds_its_values():
 
 def full_size(rng, found_per_image=60):
     """As many images, studies and boxes as VinDr-SpineXR's test split has, 7 types, one common."""
-    image_ids = np.array([f"{i:04d}" for i in range(2078)])
+    ids = np.array([f"{i:04d}" for i in range(2078)])
     study = np.concatenate([np.arange(1100), rng.integers(0, 1100, 978)])
-    images = pd.DataFrame({"image_id": image_ids, "study_id": study.astype(str)})
+    images = pd.DataFrame({"image_id": ids, "study_id": study.astype(str)})
 
     def boxes(count, among):
         low = rng.uniform(0, (1000, 2300), (count, 2))
@@ -358,11 +351,11 @@ def full_size(rng, found_per_image=60):
         rows = {"image_id": rng.choice(among, count), "lesion_type": kinds}
         return pd.DataFrame(rows).join(pd.DataFrame(corners, columns=CORNERS))
 
-    truth = boxes(3500, image_ids[:1039])
+    truth = boxes(3500, ids[:1039])
     near = truth.sample(frac=0.75, random_state=1)
     near = near.assign(score=rng.beta(1, 2, len(near)))
     near[list(CORNERS)] += rng.normal(0, 12, (len(near), 4))
-    astray = boxes(2078 * found_per_image - len(near), image_ids)
+    astray = boxes(2078 * found_per_image - len(near), ids)
     astray = astray.assign(score=rng.beta(0.5, 6, len(astray)))
     return truth, pd.concat([near, astray]), images
 
@@ -371,14 +364,12 @@ def curves_by_cumulative_sums(matches, weights):
     """What `_curves` returns, by sums over all predictions for every draw: plain, and slow."""
     counts = weights[:, matches.image]
     ranked = counts.cumsum(1)[:, matches.hit]
-    true_positives = (counts * matches.hit).cumsum(1)[:, matches.hit]
-    precision = np.divide(
-        true_positives, ranked, out=np.zeros_like(true_positives), where=ranked > 0
-    )
+    found = (counts * matches.hit).cumsum(1)[:, matches.hit]
+    precision = np.divide(found, ranked, out=np.zeros_like(found), where=ranked > 0)
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     best = np.column_stack([best, np.zeros(len(best))])
     truths = (weights @ matches.truths)[:, None]
-    recall = np.divide(true_positives, truths, out=np.zeros_like(true_positives), where=truths > 0)
+    recall = np.divide(found, truths, out=np.zeros_like(found), where=truths > 0)
     first = np.stack([row.searchsorted(RECALLS) for row in recall])
     return np.take_along_axis(best, first, axis=1)
 
@@ -390,10 +381,10 @@ def test_table_of_the_full_size_is_fast_and_its_curves_are_those_of_plain_sums()
     begun = time.process_time()
     detection_table(truth, predictions, images, resamples=1000)
     assert time.process_time() - begun < 20  # 1.5 s where this was written
-    image_ids = list(images["image_id"])
-    weights = np.random.default_rng(1).integers(0, 4, (10, len(image_ids))).astype(float)
+    ids = list(images["image_id"])
+    weights = np.random.default_rng(1).integers(0, 4, (10, len(ids))).astype(float)
     for name in LESION_TYPES:
-        matches = match_boxes(truth, predictions, name, image_ids)
+        matches = match_boxes(truth, predictions, name, ids)
         plain = curves_by_cumulative_sums(matches, weights)
         assert np.abs(_curves(matches, weights) - plain).max() < 1e-12
 
@@ -445,12 +436,9 @@ def froc_by_loop(truth, predictions):
 @pytest.mark.parametrize("seed", range(6))
 def test_froc_equals_a_loop_on_the_images_and_on_draws_of_them(seed):
     rng = np.random.default_rng(seed)
-    image_ids = [f"{i}" for i in range(6)]
-    images = pd.DataFrame({"image_id": image_ids, "study_id": list("ssttuv")})
-    truth, predictions = (
-        random_boxes(rng, image_ids, 5),
-        random_boxes(rng, image_ids, 12, scored=True),
-    )
+    ids = [f"{i}" for i in range(6)]
+    images = pd.DataFrame({"image_id": ids, "study_id": list("ssttuv")})
+    truth, predictions = random_boxes(rng, ids, 5), random_boxes(rng, ids, 12, scored=True)
     sure = truth.sample(frac=0.5, random_state=seed)
     sure = sure.assign(score=rng.integers(1, 9, len(sure)) / 8)
     predictions = pd.concat([predictions, sure], ignore_index=True)
@@ -458,12 +446,8 @@ def test_froc_equals_a_loop_on_the_images_and_on_draws_of_them(seed):
     at = froc_table(truth, predictions, images, resamples=200)
     curve = froc_curve(truth, predictions, images)
     for rate, row in at.iterrows():
-        true_positives = max(
-            true_positives
-            for false_positives, true_positives in points
-            if false_positives <= rate * len(image_ids)
-        )
-        assert row["value"] == true_positives / len(truth)
+        most = max(true for false, true in points if false <= rate * len(ids))
+        assert row["value"] == most / len(truth)
         within = curve[curve["false_positives_per_image"] <= rate]
         assert row["value"] == within["sensitivity"].max()
         assert row["low"] <= row["high"] <= 1
@@ -471,12 +455,12 @@ def test_froc_equals_a_loop_on_the_images_and_on_draws_of_them(seed):
     # An image that counts twice is two images.
     weights = np.array([0, 2, 1, 3, 1, 2])
     rows = np.repeat(np.arange(6), weights)
-    copies = [f"{image_ids[row]}-{i}" for i, row in enumerate(rows)]
+    copies = [f"{ids[row]}-{i}" for i, row in enumerate(rows)]
     repeated = [
         pd.concat([t[t["image_id"] == copy[0]].assign(image_id=copy) for copy in copies])
         for t in (truth, predictions)
     ]
-    weighed = _found_within(_all_types(truth, predictions, image_ids, 0.5), weights[None] * 1.0)
+    weighed = _found_within(_all_types(truth, predictions, ids, 0.5), weights[None] * 1.0)
     again = _found_within(_all_types(*repeated, copies, 0.5), np.ones((1, len(copies))))
     assert (weighed == again).all() and weighed.any()
 
@@ -508,15 +492,7 @@ def test_confusion_by_hand():
     predictions = table(
         [
             ["a", TYPES[1], 0, 0, 10, 10, 0.8],  # the first box, of the wrong type
-            [
-                "a",
-                TYPES[0],
-                0,
-                0,
-                10,
-                10,
-                0.7,
-            ],  # of the right type, but less confident: a false positive
+            ["a", TYPES[0], 0, 0, 10, 10, 0.7],  # right type, less confident: a false positive
             ["a", TYPES[1], 20, 0, 30, 4, 0.9],  # overlaps too little: a false positive
             ["b", TYPES[1], 0, 0, 10, 10, 0.9],  # of equal overlaps its own type
             ["b", TYPES[0], 0, 0, 10, 10, 0.6],
@@ -603,10 +579,10 @@ def test_errors_say_what_to_do():
 
 def test_difference_of_two_detectors_is_paired():
     rng = np.random.default_rng(4)
-    image_ids = [f"{i:02d}" for i in range(30)]
-    images = pd.DataFrame({"image_id": image_ids, "study_id": [f"s{i // 2}" for i in range(30)]})
-    truth = random_boxes(rng, image_ids, 5)
-    first, second = (random_boxes(rng, image_ids, 20, scored=True) for _ in range(2))
+    ids = [f"{i:02d}" for i in range(30)]
+    images = pd.DataFrame({"image_id": ids, "study_id": [f"s{i // 2}" for i in range(30)]})
+    truth = random_boxes(rng, ids, 5)
+    first, second = (random_boxes(rng, ids, 20, scored=True) for _ in range(2))
     same = mean_difference(truth, first, first, images, resamples=100)
     assert (same.value, same.low, same.high) == (0, 0, 0)
     there = mean_difference(truth, first, second, images, resamples=100)

@@ -72,14 +72,12 @@ def test_counterfactuals_are_the_block_with_and_without(body, how):
     finding, other = ball(0.2, **how), ball(0.7, fill=1400.0)
     scene, view = scene_of(0.0, body), view_of()
     block = Block((3, 40), (5, 50), scene.whole(view).steps)
-    counterfactuals = scene.counterfactuals(view, [finding, other], [finding], block)
-    for counterfactual, lesions in zip(counterfactuals, ([finding, other], [other]), strict=True):
+    both = scene.counterfactuals(view, [finding, other], [finding], block)
+    for one, lesions in zip(both, ([finding, other], [other]), strict=True):
         alone = scene.paths(view, lesions, block)
         for name in ("soft", "bone", "metal"):
-            assert np.array_equal(getattr(counterfactual, name), getattr(alone, name))
-    assert not np.array_equal(
-        counterfactuals[0].soft, counterfactuals[1].soft
-    )  # a lesion that moves carries others
+            assert np.array_equal(getattr(one, name), getattr(alone, name))
+    assert not np.array_equal(both[0].soft, both[1].soft)  # a lesion that moves carries others
 
 
 def test_metal_displaces_water(body):
