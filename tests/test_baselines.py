@@ -73,7 +73,7 @@ def test_parameters_are_those_of_the_published_networks():
     assert millions == pytest.approx(published, rel=0.06)
 
 
-def test_a_run_is_kept_under_its_time(boxed_images, tmp_path):
+def test_a_run_is_kept_and_another_time_is_another_run(boxed_images, tmp_path):
     images, boxes = boxed_images
     kept_in = tmp_path / "kept"
     kept_in.mkdir()

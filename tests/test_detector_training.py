@@ -256,9 +256,7 @@ def test_the_trainer_is_made_anew_in_another_process(boxed_images, tmp_path):
     assert done.stdout.split("\n")[-2] == "2 Other lesions True 64"
 
 
-def test_augmented_images_use_mosaic_until_tau_and_boxes_stay_on_their_patches(
-    boxed_images, tmp_path
-):
+def test_mosaic_is_shown_until_tau_and_boxes_stay_on_their_patches(boxed_images, tmp_path):
     images, boxes = boxed_images
     with_mosaic, without = (
         list(detection_images.augmented_images(images, boxes, RECIPE, epoch, tmp_path / "yolo"))

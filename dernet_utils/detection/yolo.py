@@ -154,7 +154,7 @@ def build_detector(
         fitting = intersect_dicts(tensors, model.state_dict())
         if len(fitting) < LEAST_FIT * len(tensors):
             raise DernetError(
-                f"The checkpoint {start} should be YOLO11-L's, but {len(fitting)} of its "
+                f"The checkpoint {start} should be YOLO11-L's, but only {len(fitting)} of its "
                 f"{len(tensors)} tensors fit: it is another network's."
             )
         model.load_state_dict(fitting, strict=False)

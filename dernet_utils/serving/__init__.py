@@ -2,5 +2,5 @@
 
 `service` reads, checks and analyses one file. `web` (run by `server`) and `dicom_node` call it, and
 `report` and `dicom_report` write its result as JSON, HTML, an overlay or DICOM. Only the command
-line and chapters use this wing. It needs exported networks, not torch, and keeps no uploaded file.
+line uses this wing. A server needs exported networks, not torch, and keeps no uploaded file.
 """
