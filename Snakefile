@@ -90,8 +90,8 @@ for chapter in chapters:
             "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} 2>&1"
 
 
-# Not an input of other rules, because each change would then run every chapter again. The data from
-# which a chapter reads are part of the chapter's own digest.
+# Not an input of other rules, because each change would then run every chapter again. The data are
+# part of each chapter's own digest.
 rule prepare:
     output:
         touch("prepared"),

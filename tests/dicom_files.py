@@ -21,7 +21,7 @@ from dernet_utils.imaging.radiograph import MOST_PIXELS
 
 
 def grey_picture(height: int = 300, width: int = 200, seed: int = 0) -> np.ndarray:
-    """A picture as smooth, and as full of grey levels, as a radiograph: uint8 (H, W)."""
+    """A picture as smooth as a radiograph, with as many grey levels: uint8 (H, W)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     shown = 200 * np.exp(-3 * x**2) + 30 * np.sin(9 * y) + rng.normal(0, 3, (height, width))
@@ -79,7 +79,7 @@ def encode(dataset: Dataset, syntax: uid.UID) -> bytes:
 
 
 def encode_with_gdcm(dataset: Dataset, syntax: int, folder: Path) -> bytes:
-    """As `encode`, for what GDCM alone encodes; `syntax` is of `gdcm.TransferSyntax`."""
+    """As `encode`, for a `syntax` of `gdcm.TransferSyntax` that only GDCM encodes."""
     (folder / "raw.dcm").write_bytes(to_bytes(dataset))
     reader = gdcm.ImageReader()
     reader.SetFileName(str(folder / "raw.dcm"))
@@ -133,19 +133,19 @@ def patient_radiograph(seed: int = 0, **header) -> bytes:
 
 
 def frame_of(dataset: Dataset) -> bytes:
-    """The one frame of a compressed image, as it is coded."""
+    """The only frame of a compressed image, as encoded."""
     return next(generate_frames(dataset.PixelData, number_of_frames=1))
 
 
 def set_frame(dataset: Dataset, coded: bytes) -> Dataset:
-    """Take a coded frame as the pixel data."""
+    """Replace the pixel data by an encoded frame."""
     dataset.PixelData = encapsulate([coded])
     dataset["PixelData"].VR = "OB"
     return dataset
 
 
 def cut_frame(dataset: Dataset) -> Dataset:
-    """Cut the code of a compressed image in half; the file around it stays whole."""
+    """Cut the code stream of a compressed image in half; the file around it stays whole."""
     coded = frame_of(dataset)
     return set_frame(dataset, coded[: len(coded) // 4 * 2])
 

@@ -101,7 +101,7 @@ def test_no_threshold_beats_the_f1_threshold(rows):
 
 
 @given(scored, st.sampled_from([0.5, 0.9, 1.0]))
-def test_a_kept_sensitivity_is_kept_and_no_higher_threshold_keeps_it(rows, fraction):
+def test_the_highest_threshold_that_keeps_a_sensitivity_is_found(rows, fraction):
     y, prob = np.array(rows).T
     threshold = sensitivity_threshold(y, prob, fraction)
     assert operating_point(y, prob, threshold)["sensitivity"] >= fraction - 1e-12

@@ -180,7 +180,7 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["sclerotic", "claw", "narrowed", "screws"])
 def test_a_counterfactual_is_the_radiograph_without_the_finding(anatomy, plans, form):
-    """Rendered anew without it, at a dose without noise: the same, as far as tones allow.
+    """It equals a new rendering without it, at a dose without noise, as far as tones allow.
 
     The new image is adapted to its own densities, so its tones are first fitted to the old one's.
     """

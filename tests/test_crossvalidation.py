@@ -421,7 +421,7 @@ def runs(tiny_dataset: Path, tmp_path: Path) -> Path:
     """A folder of runs whose `smoke` has the tiny dataset as its cohort."""
     cohort = tmp_path / "smoke" / "cohort"
     shutil.copytree(tiny_dataset, cohort)
-    (cohort / "manifest.json").write_text("{}")  # a cohort that is there is not made anew
+    (cohort / "manifest.json").write_text("{}")  # an existing cohort is not made again
     return tmp_path
 
 

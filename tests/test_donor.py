@@ -49,7 +49,7 @@ def save(folder: Path, hu: np.ndarray, labels: np.ndarray, affine=LAS, other=Non
 
 
 def turned(volume: np.ndarray, codes: str) -> nibabel.Nifti1Image:
-    """Store a phantom's volume by other axes; the patient stays where he is."""
+    """Store a phantom's volume along other axes, without moving the patient."""
     image = nibabel.Nifti1Image(volume, LAS)
     start, end = nibabel.io_orientation(LAS), nibabel.orientations.axcodes2ornt(codes)
     return image.as_reoriented(nibabel.orientations.ornt_transform(start, end))

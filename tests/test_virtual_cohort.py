@@ -241,7 +241,7 @@ def test_what_lies_outside_the_boxes_is_uninformative(pairs, features):
 
 
 def test_a_shortcut_would_be_found(pairs, features):
-    """The same test on the same images, had people with a finding been fifteen years older."""
+    """The same test on the same images, as if people with a finding were fifteen years older."""
     spoilt = features.copy()
     assert (spoilt[:, AGE] == pairs.age).all()
     spoilt[:, AGE] += np.where(pairs.abnormal, 15.0, 0.0)
@@ -290,7 +290,7 @@ def test_a_small_network_learns_nothing_from_masked_images(pairs, covered):
 
 
 def test_the_small_network_can_learn(pairs, covered):
-    """Had lesions left a faint bright spot beside their boxes, it would have seen them."""
+    """It finds lesions that leave a faint bright spot beside their boxes."""
     images = np.stack([_small(seen) for seen in covered])
     for image, abnormal in zip(images, pairs.abnormal, strict=True):
         if abnormal:
