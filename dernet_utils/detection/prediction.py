@@ -76,7 +76,8 @@ def suppress_boxes(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
     For evaluation, where the threshold `MIN_SCORE` keeps very many boxes. The same rule in NumPy,
     for inference without torch, is `imaging.boxes.non_maximum_suppression`; a test compares the
-    two. They may differ by rounding and in the order of equal scores.
+    two. They differ by rounding, in the order of equal scores, and at a score equal to the
+    threshold, which is dropped here.
 
     Args:
         raw: Per anchor, centre, width and height in pixels, then one probability per lesion type,
