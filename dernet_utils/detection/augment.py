@@ -24,7 +24,7 @@ from ultralytics.utils.instance import Instances
 
 CENTRE = (0.3, 0.7)  # paper, Algorithm 1, line 10: the mosaic's centre as a fraction of its width
 RARE_BELOW = 1.0  # fraction of images; a type on fewer is repeated. Ours, for a few hundred images
-PASTE_FROM = 2.0  # repeat factor from which a type is pasted: at most a quarter of the images
+PASTE_FROM = 2.0  # repeat factor from which a type is pasted: one on a quarter of the images
 PASTE = 0.3  # fraction of images into which a rare lesion is pasted, with `paste`
 MARGIN = 0.25  # surroundings of a pasted lesion that are faded in, as a fraction of its box
 

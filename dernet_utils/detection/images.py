@@ -237,7 +237,7 @@ def unseen_types(training: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
 
 
 def trainer_settings(recipe: DetectorRecipe, run: Path, folder: Path) -> dict:
-    """Return ultralytics' settings: the paper's, the companion code's, and those of a short run.
+    """Return ultralytics' settings: the paper's, the companion code's, and those for a short run.
 
     Args:
         recipe: The run's recipe.

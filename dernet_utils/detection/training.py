@@ -176,7 +176,7 @@ def _at_cut_off(checkpoint: Path) -> Path:
 
 
 def _evaluator(validation, boxes, recipe, checkpoint) -> Callable[[int, torch.nn.Module], dict]:
-    """Return what to do after an epoch: store the network at tau, evaluate it a few times."""
+    """Return what to do after an epoch: store the network at the cut-off, or evaluate it."""
     numbers = range(1, EVALUATIONS + 1)
     evaluated = {round(recipe.epochs * number / EVALUATIONS) for number in numbers}
     truth = boxes[boxes["image_id"].isin(validation["image_id"])]

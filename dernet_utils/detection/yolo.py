@@ -272,7 +272,9 @@ class MosaicDecay(DetectionTrainer):
         self.history: list[dict] = []
         threads = torch.get_num_threads()
         super().__init__(**({"cfg": cfg} if cfg else {}), overrides=overrides)
-        torch.set_num_threads(threads)  # ultralytics leaves one core idle: half of two
+        torch.set_num_threads(
+            threads
+        )  # ultralytics leaves one core idle, half of a machine with two
         self.mosaic_until = self.data["mosaic_until"]
         self.state_file = Path(self.args.data).with_name("state.pt")
 
@@ -326,7 +328,7 @@ class MosaicDecay(DetectionTrainer):
         return self.epoch + 1 < self.mosaic_until
 
     def begin_epoch(self) -> None:
-        """Switch mosaic on or off; seed, so that an epoch depends only on its number and start."""
+        """Set mosaic, and seed: an epoch depends only on its number and the weights before it."""
         self.train_loader.dataset.set_mosaic(self.args, self.with_mosaic)
         self.begun = time.time()
         seed = self.args.seed * 1000 + self.epoch

@@ -140,7 +140,7 @@ def without_detail(pixels: Tensor) -> Tensor:
 
 
 def centred_map(shape: tuple[int, int]) -> np.ndarray:
-    """Return a Gaussian heat map at the image's centre, of a quarter of each side as deviation.
+    """Return a Gaussian heat map at the image's centre; its deviation is a quarter of a side.
 
     Args:
         shape: Height and width.
