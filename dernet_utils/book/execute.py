@@ -193,7 +193,7 @@ def _failure(name: str, job: _ChapterJob, partial: Path, cells: int) -> DernetEr
 
 
 def _tidy(path: Path) -> None:
-    """Remove papermill's metadata from a notebook: they hold times and this machine's paths."""
+    """Remove papermill's metadata from a notebook: it holds times and this machine's paths."""
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)

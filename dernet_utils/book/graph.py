@@ -1,7 +1,7 @@
 """What depends on what: the table of chapters, and digests of everything that shapes a result.
 
 A rule of the Snakefile runs again when the digest of what it depends on has changed since it last
-ran. Contents count and file times do not; in the package's code, comments and docstrings do not.
+ran. Only contents count, not file times; in the package's code, comments and docstrings do not.
 """
 
 import ast

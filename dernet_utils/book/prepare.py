@@ -10,7 +10,7 @@ from dernet_utils.core.files import write_whole
 from dernet_utils.core.vocabulary import SPLITS
 from dernet_utils.core.workspace import Workspace
 
-STAMP = "prepared.txt"  # in the run's folder of tables: the digest from which they were made
+STAMP = "prepared.txt"  # among the run's tables: the digest of what they were made from
 
 
 def prepare(workspace: Workspace, workers: int, report: Say) -> None:

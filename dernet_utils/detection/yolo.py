@@ -272,9 +272,7 @@ class MosaicDecay(DetectionTrainer):
         self.history: list[dict] = []
         threads = torch.get_num_threads()
         super().__init__(**({"cfg": cfg} if cfg else {}), overrides=overrides)
-        torch.set_num_threads(
-            threads
-        )  # ultralytics leaves one core idle, half of a machine with two
+        torch.set_num_threads(threads)  # ultralytics leaves one core idle, which may be half
         self.mosaic_until = self.data["mosaic_until"]
         self.state_file = Path(self.args.data).with_name("state.pt")
 

@@ -24,8 +24,8 @@ class NetworkOutput(NamedTuple):
 
     Attributes:
         prob: Probability of abnormal, in [0, 1].
-        heat: Grad-CAM, float (h, w), at least 0, with a sum of 1, or of 0 if no position speaks for
-            abnormal; None if the backend does not compute it.
+        heat: Grad-CAM, float (h, w), at least 0, with a sum of 1, or of 0 if no position raises the
+            probability; None if the backend does not compute it.
         embedding: Means of its early feature maps, float (D,); None likewise.
     """
 
