@@ -1,13 +1,13 @@
 """The book's rules: the data, then trainings and chapters in parallel, then the pages.
 
-`dernet run` calls this. On a cluster, call Snakemake itself with one of its executor plug-ins, first
-for the data, then for the book:
+`dernet run` uses this file. On a cluster, call Snakemake itself with one of its executor plug-ins,
+first for the data, then for the book:
 
     snakemake prepare --config profile=paper --rerun-triggers params --executor slurm --jobs 8
     snakemake book --config profile=paper --rerun-triggers params --executor slurm --jobs 8
 
-Each rule's digest is one of its parameters: with --rerun-triggers params a rule runs again when the
-contents it depends on have changed; file times do not count.
+Each rule's digest is one of its parameters: with --rerun-triggers params, a rule runs again when the
+contents on which it depends have changed; file times do not count.
 """
 
 import sys
@@ -21,8 +21,8 @@ dernet = f"'{sys.executable}' -m dernet_utils.cli"
 priorities = graph.priorities(graph.chapter_names())
 chapters = list(priorities)
 compute = " ".join(f"{name}={value}" for name, value in graph.TRAINING_ENVIRONMENT.items())
-# Never more threads than there are cores: Snakemake would later free more cores than it has, and
-# start too many jobs.
+# Never more threads than there are cores: Snakemake would later free more cores than it has and start
+# too many jobs.
 every_core = min(workflow.cores or graph.MAX_THREADS, graph.MAX_THREADS)
 
 
@@ -40,9 +40,9 @@ rule book:
         "{dernet} build --profile {profile} 2>&1"
 
 
-# One job per network and fold. The rules only see its mark in trained/; the job itself keeps the
-# checkpoint in weights/, named by a digest of everything that shapes it, and the probabilities in
-# tables/triage/. The slowest network goes first, so that no core is idle at the end.
+# One job per network and fold. The rules see only its marker file in trained/; the job itself keeps
+# the checkpoint in weights/, named by a digest of everything that shapes it, and the probabilities
+# in tables/triage/. The slowest network starts first, so that no core is idle at the end.
 for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
 
     rule:
@@ -90,8 +90,8 @@ for chapter in chapters:
             "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} 2>&1"
 
 
-# Not an input of other rules: then each change of it would run every chapter again. What a chapter
-# reads of the data is part of the chapter's own digest.
+# Not an input of other rules, because each change would then run every chapter again. The data are
+# part of each chapter's own digest.
 rule prepare:
     output:
         touch("prepared"),

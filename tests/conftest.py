@@ -21,7 +21,7 @@ from smoke import smoke_book  # noqa: F401  (a fixture of test_notebooks and tes
 
 from dernet_utils.core.vocabulary import ANNOTATION_COLUMNS, CORNERS, LESION_TYPES, NO_FINDING
 
-# How long an example takes is the machine's affair; a test that hangs meets pytest's own limit.
+# Machines differ in speed, so examples have no limit; pytest's own limit ends a test that hangs.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
@@ -35,12 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def tiny_dataset(tmp_path: Path, _tiny_original: Path) -> Path:
-    """A copy of its own for each test: 14 train and 4 test studies of two or three images.
+    """A dataset for one test alone: 14 train and 4 test studies of two or three images.
 
     Radiographs are noise over a gradient, 64 to 112 px, in four transfer syntaxes, both photometric
-    interpretations and 10 to 14 bits. Of three studies one is normal, one has one abnormal image
-    and one has two, with a bright patch in each of four boxes; all seven lesion types occur in
-    both splits, once by a rarer name.
+    interpretations, and with 10 to 14 bits. Of three studies one is normal, one has one abnormal
+    image and one has two, with a bright patch in each of four boxes; all seven lesion types occur
+    in both splits, once by a rarer name.
     """
     return Path(shutil.copytree(_tiny_original, tmp_path / "tiny"))
 
@@ -95,7 +95,7 @@ def _boxes(kind: int, height: int, width: int, rng: np.random.Generator) -> list
 
 
 def _dicom_file(grey: np.ndarray, image_id: str, kind: int) -> bytes:
-    """A DICOM file of a picture, 0 to 1, whose encoding depends on `kind`."""
+    """A DICOM file of a picture, 0 to 1, in an encoding that depends on `kind`."""
     bits, inverted = 10 + kind % 5, kind % 3 == 0
     stored = np.clip(1 - grey if inverted else grey, 0, 1) * (2**bits - 1)
     header = {"SOPInstanceUID": f"2.25.{int(image_id, 16)}"}
@@ -108,7 +108,7 @@ def _dicom_file(grey: np.ndarray, image_id: str, kind: int) -> bytes:
 
 
 @pytest.fixture
-def films(tmp_path):
+def boxed_images(tmp_path):
     """Six images of noise with a bright patch in each box; the last two for validation."""
     rng = np.random.default_rng(0)
     images, boxes = [], []
@@ -118,10 +118,10 @@ def films(tmp_path):
         for _ in range(2):
             x, y = rng.integers(0, 50), rng.integers(0, 90)
             grey[y : y + 20, x : x + 25] = 220
-            box = [f"film{number}", LESION_TYPES[number % 7]]
+            box = [f"image{number}", LESION_TYPES[number % 7]]
             boxes.append([*box, *(2.0 * edge for edge in (x, y, x + 25, y + 20))])
-        path = tmp_path / f"film{number}.png"
+        path = tmp_path / f"image{number}.png"
         cv2.imwrite(str(path), grey)
-        images.append([f"film{number}", str(path), 2 * height, 2 * width])
+        images.append([f"image{number}", str(path), 2 * height, 2 * width])
     images = pd.DataFrame(images, columns=["image_id", "cached_path", "height", "width"])
     return images, pd.DataFrame(boxes, columns=["image_id", "lesion_type", *CORNERS])

@@ -21,7 +21,7 @@ from dernet_utils.imaging.radiograph import MOST_PIXELS
 
 
 def grey_picture(height: int = 300, width: int = 200, seed: int = 0) -> np.ndarray:
-    """A picture as smooth, and as full of grey levels, as a radiograph: uint8 (H, W)."""
+    """A picture as smooth as a radiograph, with as many grey levels: uint8 (H, W)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     shown = 200 * np.exp(-3 * x**2) + 30 * np.sin(9 * y) + rng.normal(0, 3, (height, width))
@@ -79,7 +79,7 @@ def encode(dataset: Dataset, syntax: uid.UID) -> bytes:
 
 
 def encode_with_gdcm(dataset: Dataset, syntax: int, folder: Path) -> bytes:
-    """As `encode`, for what GDCM alone encodes; `syntax` is of `gdcm.TransferSyntax`."""
+    """As `encode`, for a `syntax` of `gdcm.TransferSyntax` that only GDCM encodes."""
     (folder / "raw.dcm").write_bytes(to_bytes(dataset))
     reader = gdcm.ImageReader()
     reader.SetFileName(str(folder / "raw.dcm"))
@@ -133,19 +133,19 @@ def patient_radiograph(seed: int = 0, **header) -> bytes:
 
 
 def frame_of(dataset: Dataset) -> bytes:
-    """The one frame of a compressed image, as it is coded."""
+    """The only frame of a compressed image, as encoded."""
     return next(generate_frames(dataset.PixelData, number_of_frames=1))
 
 
 def set_frame(dataset: Dataset, coded: bytes) -> Dataset:
-    """Take a coded frame as the pixel data."""
+    """Replace the pixel data by an encoded frame."""
     dataset.PixelData = encapsulate([coded])
     dataset["PixelData"].VR = "OB"
     return dataset
 
 
 def cut_frame(dataset: Dataset) -> Dataset:
-    """Cut the code of a compressed image in half; the file around it stays whole."""
+    """Cut the code stream of a compressed image in half; the file around it stays whole."""
     coded = frame_of(dataset)
     return set_frame(dataset, coded[: len(coded) // 4 * 2])
 
@@ -185,17 +185,17 @@ def _stored() -> np.ndarray:
     return (grey_picture(48, 40).astype(np.uint16) << 4) + 5
 
 
-def _film(**header) -> Dataset:
+def _image(**header) -> Dataset:
     return make_dataset(_stored(), 12, **header)
 
 
 def _bytes(**header) -> bytes:
-    return to_bytes(_film(**header))
+    return to_bytes(_image(**header))
 
 
 def _compressed(syntax: uid.UID, **header) -> Dataset:
     """A compressed image whose header is changed afterwards."""
-    dataset = make_dataset(grey_picture(48, 40)) if syntax == uid.JPEGBaseline8Bit else _film()
+    dataset = make_dataset(grey_picture(48, 40)) if syntax == uid.JPEGBaseline8Bit else _image()
     encode(dataset, syntax)
     for keyword, value in header.items():
         setattr(dataset, keyword, value)
@@ -203,7 +203,7 @@ def _compressed(syntax: uid.UID, **header) -> Dataset:
 
 
 def _float_pixels() -> bytes:
-    dataset = without(_film(), "PixelData")
+    dataset = without(_image(), "PixelData")
     dataset.FloatPixelData = _stored().astype("<f4").tobytes()
     return to_bytes(dataset)
 
@@ -214,7 +214,7 @@ def _endless_runs() -> bytes:
 
 
 def _deflate_bomb() -> bytes:
-    data = encode(_film(), uid.DeflatedExplicitVRLittleEndian)
+    data = encode(_image(), uid.DeflatedExplicitVRLittleEndian)
     (meta,) = struct.unpack_from("<I", data, 140)  # its length
     zeros = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS).compress(
         bytes(3 * MOST_PIXELS + 2**22)
@@ -223,7 +223,7 @@ def _deflate_bomb() -> bytes:
 
 
 def _without_syntax() -> bytes:
-    dataset = _film(preamble=bytes(128))
+    dataset = _image(preamble=bytes(128))
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     stream = BytesIO()
@@ -232,13 +232,13 @@ def _without_syntax() -> bytes:
 
 
 def _no_decoder() -> bytes:
-    dataset = set_frame(_film(), bytes(10))
+    dataset = set_frame(_image(), bytes(10))
     dataset.file_meta.TransferSyntaxUID = uid.MPEG2MPML
     return to_bytes(dataset)
 
 
 def _unknown_syntax() -> bytes:
-    dataset = set_frame(_film(), bytes(10))
+    dataset = set_frame(_image(), bytes(10))
     return replace_once(
         encode(dataset, uid.JPEG2000), uid.JPEG2000.encode(), b"1.2.840.10008.1.2.4.01"
     )
@@ -250,7 +250,7 @@ MALFORMED = "LUT or window is malformed"
 UNREADABLE = "header cannot be read"
 REFUSED = {
     # not DICOM
-    "text": Refused(lambda: b"not a film", NOT_AN_IMAGE),
+    "text": Refused(lambda: b"not an image", NOT_AN_IMAGE),
     "nothing": Refused(lambda: b"", NOT_AN_IMAGE),
     "zeros": Refused(lambda: bytes(400), NOT_AN_IMAGE),
     "a PNG named .dicom": Refused(encode_picture, "is a PNG picture", lone=False),
@@ -265,10 +265,10 @@ REFUSED = {
         lambda: replace_once(_bytes(), b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00FD"), UNREADABLE
     ),
     "a deflate bomb": Refused(_deflate_bomb, f"{UNREADABLE} .*inflates to more"),
-    "no rows": Refused(lambda: to_bytes(without(_film(), "Rows")), "holds no Rows"),
+    "no rows": Refused(lambda: to_bytes(without(_image(), "Rows")), "holds no Rows"),
     "a report": Refused(
         lambda: to_bytes(
-            without(_film(), "Rows", "Columns", "PhotometricInterpretation", "PixelData")
+            without(_image(), "Rows", "Columns", "PhotometricInterpretation", "PixelData")
         ),
         "holds no Rows, Columns, PhotometricInterpretation .*a report",
     ),
@@ -296,13 +296,13 @@ REFUSED = {
     ),
     # the pixel data
     "float pixels": Refused(_float_pixels, "floating-point"),
-    "no pixel data": Refused(lambda: to_bytes(without(_film(), "PixelData")), "no pixel data"),
+    "no pixel data": Refused(lambda: to_bytes(without(_image(), "PixelData")), "no pixel data"),
     "empty pixel data": Refused(lambda: _bytes(PixelData=b""), "no pixel data"),
     "raw, cut short": Refused(lambda: _bytes()[:-500], CUT),
     "raw, other size": Refused(lambda: _bytes(Rows=60), CUT),
-    "big endian, cut short": Refused(lambda: encode(_film(), uid.ExplicitVRBigEndian)[:-500], CUT),
+    "big endian, cut short": Refused(lambda: encode(_image(), uid.ExplicitVRBigEndian)[:-500], CUT),
     "deflated, cut short": Refused(
-        lambda: encode(_film(), uid.DeflatedExplicitVRLittleEndian)[:-500], "cut short|cannot be"
+        lambda: encode(_image(), uid.DeflatedExplicitVRLittleEndian)[:-500], "cut short|cannot be"
     ),
     **{
         f"{syntax.keyword}, {name}": Refused(make, words)

@@ -1,4 +1,4 @@
-"""The book at profile `smoke`, executed and built once for all tests that look at it."""
+"""The book at profile `smoke`, executed and built once for all tests of it."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from dernet_utils.core.files import PROJECT
 
-# Nothing answers there: whatever asks for the network fails, and with it the run.
+# No server listens there: any access to the network fails, and with it the run.
 NOWHERE = "http://127.0.0.1:9"
 
 
@@ -30,7 +30,7 @@ def run_dernet(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that one of pytest's processes makes, and all of them read."""
+    """A folder that one of pytest's processes makes and all of them read."""
     base = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent

@@ -1,4 +1,4 @@
-"""Attenuation by hand, and what a detector and its processing make of it."""
+"""Attenuation by hand, and the image that detector and processing make of it."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def water(cm: float, kvp: float) -> float:
 
 
 def test_thickness_and_voltage_harden_the_beam():
-    """Twice the water stops less than twice as much, in the logarithm; so does more voltage."""
+    """Twice the water has less than twice the attenuation; a higher voltage lowers it."""
     assert water(15.0, 80.0) < water(30.0, 80.0) < 2 * water(15.0, 80.0)
     assert water(15.0, 90.0) < water(15.0, 80.0) < water(15.0, 70.0)
 
@@ -61,14 +61,14 @@ def developed() -> DisplayProcessing:
     return DisplayProcessing(signal_of(arrived), 0.5, contrast=1.0, detail=1.8)
 
 
-def test_dense_is_white(developed):
+def test_a_dense_part_is_white(developed):
     grey = developed.grey
     assert grey.min() >= 0.0 and grey.max() <= 1.0
     assert grey[120, 100] > grey[5, 5]
 
 
 def test_a_change_is_the_other_image_less_this_one(developed):
-    """Against processing the whole other image to the same tone, without cutting out a part."""
+    """Compared with processing the whole other image to the same tone."""
     extra = np.zeros(developed.grey.shape)
     extra[100:120, 90:115] = 0.15
     part, change = developed.change(extra)

@@ -34,7 +34,7 @@ def test_no_prevalence_where_f1_does_not_depend_on_it():
 
 
 @given(st.integers(1, 2077), st.integers(0, 2077), st.integers(0, 2077))
-def test_a_row_that_was_counted_is_found_possible(abnormal, true_positives, true_negatives):
+def test_a_row_from_real_counts_is_found_possible(abnormal, true_positives, true_negatives):
     true_positives %= abnormal + 1
     true_negatives %= 2078 - abnormal + 1
     false_positives = 2078 - abnormal - true_negatives
@@ -67,7 +67,7 @@ def test_inconsistent_rows_of_table_3_are_those_of_the_arithmetic():
     assert round(by_hand, 2) == 41.68
 
 
-def test_agreement_is_the_largest():
+def test_the_largest_agreement_is_found():
     ranges = {"a": audit.Range(0, 3), "b": audit.Range(2, 5), "c": audit.Range(2.5, 6),
               "d": audit.Range(7, 8)}  # fmt: skip
     assert audit.largest_agreement(ranges) == (["a", "b", "c"], audit.Range(2.5, 3))

@@ -20,47 +20,47 @@ from dernet_utils.detection.images import export_yolo
 NAMES = dict(enumerate(LESION_TYPES))
 
 
-def dataset_of(films, folder, view=(96, 64), **data):
-    exported = export_yolo(*films, view, folder)
+def dataset_of(boxed_images, folder, view=(96, 64), **data):
+    exported = export_yolo(*boxed_images, view, folder)
     hyp = yolo.settings_of({"mosaic": 1.0, "translate": 0.0, "scale": 0.0, "hsv_v": 0.0})
     data = {"names": NAMES, "nc": 7, "channels": 3, "view": view} | data
     return SpineDataset(str(exported), imgsz=max(view), augment=True, hyp=hyp, data=data), hyp
 
 
 @given(st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=30))
-def test_repeat_factors_are_of_films_with_a_type(kinds):
-    of_type, of_film = repeat_factors([np.array(own) for own in kinds], 5)
+def test_repeat_factors_are_of_images_with_a_type(kinds):
+    of_type, of_image = repeat_factors([np.array(own) for own in kinds], 5)
     for kind in range(5):
-        share = np.mean([kind in own for own in kinds])
-        expected = max(1, np.sqrt(RARE_BELOW / share)) if share else 1
+        fraction = np.mean([kind in own for own in kinds])
+        expected = max(1, np.sqrt(RARE_BELOW / fraction)) if fraction else 1
         assert of_type[kind] == pytest.approx(expected)
-    for own, factor in zip(kinds, of_film, strict=True):
+    for own, factor in zip(kinds, of_image, strict=True):
         assert factor == max((of_type[kind] for kind in own), default=1)
 
 
-def test_rare_films_are_drawn_in_proportion_and_the_others_remain(films, tmp_path):
-    dataset, _ = dataset_of(films, tmp_path / "yolo", repeat=True)
+def test_rare_images_are_drawn_in_proportion_and_the_others_remain(boxed_images, tmp_path):
+    dataset, _ = dataset_of(boxed_images, tmp_path / "yolo", repeat=True)
     assert (dataset.rows == np.arange(6)).all()
-    dataset.of_film = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
+    dataset.of_image = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(2000):
         dataset.draw(rng)
         assert len(dataset.rows) == 6
         drawn.append(np.bincount(dataset.rows, minlength=6))
-    assert np.mean(drawn, axis=0) == pytest.approx(dataset.of_film / 2, abs=0.05)
+    assert np.mean(drawn, axis=0) == pytest.approx(dataset.of_image / 2, abs=0.05)
     assert np.max(drawn, axis=0).tolist() == [1, 1, 2, 1, 1, 2]
 
 
-def test_without_the_switch_each_film_is_drawn_once(films, tmp_path):
-    dataset, _ = dataset_of(films, tmp_path / "yolo")
-    dataset.of_film = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
+def test_without_repeat_each_image_is_drawn_once(boxed_images, tmp_path):
+    dataset, _ = dataset_of(boxed_images, tmp_path / "yolo")
+    dataset.of_image = np.array([1.0, 1.0, 4.0, 1.0, 1.0, 4.0])
     dataset.draw(np.random.default_rng(0))
     assert (dataset.rows == np.arange(6)).all()
 
 
-def test_a_view_is_upright_and_boxes_lie_on_their_patches(films, tmp_path):
-    dataset, hyp = dataset_of(films, tmp_path / "yolo")
+def test_an_input_is_upright_and_boxes_lie_on_their_patches(boxed_images, tmp_path):
+    dataset, hyp = dataset_of(boxed_images, tmp_path / "yolo")
     dataset.set_mosaic(hyp, False)
     for number in range(len(dataset)):
         view = dataset[number]
@@ -72,7 +72,7 @@ def test_a_view_is_upright_and_boxes_lie_on_their_patches(films, tmp_path):
 
 
 def test_a_rare_lesion_is_pasted_where_none_lies():
-    film = np.full((100, 60, 3), 10, np.uint8)
+    image = np.full((100, 60, 3), 10, np.uint8)
     donor = np.full((200, 120, 3), 10, np.uint8)
     donor[100:120, 40:70] = 200
     box, kind = np.array([40.0, 100, 70, 120]), np.array([5.0])
@@ -81,27 +81,27 @@ def test_a_rare_lesion_is_pasted_where_none_lies():
         at = np.array(corners, np.float32).reshape(-1, 4)
         return augment.Instances(at, np.zeros((0, 1000, 2)), bbox_format="xyxy", normalized=False)
 
-    labels = {"img": film, "instances": boxes([0, 0, 9, 9]), "cls": np.array([[2.0]])}
+    labels = {"img": image, "instances": boxes([0, 0, 9, 9]), "cls": np.array([[2.0]])}
     pasted = PasteRare.paste(dict(labels), donor, box, kind)
     assert pasted["cls"].ravel().tolist() == [2, 5]
     x0, y0, x1, y1 = pasted["instances"].bboxes[1]
     assert (x1 - x0, y1 - y0) == (30, 20)
-    # The same relative place: 55 of 120 and 110 of 200.
+    # The same relative position: 55 of 120 and 110 of 200.
     assert ((x0 + x1) / 2, (y0 + y1) / 2) == (pytest.approx(27.5, abs=1), pytest.approx(55, abs=1))
     inner = pasted["img"][int(y0) + 4 : int(y1) - 4, int(x0) + 4 : int(x1) - 4]
     assert (inner == 200).all() and (pasted["img"][:, :5] == 10).all()
-    assert (film == 10).all()  # the film it was pasted into is left as it was
+    assert (image == 10).all()  # the original image is unchanged
 
-    taken = {"img": film, "instances": boxes([20, 50, 40, 60]), "cls": np.array([[2.0]])}
+    taken = {"img": image, "instances": boxes([20, 50, 40, 60]), "cls": np.array([[2.0]])}
     assert len(PasteRare.paste(taken, donor, box, kind)["cls"]) == 1
 
 
-def test_pasting_is_a_switch_and_takes_rare_types_only(films, tmp_path, monkeypatch):
-    off, _ = dataset_of(films, tmp_path / "off")
+def test_pasting_is_optional_and_takes_rare_types_only(boxed_images, tmp_path, monkeypatch):
+    off, _ = dataset_of(boxed_images, tmp_path / "off")
     assert not any(isinstance(t, PasteRare) for t in off.transforms.transforms[0].transforms)
-    on, hyp = dataset_of(films, tmp_path / "on", paste=True)
+    on, hyp = dataset_of(boxed_images, tmp_path / "on", paste=True)
     (paste,) = (t for t in on.transforms.transforms[0].transforms if isinstance(t, PasteRare))
-    assert len(paste.rare) == sum(len(own["cls"]) for own in on.labels)  # one film each: all rare
+    assert len(paste.rare) == sum(len(own["cls"]) for own in on.labels)  # one image each: all rare
     monkeypatch.setattr(augment, "PASTE", 1.0)
     on.set_mosaic(hyp, False)
     augment.seed_augmentations(0)
@@ -125,25 +125,25 @@ GOOD = "3 0.5 0.5 0.2 0.1\n"
         ("two 0.5 0.5 0.2 0.1\n", "five numbers"),
     ],
 )
-def test_a_wrong_label_is_named_with_its_file_and_line(films, tmp_path, text, fault):
-    folder = export_yolo(*films, (96, 64), tmp_path / "yolo")
-    (folder.parent / "labels" / "film3.txt").write_text(text)
+def test_a_wrong_label_is_named_with_its_file_and_line(boxed_images, tmp_path, text, fault):
+    folder = export_yolo(*boxed_images, (96, 64), tmp_path / "yolo")
+    (folder.parent / "labels" / "image3.txt").write_text(text)
     data = {"names": NAMES, "nc": 7, "channels": 3}
-    with pytest.raises(DernetError, match=rf"film3\.txt, line .*{fault}"):
+    with pytest.raises(DernetError, match=rf"image3\.txt, line .*{fault}"):
         SpineDataset(str(folder), imgsz=96, data=data)
-    (folder.parent / "labels" / "film3.txt").write_text(GOOD)
+    (folder.parent / "labels" / "image3.txt").write_text(GOOD)
     check_labels(sorted(map(str, folder.iterdir())), 7)
 
 
-def test_a_film_without_a_label_file_is_named(films, tmp_path):
-    folder = export_yolo(*films, (96, 64), tmp_path / "yolo")
-    (folder.parent / "labels" / "film4.txt").unlink()
-    with pytest.raises(DernetError, match=r"film4\.png has no label file"):
+def test_an_image_without_a_label_file_is_named(boxed_images, tmp_path):
+    folder = export_yolo(*boxed_images, (96, 64), tmp_path / "yolo")
+    (folder.parent / "labels" / "image4.txt").unlink()
+    with pytest.raises(DernetError, match=r"image4\.png has no label file"):
         SpineDataset(str(folder), imgsz=96, data={"names": NAMES, "nc": 7, "channels": 3})
 
 
-def test_a_damaged_film_is_not_left_out(films, tmp_path):
-    folder = export_yolo(*films, (96, 64), tmp_path / "yolo")
-    (folder / "film2.png").write_bytes(b"no picture")
-    with pytest.raises(DernetError, match=r"film2\.png cannot be read"):
+def test_a_damaged_image_is_not_left_out(boxed_images, tmp_path):
+    folder = export_yolo(*boxed_images, (96, 64), tmp_path / "yolo")
+    (folder / "image2.png").write_bytes(b"no picture")
+    with pytest.raises(DernetError, match=r"image2\.png cannot be read"):
         SpineDataset(str(folder), imgsz=96, data={"names": NAMES, "nc": 7, "channels": 3})

@@ -29,37 +29,37 @@ def a_batch():
 
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
-def test_each_learns_from_a_batch_and_answers(name):
-    rival = baselines.build_baseline(name, VIEW, seed=0)
+def test_each_learns_from_a_batch_and_predicts(name):
+    baseline = baselines.build_baseline(name, VIEW, seed=0)
     batch = a_batch()
-    first = next(p for p in rival.network.parameters() if p.requires_grad)
-    loss = rival.loss(batch)
+    first = next(p for p in baseline.network.parameters() if p.requires_grad)
+    loss = baseline.loss(batch)
     assert loss.ndim == 0 and torch.isfinite(loss)
     loss.backward()
     assert first.grad is not None and torch.isfinite(first.grad).all() and first.grad.any()
-    rival.network.eval()
+    baseline.network.eval()
     with torch.no_grad():
-        answers = list(rival.raw(batch["img"]))
-    assert len(answers) == 2
-    for answer in answers:
-        assert answer.shape[0] == 4 + len(LESION_TYPES) and answer.dtype == torch.float32
-        assert ((answer[4:] >= 0) & (answer[4:] <= 1)).all()
-        corners, classes, scores = prediction.suppress_boxes(answer)
+        outputs = list(baseline.raw(batch["img"]))
+    assert len(outputs) == 2
+    for output in outputs:
+        assert output.shape[0] == 4 + len(LESION_TYPES) and output.dtype == torch.float32
+        assert ((output[4:] >= 0) & (output[4:] <= 1)).all()
+        corners, classes, scores = prediction.suppress_boxes(output)
         assert len(corners) == len(classes) == len(scores) <= MAX_BOXES
         assert corners.isfinite().all() and (scores.diff() <= 0).all()
 
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
-def test_answers_do_not_depend_on_bfloat16(name, monkeypatch):
-    """Scores in bfloat16 tie, and with their order an average precision is lost."""
-    rival = baselines.build_baseline(name, VIEW, seed=0)
-    rival.network.eval()
-    said = []
+def test_predictions_do_not_depend_on_bfloat16(name, monkeypatch):
+    """bfloat16 makes scores equal; average precision depends on their order."""
+    baseline = baselines.build_baseline(name, VIEW, seed=0)
+    baseline.network.eval()
+    outputs = []
     for able in (True, False):
         monkeypatch.setattr(machine, "bfloat16_helps", lambda device, able=able: able)
         with torch.no_grad():
-            said.append(list(rival.raw(a_batch()["img"])))
-    for fast, exact in zip(*said, strict=True):
+            outputs.append(list(baseline.raw(a_batch()["img"])))
+    for fast, exact in zip(*outputs, strict=True):
         assert torch.equal(fast, exact)
 
 
@@ -68,13 +68,13 @@ def test_parameters_are_those_of_the_published_networks():
     millions = [
         baselines._millions(baselines.build_baseline(name, VIEW, 0).network) for name in names
     ]
-    # With seven types in place of 80 or 91 the last layers are a little smaller.
+    # With seven types instead of 80 or 91, the last layers are a little smaller.
     published = [2.6, 9.4, 25.3, 41.5, 33.8, 32.9]
     assert millions == pytest.approx(published, rel=0.06)
 
 
-def test_a_run_is_kept_and_its_time_is_kept_to(films, tmp_path):
-    images, boxes = films
+def test_a_run_is_kept_and_another_time_is_another_run(boxed_images, tmp_path):
+    images, boxes = boxed_images
     kept_in = tmp_path / "kept"
     kept_in.mkdir()
     given = ("YOLO11-n", images[:4], boxes, images[4:], RECIPE)
@@ -91,8 +91,8 @@ def test_a_run_is_kept_and_its_time_is_kept_to(films, tmp_path):
     assert len(list(kept_in.iterdir())) == 2
 
 
-def test_more_time_means_more_steps_and_a_rate_that_falls(films, tmp_path, monkeypatch):
-    images, boxes = films
+def test_training_ends_after_its_time_and_the_rate_falls(boxed_images, tmp_path, monkeypatch):
+    images, boxes = boxed_images
     clock = iter(np.arange(0, 100, 0.5))
     monkeypatch.setattr(baselines.time, "monotonic", lambda: next(clock))
     rates = []
@@ -104,15 +104,15 @@ def test_more_time_means_more_steps_and_a_rate_that_falls(films, tmp_path, monke
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     monkeypatch.setattr(baselines, "WARM_STEPS", 1)
-    rival = baselines.build_baseline("YOLO11-n", VIEW, 0)
+    baseline = baselines.build_baseline("YOLO11-n", VIEW, 0)
     shown = detection_images.augmented_dataset(images, boxes, RECIPE, tmp_path / "shown")
-    steps = baselines.train_baseline(rival, shown, 2, 1e-3, 4.0, seed=0)
-    assert steps == len(rates) == 7  # half a second a step, the first at half a second
+    steps = baselines.train_baseline(baseline, shown, 2, 1e-3, 4.0, seed=0)
+    assert steps == len(rates) == 7  # half a second per step, the first at half a second
     assert (np.diff(rates) < 0).all()
     spent = np.arange(1, 8) * 0.5 / 4
     assert rates == pytest.approx(1e-3 * (1 + np.cos(np.pi * spent)) / 2)
 
 
-def test_another_name_is_refused():
+def test_an_unknown_name_is_refused():
     with pytest.raises(DernetError, match="YOLO11-n, YOLO11-s"):
         baselines.build_baseline("DINO", VIEW, 0)

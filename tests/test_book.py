@@ -66,7 +66,7 @@ def browser() -> Iterator[Browser]:
 
 
 def open_page(browser: Browser, url: str, width: int) -> tuple[Page, list[str]]:
-    """Open a page; return it with all that went wrong on the way."""
+    """Open a page; return it with all errors on the way."""
     page = browser.new_page(viewport={"width": width, "height": 900})
     faults: list[str] = []
     own = re.match(r"https?://[^/]+/", url).group()
@@ -84,7 +84,7 @@ def open_page(browser: Browser, url: str, width: int) -> tuple[Page, list[str]]:
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("name", PAGES)
-def test_page_opens_whole(name: str, width: int, site: str, browser: Browser):
+def test_page_opens_complete(name: str, width: int, site: str, browser: Browser):
     page, faults = open_page(browser, f"{site}/{name}.html", width)
     try:
         # Lazy images load when they come into view.
@@ -139,7 +139,7 @@ def test_dark_theme_keeps_figures_on_white(site: str, browser: Browser):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_within_the_book_lead_somewhere(name: str, smoke_book: Path):
+def test_links_within_the_book_have_targets(name: str, smoke_book: Path):
     html = smoke_book / "html"
     page = html / f"{name}.html"
     text = page.read_text(encoding="utf-8")

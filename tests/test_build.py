@@ -193,7 +193,7 @@ def test_failing_chapter_stops_the_run_and_the_next_goes_on(book: SmallBook):
     assert code == 1 and steps <= {"data", "01_a"}
     assert "02_b" in output and "code cell 2 of 2" in output
     assert "NameError: name 'nothing' is not defined" in output
-    assert "dernet_utils/cli.py" not in output  # no traceback of ours
+    assert "dernet_utils/cli.py" not in output  # no traceback from this package
     assert (book.root / "runs" / "smoke" / "chapters" / "02_b.partial.ipynb").is_file()
     edit(chapter, "factor + nothing", "factor")
     code, steps, output = book.run()

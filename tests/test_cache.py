@@ -1,4 +1,4 @@
-"""The cache: made once, reused, made again where anything changed, never half-written."""
+"""The cache: made once, reused, made again where anything changed, never half written."""
 
 import errno
 import json
@@ -138,7 +138,7 @@ def test_killed_run_leaves_nothing_half_written(tmp_path, images, profile, monke
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOSPC, "full; free some space"), (errno.EACCES, "written")]
 )
-def test_disk_that_refuses(tmp_path, images, profile, monkeypatch, number, message):
+def test_a_disk_that_refuses_a_write(tmp_path, images, profile, monkeypatch, number, message):
     def refuse(path, data):
         raise OSError(number, os.strerror(number))
 
@@ -150,7 +150,7 @@ def test_disk_that_refuses(tmp_path, images, profile, monkeypatch, number, messa
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_unreadable_image_is_named(tmp_path, images, profile, workers):
-    Path(images.dicom_path[3]).write_bytes(b"not a film")
+    Path(images.dicom_path[3]).write_bytes(b"not an image")
     with pytest.raises(DernetError, match=r"image3\.dicom: not an image"):
         cache_images(images, tmp_path / "cache", profile, workers)
 

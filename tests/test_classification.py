@@ -65,8 +65,8 @@ def test_undefined_metrics_are_nan():
 
 
 def test_youden_by_hand():
-    # 0.4 parts the classes but for one normal image; 0.75 misses one abnormal. Both J = 2/3:
-    # the lower one is taken.
+    # 0.4 separates the classes except for one normal image; 0.75 misses one abnormal image. Both
+    # have J = 2/3: the lower one is taken.
     y, prob = [0, 0, 0, 1, 1, 1], [0.1, 0.2, 0.7, 0.6, 0.8, 0.9]
     assert youden_threshold(y, prob) == pytest.approx(0.4)
     assert youden_threshold([0, 1], [0.3, 0.3]) == 0.3
@@ -101,14 +101,14 @@ def test_no_threshold_beats_the_f1_threshold(rows):
 
 
 @given(scored, st.sampled_from([0.5, 0.9, 1.0]))
-def test_a_kept_sensitivity_is_kept_and_no_higher_threshold_keeps_it(rows, share):
+def test_the_highest_threshold_that_keeps_a_sensitivity_is_found(rows, fraction):
     y, prob = np.array(rows).T
-    threshold = sensitivity_threshold(y, prob, share)
-    assert operating_point(y, prob, threshold)["sensitivity"] >= share - 1e-12
+    threshold = sensitivity_threshold(y, prob, fraction)
+    assert operating_point(y, prob, threshold)["sensitivity"] >= fraction - 1e-12
     higher = prob[prob > threshold]
     if len(higher):
         beyond = operating_point(y, prob, higher.min())
-        assert beyond["sensitivity"] < share - 1e-12
+        assert beyond["sensitivity"] < fraction - 1e-12
 
 
 def test_table_holds_the_four_metrics_with_their_intervals():
@@ -160,6 +160,6 @@ def test_area_under_the_band_is_the_auroc():
         (lambda: classification_table([0, 1], [0.1, 0.2], [1], 0.5), "its study"),
     ],
 )
-def test_errors_say_what_came(call, message):
+def test_errors_state_the_input(call, message):
     with pytest.raises(DernetError, match=message):
         call()

@@ -93,7 +93,7 @@ def test_heights_of_patient_and_donor_correspond_one_to_one(plans, anatomy):
         assert (np.diff(shape.z_patient_mm) > 0).all() and (np.diff(shape.z_donor_mm) > 0).all()
 
 
-# Films ------------------------------------------------------------------------------------------
+# Radiographs ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ FINDINGS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FINDINGS)
-def test_a_lesion_of_severity_zero_has_a_counterfactual_that_differs_nowhere(anatomy, plans, form):
+def test_a_lesion_of_severity_zero_has_a_counterfactual_that_does_not_differ(anatomy, plans, form):
     for view in render.ANGLES:
         none = alone(anatomy, plans, view, severity=0.0, form=form, **FINDINGS[form])
         image = render.render_radiograph(none, 0, anatomy)
@@ -180,7 +180,7 @@ def test_a_slight_lesion_is_less_visible_than_a_moderate_or_severe_one(anatomy, 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["sclerotic", "claw", "narrowed", "screws"])
 def test_a_counterfactual_is_the_radiograph_without_the_finding(anatomy, plans, form):
-    """Rendered anew without it, at a dose without noise: the same, as far as tones allow.
+    """It equals a new rendering without it, at a dose without noise, as far as tones allow.
 
     The new image is adapted to its own densities, so its tones are first fitted to the old one's.
     """
@@ -339,7 +339,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_real_data_are_never_made(tmp_path, monkeypatch):
+def test_a_real_dataset_is_never_made(tmp_path, monkeypatch):
     monkeypatch.setenv("DERNET_DATA", str(tmp_path / "spinexr"))
     workspace = Workspace(PROFILES["paper"], tmp_path)
     assert virtual_cohort.ensure_cohort(workspace) == tmp_path / "spinexr"

@@ -1,4 +1,4 @@
-"""Trainings fold by fold: nothing leaks, nothing is lost, and the test labels stay sealed."""
+"""Cross-validation: nothing leaks, no image is lost, and the test labels stay sealed."""
 
 import json
 import os
@@ -133,16 +133,16 @@ def test_images_of_the_test_split_come_without_labels(workspace):
     assert all(Path(path).is_file() for path in images["cached_path"])
 
 
-def test_a_spoilt_decision_opens_nothing(workspace):
+def test_a_damaged_decision_opens_nothing(workspace):
     path = workspace.tables / "decision.json"
     good = {"networks": ["a"], "weights": [1.0], "temperature": 1.0, "thresholds": {}}
-    for spoilt in ("", "[]", "{}", json.dumps(good), json.dumps(good | {"fitted_on": 1, "x": 2})):
-        path.write_text(spoilt)
+    for damaged in ("", "[]", "{}", json.dumps(good), json.dumps(good | {"fitted_on": 1, "x": 2})):
+        path.write_text(damaged)
         with pytest.raises(DernetError, match=r"decision\.json"):
             crossvalidation.open_test_labels(workspace)
 
 
-def test_a_lesions_place_is_its_boxes_centre(workspace):
+def test_a_lesions_position_is_its_boxes_centre(workspace):
     images = crossvalidation.triage_images(workspace)
     boxes = read_boxes(workspace)
     assert images.loc[images["split"] == "test", "lesions"].map(len).eq(0).all()
@@ -160,7 +160,7 @@ def test_a_lesions_place_is_its_boxes_centre(workspace):
 # Every image once
 
 
-def test_each_training_image_is_scored_once_by_a_network_that_never_saw_it(workspace):
+def test_each_training_image_is_scored_once_by_a_network_not_trained_on_it(workspace):
     lines = []
     found = crossvalidation.cross_validate(
         workspace, NETWORK, lambda fold, row: lines.append((fold, row["epoch"]))
@@ -216,7 +216,7 @@ CHANGES = ("nothing", "docstring", "code", "test image", "image", "fold", "label
 def test_a_table_is_stale_when_anything_it_is_computed_from_changes(
     workspace, tmp_path, monkeypatch, change
 ):
-    """Without training: `train_triage` and what scores are replaced, and only counted."""
+    """`train_triage` and the scoring are replaced by functions that only count their calls."""
     images, done = crossvalidation.triage_images(workspace), []
     train = images.index[images["split"] == "train"]
     changed, profile = images.copy(), workspace.profile
@@ -312,7 +312,7 @@ def start(folder: Path) -> subprocess.Popen:
     )
 
 
-def test_killed_at_a_random_moment_and_run_again_ends_as_if_never_killed(copy_of):
+def test_killed_at_a_random_moment_and_run_again_ends_as_an_uninterrupted_run(copy_of):
     runs = {name: copy_of(name) for name in ("unbroken", "killed")}
     table = Path(start(runs["unbroken"].folder).communicate(timeout=300)[0].strip())
     unbroken = pd.read_parquet(table)
@@ -335,7 +335,7 @@ def test_killed_at_a_random_moment_and_run_again_ends_as_if_never_killed(copy_of
     assert left == {unbroken.attrs["checkpoint"]}
 
 
-# The canary: a label that only the study gives away
+# A label that only the study gives away
 
 
 def images_of_studies(folder: Path, studies: int, each: int) -> pd.DataFrame:
@@ -355,7 +355,7 @@ def images_of_studies(folder: Path, studies: int, each: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def test_canary_study_gives_the_label_away_and_our_folds_do_not_hear_it(tmp_path, monkeypatch):
+def test_a_label_that_the_study_gives_away_leaks_by_image_but_not_by_study(tmp_path, monkeypatch):
     def small(name, weights=None, seed=42):  # the folds are tested here, not the network
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -378,23 +378,23 @@ def test_canary_study_gives_the_label_away_and_our_folds_do_not_hear_it(tmp_path
         )
     assert found["by study"].low < 0.5 < found["by study"].high, found
     assert 0.3 < found["by study"].value < 0.7, found
-    assert found["by image"].value > 0.9, found  # the canary can be heard
+    assert found["by image"].value > 0.9, found  # the test can detect a leak
 
 
 # Bad input
 
 
-def test_a_fold_that_is_none_and_a_network_that_is_none(workspace):
+def test_an_unknown_fold_or_network_is_refused(workspace):
     with pytest.raises(DernetError, match=r"0 to 1.* 2"):
         crossvalidation.train_fold(workspace, NETWORK, 2)
     with pytest.raises(DernetError, match="one of densenet121"):
         crossvalidation.train_fold(workspace, "vgg16", 0)
 
 
-def test_a_fold_without_normal_images_is_told(workspace, monkeypatch):
+def test_a_fold_without_normal_images_is_refused(workspace, monkeypatch):
     images = crossvalidation.triage_images(workspace)
-    spoilt = images[~((images["fold"] == 1) & ~images["label"].fillna(False))]
-    monkeypatch.setattr(crossvalidation, "triage_images", lambda _: spoilt)
+    changed = images[~((images["fold"] == 1) & ~images["label"].fillna(False))]
+    monkeypatch.setattr(crossvalidation, "triage_images", lambda _: changed)
     with pytest.raises(DernetError, match=r"held out are .* of one class"):
         crossvalidation.train_fold(workspace, NETWORK, 1)
     with pytest.raises(DernetError, match=r"training images are .* of one class"):
@@ -404,7 +404,7 @@ def test_a_fold_without_normal_images_is_told(workspace, monkeypatch):
 def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp_path):
     table = crossvalidation.train_fold(workspace, NETWORK, 0)
     checkpoint = workspace.weights / pd.read_parquet(table).attrs["checkpoint"]
-    with pytest.raises(DernetError, match="expected to hold network resnet50, and holds densenet"):
+    with pytest.raises(DernetError, match="expected to hold network resnet50, but holds densenet"):
         training.load_network("resnet50", checkpoint)
     other = training.TriageRecipe.of(get_profile("paper"))
     with pytest.raises(DernetError, match=r'hold recipe .*384.* holds .*"image_px": 32'):
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(checkpoint.read_bytes()[:-100])
     for path in (damaged, tmp_path / "none.safetensors"):
-        with pytest.raises(DernetError, match=r"cannot be read .* train anew"):
+        with pytest.raises(DernetError, match=r"cannot be read .* train again"):
             training.load_network(NETWORK, path)
 
 
@@ -421,7 +421,7 @@ def runs(tiny_dataset: Path, tmp_path: Path) -> Path:
     """A folder of runs whose `smoke` has the tiny dataset as its cohort."""
     cohort = tmp_path / "smoke" / "cohort"
     shutil.copytree(tiny_dataset, cohort)
-    (cohort / "manifest.json").write_text("{}")  # a cohort that is there is not made anew
+    (cohort / "manifest.json").write_text("{}")  # an existing cohort is not made again
     return tmp_path
 
 
@@ -443,7 +443,7 @@ def test_the_command_trains_one_fold_and_finds_it_again(runs: Path):
     assert "0 to 2" in none.stderr and "9" in none.stderr
 
 
-def test_processes_that_accelerate_starts_share_the_folds_out(runs: Path):
+def test_processes_that_accelerate_starts_divide_the_folds(runs: Path):
     launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "2")
     launch += ("--main_process_port", "0", "--module")
     done = dernet_train(runs, NETWORK, "--threads", "1", launch=launch)

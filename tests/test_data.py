@@ -54,7 +54,7 @@ def cell(root: Path, row: int, column: str, file: str = TRAIN) -> str:
     return table(root, file)[row - 1][ANNOTATION_COLUMNS.index(column)]
 
 
-def film(root: Path, row: int, split: str = "train") -> Path:
+def file_of(root: Path, row: int, split: str = "train") -> Path:
     return root / f"{split}_images/{cell(root, row, 'image_id', f'annotations/{split}.csv')}.dicom"
 
 
@@ -118,7 +118,7 @@ def test_reading_gives_typed_tables_that_equal_the_files(tiny_dataset):
 def test_the_view_is_that_of_the_header(tiny_dataset):
     row = row_of(tiny_dataset, lesion=False)
     stored = np.arange(12, dtype=np.uint16).reshape(3, 4)
-    film(tiny_dataset, row).write_bytes(to_bytes(make_dataset(stored, 12, ViewPosition="LL")))
+    file_of(tiny_dataset, row).write_bytes(to_bytes(make_dataset(stored, 12, ViewPosition="LL")))
     images = read_dataset(tiny_dataset).images.set_index("image_id")
     image = images.loc[cell(tiny_dataset, row, "image_id")]
     assert (image.view, image.height, image.width) == ("LL", 3, 4)
@@ -201,7 +201,7 @@ def test_a_bad_image_id_is_named_and_never_followed_as_a_path(tiny_dataset):
 
 def test_corners_on_the_images_edge_are_inside(tiny_dataset):
     row = row_of(tiny_dataset, lesion=True)
-    header = pydicom.dcmread(film(tiny_dataset, row))
+    header = pydicom.dcmread(file_of(tiny_dataset, row))
     edit(tiny_dataset, row, xmin="0", ymin="0", xmax=header.Columns, ymax=float(header.Rows))
     assert check_dataset(tiny_dataset).problems == []
 
@@ -254,22 +254,22 @@ def test_an_image_in_two_studies(tiny_dataset):
 
 def test_a_missing_and_an_unlisted_file(tiny_dataset):
     row = row_of(tiny_dataset, lesion=False)
-    film(tiny_dataset, row).unlink()
+    file_of(tiny_dataset, row).unlink()
     (tiny_dataset / "test_images/holiday.png").write_bytes(b"sun")
-    (tiny_dataset / "test_images/.DS_Store").write_bytes(b"hidden files are no films")
+    (tiny_dataset / "test_images/.DS_Store").write_bytes(b"a hidden file")
     assert found(tiny_dataset) == [(TRAIN, row), ("test_images/holiday.png", None)]
 
 
 def test_a_file_that_is_no_dicom(tiny_dataset):
     row = row_of(tiny_dataset, lesion=False)
-    film(tiny_dataset, row).write_bytes(b"not a film")
+    file_of(tiny_dataset, row).write_bytes(b"not an image")
     assert found(tiny_dataset) == [(TRAIN, row)]
-    film(tiny_dataset, row).write_bytes(b"")
+    file_of(tiny_dataset, row).write_bytes(b"")
     assert found(tiny_dataset) == [(TRAIN, row)]
 
 
 @pytest.mark.slow
-def test_each_film_cut_anywhere_is_found(tiny_dataset):
+def test_each_file_cut_anywhere_is_found(tiny_dataset):
     """Whatever the transfer syntax: in the header, in the pixels, and by the last six bytes."""
     firsts = pd.read_csv(tiny_dataset / TEST).drop_duplicates("image_id")
     syntaxes = set()
@@ -291,7 +291,7 @@ def test_a_cut_codestream_in_a_whole_file_is_found(tiny_dataset):
             cut_frame(header).save_as(path)
             assert f"{path.name} cannot be used" in messages(tiny_dataset)
             return
-    pytest.fail("no compressed film in the fixture")
+    pytest.fail("no compressed image in the fixture")
 
 
 def test_all_problems_are_listed_not_only_the_first(tiny_dataset):
@@ -299,9 +299,9 @@ def test_all_problems_are_listed_not_only_the_first(tiny_dataset):
     edit(tiny_dataset, lesion, xmax=cell(tiny_dataset, lesion, "xmin"))
     edit(tiny_dataset, lesion + 1, ymax="9999")
     edit(tiny_dataset, normal, lesion_type="Gout", rad_id="?")
-    film(tiny_dataset, 2, "test").unlink()
+    file_of(tiny_dataset, 2, "test").unlink()
     places = [(TRAIN, lesion), (TRAIN, lesion + 1), (TRAIN, normal), (TRAIN, normal), (TEST, 2)]
-    assert found(tiny_dataset) == sorted(places, key=lambda place: (place[0] == TEST, place))
+    assert found(tiny_dataset) == sorted(places, key=lambda where: (where[0] == TEST, where))
     assert all(type(problem.row) is int for problem in check_dataset(tiny_dataset).problems)
     with pytest.raises(DernetError, match="the first of 5 problems"):
         read_dataset(tiny_dataset)
@@ -331,7 +331,7 @@ def test_a_folder_that_is_no_dataset(tmp_path, function):
 def test_repair_drops_and_clips_and_says_so(tiny_dataset, tmp_path):
     before = table(tiny_dataset)
     first = row_of(tiny_dataset, lesion=True)
-    header = pydicom.dcmread(film(tiny_dataset, first))
+    header = pydicom.dcmread(file_of(tiny_dataset, first))
     edit(tiny_dataset, first, xmin="5", xmax="5")
     edit(tiny_dataset, first + 1, xmin="3.25", ymin="-4", xmax="5000", ymax="20")
     edit(tiny_dataset, first + 2, xmin="5000", xmax="5100")

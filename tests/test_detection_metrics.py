@@ -48,23 +48,21 @@ def table(rows, scored=False):
     return pd.DataFrame(rows, columns=columns)
 
 
-def random_boxes(rng, films, most, scored=False, levels=8):
+def random_boxes(rng, ids, most, scored=False, levels=8):
     """Boxes on a coarse grid, so that overlaps and scores tie often."""
     rows = []
-    for film in films:
+    for image_id in ids:
         for _ in range(rng.integers(0, most + 1)):
             x, y = rng.integers(0, 6, 2) * 10
             width, height = rng.integers(1, 4, 2) * 10
-            row = [film, rng.choice(TYPES), x, y, x + width, y + height]
+            row = [image_id, rng.choice(TYPES), x, y, x + width, y + height]
             rows.append([*row, rng.integers(1, levels + 1) / levels] if scored else row)
     return table(rows, scored)
 
 
-def by_pycocotools(
-    truth, predictions, lesion_type, films, ious=(0.5,), areas=(0, 1e10), field_px=1
-):
-    """AP as the reference implementation computes it; areas are shares of `field_px`."""
-    number = {film: row + 1 for row, film in enumerate(films)}
+def by_pycocotools(truth, predictions, lesion_type, ids, ious=(0.5,), areas=(0, 1e10), field_px=1):
+    """AP as the reference implementation computes it; areas are fractions of `field_px`."""
+    number = {image_id: row + 1 for row, image_id in enumerate(ids)}
     truth, predictions = (t[t["lesion_type"] == lesion_type] for t in (truth, predictions))
 
     def annotations(boxes):
@@ -102,9 +100,9 @@ def test_average_precision_by_hand():
     truth = table([["a", TYPES[0], 0, 0, 10, 10], ["b", TYPES[0], 0, 0, 10, 10]])
     predictions = table(
         [
-            ["a", TYPES[0], 0, 0, 10, 10, 0.9],  # a hit: precision 1 up to recall 0.5
-            ["a", TYPES[0], 0, 0, 10, 10, 0.8],  # the same box again: a false alarm
-            ["b", TYPES[0], 0, 0, 10, 8, 0.7],  # a hit: precision 2/3 up to recall 1
+            ["a", TYPES[0], 0, 0, 10, 10, 0.9],  # a true positive: precision 1 up to recall 0.5
+            ["a", TYPES[0], 0, 0, 10, 10, 0.8],  # the same box again: a false positive
+            ["b", TYPES[0], 0, 0, 10, 8, 0.7],  # a true positive: precision 2/3 up to recall 1
         ],
         scored=True,
     )
@@ -115,9 +113,9 @@ def test_average_precision_by_hand():
 @pytest.mark.parametrize("seed", range(12))
 def test_equal_to_pycocotools_with_ties(seed):
     rng = np.random.default_rng(seed)
-    films = [f"{i:02d}" for i in range(9)]
-    truth = random_boxes(rng, films, most=8)
-    predictions = random_boxes(rng, films, most=30, scored=True)
+    ids = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, ids, most=8)
+    predictions = random_boxes(rng, ids, most=30, scored=True)
     seen = sorted({*truth["image_id"], *predictions["image_id"]})
     for lesion_type in TYPES:
         expected = by_pycocotools(truth, predictions, lesion_type, seen)
@@ -125,7 +123,7 @@ def test_equal_to_pycocotools_with_ties(seed):
         assert got == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
-def test_equal_to_pycocotools_on_a_crowded_film():
+def test_equal_to_pycocotools_on_a_crowded_image():
     rng = np.random.default_rng(3)
     truth = random_boxes(rng, ["a"], most=60)
     truth["lesion_type"] = TYPES[0]
@@ -133,7 +131,7 @@ def test_equal_to_pycocotools_on_a_crowded_film():
         [random_boxes(rng, ["a"], 400, scored=True, levels=1000) for _ in range(2)]
     )
     predictions["lesion_type"] = TYPES[0]
-    assert len(predictions) > 100  # more than COCO's limit a film
+    assert len(predictions) > 100  # more than COCO's limit per image
     expected = by_pycocotools(truth, predictions, TYPES[0], ["a"])
     assert average_precision(truth, predictions, TYPES[0]) == pytest.approx(expected, abs=1e-12)
 
@@ -159,26 +157,26 @@ def assert_as_coco(truth, predictions):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_ten_overlaps_equal_pycocotools_with_ties_and_empty_films(seed):
+def test_ten_overlaps_equal_pycocotools_with_ties_and_empty_images(seed):
     rng = np.random.default_rng(seed)
-    films = [f"{i:02d}" for i in range(9)]
-    truth = random_boxes(rng, films[:6], most=8)
+    ids = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, ids[:6], most=8)
     near = truth.sample(frac=0.7, random_state=seed)
     near = near.assign(score=rng.integers(1, 9, len(near)) / 8)
     near[list(CORNERS)] += rng.integers(-3, 4, (len(near), 4))
-    predictions = random_boxes(rng, films[3:], most=20, scored=True)
+    predictions = random_boxes(rng, ids[3:], most=20, scored=True)
     predictions = pd.concat([predictions, near], ignore_index=True)
     assert_as_coco(truth, predictions)
     # A type without a true box is no part of the mean.
     assert_as_coco(truth[truth["lesion_type"] != TYPES[1]], predictions)
 
 
-def test_ten_overlaps_equal_pycocotools_on_a_crowded_film():
+def test_ten_overlaps_equal_pycocotools_on_a_crowded_image():
     rng = np.random.default_rng(3)
     truth = random_boxes(rng, ["a", "b"], most=60).assign(lesion_type=TYPES[0])
     predictions = pd.concat([random_boxes(rng, ["a", "b"], 300, scored=True) for _ in range(2)])
     predictions = predictions.assign(lesion_type=TYPES[0])
-    assert predictions["image_id"].value_counts().max() > 100  # more than COCO's limit a film
+    assert predictions["image_id"].value_counts().max() > 100  # more than COCO's limit per image
     assert_as_coco(truth, predictions)
 
 
@@ -194,12 +192,12 @@ def test_ten_overlaps_by_hand():
     assert np.isnan(mean) and each.shape == (0, 10)
 
 
-# Shares of a film of 200 × 200 pixels: random boxes have 0.25 % to 2.25 %, some exactly 1 %.
+# Fractions of an image of 200 × 200 px: random boxes have 0.25 % to 2.25 %, some exactly 1 %.
 FILM_PX = 200
 STRATA = {True: (0, np.nextafter(0.01, 0)), False: (0.01, 1e10)}  # COCO's ranges hold both ends
 
 
-def films_of(names):
+def images_of(names):
     return pd.DataFrame({"image_id": names, "height": FILM_PX, "width": FILM_PX})
 
 
@@ -207,10 +205,10 @@ def films_of(names):
 @pytest.mark.parametrize("seed", range(12))
 def test_strata_equal_area_ranges_of_pycocotools(seed, small):
     rng = np.random.default_rng(seed)
-    films = [f"{i:02d}" for i in range(9)]
-    truth = random_boxes(rng, films, most=10)
-    predictions = random_boxes(rng, films, most=40, scored=True)
-    marked = [size_stratum(boxes, films_of(films), small) for boxes in (truth, predictions)]
+    ids = [f"{i:02d}" for i in range(9)]
+    truth = random_boxes(rng, ids, most=10)
+    predictions = random_boxes(rng, ids, most=40, scored=True)
+    marked = [size_stratum(boxes, images_of(ids), small) for boxes in (truth, predictions)]
     assert marked[0]["outside"].any() and not marked[0]["outside"].all()
     field = {"areas": STRATA[small], "field_px": FILM_PX**2}
     seen = sorted({*truth["image_id"], *predictions["image_id"]})
@@ -226,20 +224,20 @@ def test_stratum_by_hand():
         [
             ["a", TYPES[0], 100, 100, 160, 160, 0.9],  # finds the large one: ignored among small
             ["a", TYPES[0], 100, 100, 160, 150, 0.8],  # again, itself large: ignored
-            ["a", TYPES[0], 40, 40, 50, 50, 0.7],  # small, astray: a false alarm
+            ["a", TYPES[0], 40, 40, 50, 50, 0.7],  # small, at no true box: a false positive
             ["a", TYPES[0], 0, 0, 10, 10, 0.6],  # finds the small one
         ],
         scored=True,
     )
-    films = films_of(["a"])
-    small = [size_stratum(boxes, films, True) for boxes in (truth, predictions)]
+    images = images_of(["a"])
+    small = [size_stratum(boxes, images, True) for boxes in (truth, predictions)]
     matches = match_boxes(*small, TYPES[0], ["a"])
     assert matches.hit.tolist() == [False, True] and matches.truths.tolist() == [1]
     assert average_precision(*small, TYPES[0]) == pytest.approx(1 / 2)
-    large = [size_stratum(boxes, films, False) for boxes in (truth, predictions)]
+    large = [size_stratum(boxes, images, False) for boxes in (truth, predictions)]
     matches = match_boxes(*large, TYPES[0], ["a"])
     assert matches.hit.tolist() == [True, False]  # the second is a double, the small ones ignored
-    both = size_table(truth, predictions, films.assign(study_id="s"), resamples=10)
+    both = size_table(truth, predictions, images.assign(study_id="s"), resamples=10)
     assert both["value"].tolist() == pytest.approx([1 / 2, 1 / 2, 1, 1])
     assert both["boxes"].tolist() == [1, 1, 1, 1]
     assert both.index.get_level_values("size").unique().tolist() == [*SIZES]
@@ -248,7 +246,7 @@ def test_stratum_by_hand():
 def test_a_type_without_a_box_in_a_stratum_is_left_out_of_its_mean():
     truth = table([["a", TYPES[0], 0, 0, 10, 10], ["a", TYPES[1], 0, 0, 90, 90]])
     found = truth.assign(score=0.5)
-    images = films_of(["a"]).assign(study_id="s")
+    images = images_of(["a"]).assign(study_id="s")
     result = size_table(truth, found, images, resamples=5).loc["below 1 %"]
     assert result["boxes"].tolist() == [1, 0, 1]
     assert result["value"].isna().tolist() == [False, True, False]
@@ -257,9 +255,9 @@ def test_a_type_without_a_box_in_a_stratum_is_left_out_of_its_mean():
 
 def test_one_percent_of_the_field_is_not_below_it():
     boxes = table([["a", TYPES[0], 0, 0, 20, 20], ["a", TYPES[0], 0, 0, 20, 19]])
-    assert size_stratum(boxes, films_of(["a"]), small=True)["outside"].tolist() == [True, False]
-    assert size_stratum(boxes, films_of(["a"]), small=False)["outside"].tolist() == [False, True]
-    assert list(size_stratum(boxes.iloc[:0], films_of(["a"]), True)["outside"]) == []
+    assert size_stratum(boxes, images_of(["a"]), small=True)["outside"].tolist() == [True, False]
+    assert size_stratum(boxes, images_of(["a"]), small=False)["outside"].tolist() == [False, True]
+    assert list(size_stratum(boxes.iloc[:0], images_of(["a"]), True)["outside"]) == []
 
 
 def test_edges():
@@ -270,7 +268,7 @@ def test_edges():
     assert np.isnan(average_precision(none, found, TYPES[0]))
     assert np.isnan(mean_average_precision(none, found)[0])
     assert mean_average_precision(table(box), found)[0] == 1
-    # The truth's types only: a false alarm of an absent type costs nothing in the mean.
+    # Types with a true box only: a false positive of another type costs nothing in the mean.
     assert list(mean_average_precision(table(box), found)[1].index) == [TYPES[0]]
 
 
@@ -281,23 +279,23 @@ def test_iou_of_boxes_without_an_area_is_zero():
 @pytest.mark.slow
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
-def test_weights_equal_films_counted_again(seed):
-    """A film drawn twice is two films: the shortcut of the bootstrap changes nothing.
+def test_weights_equal_images_counted_again(seed):
+    """An image drawn twice is two images: the shortcut of the bootstrap changes nothing.
 
     Scores differ here: the order of equal ones is arbitrary, and with it their precision.
     """
     rng = np.random.default_rng(seed)
-    films = [f"{i}" for i in range(5)]
-    truth = random_boxes(rng, films, most=4)
-    predictions = random_boxes(rng, films, most=6, scored=True)
+    ids = [f"{i}" for i in range(5)]
+    truth = random_boxes(rng, ids, most=4)
+    predictions = random_boxes(rng, ids, most=6, scored=True)
     predictions["score"] = rng.permutation(len(predictions)) / max(len(predictions), 1)
-    counts = rng.integers(0, 3, len(films))
+    counts = rng.integers(0, 3, len(ids))
     repeated = [t.assign(copy=0) for t in (truth, predictions)]
     repeated = [
         pd.concat(
             [
-                t[t["image_id"] == film].assign(image_id=f"{film}-{copy}")
-                for film, count in zip(films, counts, strict=True)
+                t[t["image_id"] == image_id].assign(image_id=f"{image_id}-{copy}")
+                for image_id, count in zip(ids, counts, strict=True)
                 for copy in range(count)
             ]
             or [t.iloc[:0]]
@@ -305,15 +303,15 @@ def test_weights_equal_films_counted_again(seed):
         for t in repeated
     ]
     for name in TYPES:
-        weighed = _areas(match_boxes(truth, predictions, name, films), counts[None].astype(float))
+        weighed = _areas(match_boxes(truth, predictions, name, ids), counts[None].astype(float))
         assert weighed[0] == pytest.approx(average_precision(*repeated, name), nan_ok=True)
 
 
 def test_curve_is_what_the_average_is_taken_of():
     rng = np.random.default_rng(0)
-    films = list("abcd")
-    truth, predictions = random_boxes(rng, films, 6), random_boxes(rng, films, 20, scored=True)
-    curve = precision_recall(match_boxes(truth, predictions, TYPES[0], films))
+    ids = list("abcd")
+    truth, predictions = random_boxes(rng, ids, 6), random_boxes(rng, ids, 20, scored=True)
+    curve = precision_recall(match_boxes(truth, predictions, TYPES[0], ids))
     assert (curve["precision"].diff().dropna() <= 1e-12).all()
     expected = average_precision(truth, predictions, TYPES[0])
     assert curve["precision"].mean() == pytest.approx(expected)
@@ -321,10 +319,10 @@ def test_curve_is_what_the_average_is_taken_of():
 
 def test_table_of_intervals_holds_its_values():
     rng = np.random.default_rng(1)
-    films = [f"{i:03d}" for i in range(100)]
-    images = pd.DataFrame({"image_id": films, "study_id": [f"s{i // 2}" for i in range(100)]})
-    truth = random_boxes(rng, films, 5)
-    predictions = random_boxes(rng, films, 50, scored=True, levels=10_000)
+    ids = [f"{i:03d}" for i in range(100)]
+    images = pd.DataFrame({"image_id": ids, "study_id": [f"s{i // 2}" for i in range(100)]})
+    truth = random_boxes(rng, ids, 5)
+    predictions = random_boxes(rng, ids, 50, scored=True, levels=10_000)
     result = detection_table(truth, predictions, images, resamples=1000, seed=42)
     assert list(result.index) == [*TYPES, "mAP"]
     assert (result["low"] < result["high"]).all()
@@ -333,18 +331,18 @@ def test_table_of_intervals_holds_its_values():
     assert result.loc[each.index, "value"].tolist() == pytest.approx(each.tolist())
     assert result["boxes"].tolist()[-1] == len(truth)
     assert (result["n_studies"] == 50).all()
-    of_one = weighted_average_precision(truth, predictions, TYPES[0], films)
+    of_one = weighted_average_precision(truth, predictions, TYPES[0], ids)
     own = bootstrap(of_one, images["study_id"], resamples=1000, seed=42)
     assert vars(own) == pytest.approx(result.drop(columns="boxes").loc[TYPES[0]].to_dict())
     bca = bootstrap(of_one, images["study_id"], resamples=1000, seed=42, method="bca")
     assert bca.value == own.value and bca.low < bca.value < bca.high
 
 
-def full_size(rng, found_per_film=60):
-    """As many films, studies and boxes as VinDr-SpineXR's test split has, 7 types, one common."""
-    films = np.array([f"{i:04d}" for i in range(2078)])
+def full_size(rng, found_per_image=60):
+    """As many images, studies and boxes as VinDr-SpineXR's test split has, 7 types, one common."""
+    ids = np.array([f"{i:04d}" for i in range(2078)])
     study = np.concatenate([np.arange(1100), rng.integers(0, 1100, 978)])
-    images = pd.DataFrame({"image_id": films, "study_id": study.astype(str)})
+    images = pd.DataFrame({"image_id": ids, "study_id": study.astype(str)})
 
     def boxes(count, among):
         low = rng.uniform(0, (1000, 2300), (count, 2))
@@ -353,11 +351,11 @@ def full_size(rng, found_per_film=60):
         rows = {"image_id": rng.choice(among, count), "lesion_type": kinds}
         return pd.DataFrame(rows).join(pd.DataFrame(corners, columns=CORNERS))
 
-    truth = boxes(3500, films[:1039])
+    truth = boxes(3500, ids[:1039])
     near = truth.sample(frac=0.75, random_state=1)
     near = near.assign(score=rng.beta(1, 2, len(near)))
     near[list(CORNERS)] += rng.normal(0, 12, (len(near), 4))
-    astray = boxes(2078 * found_per_film - len(near), films)
+    astray = boxes(2078 * found_per_image - len(near), ids)
     astray = astray.assign(score=rng.beta(0.5, 6, len(astray)))
     return truth, pd.concat([near, astray]), images
 
@@ -366,12 +364,12 @@ def curves_by_cumulative_sums(matches, weights):
     """What `_curves` returns, by sums over all predictions for every draw: plain, and slow."""
     counts = weights[:, matches.image]
     ranked = counts.cumsum(1)[:, matches.hit]
-    hits = (counts * matches.hit).cumsum(1)[:, matches.hit]
-    precision = np.divide(hits, ranked, out=np.zeros_like(hits), where=ranked > 0)
+    found = (counts * matches.hit).cumsum(1)[:, matches.hit]
+    precision = np.divide(found, ranked, out=np.zeros_like(found), where=ranked > 0)
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     best = np.column_stack([best, np.zeros(len(best))])
     truths = (weights @ matches.truths)[:, None]
-    recall = np.divide(hits, truths, out=np.zeros_like(hits), where=truths > 0)
+    recall = np.divide(found, truths, out=np.zeros_like(found), where=truths > 0)
     first = np.stack([row.searchsorted(RECALLS) for row in recall])
     return np.take_along_axis(best, first, axis=1)
 
@@ -383,10 +381,10 @@ def test_table_of_the_full_size_is_fast_and_its_curves_are_those_of_plain_sums()
     begun = time.process_time()
     detection_table(truth, predictions, images, resamples=1000)
     assert time.process_time() - begun < 20  # 1.5 s where this was written
-    films = list(images["image_id"])
-    weights = np.random.default_rng(1).integers(0, 4, (10, len(films))).astype(float)
+    ids = list(images["image_id"])
+    weights = np.random.default_rng(1).integers(0, 4, (10, len(ids))).astype(float)
     for name in LESION_TYPES:
-        matches = match_boxes(truth, predictions, name, films)
+        matches = match_boxes(truth, predictions, name, ids)
         plain = curves_by_cumulative_sums(matches, weights)
         assert np.abs(_curves(matches, weights) - plain).max() < 1e-12
 
@@ -396,11 +394,11 @@ def test_froc_by_hand():
     truth = table([["a", TYPES[0], 0, 0, 10, 10], ["b", TYPES[1], 0, 0, 10, 10]])
     predictions = table(
         [
-            ["a", TYPES[0], 0, 0, 10, 10, 0.9],  # a hit
-            ["b", TYPES[0], 0, 0, 10, 10, 0.8],  # at the right place, of the wrong type
-            ["b", TYPES[1], 0, 0, 10, 10, 0.5],  # a hit, tied with
-            ["c", TYPES[2], 0, 0, 10, 10, 0.5],  # a false alarm of a type that the truth lacks
-            ["c", TYPES[0], 0, 0, 10, 10, 0.2],  # a false alarm below the last hit
+            ["a", TYPES[0], 0, 0, 10, 10, 0.9],  # a true positive
+            ["b", TYPES[0], 0, 0, 10, 10, 0.8],  # at the right position, of the wrong type
+            ["b", TYPES[1], 0, 0, 10, 10, 0.5],  # a true positive, tied with
+            ["c", TYPES[2], 0, 0, 10, 10, 0.5],  # a false positive of a type without a true box
+            ["c", TYPES[0], 0, 0, 10, 10, 0.2],  # a false positive below the last true one
         ],
         scored=True,
     )
@@ -415,32 +413,32 @@ def test_froc_by_hand():
 
 
 def froc_by_loop(truth, predictions):
-    """Every score as a threshold: false alarms and hits, counted box by box."""
+    """Every score as a threshold: false and true positives, counted box by box."""
     points = [(0, 0)]
     for threshold in predictions["score"].unique():
-        hits = false_alarms = 0
+        true_positives = false_positives = 0
         accepted = predictions[predictions["score"] >= threshold]
-        for (film, kind), found in accepted.groupby(["image_id", "lesion_type"]):
-            same = (truth["image_id"] == film) & (truth["lesion_type"] == kind)
+        for (image_id, kind), found in accepted.groupby(["image_id", "lesion_type"]):
+            same = (truth["image_id"] == image_id) & (truth["lesion_type"] == kind)
             free = truth.loc[same, [*CORNERS]].to_numpy().tolist()
             for row in found.sort_values("score", ascending=False, kind="stable").itertuples():
                 box = [row.xmin, row.ymin, row.xmax, row.ymax]
                 overlaps = box_iou([box], np.reshape(free, (-1, 4)))[0].tolist()
                 if overlaps and max(overlaps) >= 0.5:
                     free.pop(max(i for i, o in enumerate(overlaps) if o == max(overlaps)))
-                    hits += 1
+                    true_positives += 1
                 else:
-                    false_alarms += 1
-        points.append((false_alarms, hits))
+                    false_positives += 1
+        points.append((false_positives, true_positives))
     return points
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_froc_equals_a_loop_on_the_films_and_on_draws_of_them(seed):
+def test_froc_equals_a_loop_on_the_images_and_on_draws_of_them(seed):
     rng = np.random.default_rng(seed)
-    films = [f"{i}" for i in range(6)]
-    images = pd.DataFrame({"image_id": films, "study_id": list("ssttuv")})
-    truth, predictions = random_boxes(rng, films, 5), random_boxes(rng, films, 12, scored=True)
+    ids = [f"{i}" for i in range(6)]
+    images = pd.DataFrame({"image_id": ids, "study_id": list("ssttuv")})
+    truth, predictions = random_boxes(rng, ids, 5), random_boxes(rng, ids, 12, scored=True)
     sure = truth.sample(frac=0.5, random_state=seed)
     sure = sure.assign(score=rng.integers(1, 9, len(sure)) / 8)
     predictions = pd.concat([predictions, sure], ignore_index=True)
@@ -448,21 +446,21 @@ def test_froc_equals_a_loop_on_the_films_and_on_draws_of_them(seed):
     at = froc_table(truth, predictions, images, resamples=200)
     curve = froc_curve(truth, predictions, images)
     for rate, row in at.iterrows():
-        hits = max(hits for false_alarms, hits in points if false_alarms <= rate * len(films))
-        assert row["value"] == hits / len(truth)
+        most = max(true for false, true in points if false <= rate * len(ids))
+        assert row["value"] == most / len(truth)
         within = curve[curve["false_positives_per_image"] <= rate]
         assert row["value"] == within["sensitivity"].max()
         assert row["low"] <= row["high"] <= 1
     assert (curve[["false_positives_per_image", "sensitivity"]].diff().dropna() >= 0).all(axis=None)
-    # A film that counts twice is two films.
+    # An image that counts twice is two images.
     weights = np.array([0, 2, 1, 3, 1, 2])
     rows = np.repeat(np.arange(6), weights)
-    copies = [f"{films[row]}-{i}" for i, row in enumerate(rows)]
+    copies = [f"{ids[row]}-{i}" for i, row in enumerate(rows)]
     repeated = [
         pd.concat([t[t["image_id"] == copy[0]].assign(image_id=copy) for copy in copies])
         for t in (truth, predictions)
     ]
-    weighed = _found_within(_all_types(truth, predictions, films, 0.5), weights[None] * 1.0)
+    weighed = _found_within(_all_types(truth, predictions, ids, 0.5), weights[None] * 1.0)
     again = _found_within(_all_types(*repeated, copies, 0.5), np.ones((1, len(copies))))
     assert (weighed == again).all() and weighed.any()
 
@@ -487,15 +485,15 @@ def test_confusion_by_hand():
             ["a", TYPES[0], 0, 0, 10, 10],
             ["a", TYPES[1], 20, 0, 30, 10],
             ["b", TYPES[1], 0, 0, 10, 10],
-            ["b", TYPES[0], 0, 0, 10, 10],  # one place, two types
-            ["c", TYPES[0], 0, 0, 10, 10],  # nothing is found on this film
+            ["b", TYPES[0], 0, 0, 10, 10],  # one position, two types
+            ["c", TYPES[0], 0, 0, 10, 10],  # nothing is found on this image
         ]
     )
     predictions = table(
         [
-            ["a", TYPES[1], 0, 0, 10, 10, 0.8],  # the first box, misnamed
-            ["a", TYPES[0], 0, 0, 10, 10, 0.7],  # rightly named, but less sure: a false alarm
-            ["a", TYPES[1], 20, 0, 30, 4, 0.9],  # overlaps too little: a false alarm
+            ["a", TYPES[1], 0, 0, 10, 10, 0.8],  # the first box, of the wrong type
+            ["a", TYPES[0], 0, 0, 10, 10, 0.7],  # right type, less confident: a false positive
+            ["a", TYPES[1], 20, 0, 30, 4, 0.9],  # overlaps too little: a false positive
             ["b", TYPES[1], 0, 0, 10, 10, 0.9],  # of equal overlaps its own type
             ["b", TYPES[0], 0, 0, 10, 10, 0.6],
             ["d", TYPES[2], 0, 0, 10, 10, 0.5],  # at the threshold: accepted
@@ -525,7 +523,7 @@ def test_confusion_counts_every_box_once(seed):
     for name in counts.index[:-1]:
         assert counts.loc[name].sum() == (truth["lesion_type"] == name).sum()
         assert counts[name].sum() == (accepted["lesion_type"] == name).sum()
-    # With one type for all, its diagonal is the hits of the matching by type.
+    # With one type for all, the diagonal counts the true positives of the matching by type.
     one = [t.assign(lesion_type=TYPES[0]) for t in (truth, accepted)]
     matches = match_boxes(*one, TYPES[0], list("abc"))
     alike = type_confusion(*one, threshold=0)
@@ -566,25 +564,25 @@ def test_errors_say_what_to_do():
     with pytest.raises(DernetError, match="not a number"):
         coco_average_precision(truth.assign(xmin=np.nan), found)
     with pytest.raises(DernetError, match="without the column"):
-        type_confusion(size_stratum(truth, films_of(["a"]), True), found, 0.5)
+        type_confusion(size_stratum(truth, images_of(["a"]), True), found, 0.5)
     with pytest.raises(DernetError, match="height"):
         size_stratum(truth, other, small=True)
     with pytest.raises(DernetError, match="not listed or have no area"):
-        size_stratum(truth, films_of(["b"]), small=True)
+        size_stratum(truth, images_of(["b"]), small=True)
     with pytest.raises(DernetError, match="not listed or have no area"):
-        size_stratum(truth, films_of(["a"]).assign(height=0), small=True)
+        size_stratum(truth, images_of(["a"]).assign(height=0), small=True)
     with pytest.raises(DernetError, match="listed twice"):
-        size_stratum(truth, films_of(["a", "a"]), small=True)
+        size_stratum(truth, images_of(["a", "a"]), small=True)
     with pytest.raises(DernetError, match="both tables"):
-        average_precision(size_stratum(truth, films_of(["a"]), True), found, TYPES[0])
+        average_precision(size_stratum(truth, images_of(["a"]), True), found, TYPES[0])
 
 
 def test_difference_of_two_detectors_is_paired():
     rng = np.random.default_rng(4)
-    films = [f"{i:02d}" for i in range(30)]
-    images = pd.DataFrame({"image_id": films, "study_id": [f"s{i // 2}" for i in range(30)]})
-    truth = random_boxes(rng, films, 5)
-    first, second = (random_boxes(rng, films, 20, scored=True) for _ in range(2))
+    ids = [f"{i:02d}" for i in range(30)]
+    images = pd.DataFrame({"image_id": ids, "study_id": [f"s{i // 2}" for i in range(30)]})
+    truth = random_boxes(rng, ids, 5)
+    first, second = (random_boxes(rng, ids, 20, scored=True) for _ in range(2))
     same = mean_difference(truth, first, first, images, resamples=100)
     assert (same.value, same.low, same.high) == (0, 0, 0)
     there = mean_difference(truth, first, second, images, resamples=100)

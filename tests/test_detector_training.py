@@ -1,4 +1,4 @@
-"""YOLO11-L: the fast forward pass, mosaic decay, resuming, and boxes there and back."""
+"""YOLO11-L: the fast forward pass, mosaic decay, resuming, letterboxed boxes."""
 
 import json
 import pickle
@@ -37,8 +37,8 @@ RECIPE = DetectorRecipe(input_size=(64, 64), epochs=3, batch=4, lr=1e-3, mosaic_
 NAMES = dict(enumerate(LESION_TYPES))
 
 
-def trained(films, tmp_path, recipe=RECIPE, **more):
-    images, boxes = films
+def trained(boxed_images, tmp_path, recipe=RECIPE, **more):
+    images, boxes = boxed_images
     folder = tmp_path / "weights"
     return training.train_detector(images[:4], images[4:], boxes, recipe, folder, **more)
 
@@ -81,7 +81,7 @@ def test_seed_decides_the_weights_and_leaves_torch_alone():
 def test_bfloat16_changes_no_more_than_noise_in_the_image_does(monkeypatch):
     """An untrained network in training mode doubles any difference many times over.
 
-    So the measure of bfloat16's error is what an error of its own size in the image does.
+    So bfloat16's error is compared with the effect of an equally large error in the image.
     """
     monkeypatch.setattr(machine, "bfloat16_helps", lambda device: True)
     network = a_network()
@@ -98,7 +98,7 @@ def test_bfloat16_changes_no_more_than_noise_in_the_image_does(monkeypatch):
         assert 0 < error < 1.5 * (noisy[name] - exact[name]).abs().mean()
 
 
-def test_in_float32_ours_and_ultralytics_say_the_same_but_for_the_class_term(monkeypatch):
+def test_in_float32_the_loss_is_ultralytics_except_for_the_class_term(monkeypatch):
     monkeypatch.setattr(machine, "bfloat16_helps", lambda device: False)
     network, batch = a_network(), a_batch()
     stock = DetectionModel("yolo11l.yaml", nc=7, verbose=False)
@@ -162,16 +162,16 @@ def test_boxes_end_at_the_edge_of_the_image():
     assert from_letterbox(outside, (10, 0, 44, 64), 640, 440).tolist() == [[0, 0, 440, 640]]
 
 
-def test_export_is_what_ultralytics_reads(films, tmp_path):
-    images, boxes = films
-    boxes = boxes[boxes["image_id"] != "film1"]
+def test_export_is_what_ultralytics_reads(boxed_images, tmp_path):
+    images, boxes = boxed_images
+    boxes = boxes[boxes["image_id"] != "image1"]
     folder = export_yolo(images, boxes, (96, 64), tmp_path / "yolo")
     data = {"names": NAMES, "nc": 7, "channels": 3}
     dataset = SpineDataset(str(folder), imgsz=96, augment=False, data=data)
     assert len(dataset) == 6
     assert len(dataset.labels[1]["cls"]) == 0  # an image without lesions stays in
     label = dataset.labels[2]
-    own = boxes[boxes["image_id"] == "film2"]
+    own = boxes[boxes["image_id"] == "image2"]
     assert [LESION_TYPES[int(c)] for c in label["cls"].ravel()] == own["lesion_type"].tolist()
     centre, size = label["bboxes"][:, :2], label["bboxes"][:, 2:]
     corners = np.hstack([centre - size / 2, centre + size / 2]) * [64, 96, 64, 96]
@@ -179,18 +179,18 @@ def test_export_is_what_ultralytics_reads(films, tmp_path):
     assert corners == pytest.approx(expected, abs=1e-3)
 
 
-def a_trainer(films, tmp_path, view=(64, 64), epochs=3, **shown):
+def a_trainer(boxed_images, tmp_path, view=(64, 64), epochs=3, **shown):
     """The trainer of a run, as `train_detector` makes it."""
     recipe = DetectorRecipe(view, epochs, batch=2, lr=1e-3, mosaic_until=2, **shown)
     kept = tmp_path / "run"
     kept.mkdir()
-    trainer = yolo.MosaicDecay(detection_images.write_training_set(*films, recipe, kept))
+    trainer = yolo.MosaicDecay(detection_images.write_training_set(*boxed_images, recipe, kept))
     trainer.model = yolo.build_detector(LESION_TYPES, 0)
     return trainer
 
 
-def test_weights_of_equation_4_are_those_that_are_used_and_written_down(films, tmp_path):
-    trainer = a_trainer(films, tmp_path)
+def test_weights_of_equation_4_are_those_that_are_used_and_written_down(boxed_images, tmp_path):
+    trainer = a_trainer(boxed_images, tmp_path)
     trainer._setup_train()
     criterion = trainer.model.init_criterion()
     written = yaml.safe_load((tmp_path / "run" / "trainer" / "args.yaml").read_text())
@@ -201,7 +201,7 @@ def test_weights_of_equation_4_are_those_that_are_used_and_written_down(films, t
 
 @pytest.fixture
 def centres(monkeypatch):
-    """Where mosaics that are made meet, as fractions of their canvas."""
+    """The centres of the mosaics that are made, as fractions of their canvas."""
     found, original = [], Mosaic.get_params
 
     def spy(self, labels):
@@ -214,8 +214,8 @@ def centres(monkeypatch):
     return found
 
 
-def test_mosaic_centre_is_that_of_algorithm_1(films, tmp_path, centres):
-    trainer = a_trainer(films, tmp_path, view=(128, 96))
+def test_mosaic_centre_is_that_of_algorithm_1(boxed_images, tmp_path, centres):
+    trainer = a_trainer(boxed_images, tmp_path, view=(128, 96))
     trainer._setup_train()
     trainer.epoch = 0
     trainer.begin_epoch()
@@ -230,19 +230,19 @@ def test_mosaic_centre_is_that_of_algorithm_1(films, tmp_path, centres):
     assert abs(np.corrcoef(x, y)[0, 1]) < 0.15
 
 
-def test_mosaic_stops_at_tau_in_training(films, tmp_path, centres):
-    trainer = a_trainer(films, tmp_path, epochs=3)
+def test_mosaic_stops_at_tau_in_training(boxed_images, tmp_path, centres):
+    trainer = a_trainer(boxed_images, tmp_path, epochs=3)
     made = []
     trainer._progress = lambda row: made.append(len(centres))
     trainer.train()
-    # tau = 2: the first epoch, of six films, and no other; there is no accumulation of batches.
+    # tau = 2: the first epoch, of six images, and no other; there is no accumulation of batches.
     assert made == [6, 6, 6]
     assert [row["mosaic"] for row in trainer.history] == [True, False, False]
 
 
-def test_the_trainer_is_made_anew_in_another_process(films, tmp_path):
-    """What ultralytics asks where several GPUs train: the class by name, and its settings."""
-    trainer = a_trainer(films, tmp_path, repeat=True)
+def test_the_trainer_is_made_anew_in_another_process(boxed_images, tmp_path):
+    """As ultralytics does where several GPUs train: from the class's name and its settings."""
+    trainer = a_trainer(boxed_images, tmp_path, repeat=True)
     state = tmp_path / "state.pickle"
     state.write_bytes(pickle.dumps((type(trainer), vars(trainer.args))))
     code = (
@@ -256,8 +256,8 @@ def test_the_trainer_is_made_anew_in_another_process(films, tmp_path):
     assert done.stdout.split("\n")[-2] == "2 Other lesions True 64"
 
 
-def test_views_show_mosaic_until_tau_and_boxes_stay_on_their_patches(films, tmp_path):
-    images, boxes = films
+def test_mosaic_is_shown_until_tau_and_boxes_stay_on_their_patches(boxed_images, tmp_path):
+    images, boxes = boxed_images
     with_mosaic, without = (
         list(detection_images.augmented_images(images, boxes, RECIPE, epoch, tmp_path / "yolo"))
         for epoch in (1, 2)
@@ -282,12 +282,12 @@ def test_suppression_keeps_the_higher_score_of_two_and_both_types():
     assert corners.tolist() == [[16, 15, 26, 25], [15, 15, 25, 25]]
 
 
-def test_training_is_kept_reused_and_leaves_nothing_else(films, tmp_path, monkeypatch):
+def test_training_is_kept_reused_and_leaves_nothing_else(boxed_images, tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("the network was used"))
     before = {path for path in tmp_path.rglob("*")}
     rows = []
-    run = trained(films, tmp_path, progress=rows.append)
+    run = trained(boxed_images, tmp_path, progress=rows.append)
     made = {path for path in tmp_path.rglob("*")} - before
     assert made == {tmp_path / "weights", run.checkpoint, run.at_cut_off}
     assert yolo.build_detector(LESION_TYPES, 0, run.at_cut_off)
@@ -296,10 +296,10 @@ def test_training_is_kept_reused_and_leaves_nothing_else(films, tmp_path, monkey
     assert np.isfinite(run.history[["box", "cls", "dfl"]].to_numpy()).all()
     assert json.loads(json.dumps(rows)) == rows and len(rows) == 3
     monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
-    again = trained(films, tmp_path)
+    again = trained(boxed_images, tmp_path)
     assert again.checkpoint == run.checkpoint
     pd.testing.assert_frame_equal(again.history, run.history)
-    images = films[0]
+    images = boxed_images[0]
     found = prediction.predict_boxes(run.network, images, (64, 64))
     pd.testing.assert_frame_equal(found, prediction.predict_boxes(again.network, images, (64, 64)))
     assert list(found) == prediction.PREDICTION_COLUMNS
@@ -307,24 +307,24 @@ def test_training_is_kept_reused_and_leaves_nothing_else(films, tmp_path, monkey
     assert (found["xmax"] <= 160).all() and (found["ymax"] <= 240).all()
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(films, tmp_path):
-    whole = trained(films, tmp_path / "whole")
+def test_a_killed_run_ends_with_the_same_weights(boxed_images, tmp_path):
+    whole = trained(boxed_images, tmp_path / "whole")
 
     def kill(row):
         if row["epoch"] == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trained(films, tmp_path / "killed", progress=kill)
+        trained(boxed_images, tmp_path / "killed", progress=kill)
     rows = []
-    resumed = trained(films, tmp_path / "killed", progress=rows.append)
+    resumed = trained(boxed_images, tmp_path / "killed", progress=rows.append)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     expected, got = whole.network.state_dict(), resumed.network.state_dict()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_anything_that_matters_names_another_run(films, tmp_path):
-    images, boxes = films
+def test_any_change_of_a_run_is_another_run(boxed_images, tmp_path):
+    images, boxes = boxed_images
     key = training.detector_run_key(images[:4], images[4:], boxes, RECIPE, None)
     moved = boxes.assign(xmin=boxes["xmin"] - 1)
     assert training.detector_run_key(images[:4], images[4:], moved, RECIPE, None) != key
@@ -368,19 +368,19 @@ def test_a_checkpoint_of_other_classes_is_named(tmp_path):
         training.load_detector(tmp_path / "other.safetensors")
 
 
-def test_a_type_without_a_training_box_is_said(films, tmp_path):
-    images, boxes = films
+def test_a_type_without_a_training_box_is_reported(boxed_images, tmp_path):
+    images, boxes = boxed_images
     assert detection_images.unseen_types(images[:4], boxes) == list(LESION_TYPES[4:])
     assert detection_images.unseen_types(images, boxes) == [LESION_TYPES[6]]
 
 
-def test_films_without_boxes_are_refused(films, tmp_path):
-    images, boxes = films
+def test_images_without_boxes_are_refused(boxed_images, tmp_path):
+    images, boxes = boxed_images
     with pytest.raises(DernetError, match="none of these 4"):
         training.train_detector(images[:4], images[4:], boxes.iloc[:0], RECIPE, tmp_path)
 
 
-def test_ultralytics_keeps_to_itself():
+def test_ultralytics_is_offline_and_calls_no_integration():
     from ultralytics.utils import ONLINE, SETTINGS, SETTINGS_FILE
 
     assert not ONLINE and not SETTINGS["sync"]

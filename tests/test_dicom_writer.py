@@ -40,13 +40,13 @@ def written(
     drawn |= {"name": "AP", "mirrored": False, "spacing_mm": 0.3, "kvp": 80.0, "shutter": None}
     drawn |= view
     ids = {"study_id": "a" * 32, "series_id": "b" * 32, "image_id": "c" * 32}
-    path = folder / "film.dicom"
+    path = folder / "image.dicom"
     write_dicom(path, GREY, {"age": 50, "sex": "F", "views": [drawn]}, 0, ids, mas)
     return path
 
 
 def header_of(folder: Path, **options) -> pydicom.Dataset:
-    """Write a film and return its header."""
+    """Write an image and return its header."""
     return pydicom.dcmread(written(folder, **options), stop_before_pixels=True)
 
 
@@ -59,7 +59,7 @@ def check_with_dciodvfy(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("photometric", "voi", "syntax", "bits"), ENCODINGS)
-def test_a_dicom_file_gives_its_film_back(tmp_path, photometric, voi, syntax, bits):
+def test_a_dicom_file_gives_its_image_back(tmp_path, photometric, voi, syntax, bits):
     path = written(tmp_path, photometric, voi, syntax, bits)
     assert np.abs(read_radiograph(path).pixels.astype(float) - 255 * GREY).max() <= 1.5
 
@@ -78,7 +78,7 @@ def test_dciodvfy_finds_no_error_in_any_view(tmp_path, encoding, name, mirrored,
 
 
 @pytest.mark.parametrize(("name", "mirrored"), list(VIEWS))
-def test_a_view_says_how_the_film_hangs(tmp_path, name, mirrored):
+def test_a_view_sets_the_orientation(tmp_path, name, mirrored):
     header = header_of(tmp_path, name=name, mirrored=mirrored)
     across, position, code, meaning = VIEWS[name, mirrored]
     assert list(header.PatientOrientation) == [across, "F"]
@@ -137,7 +137,7 @@ def test_pixels_are_measured_at_the_detector(tmp_path):
     assert header.FieldOfViewDimensions == pytest.approx([height, width], abs=0.501)
 
 
-def test_nobody_is_named(tmp_path):
+def test_no_patient_is_named(tmp_path):
     header = header_of(tmp_path)
     assert not header.PatientName and not header.PatientBirthDate and not header.StudyDate
     assert "Not a patient" in header.ImageComments

@@ -1,4 +1,4 @@
-"""The donor: fetched or one's own, checked, and brought to the project's axes."""
+"""The donor: downloaded or one's own, checked, and resampled to the project's axes."""
 
 import gzip
 import hashlib
@@ -49,7 +49,7 @@ def save(folder: Path, hu: np.ndarray, labels: np.ndarray, affine=LAS, other=Non
 
 
 def turned(volume: np.ndarray, codes: str) -> nibabel.Nifti1Image:
-    """Store a phantom's volume by other axes; the patient stays where he is."""
+    """Store a phantom's volume along other axes, without moving the patient."""
     image = nibabel.Nifti1Image(volume, LAS)
     start, end = nibabel.io_orientation(LAS), nibabel.orientations.axcodes2ornt(codes)
     return image.as_reoriented(nibabel.orientations.ornt_transform(start, end))
@@ -80,7 +80,7 @@ def test_a_damaged_donor_says_so(tmp_path, monkeypatch):
         load_donor()
 
 
-def test_another_file_is_not_taken_for_the_donor(tmp_path, monkeypatch):
+def test_another_file_is_not_accepted_as_the_donor(tmp_path, monkeypatch):
     monkeypatch.setenv("DERNET_DONOR", str(tmp_path))
 
     def download(command, **_):
@@ -94,7 +94,7 @@ def test_another_file_is_not_taken_for_the_donor(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_built_in_donor_is_what_it_was():
+def test_the_built_in_donor_is_unchanged():
     built_in = load_donor()
     assert built_in.digest == virtual_donor.DIGEST
     assert built_in.density.shape == built_in.labels.shape == (265, 383, 512)
@@ -256,7 +256,7 @@ def test_a_volume_of_another_form(tmp_path, kept):
     refused(*save(tmp_path, hu, labels[:, :, 1:]), "72 x 60 x 42.*72 x 60 x 41")
 
 
-def test_a_place_that_cannot_be_used(tmp_path, kept):
+def test_a_folder_that_cannot_be_used(tmp_path, kept):
     hu, labels = phantom()
     away = LAS.copy()
     away[2, 3] = 3.0
@@ -293,7 +293,7 @@ def test_a_mask_without_its_vertebrae(tmp_path, kept):
     few = np.where(labels < 32, labels, 0).astype(np.uint8)
     refused(*save(tmp_path, hu, few), r"labels 5 \(L5, L4, L3, L2, L1\)")
     few[50, 30, 30:33] = 32
-    refused(*save(tmp_path, hu, few), "labels 5")  # a scrap is no vertebra
+    refused(*save(tmp_path, hu, few), "labels 5")  # a few voxels are no vertebra
     gap = labels.copy()
     gap[:, :, 30:36] = np.where(gap[:, :, 30:36] == 32, 34, gap[:, :, 30:36])
     refused(*save(tmp_path, hu, gap), "lacks T12")
@@ -319,7 +319,7 @@ def test_the_command_passes_both_files_on(tmp_path, monkeypatch):
     ]
 
 
-def test_the_command_says_what_is_wrong_in_one_line(tmp_path, kept):
+def test_the_command_reports_an_error_in_one_line(tmp_path, kept):
     arguments = ["cohort", str(tmp_path / "out"), "--patients", "20", "--donor", "nowhere.nii.gz"]
     result = CliRunner().invoke(cli.app, [*arguments, "--mask", "nowhere.nii.gz"])
     assert result.exit_code == 1 and "no such file" in result.stderr

@@ -1,4 +1,4 @@
-"""CLAHE against OpenCV and by hand; enhance, then shrink."""
+"""CLAHE against OpenCV and by hand; enhancement before scaling down."""
 
 import cv2
 import numpy as np

@@ -25,7 +25,7 @@ def test_a_vote_is_the_papers_sum():
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5))
-def test_a_vote_lies_between_its_voters(seed, networks):
+def test_a_vote_lies_between_its_networks(seed, networks):
     rng = np.random.default_rng(seed)
     prob, weights = rng.random((7, networks)), rng.dirichlet(np.ones(networks))
     vote = ensemble.soft_vote(prob, weights)
@@ -33,7 +33,7 @@ def test_a_vote_lies_between_its_voters(seed, networks):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 50])
-def test_the_simplex_is_whole_and_each_point_once(steps):
+def test_the_simplex_is_complete_and_each_point_once(steps):
     points = ensemble.simplex(3, steps)
     assert len(points) == (steps + 1) * (steps + 2) // 2 == len(np.unique(points, axis=0))
     assert np.allclose(points.sum(axis=1), 1) and (points >= 0).all()
@@ -44,7 +44,7 @@ def test_the_papers_weights_are_on_the_grid():
     assert gap.min() < 1e-9
 
 
-def test_fitted_weights_are_next_to_the_best_there_is():
+def test_fitted_weights_are_next_to_the_best():
     from scipy.optimize import minimize
 
     y, prob = drawn(2)
@@ -103,14 +103,14 @@ def test_bins_hold_all_images_and_equal_numbers():
     assert np.average(table[:, 1], weights=table[:, 2]) == pytest.approx(y.mean())
 
 
-def test_equal_probabilities_share_a_bin():
+def test_equal_probabilities_are_in_one_bin():
     y = np.array([1, 0, 0, 0, 1, 1])
     table = ensemble.reliability(y, np.array([0.2, 0.2, 0.2, 0.2, 0.8, 0.9]), bins=3)
     assert table[0].tolist() == pytest.approx([0.2, 0.25, 4])
     assert table[:, 2].sum() == 6 and len(table) == 2
 
 
-def test_net_benefit_of_calling_all_and_of_knowing():
+def test_net_benefit_of_calling_all_abnormal_and_of_the_truth():
     y, _ = drawn(8)
     at = np.array([0.1, 0.5, 0.8])
     everybody = ensemble.net_benefit(y, np.ones(len(y)), at)

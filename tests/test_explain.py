@@ -1,4 +1,4 @@
-"""Heat maps, masks and their judges."""
+"""Heat maps, masks and their metrics."""
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ def noise(n=2, seed=0):
 
 
 class Corner(torch.nn.Module):
-    """Answers with the brightness of the upper left quarter."""
+    """Returns the brightness of the upper left quarter."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Corner(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_grad_cam_is_the_head_laid_over_the_last_maps(name):
+def test_grad_cam_is_the_heads_weights_times_the_last_maps(name):
     network = build_network(name).eval()
     head = network.get_classifier()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_grad_cam_is_the_head_laid_over_the_last_maps(name):
     found = explain.grad_cam(name, network, pixels)
     with torch.no_grad():
         maps = network.forward_features(as_input(pixels))
-    # After pooling the head is linear: the gradient of the logit is its weight over the places.
+    # After pooling the head is linear: the gradient of the logit is its weight over the positions.
     by_hand = torch.einsum("c,nchw->nhw", head.weight[0].detach(), maps).clamp(min=0)
     by_hand = by_hand / (maps.shape[2] * maps.shape[3])
     sized = torch.nn.functional.interpolate(by_hand[:, None], (PX, PX), mode="bilinear").squeeze(1)
@@ -62,7 +62,7 @@ def test_grad_cam_leaves_the_network_as_it_was():
         explain.grad_cam("vgg", network, pixels)
 
 
-def test_superpixels_part_the_image_along_its_edges():
+def test_superpixels_divide_the_image_along_its_edges():
     grey = np.full((PX, PX), 40, np.uint8)
     cv2.circle(grey, (30, 34), 14, 200, -1)
     segments = explain.superpixels(grey, 36)
@@ -72,15 +72,15 @@ def test_superpixels_part_the_image_along_its_edges():
     assert 18 <= segments.max() + 1 <= 36
     mixed = 0
     for number in range(segments.max() + 1):
-        share = (grey[segments == number] > 100).mean()
-        mixed += min(share, 1 - share) * (segments == number).sum()
-    assert mixed / (grey > 100).sum() < 0.15  # pixels on the wrong side, of the disc's
+        fraction = (grey[segments == number] > 100).mean()
+        mixed += min(fraction, 1 - fraction) * (segments == number).sum()
+    assert mixed / (grey > 100).sum() < 0.15  # pixels on the wrong side, per pixel of the disc
     assert (explain.superpixels(grey, 36) == segments).all()
     flat = explain.superpixels(np.zeros((32, 48), np.uint8), 16)
     assert flat.max() == 15 and np.bincount(flat.ravel()).min() > 40
 
 
-def test_lime_finds_the_patches_that_speak():
+def test_lime_finds_the_patches_that_matter():
     y, x = np.mgrid[:PX, :PX]
     segments = (y // 16) * 4 + x // 16
     grey = np.where((y // 8 + x // 8) % 2, 255, 0).astype(np.uint8)
@@ -155,7 +155,7 @@ def test_filled_box_is_cut_off_at_the_edges():
     assert held.sum() == 4 * 6 and held[2:, :4].all()
 
 
-def test_a_map_that_says_nothing_scores_the_share():
+def test_a_constant_map_scores_the_masks_fraction():
     mask = np.zeros((10, 10), bool)
     mask[:3] = True
     for heat in (np.zeros((10, 10)), np.full((10, 10), 2.0)):
@@ -164,26 +164,26 @@ def test_a_map_that_says_nothing_scores_the_share():
 
 
 @given(arrays(float, (6, 5), elements=st.floats(0, 9)), arrays(bool, (6, 5)))
-def test_what_lies_in_a_mask_and_outside_makes_all(heat, mask):
-    for judge in (explain.pointing, explain.energy):
-        assert judge(heat, mask) + judge(heat, ~mask) == pytest.approx(1)
+def test_metrics_inside_and_outside_a_mask_sum_to_one(heat, mask):
+    for metric in (explain.pointing, explain.energy):
+        assert metric(heat, mask) + metric(heat, ~mask) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("bad", [np.array([[np.nan, 1.0]]), np.array([[-1.0, 1.0]])])
-def test_a_map_that_is_none_is_refused(bad):
+def test_an_invalid_map_is_refused(bad):
     with pytest.raises(DernetError, match="finite"):
         explain.energy(bad, np.array([[True, False]]))
     with pytest.raises(DernetError, match="shape"):
         explain.pointing(np.ones((2, 2)), np.ones((3, 3), bool))
 
 
-def test_no_masks_overlap_by_nothing_known():
+def test_overlap_of_empty_masks_is_undefined():
     empty = np.zeros((2, 2), bool)
     assert np.isnan(explain.overlap(empty, empty)).all()
     assert explain.overlap(empty, ~empty) == (0, 0)
 
 
-def test_removal_begins_with_the_image_and_ends_without():
+def test_removal_begins_with_the_image_and_ends_blurred():
     grey = np.zeros((PX, PX), np.uint8)
     grey[:16, :16] = 255
     pixels = torch.from_numpy(grey)[None, None]
@@ -195,8 +195,8 @@ def test_removal_begins_with_the_image_and_ends_without():
     removed = explain.removal_curve(score, pixels, hot, steps=16)
     assert removed[0] == 255 and (np.diff(removed) <= 0).all()
     assert removed[1] == removed[-1]  # the square is a sixteenth of the image
-    come = explain.removal_curve(score, pixels, hot, steps=16, insert=True)
-    assert come[-1] == 255 and come[1] == 255 and come[0] == removed[-1]
+    restored = explain.removal_curve(score, pixels, hot, steps=16, insert=True)
+    assert restored[-1] == 255 and restored[1] == 255 and restored[0] == removed[-1]
     late = explain.removal_curve(score, pixels, 1 - hot, steps=16)
     assert late[:-1].min() > removed[1]
     centre = explain.centred_map((9, 9))

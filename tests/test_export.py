@@ -82,7 +82,7 @@ def test_each_engine_has_its_own_quantised_file(exported, engine, sides):
 
 
 def test_no_thread_spins_after_a_run(exported):
-    """Spinning threads of one network would take the cores of the next."""
+    """Spinning threads of one network would occupy the cores that the next one needs."""
     run = onnx_backend.open_network(exported / "yolo11l.onnx", threads=2)
     run(squares(1, SIZE))
     before = time.process_time()

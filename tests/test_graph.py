@@ -21,7 +21,7 @@ from dernet_utils.core.profiles import get_profile
 from dernet_utils.core.vocabulary import NETWORKS
 from dernet_utils.core.workspace import Workspace
 
-# What a chapter calls to read another's result, and what that one called to write it.
+# The calls with which a chapter reads another's result, and with which that one wrote it.
 HANDED_OVER = {
     "read_decision": "write_decision",
     "open_test_labels": "write_decision",

@@ -110,7 +110,7 @@ def test_text():
         ([1, 2], {"level": 1.0}, "level"),
     ],
 )
-def test_errors_say_what_came(studies, options, message):
+def test_errors_state_the_input(studies, options, message):
     with pytest.raises(DernetError, match=message):
         bootstrap_by_study(lambda rows: 0.0, studies, **options)
 
@@ -157,16 +157,16 @@ def test_percentile_interval_is_that_of_the_loop():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["percentile", "bca", "delong"])
-def test_intervals_by_study_cover_where_those_by_film_do_not(method):
-    """200 studies of one to five films whose scores share half of their variance."""
+def test_intervals_by_study_cover_where_those_by_image_do_not(method):
+    """200 studies of one to five images, which have half of their scores' variance in common."""
     rng, truth = np.random.default_rng(11), norm.cdf(1.5 / np.sqrt(2))
-    held = {"study": [], "film": []}
+    held = {"study": [], "image": []}
     for seed in range(500):
         study = np.repeat(np.arange(200), rng.integers(1, 6, 200))
         y = (study % 2).astype(float)
-        own, film = rng.normal(size=200)[study], rng.normal(size=len(study))
-        score = 1.5 * y + np.sqrt(0.5) * (own + film)
-        for unit, groups in {"study": study, "film": np.arange(len(study))}.items():
+        own, image = rng.normal(size=200)[study], rng.normal(size=len(study))
+        score = 1.5 * y + np.sqrt(0.5) * (own + image)
+        for unit, groups in {"study": study, "image": np.arange(len(study))}.items():
             if method == "delong":
                 found = significance.delong(y, score, groups).interval()
             else:
@@ -174,7 +174,7 @@ def test_intervals_by_study_cover_where_those_by_film_do_not(method):
                 found = intervals.bootstrap(area, groups, 200, seed, method=method)
             held[unit].append(found.low <= truth <= found.high)
     assert 0.93 <= np.mean(held["study"]) <= 0.97
-    assert np.mean(held["film"]) < 0.90
+    assert np.mean(held["image"]) < 0.90
 
 
 def test_bca_interval_is_scipys():
@@ -252,7 +252,7 @@ def test_delong_equals_its_definition(rows):
         assert found.difference().high == pytest.approx(apart + norm.ppf(0.975) * error, abs=1e-8)
 
 
-def test_images_that_are_doubled_tell_delong_nothing_by_study():
+def test_images_that_are_doubled_change_nothing_in_delong_by_study():
     rng = np.random.default_rng(4)
     y = np.repeat([0, 1], 30)
     prob = np.column_stack([y + rng.normal(size=60), y + rng.normal(size=60)])
@@ -318,7 +318,7 @@ def test_corrected_t_by_hand():
     assert found.p == pytest.approx(2 * student.sf(3 / np.sqrt(1.125), 4))
 
 
-def test_equal_differences_leave_no_doubt():
+def test_equal_differences_have_a_p_value_of_zero_or_one():
     assert significance.paired_t([0.0, 0.0]).p == 1
     assert (
         significance.paired_t([0.5, 0.5]).p == 0

@@ -1,4 +1,4 @@
-"""The package's layout: imports in one direction, small modules, servers that need no torch."""
+"""The package's layout: imports in one direction, small modules, servers without torch."""
 
 import ast
 import subprocess

@@ -33,11 +33,12 @@ def with_gradient(function, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_complete_iou_by_hand():
-    # Two squares of side 2, one 1 to the right: they share 2 of 6, their centres are 1 apart, and
-    # the box round both has the squared diagonal 9 + 4.
+    # Two squares of side 2, one 1 to the right: their intersection is 2 of 6, their centres are 1
+    # apart, and the box around both has the squared diagonal 9 + 4.
     one, other = torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2])
     assert complete_iou_loss(one, other) == pytest.approx(1 - 1 / 3 + 1 / 13, abs=1e-6)
-    # The same centre, 4 x 1 against 2 x 2: they share 2 of 6; v = 4/pi^2 (atan 1 - atan 4)^2.
+    # The same centre, 4 x 1 against 2 x 2: their intersection is 2 of 6, and
+    # v = 4/pi^2 (atan 1 - atan 4)^2.
     flat, square = torch.tensor([-2.0, -0.5, 2, 0.5]), torch.tensor([-1.0, -1, 1, 1])
     v = 4 / math.pi**2 * (math.atan(1) - math.atan(4)) ** 2
     expected = 1 - 1 / 3 + v * v / (1 - 1 / 3 + v)
@@ -107,12 +108,12 @@ def test_distribution_focal_loss_by_hand_and_as_in_ultralytics():
 
 
 @pytest.fixture(scope="module")
-def said_and_assigned():
-    """A batch's loss as ultralytics computes it, and what went into it as we read it."""
+def computed_and_assigned():
+    """A batch's loss as ultralytics computes it, and the input from which we compute it."""
     network = yolo.build_detector(LESION_TYPES, seed=0).train()
     batch = {
         "img": torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0)),
-        "batch_idx": torch.tensor([0.0, 0, 2]),  # the second film shows nothing
+        "batch_idx": torch.tensor([0.0, 0, 2]),  # the second image has no lesion
         "cls": torch.tensor([[2.0], [6.0], [2.0]]),
         "bboxes": torch.tensor([[0.3, 0.4, 0.2, 0.1], [0.7, 0.6, 0.3, 0.5], [0.5, 0.5, 0.1, 0.1]]),
     }
@@ -121,8 +122,8 @@ def said_and_assigned():
         return terms, network.assigned(batch)
 
 
-def test_eq_4_is_what_is_trained(said_and_assigned):
-    terms, given = said_and_assigned
+def test_eq_4_is_what_is_trained(computed_and_assigned):
+    terms, given = computed_and_assigned
     assert given.lesion.sum() > 10
     ours = total_loss(given)
     for name, value in ours.items():

@@ -1,4 +1,4 @@
-"""Chapters: pairs in step, the frame that each keeps, and each executed at `smoke`."""
+"""Chapters: pairs in step, a common frame, and execution at `smoke`."""
 
 import re
 from pathlib import Path

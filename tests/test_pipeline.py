@@ -129,7 +129,7 @@ def test_the_number_of_boxes_is_limited():
 
 
 def test_the_pipeline_suppresses_with_the_numpy_function(monkeypatch):
-    """The same one as is compared with torchvision above, so that a server needs no torch."""
+    """The function that is compared with torchvision above; a server needs no torch."""
     assert pipeline.non_maximum_suppression is imaging_boxes.non_maximum_suppression
     thresholds = []
 

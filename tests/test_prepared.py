@@ -1,4 +1,4 @@
-"""A run's preparation writes its tables and images once, and whoever reads them gets the same."""
+"""A run's preparation writes its tables and images once, and every reader gets the same."""
 
 import shutil
 from pathlib import Path
@@ -23,18 +23,18 @@ COLUMNS += ["height", "width", "dicom_path", "fold", "cached_path", "scale"]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A run prepared from a small folder; its own lines of progress come along."""
+    """A run prepared from a small folder; with the lines of progress that it reported."""
     folder = tmp_path_factory.mktemp("prepared")
     write_dataset(folder / "data", {"train": 9, "test": 2})
-    workspace, told = Workspace(PROFILE, folder / "runs/paper"), []
+    workspace, reported = Workspace(PROFILE, folder / "runs/paper"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DERNET_DATA", str(folder / "data"))
-        book_prepare.prepare(workspace, 1, told.append)
-        yield workspace, told
+        book_prepare.prepare(workspace, 1, reported.append)
+        yield workspace, reported
 
 
 def test_tables_hold_the_dataset_and_its_folds_by_study(prepared):
-    workspace, told = prepared
+    workspace, reported = prepared
     dataset, images = read_dataset(workspace.data_root), read_images(workspace)
     assert list(images.columns) == COLUMNS
     same = list(dataset.images.columns)
@@ -47,7 +47,7 @@ def test_tables_hold_the_dataset_and_its_folds_by_study(prepared):
     pd.testing.assert_frame_equal(written.reset_index(drop=True), folds, check_dtype=False)
     assert (images[train].groupby("study_id")["fold"].nunique() == 1).all()
     assert str(images["fold"].dtype) == "Int64" and images.loc[~train, "fold"].isna().all()
-    assert told[-1].startswith(f"data: {len(images)} images ready")
+    assert reported[-1].startswith(f"data: {len(images)} images ready")
 
 
 def test_cached_images_are_those_of_the_table(prepared):

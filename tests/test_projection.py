@@ -72,12 +72,12 @@ def test_counterfactuals_are_the_block_with_and_without(body, how):
     finding, other = ball(0.2, **how), ball(0.7, fill=1400.0)
     scene, view = scene_of(0.0, body), view_of()
     block = Block((3, 40), (5, 50), scene.whole(view).steps)
-    twins = scene.counterfactuals(view, [finding, other], [finding], block)
-    for twin, lesions in zip(twins, ([finding, other], [other]), strict=True):
+    both = scene.counterfactuals(view, [finding, other], [finding], block)
+    for one, lesions in zip(both, ([finding, other], [other]), strict=True):
         alone = scene.paths(view, lesions, block)
         for name in ("soft", "bone", "metal"):
-            assert np.array_equal(getattr(twin, name), getattr(alone, name))
-    assert not np.array_equal(twins[0].soft, twins[1].soft)  # one that moves carries others
+            assert np.array_equal(getattr(one, name), getattr(alone, name))
+    assert not np.array_equal(both[0].soft, both[1].soft)  # a lesion that moves carries others
 
 
 def test_metal_displaces_water(body):

@@ -36,7 +36,7 @@ def decode(stored: np.ndarray, bits: int | None = None, **header) -> np.ndarray:
 
 
 @pytest.fixture
-def film() -> np.ndarray:
+def picture() -> np.ndarray:
     """A smooth 12-bit picture with noise, uint16 (48, 40)."""
     rng = np.random.default_rng(3)
     y, x = np.mgrid[:48, :40]
@@ -62,11 +62,11 @@ def test_rescale_comes_before_the_window():
     assert scaled.tolist() == [[round(255 * 0.0025), 128, 255]]
 
 
-def test_first_of_several_windows(film):
-    first = decode(film, 12, WindowCenter=2000, WindowWidth=800)
-    several = decode(film, 12, WindowCenter=[2000, 500], WindowWidth=[800, 100])
+def test_first_of_several_windows(picture):
+    first = decode(picture, 12, WindowCenter=2000, WindowWidth=800)
+    several = decode(picture, 12, WindowCenter=[2000, 500], WindowWidth=[800, 100])
     np.testing.assert_array_equal(several, first)
-    assert (first != decode(film, 12, WindowCenter=500, WindowWidth=100)).any()
+    assert (first != decode(picture, 12, WindowCenter=500, WindowWidth=100)).any()
 
 
 def test_voi_lut_is_preferred_to_a_window():
@@ -114,10 +114,10 @@ def test_without_voi_the_minimum_to_maximum_is_shown(attributes):
 
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
-def test_window_functions_equal_pydicom(film, function):
+def test_window_functions_equal_pydicom(picture, function):
     header = {"WindowCenter": 1900, "WindowWidth": 1300, "VOILUTFunction": function}
-    theirs = apply_windowing(film, make_dataset(film, 12, **header)) / 4095
-    np.testing.assert_array_equal(decode(film, 12, **header), np.rint(255 * theirs))
+    theirs = apply_windowing(picture, make_dataset(picture, 12, **header)) / 4095
+    np.testing.assert_array_equal(decode(picture, 12, **header), np.rint(255 * theirs))
 
 
 @pytest.mark.parametrize(
@@ -143,21 +143,21 @@ def test_windowed_files_equal_pydicom(name):
     assert np.abs(read_radiograph(BUNDLED / name).pixels - 255 * fraction).max() <= 0.5 + 1e-6
 
 
-def test_monochrome1_is_inverted_last(film):
+def test_monochrome1_is_inverted_last(picture):
     header = {"WindowCenter": 1500, "WindowWidth": 900}
-    bright = decode(film, 12, **header).astype(int)
-    inverted = decode(film, 12, PhotometricInterpretation="MONOCHROME1", **header)
+    bright = decode(picture, 12, **header).astype(int)
+    inverted = decode(picture, 12, PhotometricInterpretation="MONOCHROME1", **header)
     assert np.abs(inverted + bright - 255).max() == 0
 
 
-def test_padding_counts_for_nothing_and_is_black(film):
-    padded = film.copy()
+def test_padding_counts_for_nothing_and_is_black(picture):
+    padded = picture.copy()
     padded[:, :5] = 4095
     for photometric in ("MONOCHROME1", "MONOCHROME2"):
         header = {"PhotometricInterpretation": photometric}
         grey = decode(padded, 12, PixelPaddingValue=4095, **header)
         assert (grey[:, :5] == 0).all()
-        np.testing.assert_array_equal(grey[:, 5:], decode(film[:, 5:].copy(), 12, **header))
+        np.testing.assert_array_equal(grey[:, 5:], decode(picture[:, 5:].copy(), 12, **header))
 
 
 def test_padding_range():
@@ -190,8 +190,8 @@ def test_order_of_pixels_is_kept(stored):
 # --- Transfer syntaxes ------------------------------------------------------------------------
 
 
-def test_the_header_comes_with_the_pixels(film):
-    radiograph = decode_radiograph(to_bytes(make_dataset(film, 12, BodyPartExamined="LSPINE")))
+def test_the_header_comes_with_the_pixels(picture):
+    radiograph = decode_radiograph(to_bytes(make_dataset(picture, 12, BodyPartExamined="LSPINE")))
     assert (radiograph.form, radiograph.coloured) == ("DICOM", 0.0)
     assert radiograph.header.BodyPartExamined == "LSPINE"
 
@@ -207,28 +207,30 @@ LOSSLESS = [
 
 
 @pytest.mark.parametrize("syntax", LOSSLESS, ids=lambda syntax: syntax.keyword)
-def test_lossless_syntaxes_give_the_same_picture(film, syntax):
-    plain = decode(film, 12)
-    np.testing.assert_array_equal(pixels_of(encode(make_dataset(film, 12), syntax)), plain)
+def test_lossless_syntaxes_give_the_same_picture(picture, syntax):
+    plain = decode(picture, 12)
+    np.testing.assert_array_equal(pixels_of(encode(make_dataset(picture, 12), syntax)), plain)
 
 
 @pytest.mark.parametrize("name", ["JPEGLosslessProcess14", "JPEGLosslessProcess14_1"])
-def test_lossless_jpeg_gives_the_same_picture(film, name, tmp_path):
+def test_lossless_jpeg_gives_the_same_picture(picture, name, tmp_path):
     syntax = getattr(gdcm.TransferSyntax, name)
-    data = encode_with_gdcm(make_dataset(film, 12), syntax, tmp_path)
-    np.testing.assert_array_equal(pixels_of(data), decode(film, 12))
+    data = encode_with_gdcm(make_dataset(picture, 12), syntax, tmp_path)
+    np.testing.assert_array_equal(pixels_of(data), decode(picture, 12))
 
 
-def test_jpeg_baseline_is_near(film):
-    eight = (film >> 4).astype(np.uint8)
+def test_jpeg_baseline_is_near(picture):
+    eight = (picture >> 4).astype(np.uint8)
     header = {"WindowCenter": 128, "WindowWidth": 256}
     data = encode(make_dataset(eight, **header), uid.JPEGBaseline8Bit)
     assert np.abs(pixels_of(data).astype(int) - eight).max() <= 4
 
 
-def test_bits_above_those_stored_are_ignored(film):
+def test_bits_above_those_stored_are_ignored(picture):
     header = {"WindowCenter": 2048, "WindowWidth": 4096}
-    np.testing.assert_array_equal(decode(film | 0xF000, 12, **header), decode(film, 12, **header))
+    np.testing.assert_array_equal(
+        decode(picture | 0xF000, 12, **header), decode(picture, 12, **header)
+    )
 
 
 # --- Refusals ---------------------------------------------------------------------------------
@@ -261,8 +263,8 @@ def test_twelve_bit_lossy_jpeg_names_a_converter():
     "syntax", [uid.ExplicitVRLittleEndian, *LOSSLESS], ids=lambda syntax: syntax.keyword
 )
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
-def test_files_cut_short_are_refused(film, syntax, kept):
-    data = encode(make_dataset(film, 12), syntax)
+def test_files_cut_short_are_refused(picture, syntax, kept):
+    data = encode(make_dataset(picture, 12), syntax)
     with pytest.raises(DernetError, match="copy"):
         decode_radiograph(data[: int(kept * len(data))])
 
@@ -290,10 +292,10 @@ def test_missing_files_and_folders(tmp_path):
 # --- PNG and JPEG -----------------------------------------------------------------------------
 
 
-def test_png_of_eight_bits_is_taken_as_it_is(tmp_path, film):
-    grey = (film >> 5).astype(np.uint8)
-    cv2.imwrite(str(tmp_path / "film.png"), grey)
-    np.testing.assert_array_equal(read_radiograph(tmp_path / "film.png").pixels, grey)
+def test_png_of_eight_bits_is_taken_as_it_is(tmp_path, picture):
+    grey = (picture >> 5).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "picture.png"), grey)
+    np.testing.assert_array_equal(read_radiograph(tmp_path / "picture.png").pixels, grey)
 
 
 def test_png_of_sixteen_bits_spans_its_range():
@@ -309,16 +311,16 @@ def test_colour_becomes_grey(suffix):
     assert np.abs(grey - (0.114 * 40 + 0.587 * 120 + 0.299 * 200)).max() <= 2
 
 
-def test_jpeg_is_near(film):
-    grey = (film >> 4).astype(np.uint8)
+def test_jpeg_is_near(picture):
+    grey = (picture >> 4).astype(np.uint8)
     code = cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
     assert np.abs(decode_radiograph(code).pixels.astype(int) - grey).max() <= 4
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 @pytest.mark.parametrize("kept", [0.2, 0.7, 0.98])
-def test_pictures_cut_short_are_refused(film, suffix, kept):
-    code = cv2.imencode(suffix, (film >> 4).astype(np.uint8))[1].tobytes()
+def test_pictures_cut_short_are_refused(picture, suffix, kept):
+    code = cv2.imencode(suffix, (picture >> 4).astype(np.uint8))[1].tobytes()
     with pytest.raises(DernetError, match="cut short; copy"):
         decode_radiograph(code[: int(kept * len(code))])
 
@@ -328,8 +330,8 @@ def test_damaged_picture_is_refused():
         decode_radiograph(PNG_SIGNATURE + b"\1" * 50 + b"IEND")
 
 
-def test_a_picture_has_a_form_and_no_header(film):
-    grey = (film >> 4).astype(np.uint8)
+def test_a_picture_has_a_form_and_no_header(picture):
+    grey = (picture >> 4).astype(np.uint8)
     for suffix, form in ((".png", "PNG"), (".jpg", "JPEG")):
         radiograph = decode_radiograph(cv2.imencode(suffix, grey)[1].tobytes())
         assert (radiograph.form, radiograph.header, radiograph.coloured) == (form, None, 0.0)

@@ -1,4 +1,4 @@
-"""Both gates of a dataset agree: what `check_dataset` passes is read, what is refused is named."""
+"""Both gates of a dataset agree: what `check_dataset` accepts is read, what it refuses is named."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Records of long runs: complete, of a commit, and found again."""
+"""Records of long runs: complete, from a commit, and found again."""
 
 import json
 
@@ -22,7 +22,7 @@ def made(tmp_path, monkeypatch):
     return workspace, book_results.detector_record(workspace, tables, terms, films=9, seconds=2.0)
 
 
-def test_a_record_says_how_it_came_about(made):
+def test_a_record_states_how_it_was_obtained(made):
     _, record = made
     assert record["command"] == "dernet run --profile smoke"
     assert {"commit", "date", "processor", "seed", "profile"} <= record.keys()

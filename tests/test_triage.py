@@ -78,7 +78,7 @@ def same_weights(first, second) -> bool:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_one_contract_for_the_three_networks(name):
+def test_the_three_networks_are_used_alike(name):
     network = build_network(name).eval()
     with torch.no_grad():
         assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 1)
@@ -92,9 +92,9 @@ def test_every_image_starts_at_one_half(name):
 
 
 @pytest.mark.parametrize("name, blocks", [("resnet50", 16), ("tf_efficientnetv2_s", 33)])
-def test_residual_blocks_start_at_half_their_change(name, blocks):
+def test_residual_blocks_start_at_half_scale(name, blocks):
     # By hand: 3 + 4 + 6 + 3 bottlenecks; of the 4 + 4 + 6 + 9 + 15 blocks of stages 2 to 6 all
-    # but each stage's first have a way around.
+    # but each stage's first have a skip connection.
     halved = [
         norm
         for norm in build_network(name).modules()
@@ -103,10 +103,10 @@ def test_residual_blocks_start_at_half_their_change(name, blocks):
     assert len(halved) == blocks
 
 
-def test_operations_and_reach_of_resnet50():
+def test_operations_and_receptive_field_of_resnet50():
     # He et al. 2016: 3.8 billion multiply-adds at 224 px, as torchvision counts them 4.09 with the
-    # stride in the 3 x 3 convolution. Araujo et al. (Distill, 2019): a reach of 483 px; there the
-    # stride is in the 1 x 1 convolution, whose 3 x 3 ones then step twice as far.
+    # stride in the 3 x 3 convolution. Araujo et al. (Distill, 2019): a receptive field of 483 px;
+    # there the stride is in the 1 x 1 convolution, and the 3 x 3 one then steps twice as far.
     assert count_operations(build_network("resnet50"), 224) / 2 == pytest.approx(4.09e9, rel=0.01)
     way = [(7, 2), (3, 2)] + [(3, 1)] * 3
     for blocks in (4, 6, 3):
@@ -158,14 +158,14 @@ def test_checkpoint_of_another_network_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_damaged_starting_weights_are_told(tmp_path, suffix):
+def test_damaged_starting_weights_are_refused(tmp_path, suffix):
     path = tmp_path / f"{NETWORK}{suffix}"
     state = build_network(NETWORK).state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(DernetError, match=r"expected to be a checkpoint .* copy it again"):
+    with pytest.raises(DernetError, match=r"cannot be read as a checkpoint .* copy it again"):
         build_network(NETWORK, path)
-    with pytest.raises(DernetError, match="expected to be a checkpoint"):
+    with pytest.raises(DernetError, match="cannot be read as a checkpoint"):
         build_network(NETWORK, tmp_path / "none.safetensors")
 
 
@@ -226,7 +226,7 @@ def test_crops_of_normal_images_lie_where_others_have_lesions():
     place = torch.arange(64, dtype=torch.uint8)
     sample.pixels[sample.y == 0] = place.view(1, 1, 64, 1)  # each row's grey is its number
     crops, y = draw_crops(sample, 400, 16, torch.Generator().manual_seed(1))
-    centre = crops[y == 0, 0, 8, 0].int()  # one of the two places, a quarter of the side around
+    centre = crops[y == 0, 0, 8, 0].int()  # one of the two positions, a quarter of the side around
     assert ((centre - 24).abs().le(4) | (centre - 40).abs().le(4)).all()
     assert (centre - 24).abs().le(4).any() and (centre - 40).abs().le(4).any()
 
@@ -301,7 +301,7 @@ def test_recipe_comes_from_the_profile():
     assert TriageRecipe.of(profile) == TriageRecipe(384, 60, 16, 1e-4, 42)
 
 
-def test_learns_what_is_easy(tmp_path):
+def test_learns_an_easy_task(tmp_path):
     train, validation = bright_or_dark(32, seed=0), bright_or_dark(16, seed=1)
     trained = train_triage(NETWORK, train, validation, TriageRecipe(32, 6, 8, 1e-3, 0), tmp_path)
     prob = predict_probabilities(trained.network, validation.pixels)
@@ -309,7 +309,7 @@ def test_learns_what_is_easy(tmp_path):
     assert trained.history["train_loss"].iloc[-1] < trained.history["train_loss"].iloc[0]
 
 
-def test_history_has_a_row_an_epoch(trained, samples):
+def test_history_has_a_row_per_epoch(trained, samples):
     history = trained.history
     assert history["epoch"].tolist() == [1, 2, 3]
     assert history["lr"].is_monotonic_decreasing
@@ -331,7 +331,7 @@ def test_finished_run_is_loaded_not_trained(trained, samples, folder):
     assert list(folder.iterdir()) == [trained.checkpoint]
 
 
-def test_learns_crops_first_and_goes_on_where_it_was_killed(tmp_path):
+def test_learns_crops_first_and_continues_where_it_was_killed(tmp_path):
     train, recipe = (
         dots(16),
         TriageRecipe(64, 1, 8, 1e-3, 0, crop_px=32, crop_epochs=2),
@@ -389,7 +389,7 @@ def test_any_change_of_a_run_is_another_run(trained, samples, tmp_path, change):
     assert begun.stem != trained.checkpoint.stem
 
 
-def test_killed_run_goes_on_and_ends_as_an_unbroken_one(trained, samples, tmp_path):
+def test_killed_run_ends_as_an_uninterrupted_one(trained, samples, tmp_path):
     def kill_after_first(row):
         raise KeyboardInterrupt
 
@@ -448,17 +448,17 @@ def test_depthwise_convolutions_are_computed_in_float32():
 
 def test_the_plain_loop_trains_on_the_same_batches(samples, monkeypatch):
     monkeypatch.setattr(machine, "bfloat16_helps", lambda device: False)
-    train, judged = samples
+    train, evaluated = samples
     fast, optimizer = start_training(NETWORK, None, RECIPE)
     plain = build_network(NETWORK, None, RECIPE.seed)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RECIPE.lr)
-    before = predict_probabilities(plain, judged.pixels)
+    before = predict_probabilities(plain, evaluated.pixels)
     for epoch in range(2):
         train_epoch(fast, optimizer, train, RECIPE, epoch)
         plain_epoch(plain, plain_optimizer, train, RECIPE, epoch)
-    after = predict_probabilities(plain, judged.pixels)
+    after = predict_probabilities(plain, evaluated.pixels)
     assert np.abs(after - before).max() > 0.05
-    assert predict_probabilities(fast, judged.pixels) == pytest.approx(after, abs=0.02)
+    assert predict_probabilities(fast, evaluated.pixels) == pytest.approx(after, abs=0.02)
 
 
 # Probabilities

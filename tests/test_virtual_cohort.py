@@ -50,7 +50,7 @@ def dataset(root: Path) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def films(root: Path, dataset: Dataset) -> pd.DataFrame:
+def radiographs(root: Path, dataset: Dataset) -> pd.DataFrame:
     """One row per image: the dataset's columns, and the manifest's facts."""
     rows = [
         {"image_id": image["image_id"], "age": study["age"], "sex": study["sex"],
@@ -74,10 +74,10 @@ def test_each_type_is_as_frequent_as_in_the_published_training_split(dataset):
     published = PUBLISHED / PUBLISHED.sum()
     types, studies = dataset.boxes.lesion_type.to_numpy(), dataset.boxes.study_id.to_numpy()
     for name in LESION_TYPES:
-        share = bootstrap_by_study(
+        ours = bootstrap_by_study(
             lambda rows, of=(types == name): of[rows].mean(), studies, 1000, level=0.99
         )
-        assert share.low <= published[name] <= share.high, f"{name}: {share}, {published[name]}"
+        assert ours.low <= published[name] <= ours.high, f"{name}: {ours}, {published[name]}"
 
 
 def test_the_imbalance_is_the_papers(dataset):
@@ -103,18 +103,18 @@ def test_lesions_are_small(dataset):
     assert spurs.quantile(0.05) < 0.004 and spurs.quantile(0.95) > 0.015, "of many sizes"
 
 
-def test_studies_and_images_vary_as_the_dataset_does(films):
-    per_study = films.groupby("study_id").size()
+def test_studies_and_images_vary_as_the_dataset_does(radiographs):
+    per_study = radiographs.groupby("study_id").size()
     assert per_study.min() == 1 and per_study.max() == 4
     assert per_study.mean() == pytest.approx(8389 / 4000, abs=0.15)
-    assert set(films.name) == set(ANGLES)
-    assert films.spacing_mm.min() < 0.22 and films.spacing_mm.max() > 0.45
-    assert 0 < (films.grid_lines_px > 0).mean() < 0.08
+    assert set(radiographs.name) == set(ANGLES)
+    assert radiographs.spacing_mm.min() < 0.22 and radiographs.spacing_mm.max() > 0.45
+    assert 0 < (radiographs.grid_lines_px > 0).mean() < 0.08
 
 
-def test_the_body_does_not_depend_on_the_lesions(films):
-    people = films.drop_duplicates("study_id")
-    ill = people.study_id.isin(films.study_id[films.abnormal])
+def test_the_body_does_not_depend_on_the_lesions(radiographs):
+    people = radiographs.drop_duplicates("study_id")
+    ill = people.study_id.isin(radiographs.study_id[radiographs.abnormal])
     for column in ("age", "bone"):
         one, other = people[column][ill], people[column][~ill]
         assert scipy_stats.mannwhitneyu(one, other).pvalue > 0.01, column
@@ -127,8 +127,8 @@ def test_the_check_finds_no_problem(root):
     assert check_dataset(root).problems == []
 
 
-def test_dciodvfy_finds_no_error_in_an_image_of_each_encoding(films):
-    sample = films.groupby(["photometric", "bits", "syntax", "voi", "name"]).head(1)
+def test_dciodvfy_finds_no_error_in_an_image_of_each_encoding(radiographs):
+    sample = radiographs.groupby(["photometric", "bits", "syntax", "voi", "name"]).head(1)
     errors = {}
     for path in sample.dicom_path:
         found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True)
@@ -143,16 +143,16 @@ def test_dciodvfy_finds_no_error_in_an_image_of_each_encoding(films):
 
 
 @pytest.fixture(scope="module")
-def pairs(films: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
+def pairs(radiographs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
     """Abnormal images without metal, and as many normal ones that get the same boxes.
 
     Each abnormal image is paired with a normal one that was taken alike: view, mirroring, and the
     nearest height of the beam.
     """
-    films = films[~films.metal].reset_index(drop=True)
+    radiographs = radiographs[~radiographs.metal].reset_index(drop=True)
     boxes = dict(iter(dataset.boxes.groupby("image_id")))
     rows, rng = [], np.random.default_rng(1)
-    for _, alike in films.groupby(["name", "mirrored"]):
+    for _, alike in radiographs.groupby(["name", "mirrored"]):
         normal = alike[~alike.abnormal]
         abnormal = alike[alike.abnormal]
         for index in rng.permutation(len(abnormal))[: len(normal)]:
@@ -241,7 +241,7 @@ def test_what_lies_outside_the_boxes_is_uninformative(pairs, features):
 
 
 def test_a_shortcut_would_be_found(pairs, features):
-    """The same test on the same images, had people with a finding been fifteen years older."""
+    """The same test on the same images, as if people with a finding were fifteen years older."""
     spoilt = features.copy()
     assert (spoilt[:, AGE] == pairs.age).all()
     spoilt[:, AGE] += np.where(pairs.abnormal, 15.0, 0.0)
@@ -290,7 +290,7 @@ def test_a_small_network_learns_nothing_from_masked_images(pairs, covered):
 
 
 def test_the_small_network_can_learn(pairs, covered):
-    """Had lesions left a faint bright spot beside their boxes, it would have seen them."""
+    """It finds lesions that leave a faint bright spot beside their boxes."""
     images = np.stack([_small(seen) for seen in covered])
     for image, abnormal in zip(images, pairs.abnormal, strict=True):
         if abnormal:

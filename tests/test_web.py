@@ -1,4 +1,4 @@
-"""The web application, called as a client calls it."""
+"""The web application, as a client calls it."""
 
 import asyncio
 import base64
@@ -458,7 +458,7 @@ def test_an_allowed_host_name_is_accepted(service, exported, host):
     assert TestClient(application).get("/", headers={"Host": name}).status_code == 200
 
 
-# --- Nothing is kept, and no request waits for ever -------------------------------------------
+# --- Nothing is kept, and no request waits forever -------------------------------------------
 
 
 def test_an_internal_error_is_reported_and_its_message_is_not_logged(client, caplog, monkeypatch):

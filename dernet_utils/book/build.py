@@ -1,4 +1,4 @@
-"""Pages: staged, built and published. Whole runs, whose steps Snakemake carries out."""
+"""The book's pages, staged, built and published; and whole runs, as Snakemake carries them out."""
 
 import fcntl
 import json
@@ -29,7 +29,7 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
 from dernet_utils.core.workspace import Workspace, commit
 
-# Signals that end a process, and how long each may take, s.
+# Signals that end a process, in this order, and the time that each may take, s.
 ENDINGS = ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5))
 
 
@@ -37,7 +37,7 @@ ENDINGS = ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5))
 
 
 def stage_book(workspace: Workspace) -> Path:
-    """Lay out the pages and the executed chapters in ``runs/<profile>/book`` and return it.
+    """Copy pages and executed chapters to ``runs/<profile>/book``, and return this folder.
 
     Raises:
         DernetError: A chapter has not been executed.
@@ -52,7 +52,7 @@ def stage_book(workspace: Workspace) -> Path:
     for name in chapter_names():
         executed = workspace.chapters / f"{name}.ipynb"
         if not executed.is_file():
-            raise DernetError(f"Chapter {name} has not been executed; call `dernet run` first.")
+            raise DernetError(f"Chapter {name} has not been executed: run `dernet run` first.")
         shutil.copy(executed, stage / "notebooks")
     config = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))
     config["sphinx"]["config"]["myst_substitutions"] = {
@@ -67,7 +67,7 @@ def build_book(workspace: Workspace, report: Say) -> Path:
     """Stage and build the book; return the folder of its HTML pages.
 
     Raises:
-        DernetError: Sphinx warned or failed; the message quotes its lines.
+        DernetError: Sphinx warned or failed; the message quotes its warnings and errors.
     """
     started = time.monotonic()
     report("book: started")
@@ -82,7 +82,7 @@ def build_book(workspace: Workspace, report: Say) -> Path:
     if done.returncode != 0:
         faults = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|rror:", line)]
         raise DernetError(
-            f"The book was not built: its faults are below, Sphinx's whole log is in "
+            "The book was not built. Sphinx's messages are below, its whole log is "
             f"{shown_path(workspace.folder / 'book.log')}.\n\n" + "\n".join(faults[:20])
         )
     html = stage / "_build" / "html"
@@ -94,7 +94,7 @@ def build_book(workspace: Workspace, report: Say) -> Path:
 
 
 def publish(workspace: Workspace, html: Path) -> None:
-    """Copy the built pages to `html`, where they are not there already.
+    """Copy the built pages to `html`, unless it holds them already.
 
     Raises:
         DernetError: The folder holds files that are not an earlier book.
@@ -119,11 +119,11 @@ def publish(workspace: Workspace, html: Path) -> None:
 
 
 def run(workspace: Workspace, html: Path, report: Say) -> None:
-    """Bring the book up to date: data, chapters, pages; what has not changed is left alone.
+    """Bring data, chapters and pages up to date; what has not changed is left alone.
 
     Args:
         workspace: The run.
-        html: Where the pages go.
+        html: Folder for the pages.
         report: Called with one line of progress at a time.
 
     Raises:
@@ -134,7 +134,7 @@ def run(workspace: Workspace, html: Path, report: Say) -> None:
     prepared = is_prepared(workspace)  # first: it reports a data folder that cannot be read
     with _only_run(workspace) as lock:
         if not prepared:
-            (workspace.folder / "prepared").unlink(missing_ok=True)  # tables may have been deleted
+            (workspace.folder / "prepared").unlink(missing_ok=True)  # tables may be missing
             _snakemake("prepare", workspace, lock)
         _snakemake("book", workspace, lock)
         publish(workspace, html)
@@ -148,7 +148,7 @@ def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
         *("--config", f"profile={workspace.profile.name}", "--cores", str(cores())),
         # Digests are parameters of the rules, so they alone decide what runs again.
         *("--rerun-triggers", "params", "--rerun-incomplete"),
-        # Our own lock cannot be left behind by a killed run.
+        # We have a lock of our own, which a killed run cannot leave behind.
         *("--nolock", "--nocolor", "--quiet", "host", "progress", "reason", "rules"),
     ]
     environment = os.environ | {"DERNET_RUNS": str(workspace.folder.parent), "DERNET_STEP": "1"}
@@ -160,7 +160,7 @@ def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
             env=environment,
             cwd=workspace.folder,
             start_new_session=True,
-            pass_fds=[lock.fileno()],  # should this process be killed, Snakemake keeps the lock
+            pass_fds=[lock.fileno()],  # if this process is killed, Snakemake keeps the lock
         )
         try:
             code = process.wait()
@@ -169,7 +169,7 @@ def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
             raise
     if code != 0:
         if is_disk_full(None, workspace.folder):
-            raise DernetError("The disk is full; make room, and the next run continues.")
+            raise DernetError("The disk is full: make room and run again; the run will continue.")
         raise DernetError(
             f"The run stopped at the step above (Snakemake's log is {shown_path(log)})."
         )
@@ -190,7 +190,7 @@ def _only_run(workspace: Workspace) -> Iterator[IO]:
 
 
 def _end_group(process: subprocess.Popen) -> None:
-    """End a process and all that it started: by a request first, then by force."""
+    """End a process and all that it started, at first by request, then by force."""
     for number, patience_s in ENDINGS:
         try:
             os.killpg(process.pid, number)

@@ -1,4 +1,4 @@
-"""One chapter, executed by papermill in a kernel of its own."""
+"""Execution of one chapter, by papermill in a kernel of its own."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
 from dernet_utils.core.workspace import Workspace
 
-KERNEL_START_S = 300  # a busy machine takes its time
+KERNEL_START_S = 300  # a busy machine takes long
 KERNEL_STOP_S = 10
 
 
@@ -33,13 +33,13 @@ def execute_chapter(
 ) -> Path:
     """Execute a chapter in a kernel of its own and return the executed notebook's path.
 
-    The notebook appears under its name only when every cell has run; until then, and after a
-    failure, it is ``NAME.partial.ipynb``. With `parameters` it is a trial, ``NAME.trial.ipynb``.
+    The notebook gets its name only when every cell has run; until then, and after a failure, it is
+    ``NAME.partial.ipynb``. With `parameters` it is a trial, ``NAME.trial.ipynb``.
 
     Args:
         name: Chapter, such as ``02_imaging``.
         workspace: The run; the name of its profile becomes the parameter `profile`.
-        threads: How many threads numerical libraries may use.
+        threads: Number of threads that numerical libraries may use.
         report: Called with one line of progress at a time.
         parameters: Further values for the cell tagged `parameters`.
         project: The folder that holds `notebooks`.
@@ -50,7 +50,7 @@ def execute_chapter(
     source = project / "notebooks" / f"{name}.py"
     if not source.is_file():
         raise DernetError(
-            f"There is no chapter {name!r}; there are {', '.join(chapter_names(project))}."
+            f"There is no chapter {name!r}; the chapters are {', '.join(chapter_names(project))}."
         )
     import jupytext
 
@@ -109,8 +109,8 @@ def _kernel_environment(workspace: Workspace, threads: int) -> dict[str, str]:
 class _ChapterJob(threading.Thread):
     """Papermill in a thread, so that the main thread can report progress and receive Ctrl-C.
 
-    In the main thread nbclient would handle the signals itself, and report an interrupt as a
-    kernel that died.
+    In the main thread nbclient would handle the signals itself, and report an interrupt as the
+    death of the kernel.
     """
 
     def __init__(self, notebook, output: Path, values: dict, environment: dict, source: Path):
@@ -119,14 +119,14 @@ class _ChapterJob(threading.Thread):
         self.environment, self.source = environment, source
         self.client = None
         self.error: Exception | None = None
-        # Not `join`: interrupted, it takes a running thread for a finished one in Python 3.11.
+        # Not `join`: if it is interrupted, Python 3.11 takes a running thread for a finished one.
         self.finished = threading.Event()
 
     def run(self) -> None:
         import papermill
         from papermill.engines import papermill_engines
 
-        # Papermill finds an engine by name; ours shares the kernel's client with this thread.
+        # Papermill finds an engine by its name; ours shares the kernel's client with this thread.
         papermill_engines.register("dernet", _engine_of(self))
         try:
             papermill.execute_notebook(
@@ -193,7 +193,7 @@ def _failure(name: str, job: _ChapterJob, partial: Path, cells: int) -> DernetEr
 
 
 def _tidy(path: Path) -> None:
-    """Remove papermill's notes from a notebook: they hold times and this machine's paths."""
+    """Remove papermill's metadata from a notebook: it holds times and this machine's paths."""
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)

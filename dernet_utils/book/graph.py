@@ -1,7 +1,7 @@
-"""What depends on what: the table of chapters, and a digest of everything that shapes a result.
+"""What depends on what: the table of chapters, and digests of everything that shapes a result.
 
 A rule of the Snakefile runs again when the digest of what it depends on has changed since it last
-ran. Only contents count, never file times; in the package's code neither comments nor docstrings.
+ran. Only contents count, not file times; in the package's code, comments and docstrings do not.
 """
 
 import ast
@@ -15,15 +15,15 @@ from dernet_utils.core.vocabulary import NETWORKS, SPLITS
 from dernet_utils.core.workspace import Workspace
 
 PACKAGE = PROJECT / "dernet_utils"
-# Modules whose code no result depends on. Of the profiles only the run's own numbers matter, and
-# they are in each digest; the other two steer and report.
+# Modules on whose code no result depends. Of the profiles only the run's own numbers matter, which
+# are part of each digest; the other two modules order the jobs and report progress.
 NOT_COUNTED = frozenset({"core.profiles", "book.graph", "book.progress"})
 MAX_THREADS = 8  # none of our networks gains from more
 QUICKEST_FIRST = ("densenet121", "resnet50", "tf_efficientnetv2_s")  # by training time
-# Environment variables that glibc, torch and OpenMP read when a process starts; numbers do not
+# Environment variables that glibc, torch and OpenMP read when a process starts; results do not
 # depend on them. Each training step allocates the same large blocks: they are kept, in huge pages,
-# and not returned to the system and requested again. Waiting threads sleep: where trainings run in
-# parallel, spinning ones would slow each other down.
+# instead of being returned to the system and requested again. Waiting threads sleep: where
+# trainings run in parallel, spinning threads would slow each other down.
 TRAINING_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
@@ -42,9 +42,9 @@ class Chapter:
     Attributes:
         networks: Triage networks whose trainings, one job per fold, it reads.
         after: Chapters whose results it reads.
-        cores: ``one``; ``half`` of the cores, where it trains or runs networks; ``all``, where it
+        cores: ``one``; ``half`` of the cores, if it trains or runs networks; ``all``, if it
             measures times: then no other job runs, and libraries keep their own settings.
-        trains: Whether it trains a network itself, which may take long.
+        trains: Whether it trains a network itself, which may take a long time.
     """
 
     networks: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def chapter_names(project: Path = PROJECT) -> list[str]:
 
 
 def chapter_needs(name: str) -> Chapter:
-    """Return what a chapter needs; nothing, if it is not in `CHAPTERS`."""
+    """Return what a chapter needs: nothing if it is not in `CHAPTERS`."""
     return CHAPTERS.get(name, Chapter())
 
 
@@ -101,8 +101,8 @@ def trainings_of(name: str, folds: int) -> list[tuple[str, int]]:
 def priorities(names: list[str]) -> dict[str, int]:
     """Return the chapters' priorities; those of the trainings start at the number of chapters.
 
-    A chapter that waits for no job comes before the trainings, any other after them. Among each
-    group come first those that many chapters wait for, or that train a network.
+    A chapter that waits for no job comes before the trainings, any other after them. In both groups
+    a chapter for which many others wait, or which trains a network, comes early.
     """
     found = {}
     for name in names:
@@ -155,7 +155,7 @@ def direct_imports(path: Path, package: Path = PACKAGE) -> set[str]:
 
 @cache
 def _imported_names(source: str, package: str) -> frozenset[str]:
-    """What a source imports from a package: names of modules, perhaps of what is in them."""
+    """Return what a source imports from a package: names of modules, or of objects in them."""
     names: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(source)]
     while waiting:
@@ -175,7 +175,7 @@ def _module_file(name: str, package: Path = PACKAGE) -> Path:
 
 
 def _code_with_imports(module: str) -> str:
-    """Return a digest of a module of the package and of all that it imports."""
+    """Return a digest of a module of the package and of all its imports from the package."""
     return _code_of(modules_of(_module_file(module)) | {module})
 
 
@@ -188,7 +188,7 @@ def _code_of(modules: frozenset[str]) -> str:
 
 
 def data_digest(workspace: Workspace) -> str:
-    """Return a digest of what the run's dataset is made from.
+    """Return a digest of everything from which the run's dataset is made.
 
     For the virtual cohort: its code, its numbers and the locked libraries. For a VinDr-SpineXR
     folder: its two tables.
@@ -204,8 +204,8 @@ def data_digest(workspace: Workspace) -> str:
     for table in tables:
         if not table.is_file():
             raise DernetError(
-                f"{workspace.data_root} is not a VinDr-SpineXR folder, which holds annotations/"
-                f"{table.name}: correct DERNET_DATA."
+                f"{workspace.data_root} is not a VinDr-SpineXR folder: it has no annotations/"
+                f"{table.name}. Correct DERNET_DATA."
             )
     return digest_of(str(workspace.data_root), *(table.read_bytes() for table in tables))
 

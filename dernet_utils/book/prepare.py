@@ -1,4 +1,4 @@
-"""The data of a run, before any chapter: virtual cohort, folds, cached images, and their tables."""
+"""Preparation of a run's data, before any chapter: virtual cohort, folds, cached images, tables."""
 
 import shutil
 import time
@@ -10,24 +10,24 @@ from dernet_utils.core.files import write_whole
 from dernet_utils.core.vocabulary import SPLITS
 from dernet_utils.core.workspace import Workspace
 
-STAMP = "prepared.txt"  # in the run's tables: the digest that they were made with
+STAMP = "prepared.txt"  # among the run's tables: the digest of what they were made from
 
 
 def prepare(workspace: Workspace, workers: int, report: Say) -> None:
-    """Make everything that chapters and trainings share: images on disk and the two tables.
+    """Make what chapters and trainings share: the images on disk and two tables.
 
     The tables are ``tables/images.parquet`` and ``tables/boxes.parquet``, as `dataset.prepared`
     reads them.
 
     Args:
         workspace: The run.
-        workers: How many processes work at once.
+        workers: Number of processes that work in parallel.
         report: Called with one line of progress at a time.
 
     Raises:
         DernetError: The dataset or the donor CT is missing, damaged or inconsistent.
     """
-    # Here: asking whether a run is prepared needs none of them.
+    # Imported here, because `is_prepared` needs none of them.
     from dernet_utils.dataset.folds import make_folds
     from dernet_utils.dataset.prepared import write_tables
     from dernet_utils.dataset.tables import read_dataset
@@ -35,7 +35,7 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     from dernet_utils.virtual.cohort import ensure_cohort
 
     started, profile = time.monotonic(), workspace.profile
-    digest = prepare_digest(workspace)  # before the work: a file may be edited meanwhile
+    digest = prepare_digest(workspace)  # before the work, during which a file may be edited
     _forget_other_data(workspace)
     with heartbeat("virtual patients", started, report) as progress:
         ensure_cohort(workspace, progress)
@@ -52,7 +52,7 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
 
 
 def is_prepared(workspace: Workspace) -> bool:
-    """Return whether the dataset and the tables are there, made from today's data and code.
+    """Return whether the dataset and the tables exist and were made from the present data and code.
 
     Raises:
         DernetError: As `graph.prepare_digest` raises.
@@ -64,7 +64,7 @@ def is_prepared(workspace: Workspace) -> bool:
 
 
 def ensure_prepared(workspace: Workspace, report: Say = lambda line: None) -> None:
-    """Prepare a run's data unless that has been done from the same data and code.
+    """Prepare a run's data, unless this has been done from the same data and code.
 
     Args:
         workspace: The run.
@@ -78,7 +78,7 @@ def ensure_prepared(workspace: Workspace, report: Say = lambda line: None) -> No
 
 
 def _forget_other_data(workspace: Workspace) -> None:
-    """Delete what was made from other data, within the run's own folder."""
+    """Delete from the run's own folder what was made from other data."""
     stamp, digest = workspace.folder / "data.digest", data_digest(workspace)
     if stamp.is_file() and stamp.read_text() == digest:
         return
@@ -87,5 +87,5 @@ def _forget_other_data(workspace: Workspace) -> None:
             shutil.rmtree(workspace.folder / name, ignore_errors=True)
     shutil.rmtree(workspace.folder / "tables", ignore_errors=True)
     workspace.folder.mkdir(parents=True, exist_ok=True)
-    # Written before the data: what a killed run leaves is of these data, and the next resumes it.
+    # Written first: what a killed run leaves belongs to these data, and the next run resumes it.
     stamp.write_text(digest)

@@ -13,7 +13,7 @@ from dernet_utils.core.files import PROJECT
 from dernet_utils.core.profiles import Profile
 
 Say = Callable[[str], None]  # prints, logs or collects one line
-HEARTBEAT_S = 30  # ours: often enough to see that a training is alive
+HEARTBEAT_S = 30  # ours: often enough to show that a training is alive
 
 
 def cores() -> int:
@@ -22,7 +22,7 @@ def cores() -> int:
 
 
 def is_disk_full(error: Exception | None, folder: Path) -> bool:
-    """Return whether an error, or a folder's disk with less than 1 MiB free, means a full disk."""
+    """Return whether an error reports a full disk, or a folder's disk has less than 1 MiB free."""
     return "No space left on device" in str(error) or shutil.disk_usage(folder).free < 2**20
 
 
@@ -36,7 +36,7 @@ def heartbeat(what: str, started: float, report: Say) -> Iterator[Callable[[int,
         report: Called with one line at a time.
 
     Yields:
-        A function that the step may call with how many parts are done, and of how many.
+        A function that the step may call with the number of finished parts and of all parts.
     """
     over = threading.Event()
     count = ""
@@ -74,7 +74,7 @@ def without_colours(text: str) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """Return a path as messages show it: relative to the project where it lies inside."""
+    """Return a path as messages show it: relative to the project if it lies inside."""
     return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
@@ -85,12 +85,12 @@ def epoch_bars(network: str, profile: Profile) -> Callable[[int, dict], None]:
 
     Args:
         network: Its name, shown beside the bar.
-        profile: Gives the numbers of folds and epochs.
+        profile: The run's profile, which sets the numbers of folds and epochs.
 
     Returns:
         A function of a fold and an epoch's row of the training curve.
     """
-    from tqdm.auto import tqdm  # here: finding out whether this is a notebook takes a moment
+    from tqdm.auto import tqdm  # here: it takes a moment to find out whether this is a notebook
 
     bars: dict[int, tqdm] = {}
     total = profile.triage_crop_epochs + profile.triage_epochs

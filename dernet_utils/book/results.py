@@ -1,4 +1,4 @@
-"""Results of long runs, kept as small JSON files in the folder ``book/results``."""
+"""Results of long runs, kept as small JSON files in ``book/results``."""
 
 import json
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ def detector_record(
     films: int,
     seconds: float,
 ) -> dict:
-    """Return a run's results on detectors, and how they were obtained, fit for JSON.
+    """Return a run's results for detectors, and how they were obtained, ready for JSON.
 
     Args:
         workspace: The run.
         tables: For each detector, what `metrics.detection.detection_table` returns.
-        terms: One row per detector of its training conditions, such as its steps; some detectors
-            may have none.
+        terms: Training conditions, such as the number of steps, with one row per detector; some
+            detectors may have none.
         films: Number of training images.
-        seconds: Training time of all detectors together.
+        seconds: Total training time of all detectors.
     """
     given = json.loads(terms.to_json(orient="index"))
     return {
@@ -51,18 +51,18 @@ def detector_record(
 
 
 def keep_record(workspace: Workspace) -> Path:
-    """Keep a run's record of detectors in `KEPT`, under the profile's name.
+    """Copy a run's record of detectors to `KEPT`, under the profile's name.
 
     Returns:
-        The kept file.
+        The copy.
 
     Raises:
-        DernetError: The run has no record, or was made from files that differ from its commit.
+        DernetError: The run has no record, or its files differed from its commit.
     """
     made = workspace.tables / "detectors.json"
     if not made.is_file():
         raise DernetError(
-            f"{made} is written by chapter 11 and is not there: run the book with "
+            f"There is no {made}, which chapter 11 writes: run the book with "
             f"--profile {workspace.profile.name} first."
         )
     record = json.loads(made.read_text(encoding="utf-8"))
@@ -78,6 +78,6 @@ def keep_record(workspace: Workspace) -> Path:
 
 
 def kept_record(name: str) -> dict | None:
-    """Return a kept record by name, such as ``night-detectors``; None where there is none."""
+    """Return a kept record by name, such as ``night-detectors``; None if there is none."""
     path = KEPT / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""How a chapter begins, and how its sentences get their numbers."""
+"""The start of a chapter, and the values that its sentences quote."""
 
 from collections.abc import Mapping
 
@@ -25,10 +25,10 @@ def open_chapter(profile: str = "") -> Workspace:
 
 
 def glue_values(prefix: str, values: Mapping[str, object]) -> None:
-    """Hand values to a chapter's sentences, which quote them as ``{glue:text}`prefix-name```.
+    """Store values for a chapter's sentences, which quote them as ``{glue:text}`prefix-name```.
 
     Args:
-        prefix: The chapter's, such as ``c03``.
+        prefix: The chapter's prefix, such as ``c03``.
         values: Numbers and words by name.
     """
     for name, value in values.items():

@@ -1,6 +1,6 @@
-"""A detector's augmented images with boxes, as Algorithm 1 defines them.
+"""A detector's training images and boxes, augmented as Algorithm 1 defines.
 
-ultralytics reads the images and rotates, shifts, scales and mirrors them. Added here are the
+ultralytics reads the images and rotates, shifts, scales and mirrors them. This module adds the
 paper's mosaic, upright inputs (a spine is longer than wide), two measures for rare lesion types,
 and errors where ultralytics would skip an image.
 """
@@ -24,13 +24,13 @@ from ultralytics.utils.instance import Instances
 
 CENTRE = (0.3, 0.7)  # paper, Algorithm 1, line 10: the mosaic's centre as a fraction of its width
 RARE_BELOW = 1.0  # fraction of images; a type on fewer is repeated. Ours, for a few hundred images
-PASTE_FROM = 2.0  # repeat factor from which a lesion is pasted: a type on a quarter of the images
-PASTE = 0.3  # fraction of images that get a rare lesion pasted in, with `paste`
+PASTE_FROM = 2.0  # repeat factor from which a type is pasted: one on a quarter of the images
+PASTE = 0.3  # fraction of images into which a rare lesion is pasted, with `paste`
 MARGIN = 0.25  # surroundings of a pasted lesion that are faded in, as a fraction of its box
 
 
 def repeat_factors(classes: Sequence[np.ndarray], types: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how often to repeat each lesion type, and each image.
+    """Return the repeat factors of lesion types and of images.
 
     A type on a fraction f of the images gets max(1, sqrt(t / f)), where t is `RARE_BELOW`, and an
     image the largest factor of its types (Gupta et al., LVIS, 2019).
@@ -40,7 +40,8 @@ def repeat_factors(classes: Sequence[np.ndarray], types: int) -> tuple[np.ndarra
         types: Number of types.
 
     Returns:
-        Factors of the types, shape (types,), 1 for a type without a box; of the images, (images,).
+        Factors of the types, shape (types,), 1 for a type without a box; of the images, shape
+        (images,).
 
     >>> images = [np.array([0])] * 99 + [np.array([0, 1])]
     >>> of_type, of_image = repeat_factors(images, 2)
@@ -56,15 +57,15 @@ def repeat_factors(classes: Sequence[np.ndarray], types: int) -> tuple[np.ndarra
 
 
 def check_labels(images: Sequence[str], types: int) -> None:
-    """Refuse label files that ultralytics would skip with their image, or treat as empty.
+    """Refuse label files that ultralytics would skip, with their images, or treat as empty.
 
     Args:
         images: Image files, in a folder ``images``; their labels are in ``labels`` beside it.
         types: Number of types.
 
     Raises:
-        DernetError: An image has no label file, or a line is not a class from 0 to `types` - 1 and
-            a box inside the image.
+        DernetError: An image has no label file, or a line of it is not a class from 0 to
+            `types` - 1 and a box inside the image.
     """
     for image in map(Path, images):
         path = image.parent.parent / "labels" / f"{image.stem}.txt"
@@ -104,7 +105,7 @@ class SpineDataset(YOLODataset):
     def get_labels(self) -> list[dict]:
         """Return what ultralytics reads, after `check_labels`.
 
-        Of boxes with equal class and corners one is kept.
+        Of several boxes with equal class and corners, one is kept.
 
         Raises:
             DernetError: As `check_labels` raises, or an image cannot be read.
@@ -114,26 +115,28 @@ class SpineDataset(YOLODataset):
         labels = super().get_labels()
         if damaged := sorted(set(images) - {own["im_file"] for own in labels}):
             raise DernetError(f"{damaged[0]} cannot be read: export the images again.")
-        self.of_type, self.of_film = repeat_factors([own["cls"] for own in labels], self.data["nc"])
+        self.of_type, self.of_image = repeat_factors(
+            [own["cls"] for own in labels], self.data["nc"]
+        )
         self.rows = np.arange(len(labels))
         return labels
 
     def __getitem__(self, index: int) -> dict:
-        """Return an image of the epoch's draw, augmented."""
+        """Return an image, augmented; `index` is its position in the epoch's draw."""
         return super().__getitem__(int(self.rows[index]))
 
     def draw(self, rng: np.random.Generator) -> None:
         """Draw an epoch's images: each once or, with ``repeat``, in proportion to its factor."""
         if self.data.get("repeat"):
             steps = (np.arange(len(self.rows)) + rng.random()) / len(self.rows)
-            self.rows = np.searchsorted(np.cumsum(self.of_film) / self.of_film.sum(), steps)
+            self.rows = np.searchsorted(np.cumsum(self.of_image) / self.of_image.sum(), steps)
 
     def build_transforms(self, hyp: SimpleNamespace | None = None) -> Compose:
         """Return the augmentations, with the paper's mosaic.
 
         ultralytics draws the mosaic's centre from the middle half of the canvas, and the three
         other images from the last few that it has read; here the centre is Algorithm 1's, and the
-        other images are any.
+        other images are drawn from all.
         """
         transforms = super().build_transforms(hyp)
         if self.augment:
@@ -164,8 +167,8 @@ def mosaic_of(transforms: Compose) -> Mosaic:
 class PasteRare(BaseTransform):
     """Paste a lesion of a rare type, its surroundings faded in, where there is no lesion.
 
-    A lesion keeps its relative position: a vertebra is pasted among vertebrae. Boxes have no
-    outline, so a patch is moved (Ghiasi et al., 2021, move outlined objects).
+    A lesion keeps its relative position: a vertebra is pasted among vertebrae. Boxes give no
+    outline, so a rectangle is pasted (Ghiasi et al., 2021, paste outlined objects).
 
     Args:
         dataset: The images to take lesions from.
@@ -181,7 +184,7 @@ class PasteRare(BaseTransform):
         ]
 
     def __call__(self, labels: dict) -> dict:
-        """Return the image, with probability `PASTE` with one more lesion."""
+        """Return the image; with probability `PASTE`, with one more lesion."""
         if not self.rare or random.random() >= PASTE:
             return labels
         number, row = random.choice(self.rare)
@@ -197,7 +200,8 @@ class PasteRare(BaseTransform):
         """Return an image with another image's lesion pasted at the same relative position.
 
         Args:
-            labels: ultralytics' image and boxes; unchanged where the lesion would touch another.
+            labels: ultralytics' image and boxes; unchanged where the lesion would overlap another
+                or its patch would leave the image.
             donor: The other image, shape (H, W, channels).
             box: The lesion's corners in it, px, shape (4,).
             kind: Its type, shape (1,).

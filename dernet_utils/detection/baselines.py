@@ -1,8 +1,8 @@
-"""The baselines beside YOLO11-L in the paper's Table 3, as far as maintained libraries have them.
+"""The baselines of the paper's Table 3, as far as maintained libraries have them.
 
-All are trained by one loop, on the same augmented images, for the same wall-clock time, and
-filtered by the same non-maximum suppression. The number of steps in that time depends on the
-detector and on the machine, and is part of the result.
+All are trained by one loop, on the same augmented images, for the same wall-clock time, and their
+boxes are filtered by the same non-maximum suppression. How many steps fit into that time depends on
+the detector and the machine; the number is part of the result.
 """
 
 import math
@@ -33,14 +33,14 @@ from dernet_utils.imaging import boxes as imaging_boxes
 from ultralytics.nn.tasks import RTDETRDetectionModel
 
 ANCHORS_FOR_PX = 800  # torchvision's anchors are made for images of this side
-PROPOSALS = 256  # Faster R-CNN's per image; torchvision has 2,000 and 1,000, for larger images
-QUERIES = 300  # RT-DETR's boxes per image; fewer where an image has fewer locations
+PROPOSALS = 256  # of Faster R-CNN per image; torchvision's 2,000 and 1,000 are for larger images
+QUERIES = 300  # boxes of RT-DETR per image; fewer where an image has fewer locations
 FASTER_RCNN, RETINANET, RT_DETR = "Faster R-CNN", "RetinaNet", "RT-DETR-L"
 BASELINES = (FASTER_RCNN, RETINANET, RT_DETR, "YOLO11-n", "YOLO11-s", "YOLO11-L")
 WARM_STEPS = 20  # ours: AdamW's first steps from random weights are as large as its later ones
 CLIP = 10.0  # ultralytics' limit of a gradient's norm
-# Peak of AdamW's learning rate as a fraction of YOLO11's. Ours, not tuned: lower for the others,
-# lowest for the transformer, in the order of their authors' own.
+# Peak of AdamW's learning rate as a fraction of YOLO11's. Ours, not tuned; in the order of the
+# authors' own: lower for the other detectors, lowest for the transformer.
 LR_SHARE = {FASTER_RCNN: 0.25, RETINANET: 0.25, RT_DETR: 0.1}
 
 
@@ -66,10 +66,11 @@ def build_baseline(
     """Return one of `BASELINES` with random weights.
 
     Args:
-        name: As this book's Table 3 writes it.
+        name: As in `BASELINES`.
         view: Height and width of its input, px.
         seed: Seed of the weights.
-        focal: YOLO11's exponent and class weight of Eq. 6; RetinaNet has its authors', the paper's.
+        focal: YOLO11's exponent and class weight of Eq. 6; RetinaNet keeps its authors', which are
+            the paper's.
 
     Raises:
         DernetError: The name is none of them.
@@ -117,7 +118,7 @@ def _fast_in_training(network: nn.Module, forward: Callable) -> Callable:
 
 
 def _two_or_one_stage(name: str, view: tuple[int, int]) -> Baseline:
-    """torchvision's detectors: one with proposals, one without."""
+    """Return torchvision's detectors: Faster R-CNN has proposals, RetinaNet has none."""
     scale = max(view) / ANCHORS_FOR_PX
     levels = [32 * 2**level * scale for level in range(5)]
     shapes = ((0.5, 1.0, 2.0),) * 5
@@ -153,7 +154,7 @@ def _two_or_one_stage(name: str, view: tuple[int, int]) -> Baseline:
     def loss(batch: dict) -> Tensor:
         corners = box_convert(batch["bboxes"], "cxcywh", "xyxy") * sides.to(batch["bboxes"])
         targets = [
-            {"boxes": corners[own], "labels": batch["cls"][own].long().flatten() + 1}  # 0 is none
+            {"boxes": corners[own], "labels": batch["cls"][own].long().flatten() + 1}  # 0: none
             for own in (batch["batch_idx"] == row for row in range(len(batch["img"])))
         ]
         return sum(network(list(batch["img"]), targets).values())
@@ -173,11 +174,11 @@ def train_baseline(
     """Train for a wall-clock time; the learning rate falls along a cosine of the time spent.
 
     Args:
-        baseline: As `build_baseline` returns it; trained in place.
+        baseline: As `build_baseline` returns it; changed.
         images: The training images with their augmentations.
         batch: Images per step.
         lr: Peak of AdamW's learning rate.
-        seconds: Time to spend on steps; the last step is finished.
+        seconds: Training time; the step that exceeds it is finished.
         seed: Seed of the order of images and of their augmentation.
 
     Returns:
@@ -215,7 +216,7 @@ def _rows(images: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class BaselineRun:
-    """A baseline's training and its boxes.
+    """A finished training run of a baseline.
 
     Attributes:
         found: Boxes on the evaluated images, as `prediction.predict_boxes` returns them.
@@ -232,21 +233,21 @@ def run_baseline(
     name: str,
     training: pd.DataFrame,
     boxes: pd.DataFrame,
-    asked: pd.DataFrame,
+    evaluated: pd.DataFrame,
     recipe: detection_images.DetectorRecipe,
     seconds: float,
     folder: Path,
 ) -> BaselineRun:
-    """Train a baseline for a time and predict boxes on other images, or load a finished run's.
+    """Train a baseline for a given time and predict boxes on other images, or load a finished run.
 
     Images are augmented as in epochs without mosaic. The run is stored under a digest of all that
-    it depends on except the machine's speed.
+    it depends on, except the machine's speed.
 
     Args:
         name: One of `BASELINES`.
         training: `image_id`, `cached_path`, stored `height` and `width`.
         boxes: Of the training images: `image_id`, `lesion_type`, corners in stored pixels.
-        asked: Images of other studies to predict boxes on; columns as `training`.
+        evaluated: Images of other studies to predict boxes on; columns as in `training`.
         recipe: YOLO11-L's; its epochs and its mosaic are not used.
         seconds: Training time.
         folder: Where runs are stored.
@@ -254,7 +255,7 @@ def run_baseline(
     Raises:
         DernetError: The name is none of `BASELINES`, or a box lies outside its training image.
     """
-    key = _key(name, training, boxes, asked, recipe, seconds)
+    key = _key(name, training, boxes, evaluated, recipe, seconds)
     kept = Path(folder) / f"{name.lower().replace(' ', '-')}-{key}.parquet"
     if not kept.is_file():
         baseline = build_baseline(name, recipe.input_size, recipe.seed, recipe.focal)
@@ -262,7 +263,7 @@ def run_baseline(
         lr = recipe.lr * LR_SHARE.get(name, 1.0)
         steps = train_baseline(baseline, images, recipe.batch, lr, seconds, recipe.seed)
         baseline.network.eval()
-        found = prediction.collect_boxes(baseline.raw, asked, recipe.input_size)
+        found = prediction.collect_boxes(baseline.raw, evaluated, recipe.input_size)
         found.attrs = {"steps": steps, "parameters": _millions(baseline.network)}
         write_whole(kept, lambda part: found.to_parquet(part, index=False))
         shutil.rmtree(kept.with_suffix(""))
@@ -274,9 +275,9 @@ def _millions(network: nn.Module) -> float:
     return sum(p.numel() for p in network.parameters()) / 1e6
 
 
-def _key(name, training, boxes, asked, recipe, seconds) -> str:
+def _key(name, training, boxes, evaluated, recipe, seconds) -> str:
     return digest_of(
-        detection_training.detector_run_key(training, asked, boxes, recipe, None),
+        detection_training.detector_run_key(training, evaluated, boxes, recipe, None),
         modules_digest("detection/baselines", "detection/prediction"),
         f"{name} {seconds}",
     )[:16]

@@ -1,4 +1,4 @@
-"""A detector's training images: the split, the files that ultralytics reads, augmented images."""
+"""A detector's images: the split, the files that ultralytics reads, augmented training images."""
 
 import shutil
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ FOLDS = 5  # paper, section 4.1; one is held out, at every profile
 
 @dataclass(frozen=True)
 class DetectorRecipe:
-    """The numbers of one training run.
+    """The settings of one training run.
 
     Attributes:
         input_size: Height and width of the network's input, px, multiples of 32.
         epochs: Passes over the training images; the network after the last one is kept.
         batch: Images per step.
         lr: Peak of AdamW's learning rate, which then falls to a hundredth along a cosine.
-        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, use mosaic.
         gamma, alpha: Eq. 6's exponent, and its weight of a lesion; background weighs 1 - alpha.
         scale: The largest random change of size in augmentation, as a fraction.
         repeat: Whether images with rare lesion types are drawn more often.
@@ -202,7 +202,7 @@ def augmented_dataset(
 def augmented_images(
     images: pd.DataFrame, boxes: pd.DataFrame, recipe: DetectorRecipe, epoch: int, folder: Path
 ) -> Iterator[tuple[np.ndarray, pd.DataFrame]]:
-    """Yield each image as it may be augmented in an epoch.
+    """Yield each image once, augmented as in an epoch.
 
     Args:
         images, boxes: As `export_yolo` takes them.
@@ -218,15 +218,15 @@ def augmented_images(
     seed_augmentations(recipe.seed)
     sides = recipe.input_size[::-1]
     for number in range(len(dataset)):
-        view = dataset[number]
-        corners = box_convert(view["bboxes"], "cxcywh", "xyxy").numpy() * np.tile(sides, 2)
+        augmented = dataset[number]
+        corners = box_convert(augmented["bboxes"], "cxcywh", "xyxy").numpy() * np.tile(sides, 2)
         shown = pd.DataFrame(corners, columns=list(CORNERS))
-        shown["lesion_type"] = [LESION_TYPES[int(c)] for c in view["cls"].ravel()]
-        yield view["img"][0].numpy(), shown
+        shown["lesion_type"] = [LESION_TYPES[int(c)] for c in augmented["cls"].ravel()]
+        yield augmented["img"][0].numpy(), shown
 
 
 def unseen_types(training: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
-    """Return the lesion types without a box on the training images: none of them can be found.
+    """Return the lesion types without a box on the training images; a detector cannot learn them.
 
     Args:
         training: `image_id`.
@@ -237,7 +237,7 @@ def unseen_types(training: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
 
 
 def trainer_settings(recipe: DetectorRecipe, run: Path, folder: Path) -> dict:
-    """Return ultralytics' settings: the paper's, its companion code's, and what a short run needs.
+    """Return ultralytics' settings: the paper's, the companion code's, and those for a short run.
 
     Args:
         recipe: The run's recipe.
@@ -260,6 +260,6 @@ def trainer_settings(recipe: DetectorRecipe, run: Path, folder: Path) -> dict:
         "hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.2,  # grey images; brightness as for triage
         "augmentations": [], "mixup": 0.0, "cutmix": 0.0,
         "seed": recipe.seed, "deterministic": True, "workers": 0, "cache": False,
-        "amp": False,  # its check would download weights; the forward pass is bfloat16 anyway
+        "amp": False,  # its check would download weights; the forward pass uses bfloat16 anyway
         "val": False, "plots": False, "patience": 0, "verbose": False, "exist_ok": True,
     }  # fmt: skip

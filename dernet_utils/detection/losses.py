@@ -1,4 +1,4 @@
-"""The detector's loss (Eq. 4) and its three terms, written to be read.
+"""The detector's loss (Eq. 4) and its three terms, written out for reading.
 
 Each function is differentiable and vectorised, and returns one number per box or anchor;
 `total_loss` weights and sums them. Tests compare them with ultralytics' own forms, gradients
@@ -15,7 +15,7 @@ from torch import Tensor
 
 GAMMA = 2.0  # paper, section 3.3
 ALPHA = 0.25  # companion code
-TINY = 1e-7  # keeps quotients of empty boxes finite, as ultralytics does
+TINY = 1e-7  # keeps quotients of empty boxes finite, as in ultralytics
 
 
 def complete_iou_loss(boxes: Tensor, truth: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def complete_iou_loss(boxes: Tensor, truth: Tensor) -> Tensor:
 
     One minus the overlap, plus the squared distance of the centres over the squared diagonal of
     the smallest box around both, plus alpha v for a different aspect ratio. The factor alpha
-    weights the shape by the overlap and is constant in the gradient (Zheng et al., 2020).
+    weights the aspect ratio by the overlap and is constant in the gradient (Zheng et al., 2020).
 
     Args:
         boxes: Corners, shape (..., 4).
@@ -64,11 +64,11 @@ def focal_loss(
 ) -> Tensor:
     """Return Eq. 6, the focal loss: binary cross-entropy with a low weight for easy examples.
 
-    The paper's equation is for targets 0 and 1. YOLO11's are soft: how well an anchor's box and
-    class fit the lesion that it is assigned to. With a target t, 1 - p_t becomes |t - p|, alpha_t
-    the mean t alpha + (1 - t)(1 - alpha), and -log p_t the cross-entropy with t. For t of 0 and 1
-    this is Eq. 6, and its minimum, zero, is at p = t (without alpha it is the quality focal loss of
-    Li et al., 2020, Eq. 2).
+    The paper's equation is for targets 0 and 1. YOLO11's targets are soft: they express how well
+    an anchor's box and class fit the lesion that it is assigned to. With a target t, 1 - p_t
+    becomes |t - p|, alpha_t the mean t alpha + (1 - t)(1 - alpha), and -log p_t the cross-entropy.
+    For t of 0 and 1 this is Eq. 6, and its minimum, zero, is at p = t (without alpha it is the
+    quality focal loss of Li et al., 2020, Eq. 2).
 
     Args:
         logits: Any shape.
@@ -111,7 +111,7 @@ def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:
 
 
 class Assigned(NamedTuple):
-    """Each anchor's output and target.
+    """The outputs and targets of a batch's anchors.
 
     Attributes:
         class_logits: Shape (anchors, classes).

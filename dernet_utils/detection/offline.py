@@ -1,4 +1,4 @@
-"""Keeps ultralytics off the network; imported before anything else of ultralytics."""
+"""Keeps ultralytics off the network; import it before anything else of ultralytics."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from dernet_utils.core.files import PROJECT
 
 # ultralytics reads these while it is imported: no network access, no installation at run time, its
-# settings stored with the runs, no logging, and not its own default of one thread.
+# settings stored with the runs, no logging, and more threads than its default of one.
 RUNS = Path(os.environ.get("DERNET_RUNS") or PROJECT / "runs").resolve()
 os.environ["YOLO_OFFLINE"] = "1"
 os.environ["YOLO_AUTOINSTALL"] = "false"

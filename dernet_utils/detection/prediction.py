@@ -1,4 +1,4 @@
-"""Boxes that a detector predicts on images."""
+"""A detector's boxes for images, after non-maximum suppression."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,13 +14,13 @@ from dernet_utils.imaging.boxes import MAX_BOXES, NMS_IOU, from_letterbox, lette
 from dernet_utils.imaging.enhance import load_cached
 
 PREDICTION_COLUMNS = ["image_id", "lesion_type", *CORNERS, "score"]
-MIN_SCORE = 0.001  # ultralytics' threshold for evaluation: a curve needs low scores too
+MIN_SCORE = 0.001  # ultralytics' threshold for evaluation: a curve needs boxes of low score too
 
 
 def predict_boxes(
     network: yolo.Detector, images: pd.DataFrame, view: tuple[int, int], batch: int = 16
 ) -> pd.DataFrame:
-    """Return the boxes that a network predicts, per image with falling score.
+    """Return the boxes that YOLO11 predicts, for each image by falling score.
 
     Overlapping boxes of one lesion type are removed by non-maximum suppression at IoU 0.5
     (Algorithm 1, line 18).
@@ -45,11 +45,11 @@ def collect_boxes(
     view: tuple[int, int],
     batch: int = 16,
 ) -> pd.DataFrame:
-    """Return the boxes of any detector, as `predict_boxes` does.
+    """Return the boxes of any detector, in the form of `predict_boxes`.
 
     Args:
-        raw: Takes letterboxed images (B, 3, H, W) in [0, 1]; returns for each one what
-            `suppress_boxes` takes.
+        raw: Takes letterboxed images (B, 3, H, W) in [0, 1]; returns, for each of them, raw boxes
+            as `suppress_boxes` takes them.
         images, view, batch: As `predict_boxes` takes them.
     """
     rows, found = list(images.itertuples()), []
@@ -74,15 +74,17 @@ def collect_boxes(
 def suppress_boxes(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Filter an image's raw boxes by non-maximum suppression (Algorithm 1, line 18).
 
-    `imaging.boxes.non_maximum_suppression` is the same rule in NumPy, for inference without torch;
-    the two differ by rounding and in the order of equal scores.
+    For evaluation, where the threshold `MIN_SCORE` keeps very many boxes. The same rule in NumPy,
+    for inference without torch, is `imaging.boxes.non_maximum_suppression`; a test compares the
+    two. They differ by rounding, in the order of equal scores, and at a score equal to the
+    threshold, which is dropped here.
 
     Args:
         raw: Per anchor, centre, width and height in pixels, then one probability per lesion type,
             shape (4 + C, anchors).
 
     Returns:
-        Corners (n, 4) in pixels, classes (n,) and scores (n,), with falling score.
+        Corners (n, 4) in pixels, classes (n,) and scores (n,), by falling score.
     """
     corners, prob = box_convert(raw[:4].T, "cxcywh", "xyxy"), raw[4:].T
     anchors, classes = (prob > MIN_SCORE).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""Training YOLO11-L on boxes, and the checkpoint that a training run leaves."""
+"""Training YOLO11-L on boxes, and the checkpoint of a training run."""
 
 import json
 import shutil
@@ -34,7 +34,8 @@ class TrainedDetector:
     """A finished training run.
 
     Attributes:
-        network: The smoothed network after the last epoch, in evaluation mode.
+        network: After the last epoch, smoothed (an exponential moving average of the weights), in
+            evaluation mode.
         history: One row per epoch: `epoch` from 1, `mosaic`, `box`, `cls`, `dfl` (Eq. 4's terms
             with their weights, means over the epoch), `lr`, `seconds`, and `map50` (mAP@0.5 on
             the validation images; nan where it was not computed).
@@ -65,9 +66,9 @@ def train_detector(
 ) -> TrainedDetector:
     """Train YOLO11-L, or load it if this run is finished already.
 
-    A run is named by a digest of its numbers, images, boxes, starting weights and the code of
-    `SHAPING`. A killed run continues after its last finished epoch, to the weights that an
-    uninterrupted run ends with.
+    A run is named by a digest of its settings, images, boxes, starting weights and the code of
+    `SHAPING`. A killed run continues after its last finished epoch and ends with the weights of an
+    uninterrupted run.
 
     Args:
         training: `image_id`, `cached_path`, stored `height` and `width`.
@@ -77,15 +78,15 @@ def train_detector(
         folder: For checkpoints: ``yolo11l-<digest>.safetensors`` of a finished run, and the
             folder ``yolo11l-<digest>`` of one that is not.
         weights: Checkpoint to start from; None for random weights.
-        progress: Called with the history's row after each epoch, those before a resumption
-            included.
+        progress: Called with the history's row after each epoch; a resumed run first repeats the
+            earlier rows.
 
     Raises:
         DernetError: There is no box to train on, or `weights` cannot be read.
     """
     if not boxes["image_id"].isin(training["image_id"]).any():
         raise DernetError(
-            "YOLO11-L is trained on boxes, and none of these "
+            "YOLO11-L is trained on boxes, but none of these "
             f"{len(training)} training images has one: pass abnormal images too."
         )
     key = detector_run_key(training, validation, boxes, recipe, weights)
@@ -102,7 +103,7 @@ def load_detector(checkpoint: Path) -> tuple[yolo.Detector, pd.DataFrame]:
         checkpoint: A file that `train_detector` wrote.
 
     Raises:
-        DernetError: It is of another number of classes.
+        DernetError: The checkpoint has another number of classes.
     """
     with safe_open(checkpoint, framework="pt") as file:
         history = json.loads(file.metadata()["history"])
@@ -175,7 +176,7 @@ def _at_cut_off(checkpoint: Path) -> Path:
 
 
 def _evaluator(validation, boxes, recipe, checkpoint) -> Callable[[int, torch.nn.Module], dict]:
-    """What to do after an epoch: store the network at the cut-off, and evaluate it a few times."""
+    """Return what to do after an epoch: store the network at the cut-off, or evaluate it."""
     numbers = range(1, EVALUATIONS + 1)
     evaluated = {round(recipe.epochs * number / EVALUATIONS) for number in numbers}
     truth = boxes[boxes["image_id"].isin(validation["image_id"])]

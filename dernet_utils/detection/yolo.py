@@ -1,9 +1,8 @@
 """YOLO11-L in ultralytics' own trainer, with this book's changes.
 
-Five changes, each small enough to read: the forward pass (channels last, bfloat16 where that is
-faster), the class term (Eq. 6), the initialisation of a network without weights, the epoch at which
-mosaic stops, with seeds that make an epoch depend only on the epochs before it, and checkpoints
-without pickled code.
+Five small changes: the forward pass (channels last, bfloat16 where that is faster); the class term
+(Eq. 6); the initialisation of a network without weights; the epoch at which mosaic stops, with
+seeds that make an epoch depend only on the epochs before it; and checkpoints without pickled code.
 """
 
 import importlib
@@ -39,7 +38,7 @@ PRIOR = 0.01  # untrained probability of a lesion (Lin et al., 2017, section 4.1
 REACH = 1  # strides to an untrained box's edges; ours, of the order of a lesion's size
 FALL = 0.7  # of a distance's logit per stride from there: each is half as probable
 CLASS_BIAS = "model.23.cv3.0.2.bias"  # its length is the number of classes
-LEAST_FIT = 0.9  # of a starting checkpoint's tensors; the class layers may be of other classes
+LEAST_FIT = 0.9  # of a starting checkpoint's tensors; the class layers may have other classes
 
 
 class Detector(DetectionModel):
@@ -52,11 +51,11 @@ class Detector(DetectionModel):
     focal: Mapping[str, float] = MappingProxyType({"gamma": GAMMA, "alpha": ALPHA})
 
     def loss(self, batch: dict, preds: dict | None = None) -> tuple[torch.Tensor, dict]:
-        """Return Eq. 4's three terms times the batch size, and the terms by name.
+        """Return the three terms of Eq. 4 times the batch size, and the terms by name.
 
         Args:
             batch: ``img`` of shape (B, 3, H, W) in [0, 1], with ``batch_idx``, ``cls``, ``bboxes``.
-            preds: Raw predictions, if they are known already.
+            preds: Raw predictions, if they have been computed already.
         """
         if getattr(self, "criterion", None) is None:
             self.criterion = self.init_criterion()
@@ -67,7 +66,7 @@ class Detector(DetectionModel):
     def raw_predictions(self, images: torch.Tensor) -> dict:
         """Return the heads' outputs in float32 for images (B, 3, H, W) in [0, 1].
 
-        In training they may be computed in bfloat16.
+        In training mode they may be computed in bfloat16.
         """
         images = images.contiguous(memory_format=torch.channels_last)
         if self.training:
@@ -77,7 +76,7 @@ class Detector(DetectionModel):
     def answers(self, images: torch.Tensor) -> torch.Tensor:
         """Return each anchor's prediction: a box, and a probability per lesion type.
 
-        As ultralytics decodes them, one tensor for all feature maps.
+        Decoded as in ultralytics, with one tensor for all feature maps.
 
         Args:
             images: Shape (B, 3, H, W), in [0, 1].
@@ -94,13 +93,13 @@ class Detector(DetectionModel):
         return torch.cat([boxes, preds["scores"].sigmoid()], dim=1)
 
     def init_criterion(self) -> v8DetectionLoss:
-        """Return ultralytics' loss with Eq. 6 as its class term, not binary cross-entropy."""
+        """Return ultralytics' loss with Eq. 6 as its class term instead of binary cross-entropy."""
         criterion = v8DetectionLoss(self)
         criterion.bce = partial(focal_loss, **self.focal)
         return criterion
 
     def assigned(self, batch: dict) -> Assigned:
-        """Return every anchor's output for a batch, and the targets that the assigner gives it.
+        """Return every anchor's output for a batch, and its targets from the assigner.
 
         Args:
             batch: As `loss` takes it.
@@ -135,11 +134,11 @@ def build_detector(
     """Return YOLO11 for these classes.
 
     Args:
-        classes: Names in the order of the labels.
+        classes: Names in the order of their numbers.
         seed: Seed of the random weights.
-        start: A checkpoint whose fitting tensors replace random ones, ``.safetensors`` or
+        start: A checkpoint whose fitting tensors replace random ones: ``.safetensors`` or
             ultralytics' ``.pt``; None for random weights only.
-        scale: ultralytics' letter of the network's size; the paper's is l.
+        scale: ultralytics' letter for the network's size; l in the paper.
 
     Raises:
         DernetError: `start` is of another network, or cannot be read without running code in it.
@@ -155,7 +154,7 @@ def build_detector(
         fitting = intersect_dicts(tensors, model.state_dict())
         if len(fitting) < LEAST_FIT * len(tensors):
             raise DernetError(
-                f"The checkpoint {start} should be YOLO11-L's, and {len(fitting)} of its "
+                f"The checkpoint {start} should be YOLO11-L's, but only {len(fitting)} of its "
                 f"{len(tensors)} tensors fit: it is another network's."
             )
         model.load_state_dict(fitting, strict=False)
@@ -165,9 +164,9 @@ def build_detector(
 def begin_small(model: Detector) -> None:
     """Set the last biases so that untrained boxes are small and lesions rare.
 
-    ultralytics' untrained edges lie 7.5 strides away: such a box hardly overlaps a lesion, its
-    soft target is nearly zero, and the box terms train slowly at first. Its untrained
-    probabilities are chosen for images of 640 px.
+    In ultralytics, untrained edges lie 7.5 strides away: such a box hardly overlaps a lesion, its
+    soft target is nearly zero, and the box terms train slowly at first. The untrained probabilities
+    there are chosen for images of 640 px.
 
     Args:
         model: Changed in place.
@@ -187,7 +186,8 @@ def read_start(path: Path) -> dict[str, torch.Tensor]:
         path: ``.safetensors``, or ultralytics' ``.pt``.
 
     Raises:
-        DernetError: The file is missing, or needs more than ultralytics' and torch's layers.
+        DernetError: The file is missing or damaged, or needs more than ultralytics' and torch's
+            layers.
     """
     try:
         if path.suffix == ".safetensors":
@@ -197,15 +197,15 @@ def read_start(path: Path) -> dict[str, torch.Tensor]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = checkpoint.get("ema") or checkpoint["model"]
         return {name: value.float() for name, value in model.state_dict().items()}
-    except Exception as error:  # every way in which a foreign file can be wrong
+    except Exception as error:  # a foreign file can be wrong in many ways
         raise DernetError(
             f"The checkpoint {path} should be YOLO11-L's tensors (.safetensors) or ultralytics' "
-            f"own .pt, and could not be read ({error}): download it again or remove it."
+            f"own .pt, but could not be read ({error}): download it again or remove it."
         ) from error
 
 
 def _layer(name: str) -> type:
-    """The class of that name, where it is a network's layer or ultralytics' bag of settings."""
+    """Return the class of that name if it is a layer of a network or ultralytics' settings."""
     module, _, attribute = name.rpartition(".")
     harmless = module.startswith(("ultralytics.nn.", "torch.nn.modules."))
     if harmless or name == "ultralytics.utils.IterableSimpleNamespace":
@@ -227,13 +227,13 @@ def write_run(
     mosaic_until: int,
     **shown: tuple[int, int] | bool,
 ) -> Path:
-    """Write the file that tells `MosaicDecay` what a run trains on, and how.
+    """Write the file from which `MosaicDecay` reads a run's images and augmentations.
 
     Args:
         folder: Where the run stores its files.
         images: Folder of images, with labels beside it.
-        classes: Names in the order of the labels.
-        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, are with mosaic.
+        classes: Names in the order of their numbers.
+        mosaic_until: tau of Algorithm 1: epochs t < tau, counted from 1, use mosaic.
         shown: As `SpineDataset` takes it: ``view``, ``repeat``, ``paste``.
 
     Returns:
@@ -254,8 +254,8 @@ class MosaicDecay(DetectionTrainer):
 
     Args:
         overrides: ultralytics' settings by name; ``data`` is the file that `write_run` wrote.
-        look: Called with (epoch from 1, smoothed network) after each epoch; returns numbers to add
-            to the epoch's losses in `history`.
+        evaluate: Called with (epoch from 1, smoothed network) after each epoch; returns numbers to
+            add to the epoch's losses in `history`.
         progress: Called with each epoch's row of `history`, those of a resumed run included.
         cfg, _callbacks: ultralytics' defaults, as it passes them; integrations are never called.
     """
@@ -263,23 +263,23 @@ class MosaicDecay(DetectionTrainer):
     def __init__(
         self,
         overrides: dict,
-        look: Callable[[int, nn.Module], dict] = lambda epoch, network: {},
+        evaluate: Callable[[int, nn.Module], dict] = lambda epoch, network: {},
         progress: Callable[[dict], None] = lambda row: None,
         cfg: dict | None = None,
         _callbacks: dict | None = None,
     ):
-        self._look, self._progress = look, progress
+        self._evaluate, self._progress = evaluate, progress
         self.history: list[dict] = []
         threads = torch.get_num_threads()
         super().__init__(**({"cfg": cfg} if cfg else {}), overrides=overrides)
-        torch.set_num_threads(threads)  # ultralytics leaves one core idle, which of two is half
+        torch.set_num_threads(threads)  # ultralytics leaves one core idle, which may be half
         self.mosaic_until = self.data["mosaic_until"]
         self.state_file = Path(self.args.data).with_name("state.pt")
 
     # Replaced: what ultralytics would download, write or send.
 
     def get_dataset(self) -> dict:
-        """Return what `write_run` wrote; ultralytics would search, and download, elsewhere."""
+        """Return what `write_run` wrote; ultralytics would search elsewhere, and download."""
         run = json.loads(Path(self.args.data).read_text(encoding="utf-8"))
         return run | {"names": dict(enumerate(run["names"]))}
 
@@ -296,18 +296,18 @@ class MosaicDecay(DetectionTrainer):
         )  # fmt: skip
 
     def validate(self) -> tuple[dict, float]:
-        """Skip ultralytics' validation: `look` evaluates with this book's metrics."""
+        """Skip ultralytics' validation: `evaluate` uses this book's metrics."""
         return {}, 0.0
 
     def final_eval(self) -> None:
         """Skip ultralytics' last evaluation; see `dernet_utils.metrics.detection`."""
 
     def save_metrics(self, metrics: dict) -> None:
-        """Add the epoch to the history: its losses, its seconds, and what `look` returns."""
+        """Add the epoch to the history: its losses, its seconds, and what `evaluate` returns."""
         row = {"epoch": self.epoch + 1, "mosaic": self.with_mosaic}
         row |= {name.removesuffix("_loss"): float(value) for name, value in self.tloss.items()}
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": time.time() - self.begun}
-        row |= self._look(self.epoch + 1, self.ema.ema)
+        row |= self._evaluate(self.epoch + 1, self.ema.ema)
         self.history.append(row)
         self._progress(row)
 
@@ -322,11 +322,11 @@ class MosaicDecay(DetectionTrainer):
 
     @property
     def with_mosaic(self) -> bool:
-        """Whether the current epoch is with mosaic (Algorithm 1, line 9)."""
+        """Whether the current epoch uses mosaic (Algorithm 1, line 9)."""
         return self.epoch + 1 < self.mosaic_until
 
     def begin_epoch(self) -> None:
-        """Switch mosaic, and seed: an epoch depends only on the weights and its number."""
+        """Set mosaic, and seed: an epoch depends only on its number and the weights before it."""
         self.train_loader.dataset.set_mosaic(self.args, self.with_mosaic)
         self.begun = time.time()
         seed = self.args.seed * 1000 + self.epoch

@@ -114,7 +114,8 @@ def non_maximum_suppression(
     """Keep the most confident of overlapping boxes of a class: Algorithm 1, line 18.
 
     A box is dropped where its IoU with a more confident one of the same class exceeds `NMS_IOU`;
-    at most `MAX_BOXES` are kept.
+    at most `MAX_BOXES` are kept. This form needs no torch; the same rule in torch, for the many
+    boxes of an evaluation, is `detection.prediction.suppress_boxes`.
 
     Args:
         raw: A detector's output for one image: per anchor the centre, width and height, then a

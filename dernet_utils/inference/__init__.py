@@ -1,5 +1,7 @@
-"""Algorithm 1, Phase III, as one `pipeline` over torch checkpoints or ONNX files.
+"""Inference, Phase III of Algorithm 1: from a radiograph to a score, a decision and boxes.
 
-`ood` detects files that are no radiograph of a spine; `export` writes the ONNX files. What a server
-needs (`pipeline`, `onnx_backend`, `ood`) does not import torch.
+`pipeline` is the same for a run's checkpoints (`torch_backend`, listed by `models`) and for
+exported ONNX files (`onnx_backend`), which `export` writes. `ood` detects files that are not a
+radiograph of a spine. Other wings use all of these except `models`. A server needs `pipeline`,
+`onnx_backend` and `ood` only, and these do not import torch.
 """

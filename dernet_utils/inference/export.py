@@ -1,10 +1,9 @@
 """A run's networks as ONNX files, with a manifest of everything else that a pipeline needs.
 
-One file per triage network: it holds the networks of all folds and also runs the mirrored image,
-so that a user of the file cannot leave one out. One file for the detector.
+Each triage network has one file, which holds the networks of all folds and also runs the mirrored
+image, so that a user of the file cannot omit either. The detector has one file.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -31,7 +30,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
-from dernet_utils.core.files import write_whole
+from dernet_utils.core.files import file_digest, write_whole
 from dernet_utils.core.vocabulary import LESION_TYPES, NOTICE
 from dernet_utils.core.workspace import Workspace, commit
 from dernet_utils.detection.images import detection_images
@@ -49,14 +48,14 @@ from dernet_utils.triage.training import load_network, load_pixels
 OPSET = 20
 EARLY = 1  # index of the stage for embeddings: its maps are a quarter as wide as the image
 SMALLEST = 1e-12  # a map with a smaller sum counts as zero
-CALIBRATION_IMAGES = 64  # training images that set the scales of int8; ours
+CALIBRATION_IMAGES = 64  # training images from which int8's scales are set; ours
 GATE_NETWORK = "resnet50"  # its embedding is checked by the out-of-distribution gate; ours
 SAMPLE_IMAGES = 6  # sample radiographs for users without their own
 QUANTIZED = ["Conv"]  # nearly all of the arithmetic; the layers after the last maps stay in float32
-# Operations whose outputs are not quantised for an engine. ONNX Runtime recognises an integer
-# convolution by quantisation of both input and output. OpenVINO fuses a convolution with its
-# activation and the next quantisation; one before the activation would prevent that, which costs
-# time and precision.
+# For each engine, operations whose outputs are not quantised. ONNX Runtime recognises an integer
+# convolution by the quantisation of both its input and its output. OpenVINO fuses a convolution
+# with its activation and the next quantisation; a quantisation before the activation would prevent
+# that, at a cost of time and precision.
 INT8 = {"onnxruntime-int8": [], "openvino-int8": QUANTIZED}
 
 
@@ -74,9 +73,9 @@ class TriageModule(nn.Module):
             film: Images, uint8, shape (n, 1, px, px).
 
         Returns:
-            Probability of abnormal, the mean over folds, and over the image and its mirror image,
-            shape (n,); Grad-CAM, the mean of the folds' maps, each with a sum of 1, shape
-            (n, h, w); and the means of the first fold's early maps, shape (n, D).
+            Probability of abnormal, shape (n,): the mean over the folds, and over the image and
+            its mirror image. Grad-CAM, shape (n, h, w): the mean of the folds' maps, each with a
+            sum of 1. Embedding, shape (n, D): the means of the first fold's early maps.
         """
         both = as_input(torch.cat([film, film.flip(-1)]))
         prob, heat, embeddings = [], [], []
@@ -84,7 +83,7 @@ class TriageModule(nn.Module):
             maps, (early,) = network.forward_intermediates(both, indices=[EARLY])
             prob.append(network.forward_head(maps).sigmoid().unflatten(0, (2, -1))[..., 0])
             upright = maps.unflatten(0, (2, -1))[0]
-            # Pooling and one linear layer follow: the gradient is that layer's weight, up to h w.
+            # Pooling and a linear layer follow: the gradient is its weight, up to the factor h w.
             own = torch.einsum("k,nkij->nij", network.get_classifier().weight[0], upright).relu()
             heat.append(own / own.sum(dim=(1, 2), keepdim=True).clamp(min=SMALLEST))
             embeddings.append(early.unflatten(0, (2, -1))[0].mean(dim=(2, 3)))
@@ -128,7 +127,7 @@ def write_onnx(network: TriageModule | DetectorModule, shape: tuple[int, int], p
 
 
 def _trace(network: nn.Module, shape: tuple[int, int], outputs: list[str]) -> onnx.ModelProto:
-    """Return a network's operations as torch exports them, nothing folded yet."""
+    """Return a network's operations as torch exports them, before any optimisation."""
     images = torch.zeros(2, 1, *shape, dtype=torch.uint8)
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -142,11 +141,11 @@ def _trace(network: nn.Module, shape: tuple[int, int], outputs: list[str]) -> on
 def _joined_folds(first: onnx.ModelProto, network: TriageModule) -> onnx.ModelProto:
     """Return the model of all folds, from that of the first.
 
-    Tracing a network takes a minute on some machines, and the folds' differ in their weights only.
+    Tracing a network takes a minute on some machines, and the folds differ in their weights only.
 
     Args:
         first: As `_trace` returns it for the first fold alone.
-        network: All folds.
+        network: The networks of all folds.
 
     Returns:
         A model whose ``prob`` and ``heat`` are means over folds, and whose ``embedding`` is the
@@ -164,7 +163,7 @@ def _joined_folds(first: onnx.ModelProto, network: TriageModule) -> onnx.ModelPr
                 replaced += 1
         counters = sum(name.endswith("num_batches_tracked") for name in tensors)
         if replaced < len(tensors) - counters:
-            raise RuntimeError("The exporter has renamed weights: a fold's would be lost.")
+            raise RuntimeError("The exporter has renamed weights: those of a fold would be lost.")
         parts.append(part)
     joined = parts[0]
     for part in parts[1:]:
@@ -182,7 +181,7 @@ def _joined_folds(first: onnx.ModelProto, network: TriageModule) -> onnx.ModelPr
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Suppress torch's warnings on anchors in ultralytics' head, which our outputs do not use."""
+    """Suppress torch's warnings about anchors in ultralytics' head; our outputs do not use them."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -194,16 +193,16 @@ def _quiet_exporter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def quantize(path: Path, films: Iterable[np.ndarray]) -> dict[str, Path]:
+def quantize(path: Path, images: Iterable[np.ndarray]) -> dict[str, Path]:
     """Quantise an ONNX file's convolutions to 8-bit integers, with one weight scale per channel.
 
     Args:
         path: As `write_onnx` wrote it.
-        films: Training images of the network's input size, uint8 (height, width); the ranges of
-            the feature maps on them become the scales.
+        images: Training images of the network's input size, uint8 (height, width); the scales are
+            set from the ranges of the feature maps on them.
 
     Returns:
-        The file of each engine of `INT8`, beside `path`.
+        The file for each engine of `INT8`, beside `path`.
     """
     written = {engine: path.with_suffix(f".{engine}.onnx") for engine in INT8}
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -213,11 +212,11 @@ def quantize(path: Path, films: Iterable[np.ndarray]) -> dict[str, Path]:
         for engine, out in written.items():
             part = Path(folder) / out.name
             quantize_static(
-                folded, part, _CalibrationImages(films), quant_format=QuantFormat.QDQ,
+                folded, part, _CalibrationImages(images), quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=QUANTIZED, per_channel=True, weight_type=QuantType.QInt8,
                 activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.MinMax,
                 extra_options={"OpTypesToExcludeOutputQuantization": INT8[engine]},
-                calibration_cache_path=ranges,  # written by the first, read by the others
+                calibration_cache_path=ranges,  # written for the first engine, read for the others
             )  # fmt: skip
             part.replace(out)
     return written
@@ -236,9 +235,9 @@ def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
     """Write a run's networks as ONNX, and the manifest that `onnx_backend.open_pipeline` reads.
 
     Args:
-        workspace: The run; its chapter on the pipeline has been executed.
+        workspace: The run; the chapter on the pipeline has been executed in it.
         out: The folder, created if missing; files of an earlier export are replaced.
-        int8: Whether each network is also written in 8-bit integers.
+        int8: Whether each network is also written with 8-bit convolutions.
 
     Returns:
         The manifest's path.
@@ -290,15 +289,15 @@ def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
 
 
 def training_embeddings(workspace: Workspace, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the embeddings of the training split, for the gate, by a file's first network.
+    """Return the embeddings of the training split by a file's first network, for the gate.
 
     Args:
         workspace: The run.
         path: A triage network as `write_onnx` wrote it.
 
     Returns:
-        Shape (n, D), of the images of all folds but the first, on which that network was trained;
-        shape (m, D), of the first fold's, which were held out.
+        Those of the images on which this network was trained, all folds but the first, shape
+        (n, D); those of the first fold's images, which were held out, shape (m, D).
     """
     images = triage_images(workspace)
     training = images[images["split"] == "train"]
@@ -344,7 +343,7 @@ def write_each(jobs: Sequence[tuple]) -> list[dict[str, dict[str, str]]]:
     """
     beside = min(len(jobs), torch.get_num_threads())
     with warnings.catch_warnings():
-        # joblib replaces a process whose memory has grown, as these do, and warns of it.
+        # joblib replaces a process whose memory has grown, as happens here, and warns of it.
         warnings.filterwarnings("ignore", message="A worker stopped")
         return Parallel(n_jobs=beside)(delayed(write_all)(*job) for job in jobs)
 
@@ -355,14 +354,14 @@ def write_all(
     path: Path,
     shown: list[np.ndarray],
 ) -> dict[str, dict[str, str]]:
-    """Write a network in each form.
+    """Write a network in float32 and, given calibration images, in int8.
 
     Args:
         network, shape, path: As `write_onnx` takes them.
-        shown: Calibration images, as `quantize` takes them; empty: only float32 is written.
+        shown: Calibration images, as `quantize` takes them; if empty, only float32 is written.
 
     Returns:
-        ``file`` and ``sha256`` of each form, by name.
+        ``file`` and ``sha256`` of each form, by its name.
     """
     files = {"float32": write_onnx(network, shape, path)}
     if len(shown):
@@ -371,4 +370,4 @@ def write_all(
 
 
 def _facts(path: Path) -> dict[str, str]:
-    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"file": path.name, "sha256": file_digest(path)}

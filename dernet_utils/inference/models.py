@@ -1,4 +1,4 @@
-"""Which checkpoints make up a run's pipeline: the record that chapter 14 writes."""
+"""The record, written by chapter 14, of the checkpoints that make up a run's pipeline."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def write_models(
         workspace: The run.
         triage: Each network's checkpoints, one per fold.
         detector: The detector's checkpoint.
-        score_threshold: Least score of a reported box, chosen without the test split.
+        score_threshold: Lowest score of a reported box, chosen without the test split.
 
     Returns:
         The record's path, ``tables/pipeline.json`` in the run's folder.
@@ -39,12 +39,12 @@ def read_models(workspace: Workspace) -> dict:
         ``score_threshold``.
 
     Raises:
-        DernetError: It does not exist yet.
+        DernetError: The record does not exist yet.
     """
     path = workspace.tables / "pipeline.json"
     if not path.is_file():
         raise DernetError(
-            f"There is no {path}, which chapter 14 writes: run the book first, with "
+            f"There is no {path}, which chapter 14 writes: run the book first with "
             f"`dernet run --profile {workspace.profile.name}`."
         )
     return json.loads(path.read_text(encoding="utf-8"))

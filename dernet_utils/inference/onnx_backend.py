@@ -1,6 +1,5 @@
-"""The pipeline of exported ONNX files, run by ONNX Runtime or OpenVINO, without torch."""
+"""The pipeline from exported ONNX files, run by ONNX Runtime or OpenVINO, without torch."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import file_digest
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.inference.ood import EmbeddingGate
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
@@ -20,7 +20,7 @@ MANIFEST_KEYS = {
     "triage_px", "detect_size", "cache_px", "clip_limit", "tiles",
 }  # fmt: skip
 SAMPLES = "samples"  # folder of sample radiographs, beside the manifest
-# Of each engine: the runtime, which of a network's files it runs, the inference precision.
+# For each engine: the runtime, the form of a network's file, and the inference precision.
 ENGINES = {
     "onnxruntime": ("onnxruntime", "float32", "f32"),
     "onnxruntime-int8": ("onnxruntime", "onnxruntime-int8", "f32"),
@@ -70,12 +70,10 @@ def read_export(folder: Path) -> dict:
 
 
 def _checked(folder: Path, facts: dict) -> Path:
-    """Return the path of a file that the manifest names; refuse one with another digest."""
+    """Return the path of a file in the manifest; refuse a file with another digest."""
     path = Path(folder) / facts["file"]
-    if path.is_file():
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]:
-                return path
+    if path.is_file() and file_digest(path) == facts["sha256"]:
+        return path
     raise DernetError(
         f"{path} is missing or not the file that {Path(folder) / MANIFEST} names: export the "
         "networks again."
@@ -93,7 +91,7 @@ def open_pipeline(
     Args:
         folder: As `export.export_run` wrote it.
         engine: One of `ENGINES`.
-        threads: Of each network; None: as many as there are cores.
+        threads: Threads per network; None for as many as there are cores.
         threshold: Name of the decision's threshold.
 
     Raises:
@@ -110,7 +108,7 @@ def open_pipeline(
             f"{folder} has no networks for {engine}: export them with `dernet export --int8 "
             f"--out {folder}`."
         )
-    with ThreadPoolExecutor(1) as pool:  # checks a file while the one before it is loaded
+    with ThreadPoolExecutor(1) as pool:  # checks each file while the previous one is loaded
         paths = pool.map(lambda network: _checked(folder, network[form]), networks)
         *runs, detector = (open_network(path, engine, threads) for path in paths)
     triage = {
@@ -174,8 +172,8 @@ def _onnxruntime(path: Path, threads: int | None) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # Each network has its own threads. By default those of the previous network keep spinning when
-    # it has finished, on a core that the next one needs.
+    # Each network has its own threads. By default they keep spinning when the network has finished,
+    # on cores that the next network needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"film": images})

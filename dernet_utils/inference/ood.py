@@ -1,7 +1,7 @@
 """Out-of-distribution (OOD) checks: is a file a radiograph of a spine at all?
 
-Three layers, each with a reason in words: the DICOM header, if there is one; a few statistics of
-the pixels; and how far a network's embedding of the image lies from those of its training images.
+Three layers, each of which states its reasons: the DICOM header, if there is one; a few statistics
+of the pixels; and the distance of the network's embedding from those of its training images.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ RIDGE = 1e-3  # of the mean variance, added to each: else a direction without va
 
 
 class Reason(NamedTuple):
-    """Why a file may be no radiograph of a spine.
+    """A reason why a file may not be a radiograph of a spine.
 
     Attributes:
         layer: ``header``, ``picture`` or ``network``.
@@ -39,13 +39,13 @@ class Reason(NamedTuple):
 
 
 def header_reasons(radiograph: Radiograph) -> list[Reason]:
-    """Return why a DICOM header is not that of a spine radiograph.
+    """Return reasons why a DICOM header is not that of a spine radiograph.
 
     Args:
         radiograph: As `imaging.reader` reads it.
 
     Returns:
-        Empty for a PNG or JPEG, and for a header without modality and body part.
+        Empty if there is no header (PNG, JPEG), or if it gives neither modality nor body part.
 
     Raises:
         DernetError: One of these elements is malformed.
@@ -71,14 +71,14 @@ def header_reasons(radiograph: Radiograph) -> list[Reason]:
 
 
 def _terms(header: pydicom.Dataset, keyword: str) -> list[str]:
-    """Return the values of an element in capitals; empty if there are none."""
+    """Return an element's values in capitals; empty if there are none."""
     value = header.get(keyword) or ""
     values = value if isinstance(value, MultiValue) else [value]
     return [term for term in (str(one).strip().upper() for one in values) if term]
 
 
 def _is_spine(part: str) -> bool:
-    """Return whether a body part is of the spine: PS3.16 Annex L's terms and common variants."""
+    """Return whether a body part is of the spine, by PS3.16 Annex L and common variants."""
     return "SPINE" in part or part in ("SACRUM", "COCCYX", "SPINAL", "LUMBAR", "THORACOLUMBAR")
 
 
@@ -86,7 +86,7 @@ def _is_spine(part: str) -> bool:
 
 
 class Limit(NamedTuple):
-    """The closed range of a statistic for radiographs, and the reason if it lies outside."""
+    """A statistic's closed range for radiographs, and the reason given for a value outside."""
 
     low: float
     high: float
@@ -100,8 +100,8 @@ LIMITS = {
     "colour": Limit(0, 0.02, "{:.0%} of the pixels are in colour."),
     "range": Limit(60, 255, "98% of the pixels lie within {:.0f} of 256 grey levels."),
     "levels": Limit(64, 256, "It has {:.0f} grey levels; a radiograph has at least 64."),
-    "paper": Limit(0, 0.35, "{:.0%} of the pixels have one bright grey, as in a document."),
-    "flat": Limit(0, 0.55, "{:.0%} of the pixels equal their neighbours, as in drawings."),
+    "paper": Limit(0, 0.35, "{:.0%} of the pixels have one bright grey level, as in a document."),
+    "flat": Limit(0, 0.55, "{:.0%} of the pixels equal their neighbours, as in a drawing."),
     "smoothness": Limit(0.8, 1, "Neighbouring pixels correlate by only {:.2f}, as in noise."),
 }
 
@@ -114,11 +114,11 @@ def picture_facts(radiograph: Radiograph) -> dict[str, float]:
 
     Returns:
         ``short_side`` in px; ``elongation``, the long side over the short one; ``colour``, the
-        fraction of coloured pixels; ``range`` from the 1st to the 99th percentile, and number of
-        ``levels``, of 256; ``paper``, the fraction of the most frequent grey level above 127;
-        ``flat``, the fraction of pixels that equal their left and upper neighbour and are neither
-        the darkest nor the brightest; ``smoothness``, the correlation of neighbours in [-1, 1],
-        1 if all are equal.
+        fraction of coloured pixels; ``range`` from the 1st to the 99th percentile and number of
+        ``levels``, of 256; ``paper``, the fraction of pixels with the most frequent grey level
+        above 127; ``flat``, the fraction of pixels that equal their left and upper neighbour and
+        are neither the darkest nor the brightest; ``smoothness``, the correlation of neighbours in
+        [-1, 1], 1 if all are equal.
     """
     grey = radiograph.pixels
     sides = sorted(grey.shape)
@@ -181,7 +181,7 @@ class EmbeddingGate:
         axes: First principal directions of the centred and scaled embeddings, each divided by its
             standard deviation, shape (D, d).
         rest: Standard deviation outside these directions.
-        limit: An image whose embedding lies farther away is out of distribution.
+        limit: Largest distance of an embedding that is accepted.
     """
 
     centre: np.ndarray
@@ -193,8 +193,8 @@ class EmbeddingGate:
     def distance(self, embeddings: np.ndarray) -> np.ndarray:
         """Return the Mahalanobis distances, shape (n,), of embeddings, shape (n, D).
 
-        Each principal direction is scaled by its own standard deviation; what lies outside all of
-        them is scaled by one common standard deviation.
+        Each principal direction is scaled by its own standard deviation, and the rest by one common
+        standard deviation.
         """
         away = (np.asarray(embeddings, float) - self.centre) / self.scale
         inside = away @ self.axes
@@ -203,7 +203,7 @@ class EmbeddingGate:
         return np.sqrt((inside**2).sum(axis=1) + outside.clip(0) / self.rest**2)
 
     def reasons(self, output: NetworkOutput) -> list[Reason]:
-        """Return why an image is out of distribution; empty if it is not.
+        """Return the reason why an image is out of distribution; empty if it is not.
 
         Args:
             output: The network's output for the image, with its embedding.
@@ -212,8 +212,8 @@ class EmbeddingGate:
         if distance <= self.limit:
             return []
         text = (
-            f"Unlike the training images: the network's embedding lies {distance / self.limit:.1f} "
-            "times as far from theirs as the limit allows."
+            "Unlike the training images: the distance of the network's embedding from theirs is "
+            f"{distance / self.limit:.1f} times the limit."
         )
         return [Reason("network", text)]
 
@@ -242,12 +242,12 @@ class EmbeddingGate:
 def fit_embedding_gate(
     learnt: np.ndarray, held_out: np.ndarray, rejected: float = 0.025
 ) -> EmbeddingGate:
-    """Fit the gate to training images and set its limit on held-out ones.
+    """Fit the gate to training images, and set its limit with held-out ones.
 
     Args:
         learnt: Embeddings of images that the network was trained on, shape (n, D).
-        held_out: Embeddings of images of the training split that it was not trained on, (m, D).
-        rejected: Fraction of the latter that may lie beyond the limit, in [0, 1].
+        held_out: Embeddings of other images of the training split, shape (m, D).
+        rejected: Fraction of the held-out images that lie beyond the limit, in [0, 1].
 
     Raises:
         DernetError: There are too few images.

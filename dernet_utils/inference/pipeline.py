@@ -1,6 +1,6 @@
 """Algorithm 1, Phase III: a radiograph's score, the decision, and boxes if it is abnormal.
 
-The networks are passed in as functions, so that the pipeline is the same whatever runs them.
+The networks are passed as functions, so that the pipeline does not depend on what runs them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +24,8 @@ class NetworkOutput(NamedTuple):
 
     Attributes:
         prob: Probability of abnormal, in [0, 1].
-        heat: Grad-CAM, float (h, w), at least 0, with a sum of 1, or 0 if it is empty; None if the
-            backend does not compute it.
+        heat: Grad-CAM, float (h, w), at least 0, with a sum of 1, or of 0 if no position raises the
+            probability; None if the backend does not compute it.
         embedding: Means of its early feature maps, float (D,); None likewise.
     """
 
@@ -53,7 +53,7 @@ class Prediction:
 
     @property
     def abnormal(self) -> bool:
-        """Line 17: whether the score exceeds the threshold."""
+        """Whether the score exceeds the threshold (line 17)."""
         return self.score > self.threshold
 
 
@@ -69,14 +69,14 @@ class Pipeline:
             lesion type: (4 + C, anchors).
         decision: Weights, calibration and thresholds, chosen out of fold.
         lesion_types: Names in the detector's order.
-        score_threshold: Least score of a reported box, in [0, 1].
+        score_threshold: Lowest score of a reported box, in [0, 1].
         triage_px: Side of the triage networks' square input, px.
         detect_size: Height and width of the detector's input, px.
         cache_px, clip_limit, tiles: As `imaging.enhance.preprocess` takes them.
         threshold: Name of the decision's threshold.
 
     Raises:
-        DernetError: The networks are not the decision's, or it has no threshold of this name.
+        DernetError: The networks are not the decision's, or the decision has no such threshold.
     """
 
     triage: Mapping[str, Callable[[np.ndarray], NetworkOutput]]
@@ -114,7 +114,7 @@ class Pipeline:
         return self.predict_enhanced(self.enhance(grey), grey.shape)
 
     def enhance(self, grey: np.ndarray) -> np.ndarray:
-        """Return an image as the cache of a run holds it: CLAHE, then scaled down; uint8 (h, w)."""
+        """Return an image as in a run's cache: CLAHE, then scaled down; uint8 (h, w)."""
         return preprocess(grey, self.cache_px, self.clip_limit, self.tiles)
 
     def predict_enhanced(self, enhanced: np.ndarray, stored: tuple[int, int]) -> Prediction:
@@ -135,7 +135,7 @@ class Pipeline:
     def decide(
         self, outputs: Mapping[str, NetworkOutput], enhanced: np.ndarray, stored: tuple[int, int]
     ) -> Prediction:
-        """Return the prediction from the triage networks' outputs: lines 16 to 22.
+        """Return the prediction from the triage networks' outputs (lines 16 to 22).
 
         Args:
             outputs: As `run_triage` returns them.
@@ -148,7 +148,7 @@ class Pipeline:
         return Prediction(score, network_probs, threshold, boxes)
 
     def heat(self, outputs: Mapping[str, NetworkOutput]) -> np.ndarray:
-        """Return DERNet's heat map: the networks' maps with the vote's weights, float (h, w).
+        """Return DERNet's heat map, float (h, w): the networks' maps with the vote's weights.
 
         Args:
             outputs: As `run_triage` returns them.
@@ -162,7 +162,7 @@ class Pipeline:
         return np.tensordot(self.decision.weights, np.stack(maps), axes=1)
 
     def detect(self, enhanced: np.ndarray, stored: tuple[int, int]) -> pd.DataFrame:
-        """Return the boxes of an enhanced image, whatever triage predicts: line 18.
+        """Return the boxes of an enhanced image, whatever triage predicts (line 18).
 
         Args:
             enhanced, stored: As `predict_enhanced` takes them.

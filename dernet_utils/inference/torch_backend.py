@@ -1,4 +1,4 @@
-"""The pipeline of a run's own checkpoints, run by torch."""
+"""The pipeline from a run's own checkpoints, run by torch."""
 
 from collections.abc import Callable
 
@@ -25,8 +25,8 @@ def run_pipeline(workspace: Workspace, threshold: str = "youden") -> Pipeline:
         threshold: Name of the decision's threshold.
 
     Returns:
-        Its triage networks average the probabilities of their folds, and give neither heat maps
-        nor embeddings.
+        A pipeline whose triage networks average the probabilities of their folds, without heat
+        maps and embeddings.
 
     Raises:
         DernetError: The run has no pipeline yet, or a checkpoint is missing.

@@ -1,7 +1,7 @@
 """A DICOM node: it receives radiographs by C-STORE and sends the reports on them to a peer.
 
-A received image is kept in memory until its reports are sent or have failed. The log names it by
-its SOP instance UID and by nothing that identifies the patient.
+A received image is kept in memory until its reports have been sent or have failed. The log names
+it by its SOP instance UID, and holds nothing from its header that identifies the patient.
 """
 
 import logging
@@ -40,7 +40,7 @@ SYNTAXES = [
     pydicom.uid.JPEG2000Lossless,
     pydicom.uid.RLELossless,
 ]
-MAX_WAITING = 32  # images that wait for analysis
+MAX_WAITING = 32  # images that may wait for analysis
 CONNECT_TIMEOUT_S = 30  # to a peer
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000  # PS3.4 B.2.3
 log = logging.getLogger(__name__)
@@ -73,18 +73,18 @@ class Peer(NamedTuple):
 
 
 class Node:
-    """Receives images, analyses them one by one, and sends the reports; a context manager.
+    """A context manager that receives images, analyses them one by one, and sends the reports.
 
     Args:
         service: Analyses each image.
-        version: Of the networks, for the reports.
+        version: The networks' version, for the reports.
         peer: Receives the reports.
         title: The node's application entity title, 1 to 16 ASCII characters.
         port: Where it listens on `host`; 0 for any free port.
         host: 127.0.0.1, unless other machines are to reach it.
 
     Raises:
-        DernetError: The title is none; on entering the context, the port is in use.
+        DernetError: The title is invalid; on entering the context, the node cannot listen there.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Node:
             self._entity = AE(ae_title=title)
         except ValueError as error:
             raise DernetError(
-                f"A node's title has 1 to 16 characters of ASCII; {title!r} does not."
+                f"A node's title has 1 to 16 characters of ASCII; {title!r} is not allowed."
             ) from error
         self._entity.add_supported_context(Verification)
         for sop_class in RADIOGRAPHS:
@@ -143,11 +143,11 @@ class Node:
         self._server.shutdown()
         for association in self._server.active_associations:
             association.abort()  # an idle sender would keep the process alive
-        self._received.put(None)  # the end, after the images that wait
+        self._received.put(None)  # ends the worker, after the waiting images
         self._worker.join()
 
     def _receive(self, event: Event) -> int:
-        """Queue an image and return the DICOM status: success, or why it was not accepted."""
+        """Queue an image and return the DICOM status: success, or why it was refused."""
         if self._closing:
             return OUT_OF_RESOURCES
         uid = str(event.request.AffectedSOPInstanceUID)
@@ -175,9 +175,9 @@ class Node:
         try:
             analysis = self._service.analyse(data)
         except DernetError as error:  # its message may quote the header
-            log.warning("%s: no report sent, cannot be read (%s).", uid, where_raised(error))
+            log.warning("%s: no report sent, image unreadable (%s).", uid, where_raised(error))
             return
-        if analysis.rejected:  # the reasons may quote it, too
+        if analysis.rejected:  # the reasons may quote the header, too
             layers = " and ".join(dict.fromkeys(reason.layer for reason in analysis.reasons))
             log.warning("%s: no report sent, rejected by the %s check.", uid, layers)
             return

@@ -1,9 +1,9 @@
-"""A prediction as DICOM objects that refer to the image: a structured report, a secondary capture.
+"""DICOM reports of a prediction, which refer to the image: structured report, secondary capture.
 
-Both carry the image's patient and study, and state that an algorithm made them for research. The
-report follows template TID 1500 (PS3.16): DERNet's probability, then a group for each box. The
-private coding scheme 99DERNET names the lesion types, because no public scheme defines them as the
-dataset does.
+Both belong to the image's patient and study, and state that an algorithm made them for research.
+The structured report follows template TID 1500 (PS3.16): DERNet's probability, then a group for
+each box. The private coding scheme 99DERNET names the lesion types, because no public scheme
+defines them as the dataset does.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ MAKER, MODEL = "dernet-utils", "DERNet and YOLO11-L"
 SCHEME = "99DERNET"
 SCHEME_UID = "2.25.228134109838106742108331741283561123951"
 REPORT_SERIES, CAPTURE_SERIES = 9001, 9002
-REQUIRED = (  # of a report's patient and study, empty where unknown
+REQUIRED = (  # elements on a report's patient and study, empty where unknown
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
     "StudyTime", "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
@@ -40,7 +40,7 @@ RATIO = CodedConcept("1", "UCUM", "no units")
 
 
 def lesion_concept(lesion_type: str) -> CodedConcept:
-    """Return the code of a lesion type: its name, cut to the sixteen characters of a code value.
+    """Return a lesion type as a code; its value is the name, cut to sixteen characters.
 
     >>> lesion_concept("Surgical implant").value
     'SURGICAL_IMPLANT'
@@ -50,7 +50,7 @@ def lesion_concept(lesion_type: str) -> CodedConcept:
 
 @contextmanager
 def _header_errors() -> Iterator[None]:
-    """Turn an unexpected error into a sentence that quotes none of the header's values."""
+    """Turn an unexpected error into one whose message quotes none of the header's values."""
     try:
         yield
     except DernetError:
@@ -66,17 +66,17 @@ def _header_errors() -> Iterator[None]:
 def structured_report(
     header: pydicom.Dataset, prediction: Prediction, version: str, overridden: tuple[str, ...] = ()
 ) -> pydicom.Dataset:
-    """Return a Comprehensive SR, TID 1500, of a prediction.
+    """Return a prediction as a Comprehensive SR, TID 1500.
 
     Args:
-        header: The analysed DICOM image's, with or without its pixel data; it is not changed.
-        prediction: The pipeline's for this image; boxes in the image's pixels.
-        version: Of the algorithm, at most 64 characters.
+        header: Header of the analysed image, with or without its pixel data; it is not changed.
+        prediction: The pipeline's prediction for this image.
+        version: The algorithm's version, at most 64 characters.
         overridden: Reasons for a rejection that the user overrode.
 
     Raises:
-        DernetError: The header lacks what a report must refer to, or has it in a form that a
-            report cannot hold.
+        DernetError: The header lacks an element that a report must refer to, or a report cannot
+            hold one of its values.
     """
     source = _source(header)
     algorithm = hd.sr.AlgorithmIdentification(
@@ -148,7 +148,7 @@ def secondary_capture(
     prediction: Prediction,
     overridden: tuple[str, ...] = (),
 ) -> pydicom.Dataset:
-    """Return a colour Secondary Capture of the radiograph with its boxes.
+    """Return the radiograph with its boxes as a Secondary Capture in colour.
 
     Args:
         header, prediction, overridden: As `structured_report` takes them.
@@ -165,7 +165,7 @@ def secondary_capture(
         photometric_interpretation="RGB",
         bits_allocated=8,
         coordinate_system="PATIENT",
-        patient_orientation=("L", "F"),  # highdicom requires one; the image's own is set below
+        patient_orientation=("L", "F"),  # required by highdicom; the image's own is set below
         series_instance_uid=hd.UID(),
         series_number=CAPTURE_SERIES,
         sop_instance_uid=hd.UID(),
@@ -188,13 +188,13 @@ def secondary_capture(
 
 
 def read_report(report: pydicom.Dataset) -> dict:
-    """Return the contents of a structured report made by `structured_report`.
+    """Return the contents of a report that `structured_report` made.
 
     Args:
         report: The Comprehensive SR.
 
     Returns:
-        ``score``, in [0, 1], and ``boxes``: of each a dict of ``lesion_type``, ``score`` and
+        ``score``, in [0, 1], and ``boxes``: for each a dict of ``lesion_type``, ``score`` and
         ``xmin`` … ``ymax`` in the image's pixels.
     """
     content = hd.sr.ComprehensiveSR.from_dataset(report).content
@@ -221,7 +221,7 @@ def _source(header: pydicom.Dataset) -> pydicom.Dataset:
             "original image from the device."
         )
     source = pydicom.Dataset()
-    # Copies, since decoding changes elements: the next report is made from the same header.
+    # Copies, because decoding changes elements, and further reports use the same header.
     source.update({e.tag: deepcopy(e) for e in header if e.keyword != "PixelData"})
     source.file_meta = header.file_meta
     source.decode()
@@ -247,7 +247,7 @@ def _standard_value(source: pydicom.Dataset, name: str) -> object:
 
 
 def encode(report: pydicom.Dataset) -> bytes:
-    """Return a report as a DICOM file's bytes.
+    """Return a report as the bytes of a DICOM file.
 
     Raises:
         DernetError: A value cannot be written.

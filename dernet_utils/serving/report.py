@@ -1,4 +1,4 @@
-"""A prediction for other programs and for people: a JSON record, an overlay, a printable page."""
+"""A prediction as a JSON record, as lines of text, as an overlay, and as a printable page."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ import numpy as np
 from dernet_utils.core.vocabulary import CORNERS, LESION_STYLE, NETWORK_NAMES, NOTICE
 from dernet_utils.inference.pipeline import Prediction
 
-OVERLAY_PX = 1280  # maximal long side of an overlay
-STROKE = 500  # pixels of its long side per pixel of line width
+OVERLAY_PX = 1280  # longest side of an overlay
+STROKE = 500  # pixels of the overlay's long side per pixel of line width
 
 
 def as_record(prediction: Prediction) -> dict:
-    """Return a prediction as plain numbers, text and lists, ready for JSON.
+    """Return a prediction as a dict of numbers, text and lists, ready for JSON.
 
     Returns:
         ``score`` and ``threshold`` in [0, 1], ``decision`` (``abnormal`` or ``normal``),
@@ -48,12 +48,12 @@ def draw_prediction(
 
     Args:
         grey: The image's `Radiograph.pixels`, uint8 (H, W).
-        prediction: The pipeline's for this image.
+        prediction: The pipeline's prediction for this image.
         overridden: Reasons for a rejection that the user overrode.
 
     Returns:
-        Colours in OpenCV's order, uint8 (h, w, 3): the image, at most 1,280 pixels long, and
-        below it lines of text.
+        The image, at most 1,280 pixels long, and lines of text below it; colours in OpenCV's order,
+        uint8 (h, w, 3).
     """
     scale = min(1.0, OVERLAY_PX / max(grey.shape))
     size = tuple(max(1, round(side * scale)) for side in grey.shape[::-1])
@@ -69,7 +69,7 @@ def draw_prediction(
         left, top, right, bottom = corners.round().astype(int).tolist()
         cv2.rectangle(picture, (left, top), (right, bottom), colour, stroke)
         text = f"{box.lesion_type} {box.score:.2f}"
-        last = picture.shape[1] - _text_width(text, font_scale) - stroke  # where it still fits
+        last = picture.shape[1] - _text_width(text, font_scale) - stroke  # rightmost that fits
         position = (max(0, min(left, last)), max(top - 2 * stroke, 12 * stroke))
         for shade, thickness in (((0, 0, 0), 3 * stroke), (colour, stroke)):  # outlined in black
             style = {"fontScale": font_scale, "color": shade, "thickness": thickness}
@@ -112,11 +112,11 @@ def _wrapped(text: str, width: int, scale: float) -> list[str]:
 def html_page(
     grey: np.ndarray, prediction: Prediction, about: Mapping, overridden: Sequence[str] = ()
 ) -> str:
-    """Return a prediction as a self-contained page of HTML, to be printed.
+    """Return a prediction as a self-contained HTML page for printing.
 
     Args:
         grey, prediction, overridden: As `draw_prediction` takes them.
-        about: The manifest of the networks, as `onnx_backend.read_export` returns it.
+        about: The networks' manifest, as `onnx_backend.read_export` returns it.
     """
     picture = cv2.imencode(".png", draw_prediction(grey, prediction, overridden))[1].tobytes()
     encoded = base64.b64encode(picture).decode()

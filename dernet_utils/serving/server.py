@@ -1,4 +1,4 @@
-"""The web application run as a server, at an address of this machine."""
+"""Runs the web application as a server, at an address of this machine."""
 
 import socket
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from dernet_utils.core.errors import DernetError
 
 
 def run_server(app: FastAPI, host: str, port: int, report: Callable[[str], None]) -> None:
-    """Serve an application until Ctrl-C.
+    """Serve an application until it is stopped with Ctrl-C.
 
     Args:
         app: As `web.open_app` returns it.
         host: The address at which the server listens, IPv4 or IPv6.
-        port: Its port; 0 for any free one.
-        report: Is given one line, with the server's URL.
+        port: The port; 0 for any free one.
+        report: Called with one line, which holds the server's URL.
 
     Raises:
         DernetError: The server cannot listen there.

@@ -1,4 +1,4 @@
-"""One uploaded file from its bytes to its prediction: read once, checked, and then analysed."""
+"""One file from its bytes to its prediction: read once, checked, and then analysed."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from dernet_utils.inference.ood import (
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline, Prediction
 from dernet_utils.serving.report import as_record, draw_prediction
 
-# Their warnings quote header values, patients' names among them: none may reach a server's log.
+# These libraries' warnings quote header values, patients' names among them; no log may hold them.
 for library in ("pydicom", "highdicom"):
     logging.getLogger(library).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=library)
@@ -30,11 +30,11 @@ for library in ("pydicom", "highdicom"):
 
 @dataclass(frozen=True)
 class Analysis:
-    """The result for one file; whatever reports on it needs nothing else of the file.
+    """The result for one file; every report can be made from it without the file.
 
     Attributes:
         radiograph: The file, as `imaging.reader` reads it.
-        reasons: Why it may not be a radiograph of a spine; empty if nothing speaks against it.
+        reasons: Why it may not be a radiograph of a spine; empty if it passed all checks.
         outputs: Each triage network's output; empty if the file was rejected before inference.
         prediction: None if the file was rejected.
     """
@@ -57,12 +57,12 @@ class Analysis:
 
 @dataclass(frozen=True)
 class InferenceService:
-    """A pipeline with the out-of-distribution checks in front of it.
+    """A pipeline with the out-of-distribution checks that precede it.
 
     Attributes:
         pipeline: As `onnx_backend.open_pipeline` returns it.
         gate_network: Name of the triage network whose embedding the gate checks.
-        gate: Whether an image is like those that the networks were trained on.
+        gate: Checks whether an image is like the training images.
     """
 
     pipeline: Pipeline
@@ -87,7 +87,7 @@ class InferenceService:
         """Run the checks and, if they pass, inference on a DICOM, PNG or JPEG file.
 
         Args:
-            data: The file's bytes; they are parsed once, here.
+            data: The file's bytes; they are parsed only here.
             override: Whether inference is run even if a check rejects the file.
 
         Raises:
@@ -110,7 +110,7 @@ def predict_file(pipeline: Pipeline, path: Path, out: Path | None = None) -> dic
     """Run a pipeline on a file and, if asked, save its prediction.
 
     Args:
-        pipeline: As `torch_backend.run_pipeline` returns it.
+        pipeline: As `torch_backend.run_pipeline` or `onnx_backend.open_pipeline` returns it.
         path: A DICOM, PNG or JPEG file.
         out: Folder for ``<file name>.json`` and ``<file name>.overlay.png``; created if missing.
 

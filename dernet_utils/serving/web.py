@@ -1,7 +1,7 @@
-"""The web interface: a page, and the same functions as an API under ``/api/v1``.
+"""The web interface: a page, and an API under ``/api/v1`` with the same functions.
 
-Nothing that is uploaded is kept, on disk or in a log: a file lives in memory until its response is
-sent. One file is analysed at a time; a few requests may wait, and further ones get status 503.
+No uploaded file is written to disk or to a log: it stays in memory until its response is sent. One
+file is analysed at a time; a few requests may wait, and further ones get status 503.
 """
 
 import asyncio
@@ -35,13 +35,13 @@ from dernet_utils.serving.report import as_record, html_page
 from dernet_utils.serving.service import Analysis, InferenceService
 
 STATIC = Path(__file__).with_name("static")
-MAX_BYTES = 100 * 2**20  # of a request; a large radiograph has 20 MB
+MAX_BYTES = 100 * 2**20  # of a request; a large radiograph takes 20 MB
 MAX_FILES = 64  # of a batch
-MAX_WAITING = 8  # requests that wait for the one being processed
+MAX_WAITING = 8  # requests that may wait for the one being processed
 MAX_BYTES_HELD = 2 * MAX_BYTES  # of all admitted requests together
-MAX_BYTES_DRAINED = 10 * MAX_BYTES  # read of a refused request, so that its client hears why
+MAX_BYTES_DRAINED = 10 * MAX_BYTES  # read from a refused request, whose client then reads why
 RETRY_S = 2
-UPLOAD_TIMEOUT_S = 30  # without a new part of an upload
+UPLOAD_TIMEOUT_S = 30  # longest wait for the next part of an upload
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 class RequestRefused(Exception):
-    """A request that is refused, with its HTTP status, the sentence for the client and headers."""
+    """A refused request: HTTP status, message for the client, response headers."""
 
     def __init__(self, status: int, sentence: str, **headers: str):
         super().__init__(sentence)
@@ -64,7 +64,7 @@ class RequestRefused(Exception):
 
 
 class RequestQueue:
-    """Lets one file be analysed at a time, and limits the requests and bytes that wait."""
+    """Analyses one file at a time, and limits the number and size of waiting requests."""
 
     def __init__(self) -> None:
         self._requests, self._held, self._turn = 0, 0, asyncio.Lock()
@@ -97,7 +97,7 @@ class RequestQueue:
             self._requests, self._held = self._requests - 1, self._held - length
 
     async def run(self, work: Callable, *given: object) -> object:
-        """Return what a function returns, run in a thread when its turn comes."""
+        """Run a function in a thread when its turn comes, and return its result."""
         async with self._turn:
             return await run_in_threadpool(work, *given)
 
@@ -105,14 +105,14 @@ class RequestQueue:
 def open_app(
     workspace: Workspace, engine: str, token: str = "", host: str = "127.0.0.1"
 ) -> FastAPI:
-    """Return the application with the networks of a run.
+    """Return the web application with a run's networks.
 
     Args:
-        workspace: The run; its networks are exported.
+        workspace: The run; its networks have been exported.
         engine: As `onnx_backend.open_pipeline` takes it.
         token: As `make_app` takes it.
-        host: Address at which the server listens: it becomes an allowed host name beside the
-            local ones; an address for all interfaces allows any name.
+        host: Address at which the server listens. It is added to the allowed host names; an
+            address for all interfaces allows any name.
 
     Raises:
         DernetError: As `onnx_backend.open_pipeline` raises.
@@ -136,9 +136,9 @@ def make_app(
     Args:
         service: Analyses the files.
         about: The manifest of its networks, as `onnx_backend.read_export` returns it.
-        token: Required of every request to the API; empty: none is.
+        token: Required for every request to the API; if empty, no token is.
         hosts: Host names under which the server may be addressed; an asterisk allows any.
-        samples: A folder of radiographs to try.
+        samples: A folder of sample radiographs.
     """
     app = FastAPI(
         title="DERNet", version=__version__, description=NOTICE, docs_url=None, redoc_url=None,
@@ -150,7 +150,7 @@ def make_app(
     @app.middleware("http")
     async def check_host_and_token(request: Request, call_next: Callable) -> Response:
         if not {"*", _host_name(request)} & {host.lower() for host in hosts}:
-            # Else a page elsewhere whose name was made to point here could read the radiographs.
+            # Against DNS rebinding: a foreign page, whose name resolves to here, could read files.
             response = JSONResponse({"error": "This host name is not allowed."}, 400)
         elif token and request.url.path.startswith("/api/") and not _has_token(request, token):
             refusal = {"error": "The token is missing or wrong."}
@@ -158,7 +158,7 @@ def make_app(
         else:
             try:
                 response = await call_next(request)
-            except Exception as error:  # here, or the server would log it whole
+            except Exception as error:  # caught here: the server would log its message
                 response = JSONResponse({"error": _log_fault(error)}, 500)
         response.headers.update(HEADERS)
         return response
@@ -202,8 +202,8 @@ def make_app(
 
     @app.post("/api/v1/analyse-batch", openapi_extra=_FORM_BODY)
     async def analyse_batch(request: Request, override: Override = False) -> StreamingResponse:
-        """Run inference on the files of a form; the response has one line of JSON per file."""
-        await waiting.admit(request)  # once: a batch that has begun is finished
+        """Run inference on the files of a form; the response holds one line of JSON per file."""
+        await waiting.admit(request)  # once: a batch that has begun is completed
         async with waiting.place(request):
             files = await _files(request)
 
@@ -244,7 +244,7 @@ def make_app(
 
     @app.get("/api/v1/model")
     async def model() -> dict:
-        """Describe the networks: origin, thresholds, classes with their colours."""
+        """Describe the networks: origin, thresholds, lesion types with their colours."""
         shown = ("notice", "made_by", "profile", "virtual", "decision", "score_threshold")
         styles = {name: {"colour": c, "dash": d} for name, (c, d) in LESION_STYLE.items()}
         facts = {name: about.get(name) for name in shown}
@@ -305,9 +305,9 @@ def _length(request: Request) -> int:
 
 
 async def _parts(request: Request) -> AsyncIterator[bytes]:
-    """Yield the parts of a body; refuse one that is too large.
+    """Yield the parts of a body; refuse a body that is too large.
 
-    It is read on before it is refused: many clients do not listen while they send.
+    Most of such a body is read before it is refused: many clients read no response while they send.
     """
     size, stream = 0, aiter(request.stream())
     while True:
@@ -315,7 +315,7 @@ async def _parts(request: Request) -> AsyncIterator[bytes]:
             part = await asyncio.wait_for(anext(stream), UPLOAD_TIMEOUT_S)
         except StopAsyncIteration:
             break
-        except TimeoutError as error:  # others wait for its place
+        except TimeoutError as error:  # other requests wait for its place
             raise RequestRefused(408, "The upload stalled; send the file again.") from error
         size += len(part)
         if size <= MAX_BYTES:
@@ -338,7 +338,7 @@ async def _body(request: Request) -> bytes:
 async def _files(request: Request) -> list[bytes]:
     """Return the files of a form, read into memory."""
     parser = MultiPartParser(request.headers, _parts(request), max_files=MAX_FILES)
-    parser.spool_max_size = MAX_BYTES  # beyond it a file would go to the disk
+    parser.spool_max_size = MAX_BYTES  # the parser writes larger files to disk
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, UnicodeDecodeError) as error:
@@ -360,7 +360,7 @@ def _sentence(error: DernetError) -> str:
 
 
 def _log_fault(error: Exception) -> str:
-    """Log where an unexpected error was raised, and return the sentence for the client."""
+    """Log where an unexpected error was raised, and return the message for the client."""
     log.error("A request failed (%s).", where_raised(error))
     return "The server could not process this file because of an internal error."
 
@@ -412,7 +412,7 @@ def _report(form: str, analysis: Analysis, about: dict) -> Response:
         raise RequestRefused(
             422, "A DICOM report needs a DICOM image; choose HTML or JSON for this file."
         )
-    # here: highdicom takes a second to import, and many servers never write a DICOM report
+    # Here: highdicom takes a second to import, and many servers never write a DICOM report.
     from dernet_utils.serving.dicom_report import encode, secondary_capture, structured_report
 
     if form == "sr":

@@ -1,4 +1,4 @@
-"""What a triage network is trained on: augmented images, and crops of lesions."""
+"""Training input of a triage network: augmented images, and crops with and without lesions."""
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ def draw_crops(
     Args:
         sample: Images with lesions, and normal images.
         n: Number of crops.
-        side: Side of a crop in pixels of the square, at most that of the images.
+        side: Side of a crop, px; at most that of the images.
         generator: Seeded; on the CPU.
 
     Returns:

@@ -1,7 +1,8 @@
-"""Each network trained once per fold, so that no training image is scored by a network that saw it.
+"""Cross-validation: no training image is scored by a network that was trained on it.
 
-One network and one fold are one job. Jobs are independent and may run in any order, on any machine.
-Each writes a table of probabilities, which chapters read without loading a network or an image.
+Each network is trained once per fold. One network and one fold are one job. Jobs are independent
+and may run in any order, on any machine. Each writes a table of probabilities, which chapters read
+without loading a network or an image.
 """
 
 import json
@@ -36,7 +37,7 @@ FoldProgress = Callable[[int, dict], None]  # called with the fold and the epoch
 
 @dataclass(frozen=True)
 class CrossValidated:
-    """One network's probabilities, from its trainings on all folds.
+    """One network's probabilities, from its training runs for all folds.
 
     Attributes:
         network: Its name.
@@ -46,9 +47,9 @@ class CrossValidated:
         test: One row per test image: ``image_id``, ``study_id``, and ``prob``, the mean over the
             folds' networks. It has no label.
         curves: Learning curves: the rows of `training.TrainedNetwork.history` with their ``fold``.
-        epochs: One row per training image and epoch, from the last epoch on crops on:
-            ``image_id``, ``epoch`` and ``prob``, by the network that was not trained on that fold,
-            without the mirrored image.
+        epochs: One row per training image and epoch, starting with the last epoch on crops:
+            ``image_id``, ``epoch`` and ``prob``, by the network that was not trained on that fold;
+            here the mirrored image is not used.
         checkpoints: One per fold.
     """
 
@@ -63,15 +64,15 @@ class CrossValidated:
 def triage_jobs(
     profile: Profile, network: str = "", fold: int | None = None
 ) -> list[tuple[str, int]]:
-    """Return a run's jobs, or some of them.
+    """Return a run's training jobs, or only those of a network or a fold.
 
     Args:
-        profile: The run's profile; it has the number of folds.
+        profile: The run's profile, which sets the number of folds.
         network: One of `NETWORKS`; empty for all.
         fold: The fold held out; None for all.
 
     Returns:
-        A network and a fold per job.
+        A network and the fold held out, per job.
 
     Raises:
         DernetError: There is no such network or fold.
@@ -96,8 +97,8 @@ def triage_images(workspace: Workspace) -> pd.DataFrame:
     Returns:
         One row per image, training before test: ``image_id``, ``study_id``, ``split``, ``fold``
         (missing for a test image), ``cached_path`` of the enhanced image, ``label``, whether it is
-        abnormal (missing for a test image; `open_test_labels` has those), and ``lesions``, their
-        positions, as `training.Sample.load` reads them (empty for a test image).
+        abnormal (missing for a test image, see `open_test_labels`), and ``lesions``, their
+        positions, as `images.Sample.load` takes them (empty for a test image).
 
     Raises:
         DernetError: The run has not been prepared.
@@ -126,7 +127,7 @@ def _lesion_centres(boxes: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, np.nd
 def train_fold(
     workspace: Workspace, name: str, fold: int, progress: Callable[[dict], None] | None = None
 ) -> Path:
-    """Train one network on all folds but one and write its probabilities, unless that was done.
+    """Train a network on all folds but one and write its probabilities, unless that has been done.
 
     Args:
         workspace: The run.
@@ -153,7 +154,7 @@ def _train_fold(
     fold: int,
     progress: Callable[[dict], None] | None,
 ) -> Path:
-    """Do the work of `train_fold`, with images that have been read already."""
+    """Do the work of `train_fold` with images that have already been read."""
     path = workspace.tables / "triage" / f"{name}-{fold}.parquet"
     key = _fold_key(workspace, images, name, fold)
     if path.is_file():
@@ -197,7 +198,7 @@ def _train_fold(
 
 
 def _fold_key(workspace: Workspace, images: pd.DataFrame, name: str, fold: int) -> str:
-    """Digest of all that a fold's table is computed from; no image is read.
+    """Digest of all inputs of a fold's table; no image is read.
 
     A cached image is named by a digest of its content, so its name stands for its pixels.
     """
@@ -218,7 +219,7 @@ def _fold_key(workspace: Workspace, images: pd.DataFrame, name: str, fold: int) 
 def cross_validate(
     workspace: Workspace, name: str, progress: FoldProgress | None = None
 ) -> CrossValidated:
-    """Return a network's probabilities for all images; folds without a table are trained first.
+    """Return a network's probabilities for all images; any fold without a table is trained first.
 
     Args:
         workspace: The run.
@@ -283,14 +284,14 @@ def read_decision(workspace: Workspace) -> Decision:
     path = workspace.tables / "decision.json"
     if not path.is_file():
         raise DernetError(
-            "Weights, thresholds and calibration were expected to be chosen out of fold and "
-            f"written to {path}, which is not there: run the chapter on the ensemble first."
+            f"There is no {path}, with the weights, thresholds and calibration chosen out of fold: "
+            "run the chapter on the ensemble first."
         )
     try:
         return Decision(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise DernetError(
-            f"{path} is not a decision ({error}): delete it and run the chapter on the ensemble."
+            f"{path} is damaged ({error}): delete it and run the chapter on the ensemble again."
         ) from error
 
 
@@ -298,7 +299,7 @@ def open_test_labels(workspace: Workspace) -> np.ndarray:
     """Return whether each test image is abnormal, in the order of `triage_images`, shape (n,).
 
     Raises:
-        DernetError: They are still sealed, as `read_decision` raises.
+        DernetError: They are still sealed: `read_decision` raises.
     """
     read_decision(workspace)
     images = read_images(workspace)

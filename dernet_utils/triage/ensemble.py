@@ -13,16 +13,16 @@ from dernet_utils.core.errors import DernetError
 
 PAPER_WEIGHTS = (0.42, 0.32, 0.26)  # paper, section 3.2: DenseNet121, EfficientNetV2-S, ResNet50
 STEPS = 50  # of the grid search: weights are multiples of 0.02, as the paper's three are
-PROB_MARGIN = 1e-6  # probabilities closer to 0 or 1 are clipped to it before a logarithm
+PROB_MARGIN = 1e-6  # least distance of a probability from 0 and 1 before a logarithm is taken
 
 
 @dataclass(frozen=True)
 class Decision:
-    """All that is chosen out of fold, before a test label is read.
+    """All that is chosen out of fold, before any test label is read.
 
     Attributes:
         networks: Names, in the order of the weights.
-        weights: On the simplex.
+        weights: At least 0, with sum 1.
         temperature: Divides the vote's logits, above 0.
         thresholds: Of calibrated probabilities, by name, such as ``youden``.
         fitted_on: Number of images.
@@ -112,9 +112,9 @@ def simplex(networks: int = 3, steps: int = STEPS) -> np.ndarray:
 def fit_weights(y: np.ndarray, prob: np.ndarray, steps: int = STEPS) -> np.ndarray:
     """Return the weights on a grid that minimise the mean log loss.
 
-    The log loss of a vote is convex in its weights, so the grid's best point lies next to the
-    minimum; AUROC is piecewise constant and would reward chance. Ties go to the point nearest to
-    equal weights.
+    The log loss of a vote is convex in its weights, so the grid's best point lies near the minimum.
+    AUROC is piecewise constant in them, and its maximum would depend more on chance. Ties go to the
+    point nearest to equal weights.
 
     Args:
         y: Labels of out-of-fold images, shape (n,), 0 or 1.
@@ -136,7 +136,7 @@ def fit_weights(y: np.ndarray, prob: np.ndarray, steps: int = STEPS) -> np.ndarr
 
 
 def log_loss(y: np.ndarray, prob: np.ndarray) -> float:
-    """Return the mean log loss: minus the logarithm of the true class's probability.
+    """Return the mean log loss: the mean of minus the logarithm of the true class's probability.
 
     Args:
         y: Labels, shape (n,), 0 or 1.
@@ -146,7 +146,7 @@ def log_loss(y: np.ndarray, prob: np.ndarray) -> float:
     return float(-np.mean(np.where(np.asarray(y, bool), np.log(prob), np.log1p(-prob))))
 
 
-# Calibration: is seven in ten of the images with probability 0.7 abnormal?
+# Calibration: are seven in ten of the images with probability 0.7 abnormal?
 
 
 def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
@@ -164,7 +164,7 @@ def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
     Raises:
         DernetError: Labels are of one class, or shapes do not fit.
     """
-    from scipy.optimize import minimize_scalar  # here, not above: the server never fits
+    from scipy.optimize import minimize_scalar  # here, not above: a server never fits
 
     y = _labels(y, len(prob))
     found = minimize_scalar(
@@ -177,7 +177,7 @@ def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
 def with_temperature(prob: np.ndarray, temperature: float) -> np.ndarray:
     """Return probabilities whose logits were divided by a temperature.
 
-    The order stays, except that probabilities closer to 0 or 1 than `PROB_MARGIN` become equal.
+    Their order stays, except that those closer to 0 or 1 than `PROB_MARGIN` become equal.
 
     Args:
         prob: Any shape, in [0, 1].
@@ -195,12 +195,12 @@ def with_temperature(prob: np.ndarray, temperature: float) -> np.ndarray:
 def reliability(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> np.ndarray:
     """Return a reliability diagram's points, from bins with equal numbers of images.
 
-    Equal probabilities stay in one bin, which may then hold more.
+    Equal probabilities stay in one bin, which may then hold more images than the others.
 
     Args:
         y: Labels, shape (n,), 0 or 1.
         prob: Probabilities, shape (n,).
-        bins: The most bins to make.
+        bins: Largest number of bins.
 
     Returns:
         Shape (bins, 3), by rising probability: mean probability, fraction of abnormal images, and
@@ -215,9 +215,13 @@ def reliability(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> np.ndarray:
 
 
 def calibration_error(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> float:
-    """Return the expected calibration error: the mean gap in `reliability`, weighted by number.
+    """Return the expected calibration error: `reliability`'s mean gap, weighted by images.
 
-    Args, returns: As `reliability` takes them; a number in [0, 1].
+    Args:
+        y, prob, bins: As `reliability` takes them.
+
+    Returns:
+        A number in [0, 1].
     """
     predicted, observed, number = reliability(y, prob, bins).T
     return float(np.average(np.abs(predicted - observed), weights=number))
@@ -226,7 +230,7 @@ def calibration_error(y: np.ndarray, prob: np.ndarray, bins: int = 10) -> float:
 def net_benefit(y: np.ndarray, prob: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Return the net benefit of calling images above each threshold abnormal.
 
-    True positives minus false positives, the latter weighted by the threshold's odds, per image
+    Per image: true positives minus false positives, the latter weighted by the threshold's odds
     (Vickers and Elkin, Medical Decision Making 26, 2006).
 
     Args:

@@ -1,7 +1,7 @@
-"""Which parts of an image a prediction rests on: Grad-CAM, LIME, lesion masks, and their metrics.
+"""Which parts of an image a prediction depends on: Grad-CAM, LIME, lesion masks, and metrics.
 
 A heat map is a float array of the image's shape, at least 0; the larger a value, the more the
-prediction rests on that position. A map that is constant, such as one of zeros, localises nothing.
+prediction depends on that position. A constant map, such as one of zeros, localises nothing.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from dernet_utils.core.errors import DernetError
 from dernet_utils.triage.networks import as_input
 
-# The last feature maps before pooling: beyond them all positions share one weight for the logit.
+# The last feature maps before pooling: after it, all positions have the same weight in the logit.
 LAYERS = {"densenet121": "features.norm5", "tf_efficientnetv2_s": "bn2", "resnet50": "layer4"}
 SEGMENTS = 64  # superpixels of an image; ours
 CLOSENESS = 0.5  # weight of grey against position in a superpixel's distance; ours
-PATCH = 8  # the image's side over the deviation of the blur that removes all detail
+PATCH = 8  # the image's side over the standard deviation of the blur that removes all detail
 CUTS = 3  # iterations of GrabCut; ours
 INNER = 0.8  # fraction of a box's sides where a lesion is likely; ours, chosen on training images
 
@@ -66,7 +66,7 @@ def superpixels(grey: np.ndarray, segments: int = SEGMENTS) -> np.ndarray:
         segments: Approximate number; the nearest square number of centres is used.
 
     Returns:
-        Numbers of the patches from 0, shape (H, W).
+        The number of each pixel's patch, from 0, shape (H, W).
     """
     height, width = grey.shape
     side = max(1, round(segments**0.5))
@@ -86,8 +86,8 @@ def lime(
 ) -> np.ndarray:
     """Return each superpixel's weight for abnormal (Ribeiro et al., KDD 2016).
 
-    Random patches are blurred, inference is run on each such image, and a linear model of the logit
-    on which patches are present is fitted by ridge regression.
+    Inference is run on images in which random patches are blurred. Ridge regression then fits the
+    logit as a linear function of which patches are left as they are.
 
     Args:
         network: Left in evaluation mode and channels-last memory, which is faster.
@@ -113,7 +113,7 @@ def lime(
 
 
 def spread_over(weights: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """Return the heat map of superpixels' weights, negative weights as 0.
+    """Return the superpixels' weights as a heat map; negative weights become 0.
 
     Args:
         weights: As `lime` returns them, shape (segments,).
@@ -140,7 +140,7 @@ def without_detail(pixels: Tensor) -> Tensor:
 
 
 def centred_map(shape: tuple[int, int]) -> np.ndarray:
-    """Return a heat map of the image's centre: a Gaussian, a quarter of a side its deviation.
+    """Return a Gaussian heat map at the image's centre; its deviation is a quarter of a side.
 
     Args:
         shape: Height and width.
@@ -166,18 +166,18 @@ def filled_box(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         bool, of that shape.
     """
     left, top, right, bottom = np.round(box).astype(int).clip(0)
-    held = np.zeros(shape, bool)
-    held[top:bottom, left:right] = True
-    return held
+    mask = np.zeros(shape, bool)
+    mask[top:bottom, left:right] = True
+    return mask
 
 
-def ellipse_in(box: np.ndarray, shape: tuple[int, int], share: float = INNER) -> np.ndarray:
+def ellipse_in(box: np.ndarray, shape: tuple[int, int], fraction: float = INNER) -> np.ndarray:
     """Return the ellipse at the centre of a box, its axes a fraction of the box's sides.
 
     Args:
         box: Corners xmin, ymin, xmax, ymax, px; parts outside the image are cut off.
         shape: Height and width of the image.
-        share: In (0, 1]; 1 touches the box.
+        fraction: In (0, 1]; with 1 the ellipse touches the box.
 
     Returns:
         bool, of that shape.
@@ -192,15 +192,15 @@ def ellipse_in(box: np.ndarray, shape: tuple[int, int], share: float = INNER) ->
     y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
     across = (2 * x - left - right) / (right - left)
     down = (2 * y - top - bottom) / (bottom - top)
-    return across**2 + down**2 < share**2
+    return across**2 + down**2 < fraction**2
 
 
 def lesion_mask(grey: np.ndarray, box: np.ndarray, heat: np.ndarray | None = None) -> np.ndarray:
     """Return a mask of the lesion in a box, without training on masks.
 
-    GrabCut (Rother et al., SIGGRAPH 2004) separates the box's surroundings into two mixtures of
-    greys. It starts with no lesion outside the box's largest ellipse, and a probable lesion in the
-    inner ellipse except for the quarter of it where the heat map is lowest.
+    GrabCut (Rother et al., SIGGRAPH 2004) separates the box and its surroundings into two mixtures
+    of grey levels. It starts with no lesion outside the box's largest ellipse, and with a probable
+    lesion in the inner ellipse, except in the quarter of it where a heat map is lowest.
 
     Args:
         grey: 8-bit image, shape (H, W).
@@ -208,14 +208,14 @@ def lesion_mask(grey: np.ndarray, box: np.ndarray, heat: np.ndarray | None = Non
         heat: Heat map of the same shape, or None.
 
     Returns:
-        bool, shape (H, W); the inner ellipse where GrabCut finds no lesion.
+        bool, shape (H, W); the inner ellipse if GrabCut finds no lesion.
 
     Raises:
         DernetError: As `ellipse_in` raises, or the map is of another shape.
     """
     if heat is not None and heat.shape != grey.shape:
         raise DernetError(f"The map has {heat.shape} pixels and the image {grey.shape}.")
-    largest, inner = (ellipse_in(box, grey.shape, share) for share in (1.0, INNER))
+    largest, inner = (ellipse_in(box, grey.shape, fraction) for fraction in (1.0, INNER))
     likely = inner.copy()
     if heat is not None:
         likely &= heat >= np.quantile(heat[inner], 0.25)
@@ -226,10 +226,10 @@ def lesion_mask(grey: np.ndarray, box: np.ndarray, heat: np.ndarray | None = Non
     window = tuple(
         slice(max(0, at.min() - around), at.max() + around + 1) for at in (rows, columns)
     )
-    view, known = np.repeat(grey[window][..., None], 3, axis=2), labels[window].copy()
+    colour, known = np.repeat(grey[window][..., None], 3, axis=2), labels[window].copy()
     models = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.setRNGSeed(0)
-    cv2.grabCut(view, known, None, *models, CUTS, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(colour, known, None, *models, CUTS, cv2.GC_INIT_WITH_MASK)
     found = np.zeros(grey.shape, bool)
     found[window] = known == cv2.GC_PR_FGD
     return found if found.any() else inner
@@ -239,9 +239,9 @@ def lesion_mask(grey: np.ndarray, box: np.ndarray, heat: np.ndarray | None = Non
 
 
 def pointing(heat: np.ndarray, mask: np.ndarray) -> float:
-    """Return whether the map's maximum lies in the mask; of several maxima, the fraction that do.
+    """Return whether the map's maximum lies in the mask; of several maxima, the fraction inside.
 
-    The pointing game (Zhang et al., ECCV 2016). A constant map scores the mask's fraction of the
+    The pointing game (Zhang et al., ECCV 2016). For a constant map, the mask's fraction of the
     image.
 
     Args:
@@ -262,7 +262,7 @@ def pointing(heat: np.ndarray, mask: np.ndarray) -> float:
 
 
 def energy(heat: np.ndarray, mask: np.ndarray) -> float:
-    """Return the fraction of the heat inside the mask; for a map of zeros, the mask's fraction.
+    """Return the fraction of the heat inside the mask; for zeros, the mask's fraction of the image.
 
     Args, returns, raises: As `pointing`.
 
@@ -295,16 +295,16 @@ def removal_curve(
     steps: int = 16,
     insert: bool = False,
 ) -> np.ndarray:
-    """Return a network's score while pixels are blurred, hottest first, or restored from a blur.
+    """Return a network's scores while pixels are blurred or restored, hottest first.
 
-    Deletion and insertion (Petsiuk et al., BMVC 2018). A good map makes the first fall early and
-    the second rise early.
+    Deletion and insertion (Petsiuk et al., BMVC 2018). With a good map the score falls early in
+    deletion and rises early in insertion.
 
     Args:
         score: Takes images, uint8 (n, 1, px, px); returns (n,).
-        pixels: One image, shape (1, 1, px, px).
-        heat: Its map, shape (px, px); equal values go in the order of rows.
-        steps: Equal fractions of the pixels.
+        pixels: One image, uint8, shape (1, 1, px, px).
+        heat: Its map, shape (px, px); equal values are taken row by row.
+        steps: Number of steps, with equal numbers of pixels.
         insert: Whether to restore pixels (insertion) rather than to blur them (deletion).
 
     Returns:
@@ -325,7 +325,7 @@ def _checked(heat: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray
     heat, mask = np.asarray(heat, np.float64), np.asarray(mask, bool)
     if heat.shape != mask.shape or not heat.size:
         raise DernetError(
-            f"A map is compared with a mask of its shape: got {heat.shape} and {mask.shape}."
+            f"A map needs a mask of the same shape: got {heat.shape} and {mask.shape}."
         )
     if not np.isfinite(heat).all() or (heat < 0).any():
         raise DernetError("A heat map has finite values of at least 0; this one has others.")

@@ -20,8 +20,8 @@ class Sample:
     Attributes:
         pixels: uint8, shape (n, 1, px, px), 0 black to 255 white.
         y: float32, shape (n,), 1 abnormal, 0 normal.
-        lesions: float32, shape (k, 4), one row per lesion: row of its image, centre x and y in
-            pixels of the square, number of its type. Needed for training on crops only.
+        lesions: float32, shape (k, 4), one row per lesion: row of its image, centre x and y in px
+            of the square, number of its type. Needed only for training on crops.
     """
 
     pixels: Tensor

@@ -1,8 +1,8 @@
 """The three triage networks: how they are built, their input, and the probabilities they predict.
 
-One contract for `densenet121`, `tf_efficientnetv2_s` and `resnet50`: a square grey image goes in
-as three equal channels, normalised with ImageNet's mean and standard deviation; one logit comes
-out.
+`densenet121`, `tf_efficientnetv2_s` and `resnet50` are used alike: the input is a square grey image
+in three equal channels, normalised with ImageNet's mean and standard deviation; the output is one
+logit.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.vocabulary import NETWORKS
+from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -51,12 +51,12 @@ def build_network(name: str, weights: Path | None = None, seed: int = 42) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = timm.create_model(name, pretrained=False, num_classes=1)
-    # An untrained network predicts one half for every image. timm scales this layer's initial
-    # weights by the number of outputs; for a single output they would be far too large.
+    # With zeros, an untrained network predicts one half for every image. timm scales this layer's
+    # initial weights by the number of outputs; for a single output they would be far too large.
     for parameter in network.get_classifier().parameters():
         nn.init.zeros_(parameter)
     # timm initialises the residual branch's scale with 0 (ResNet; Goyal et al., 2017) or 1
-    # (EfficientNetV2-S). For a few hundred steps from random weights a value between is better.
+    # (EfficientNetV2-S). For a few hundred steps from random weights a value in between is better.
     for block in network.modules():
         if isinstance(block, Bottleneck):
             nn.init.constant_(block.bn3.weight, BLOCK_SCALE)
@@ -78,8 +78,8 @@ def _load_body(network: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise DernetError(
-            f"{path} was expected to be a checkpoint with tensors only, and cannot be read "
-            f"({type(error).__name__}): copy it again."
+            f"{path} cannot be read as a checkpoint with tensors only ({type(error).__name__}): "
+            "copy it again."
         ) from error
     head = network.default_cfg["classifier"] + "."
     body = {key: value for key, value in state.items() if not key.startswith(head)}
@@ -120,21 +120,22 @@ def starting_weights(name: str) -> Path | None:
 
 
 def starting_sentence(name: str, weights: Path | None) -> str:
-    """Return the sentence that tells a reader which weights training starts from.
+    """Return a sentence on the weights that training starts from.
 
     Args:
         name: One of `NETWORKS`.
         weights: As `starting_weights` returns it.
 
     >>> starting_sentence("resnet50", None)
-    'resnet50 starts from random weights; the paper starts from ImageNet.'
+    'ResNet50 starts from random weights; in the paper it starts from ImageNet weights.'
     """
+    start = f"{NETWORK_NAMES[name]} starts from"
     if weights is None:
-        return f"{name} starts from random weights; the paper starts from ImageNet."
-    return f"{name} starts from the local checkpoint {weights.name}."
+        return f"{start} random weights; in the paper it starts from ImageNet weights."
+    return f"{start} the local checkpoint {weights.name}."
 
 
-# Reading a network
+# Parts and sizes of a network
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
@@ -153,7 +154,7 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def receptive_field(layers: Iterable[tuple[int, int]]) -> int:
-    """Return the side of the square that one output sees, in pixels of the input.
+    """Return the receptive field: the side, px, of the input square that one output depends on.
 
     Args:
         layers: Kernel and stride of each convolution or pooling on the longest path, first to last.
@@ -171,8 +172,8 @@ def receptive_field(layers: Iterable[tuple[int, int]]) -> int:
 def count_operations(network: nn.Module, image_px: int) -> int:
     """Return the floating-point operations of a forward pass for one square image.
 
-    Multiplications and additions count one each. Convolutions and matrix products only, as torch
-    counts them; the rest is small beside them.
+    Multiplications and additions count one each. Only convolutions and matrix products are
+    counted, as torch does; the rest is small.
 
     Args:
         network: As `build_network` returns it; left in evaluation mode.
@@ -218,8 +219,8 @@ def predict_probabilities(network: nn.Module, pixels: Tensor, batch: int = 16) -
         float64 in [0, 1], shape (n,).
     """
     both = [
-        torch.cat(list(predict_logits(network, view, batch, fast=False))).double().sigmoid()
-        for view in (pixels, pixels.flip(-1))
+        torch.cat(list(predict_logits(network, one, batch, fast=False))).double().sigmoid()
+        for one in (pixels, pixels.flip(-1))
     ]
     return ((both[0] + both[1]) / 2).numpy()
 
@@ -249,6 +250,6 @@ def predict_logits(
 
 
 def autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
-    """Return the context of a forward pass: bfloat16 where it is wanted and helps, or float32."""
+    """Return the context of a forward pass: bfloat16 if it is wanted and helps, else float32."""
     able = wanted and machine.bfloat16_helps(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=able)

@@ -1,7 +1,7 @@
-"""Training a triage network, and the checkpoint that a training run leaves.
+"""Training a triage network, and the checkpoint of a training run.
 
-A run is named by a digest of everything that shapes it: a finished run is loaded, and a killed one
-continues after its last finished epoch, to the weights that an uninterrupted run ends with.
+A run is named by a digest of everything that shapes it. A finished run is loaded; a killed one
+continues after its last finished epoch and ends with the weights of an uninterrupted run.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ SHAPING = (
 
 @dataclass(frozen=True)
 class TriageRecipe:
-    """The numbers of one training run.
+    """The settings of one training run.
 
     Attributes:
         image_px: Side of the square input.
@@ -53,7 +53,7 @@ class TriageRecipe:
         seed: Seed of initial weights, order, augmentation, crops and dropout.
         crop_px: Side of the crops that `draw_crops` draws.
         crop_epochs: Epochs on crops, before those on whole images.
-        detail: Side of a training image while it is augmented, as a multiple of `image_px`. At 1
+        detail: Side of a training image while it is augmented, as a multiple of `image_px`. With 1,
             rotation blurs training images, while the images that are scored stay sharp.
     """
 
@@ -91,7 +91,7 @@ class TrainedNetwork:
     """A finished training run.
 
     Attributes:
-        network: After the last epoch, in evaluation mode.
+        network: The network after the last epoch, in evaluation mode.
         history: One row per epoch: ``epoch`` from 1, ``trained_on`` (``crops``, or ``images`` for
             whole images), ``lr`` of its last step, ``train_loss`` (with augmentation),
             ``validation_loss``, ``validation_auroc`` (both of whole images; missing before the
@@ -129,7 +129,7 @@ def train_triage(
         name: One of `NETWORKS`.
         train: Training images of both classes, `recipe.train_px` wide.
         validation: Images of other studies, for the learning curve, `recipe.image_px` wide.
-        recipe: The run's numbers.
+        recipe: The run's settings.
         folder: For checkpoints: ``<name>-<digest>.safetensors`` of a finished run,
             ``<name>-<digest>.resume`` of one that is not.
         weights: As in `build_network`.
@@ -140,9 +140,9 @@ def train_triage(
         The trained network, its learning curve and its checkpoint.
 
     Raises:
-        DernetError: The network is unknown, the training images are of one class or of another
-            size than the recipe's, or the recipe has epochs on crops and no lesion is given or the
-            crops are larger than the images.
+        DernetError: The network is unknown; the training images are of one class or not of the
+            recipe's size; or the recipe has epochs on crops, but no lesion is given or the crops
+            are larger than the images.
     """
     _check_training(train, recipe)
     key = _run_key(name, train, validation, recipe, weights)
@@ -156,17 +156,17 @@ def train_triage(
 
 
 def _check_training(train: Sample, recipe: TriageRecipe) -> None:
-    """Refuse what cannot be trained on, before anything is computed."""
+    """Refuse images that cannot be trained on, before anything is computed."""
     if train.pixels.shape[2:] != (recipe.train_px, recipe.train_px):
         raise DernetError(
             f"The recipe trains on squares of {recipe.train_px} px, and the images are "
             f"{train.pixels.shape[-1]} x {train.pixels.shape[-2]} px: load them at that size."
         )
     if len(train.y.unique()) < 2:
-        raise DernetError("Training needs normal and abnormal images, and all are of one class.")
+        raise DernetError("Training needs normal and abnormal images, but all are of one class.")
     if recipe.crop_epochs and not len(train.lesions):
         raise DernetError(
-            "The recipe trains on crops of lesions, and no lesion's position is given."
+            "The recipe trains on crops of lesions, but no lesion's position is given."
         )
     if recipe.crop_epochs and recipe.crop_px > recipe.image_px:
         raise DernetError(
@@ -178,7 +178,7 @@ def _check_training(train: Sample, recipe: TriageRecipe) -> None:
 def _run_key(
     name: str, train: Sample, validation: Sample, recipe: TriageRecipe, weights: Path | None
 ) -> str:
-    """Digest of all that shapes a run: images, labels, numbers, start, code, libraries."""
+    """Digest of all that shapes a run: images, labels, settings, start, code, libraries."""
     tensors = [x for part in (train, validation) for x in (part.pixels, part.y, part.lesions)]
     return digest_of(
         name,
@@ -248,7 +248,7 @@ def _train(
     resume.unlink(missing_ok=True)
 
 
-# A training's parts
+# Parts of a training run
 
 
 def start_training(
@@ -258,7 +258,7 @@ def start_training(
 
     Args:
         name, weights: As in `build_network`.
-        recipe: The run's numbers.
+        recipe: The run's settings.
 
     Raises:
         DernetError: As `build_network` raises.
@@ -276,7 +276,7 @@ def start_training(
 
 
 def _in_float32(module: nn.Module) -> None:
-    """Compute a layer in float32 while the layers around it are in bfloat16.
+    """Make a layer compute in float32 while the layers around it compute in bfloat16.
 
     A depthwise convolution does little arithmetic, and on small maps its gradient is slow in
     bfloat16: a step of EfficientNetV2-S on crops of 48 px took 0.62 s, and takes 0.43 s this way.
@@ -326,8 +326,8 @@ def training_batches(
 
     Args:
         train: Training images.
-        recipe: The run's numbers.
-        epoch: From 0; those on crops come first.
+        recipe: The run's settings.
+        epoch: From 0; epochs on crops come first.
         device: Where the images are augmented.
 
     Yields:
@@ -352,18 +352,18 @@ def training_batches(
 
 
 def _batches(n: int, batch: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """Shuffled rows in batches; an incomplete last batch is left out of the epoch."""
+    """Shuffled rows in batches; an incomplete last batch is left out, unless it is the only one."""
     batches = torch.randperm(n, generator=generator).split(batch)
     return batches if len(batches) == 1 or len(batches[-1]) == batch else batches[:-1]
 
 
 @contextmanager
 def fast_and_deterministic() -> Iterator[None]:
-    """Choose deterministic algorithms and flush denormals; torch is left as it was at the end."""
+    """Use deterministic algorithms and flush denormals; afterwards torch is as it was before."""
     before = torch.are_deterministic_algorithms_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
     with torch.random.fork_rng(), machine.denormals_flushed():
-        torch.use_deterministic_algorithms(True, warn_only=True)  # CUDA lacks one or two
+        torch.use_deterministic_algorithms(True, warn_only=True)  # CUDA lacks some
         try:
             yield
         finally:
@@ -381,7 +381,7 @@ def load_network(
     Args:
         name: One of `NETWORKS`.
         checkpoint: A file that `train_triage` wrote.
-        recipe: The numbers that it must have been trained with; None accepts any.
+        recipe: The settings that it must have been trained with; None accepts any.
 
     Returns:
         The network in evaluation mode, and the history as `TrainedNetwork` has it.
@@ -396,8 +396,8 @@ def load_network(
     for fact, value in expected.items():
         if found[fact] != value:
             raise DernetError(
-                f"{checkpoint} was expected to hold {fact} {value}, and holds {found[fact]}: "
-                "name the right file, or delete it and train anew."
+                f"{checkpoint} was expected to hold {fact} {value}, but holds {found[fact]}: "
+                "name the right file, or delete it and train again."
             )
     history = json.loads(found["history"])
     network = build_network(name)
@@ -420,13 +420,12 @@ def checkpoint_facts(checkpoint: Path) -> dict[str, str]:
             facts = file.metadata() or {}
     except (FileNotFoundError, SafetensorError) as error:
         raise DernetError(
-            f"{checkpoint} was expected to be a whole checkpoint, and cannot be read ({error}): "
-            "delete it and train anew."
+            f"{checkpoint} cannot be read as a checkpoint ({error}): delete it and train again."
         ) from error
     if missing := {"network", "recipe", "history"} - set(facts):
         raise DernetError(
-            f"{checkpoint} was expected to name the run that wrote it, and lacks "
-            f"{', '.join(sorted(missing))}: pass weights from elsewhere by DERNET_WEIGHTS."
+            f"{checkpoint} does not describe the run that wrote it (it lacks "
+            f"{', '.join(sorted(missing))}): pass weights from elsewhere by DERNET_WEIGHTS."
         )
     return facts
 

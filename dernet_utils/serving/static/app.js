@@ -1,4 +1,4 @@
-// The page: it uploads radiographs, shows the results, and keeps nothing.
+// The page uploads radiographs and shows the results; it stores nothing.
 const $ = (id) => document.getElementById(id);
 const DASHES = { "-": [], "--": [8, 5], "-.": [9, 4, 2, 4], ":": [2, 4] };
 const CORNERS = ["xmin", "ymin", "xmax", "ymax"];
@@ -64,7 +64,7 @@ async function add(files) {
 }
 
 async function analyseAll() {
-  if (analysing) return; // the running loop also reaches these
+  if (analysing) return; // the running loop also analyses these
   analysing = true;
   const finished = [];
   $("progress").hidden = false;
@@ -405,7 +405,7 @@ $("canvas").addEventListener("keydown", (event) => {
     "+": { zoom: view.zoom * 1.25 }, "-": { zoom: view.zoom / 1.25 },
     i: { invert: !view.invert }, 0: defaultView(),
   };
-  if (!keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return; // the browser's
+  if (!keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return; // a key of the browser's
   event.preventDefault();
   change(keys[event.key]);
 });
