@@ -527,7 +527,7 @@ def by_operation(path, image):
     options.enable_profiling, options.profile_file_prefix = True, str(speed / "times")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     for _ in range(1 + rounds):
-        session.run(None, {"film": image})
+        session.run(None, {"image": image})
     log = Path(session.end_profiling())
     events = [own for own in json.loads(log.read_text()) if own["name"].endswith("_kernel_time")]
     log.unlink()
@@ -583,7 +583,7 @@ def in_turn(opened):
 def opened_with(path, options=None):
     """A network in ONNX Runtime, by default with the library's options."""
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda image: session.run(None, {"film": image})
+    return lambda image: session.run(None, {"image": image})
 
 
 def time_alternately(ways):

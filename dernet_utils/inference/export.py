@@ -52,11 +52,11 @@ CALIBRATION_IMAGES = 64  # training images from which int8's scales are set; our
 GATE_NETWORK = "resnet50"  # its embedding is checked by the out-of-distribution gate; ours
 SAMPLE_IMAGES = 6  # sample radiographs for users without their own
 QUANTIZED = ["Conv"]  # nearly all of the arithmetic; the layers after the last maps stay in float32
-# For each engine, operations whose outputs are not quantised. ONNX Runtime recognises an integer
-# convolution by the quantisation of both its input and its output. OpenVINO fuses a convolution
-# with its activation and the next quantisation; a quantisation before the activation would prevent
-# that, at a cost of time and precision.
-INT8 = {"onnxruntime-int8": [], "openvino-int8": QUANTIZED}
+# Each engine has a file of its own. ONNX Runtime recognises an integer convolution by the
+# quantisation of both its input and its output. OpenVINO fuses a convolution with its activation
+# and the next quantisation; a quantisation before the activation would prevent that, at a cost of
+# time and precision.
+INT8 = ("onnxruntime-int8", "openvino-int8")
 
 
 class TriageModule(nn.Module):
@@ -66,18 +66,18 @@ class TriageModule(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList(networks)
 
-    def forward(self, film: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parts of `pipeline.NetworkOutput`.
 
         Args:
-            film: Images, uint8, shape (n, 1, px, px).
+            image: Images, uint8, shape (n, 1, px, px).
 
         Returns:
             Probability of abnormal, shape (n,): the mean over the folds, and over the image and
             its mirror image. Grad-CAM, shape (n, h, w): the mean of the folds' maps, each with a
             sum of 1. Embedding, shape (n, D): the means of the first fold's early maps.
         """
-        both = as_input(torch.cat([film, film.flip(-1)]))
+        both = as_input(torch.cat([image, image.flip(-1)]))
         prob, heat, embeddings = [], [], []
         for network in self.networks:
             maps, (early,) = network.forward_intermediates(both, indices=[EARLY])
@@ -97,85 +97,95 @@ class DetectorModule(nn.Module):
         super().__init__()
         self.detector = detector
 
-    def forward(self, film: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """Return what `yolo.Detector.answers` returns for images, uint8 (n, 1, H, W)."""
-        return self.detector.answers((film.float() / 255).expand(-1, 3, -1, -1))
+        return self.detector.answers((image.float() / 255).expand(-1, 3, -1, -1))
 
 
-def write_onnx(network: TriageModule | DetectorModule, shape: tuple[int, int], path: Path) -> Path:
-    """Write a network as ONNX.
+def _write_parts(
+    network: TriageModule | DetectorModule, shape: tuple[int, int], folder: Path
+) -> list[Path]:
+    """Write one ONNX file per fold of a triage network, or one for the detector.
 
-    The input is ``film``, uint8 (n, 1, height, width) for any n; the outputs are ``prob``,
-    ``heat`` and ``embedding``, or ``boxes``.
+    Tracing takes half a minute per network on some machines, and the folds of a network differ in
+    their weights only. So the first is traced, and the others get their own weights.
 
     Args:
-        network: Its weights stay the same; their memory layout may change.
-        shape: Height and width of the input, px, fixed in the file.
-        path: The file.
+        network, shape: As `write_all` takes them.
+        folder: Where the files are written.
 
     Returns:
-        `path`.
+        The files, whose inputs and outputs are those of `write_all`'s; only the first has an
+        ``embedding``.
     """
     network = network.eval().cpu().to(memory_format=torch.contiguous_format)
-    if isinstance(network, TriageModule):
-        outputs = ["prob", "heat", "embedding"]
-        model = _joined_folds(_trace(TriageModule(network.networks[:1]), shape, outputs), network)
+    if isinstance(network, DetectorModule):
+        models = [_trace(network, shape, ["boxes"])]
     else:
-        model = _trace(network, shape, ["boxes"])
-    model = onnxscript.optimizer.optimize(model)
-    return write_whole(path, lambda part: onnx.save(model, part))
+        folds = [TriageModule([own]) for own in network.networks]
+        first = _trace(folds[0], shape, ["prob", "heat", "embedding"])
+        models = [first, *(_with_weights(first, fold) for fold in folds[1:])]
+        for model in models[1:]:
+            del model.graph.output[-1]
+    paths = [folder / f"{number}.onnx" for number in range(len(models))]
+    for model, path in zip(models, paths, strict=True):
+        onnx.save(onnxscript.optimizer.optimize(model), path)
+    return paths
 
 
 def _trace(network: nn.Module, shape: tuple[int, int], outputs: list[str]) -> onnx.ModelProto:
-    """Return a network's operations as torch exports them, before any optimisation."""
+    """Return a network's operations as torch exports them, nothing folded yet."""
     images = torch.zeros(2, 1, *shape, dtype=torch.uint8)
     with _quiet_exporter():
         program = torch.onnx.export(
-            network, (images,), input_names=["film"], output_names=outputs, opset_version=OPSET,
-            dynamic_shapes={"film": {0: torch.export.Dim("n")}}, dynamo=True, verbose=False,
+            network, (images,), input_names=["image"], output_names=outputs, opset_version=OPSET,
+            dynamic_shapes={"image": {0: torch.export.Dim("n")}}, dynamo=True, verbose=False,
             optimize=False,
         )  # fmt: skip
     return program.model_proto
 
 
-def _joined_folds(first: onnx.ModelProto, network: TriageModule) -> onnx.ModelProto:
-    """Return the model of all folds, from that of the first.
+def _with_weights(traced: onnx.ModelProto, network: nn.Module) -> onnx.ModelProto:
+    """Return a traced network with the weights of another one of the same architecture."""
+    model = onnx.ModelProto()
+    model.CopyFrom(traced)
+    tensors = network.state_dict()
+    replaced = 0
+    for stored in model.graph.initializer:
+        if stored.name in tensors:
+            array = tensors[stored.name].numpy()
+            stored.CopyFrom(onnx.numpy_helper.from_array(array, stored.name))
+            replaced += 1
+    counters = sum(name.endswith("num_batches_tracked") for name in tensors)
+    if replaced < len(tensors) - counters:
+        raise RuntimeError("The exporter has renamed weights: a fold's would be lost.")
+    return model
 
-    Tracing a network takes a minute on some machines, and the folds differ in their weights only.
 
-    Args:
-        first: As `_trace` returns it for the first fold alone.
-        network: The networks of all folds.
+def _join_folds(parts: list[onnx.ModelProto]) -> onnx.ModelProto:
+    """Return the model of all folds, from the models of each, float or quantised.
 
     Returns:
         A model whose ``prob`` and ``heat`` are means over folds, and whose ``embedding`` is the
         first fold's.
     """
-    parts = []
-    for fold, own in enumerate(network.networks):
-        part = onnx.compose.add_prefix(first, f"fold{fold}/", rename_inputs=False)
-        tensors = {f"fold{fold}/networks.0.{name}": t for name, t in own.state_dict().items()}
-        replaced = 0
-        for stored in part.graph.initializer:
-            if stored.name in tensors:
-                array = tensors[stored.name].numpy()
-                stored.CopyFrom(onnx.numpy_helper.from_array(array, stored.name))
-                replaced += 1
-        counters = sum(name.endswith("num_batches_tracked") for name in tensors)
-        if replaced < len(tensors) - counters:
-            raise RuntimeError("The exporter has renamed weights: those of a fold would be lost.")
-        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    parts = [
+        onnx.compose.add_prefix(part, f"fold{fold}/", rename_inputs=False)
+        for fold, part in enumerate(parts)
+    ]
     joined = parts[0]
     for part in parts[1:]:
         joined.graph.node.extend(part.graph.node)
         joined.graph.initializer.extend(part.graph.initializer)
         joined.graph.value_info.extend(part.graph.value_info)
-        joined.functions.extend(part.functions)
-    for output, wanted in zip(joined.graph.output, first.graph.output, strict=True):
-        every = [output.name.replace("fold0/", f"fold{fold}/", 1) for fold in range(len(parts))]
-        made = (every[:1], "Identity") if wanted.name == "embedding" else (every, "Mean")
-        joined.graph.node.append(onnx.helper.make_node(made[1], made[0], [wanted.name]))
-        output.name = wanted.name
+    for output in joined.graph.output:
+        name = output.name.removeprefix("fold0/")
+        every = [f"fold{fold}/{name}" for fold in range(len(parts))]
+        made = ("Identity", every[:1]) if name == "embedding" else ("Mean", every)
+        joined.graph.node.append(onnx.helper.make_node(*made, [name]))
+        output.name = name
     return joined
 
 
@@ -193,33 +203,53 @@ def _quiet_exporter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def quantize(path: Path, images: Iterable[np.ndarray]) -> dict[str, Path]:
+def _quantize(path: Path, images: Iterable[np.ndarray]) -> dict[str, Path]:
     """Quantise an ONNX file's convolutions to 8-bit integers, with one weight scale per channel.
 
     Args:
-        path: As `write_onnx` wrote it.
-        images: Training images of the network's input size, uint8 (height, width); the scales are
-            set from the ranges of the feature maps on them.
+        path: The file of one network. ONNX Runtime's quantisation takes a time that grows with the
+            square of the number of operations, so folds are quantised before they are joined.
+        images: Training images of the network's input size, uint8 (height, width); the ranges of
+            the feature maps on them become the scales.
 
     Returns:
-        The file for each engine of `INT8`, beside `path`.
+        The file of each engine of `INT8`, beside `path`.
     """
-    written = {engine: path.with_suffix(f".{engine}.onnx") for engine in INT8}
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        folded, ranges = Path(folder) / "folded.onnx", Path(folder) / "ranges.json"
-        # Batch normalisation must be folded into the convolutions before they are quantised.
-        quant_pre_process(path, folded, skip_symbolic_shape=True)
-        for engine, out in written.items():
-            part = Path(folder) / out.name
-            quantize_static(
-                folded, part, _CalibrationImages(images), quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=QUANTIZED, per_channel=True, weight_type=QuantType.QInt8,
-                activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.MinMax,
-                extra_options={"OpTypesToExcludeOutputQuantization": INT8[engine]},
-                calibration_cache_path=ranges,  # written for the first engine, read for the others
-            )  # fmt: skip
-            part.replace(out)
-    return written
+    folded = path.with_suffix(".folded.onnx")
+    # Batch normalisation must be folded into the convolutions before they are quantised.
+    quant_pre_process(path, folded, skip_symbolic_shape=True)
+    both_sides, inputs_only = (path.with_suffix(f".{engine}.onnx") for engine in INT8)
+    quantize_static(
+        folded, both_sides, _CalibrationImages(images), quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=QUANTIZED, per_channel=True, weight_type=QuantType.QInt8,
+        activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.MinMax,
+    )  # fmt: skip
+    onnx.save(_without_output_quantization(onnx.load(both_sides)), inputs_only)
+    return dict(zip(INT8, (both_sides, inputs_only), strict=True))
+
+
+def _without_output_quantization(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Remove the quantisation of convolutions' outputs, except where a convolution reads it."""
+    nodes = model.graph.node
+    quantizer = {own.input[0]: own for own in nodes if own.op_type == "QuantizeLinear"}
+    dequantizer = {own.input[0]: own for own in nodes if own.op_type == "DequantizeLinear"}
+    convolutions = [own for own in nodes if own.op_type in QUANTIZED]
+    read = {name for own in convolutions for name in own.input}
+    renamed = {}
+    for node in convolutions:
+        first = quantizer[node.output[0]]
+        second = dequantizer[first.output[0]]
+        if second.output[0] not in read:
+            renamed[second.output[0]] = node.output[0]
+            nodes.remove(first)
+            nodes.remove(second)
+    for node in nodes:
+        for position, name in enumerate(node.input):
+            node.input[position] = renamed.get(name, name)
+    used = {name for node in nodes for name in node.input}
+    for stored in [own for own in model.graph.initializer if own.name not in used]:
+        model.graph.initializer.remove(stored)
+    return model
 
 
 class _CalibrationImages(CalibrationDataReader):
@@ -228,7 +258,7 @@ class _CalibrationImages(CalibrationDataReader):
 
     def get_next(self) -> dict | None:
         image = next(self._images, None)
-        return None if image is None else {"film": image[None, None]}
+        return None if image is None else {"image": image[None, None]}
 
 
 def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
@@ -293,7 +323,7 @@ def training_embeddings(workspace: Workspace, path: Path) -> tuple[np.ndarray, n
 
     Args:
         workspace: The run.
-        path: A triage network as `write_onnx` wrote it.
+        path: A triage network as `write_all` wrote it.
 
     Returns:
         Those of the images on which this network was trained, all folds but the first, shape
@@ -305,7 +335,7 @@ def training_embeddings(workspace: Workspace, path: Path) -> tuple[np.ndarray, n
     parts = np.array_split(pixels, max(1, len(pixels) // 16))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         early = Path(folder) / path.name  # the part of the network that computes embeddings
-        onnx.utils.extract_model(path, early, ["film"], ["embedding"])
+        onnx.utils.extract_model(path, early, ["image"], ["embedding"])
         run = open_network(early)
         embeddings = np.concatenate([run(part)[0] for part in parts])
     held_out = (training["fold"] == 0).to_numpy()
@@ -357,16 +387,32 @@ def write_all(
     """Write a network in float32 and, given calibration images, in int8.
 
     Args:
-        network, shape, path: As `write_onnx` takes them.
-        shown: Calibration images, as `quantize` takes them; if empty, only float32 is written.
+        network: Its weights stay the same; their memory layout may change.
+        shape: Height and width of the input, px, fixed in the files.
+        path: The float32 file; the others have its name and their engine's. The input is ``image``,
+            uint8 (n, 1, height, width) for any n; the outputs are ``prob``, ``heat`` and
+            ``embedding``, or ``boxes``.
+        shown: Calibration images: training images of the input's size, uint8 (height, width); if
+            empty, only float32 is written.
 
     Returns:
         ``file`` and ``sha256`` of each form, by its name.
     """
-    files = {"float32": write_onnx(network, shape, path)}
-    if len(shown):
-        files |= quantize(path, shown)
-    return {form: _facts(file) for form, file in files.items()}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        parts = _write_parts(network, shape, Path(folder))
+        forms = {"float32": parts}
+        if len(shown):
+            quantized = [_quantize(part, shown) for part in parts]
+            forms |= {engine: [own[engine] for own in quantized] for engine in INT8}
+        files = {}
+        for form, own in forms.items():
+            suffix = ".onnx" if form == "float32" else f".{form}.onnx"
+            joined = _join_folds([onnx.load(part) for part in own])
+            written = write_whole(
+                path.with_suffix(suffix), lambda part, model=joined: onnx.save(model, part)
+            )
+            files[form] = _facts(written)
+    return files
 
 
 def _facts(path: Path) -> dict[str, str]:

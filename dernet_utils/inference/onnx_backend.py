@@ -155,7 +155,7 @@ def open_network(path: Path, engine: str = "onnxruntime", threads: int | None = 
     """Return a function that runs an ONNX file.
 
     Args:
-        path: As `export.write_onnx` or `export.quantize` wrote it.
+        path: As `export.write_all` wrote it.
         engine, threads: As `open_pipeline` takes them.
 
     Returns:
@@ -176,7 +176,7 @@ def _onnxruntime(path: Path, threads: int | None) -> Run:
     # on cores that the next network needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"film": images})
+    return lambda images: session.run(None, {"image": images})
 
 
 def _openvino(path: Path, precision: str, threads: int | None) -> Run:
