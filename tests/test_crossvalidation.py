@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from dernet_utils.book import progress
+from dernet_utils.book.graph import data_digest
 from dernet_utils.book.prepare import prepare
 from dernet_utils.core import files
 from dernet_utils.core.errors import DernetError
@@ -419,9 +420,11 @@ def test_a_checkpoint_of_another_network_or_recipe_or_none_at_all(workspace, tmp
 @pytest.fixture
 def runs(tiny_dataset: Path, tmp_path: Path) -> Path:
     """A folder of runs whose `smoke` has the tiny dataset as its cohort."""
-    cohort = tmp_path / "smoke" / "cohort"
-    shutil.copytree(tiny_dataset, cohort)
-    (cohort / "manifest.json").write_text("{}")  # an existing cohort is not made again
+    run = tmp_path / "smoke"
+    shutil.copytree(tiny_dataset, run / "cohort")
+    (run / "cohort" / "manifest.json").write_text("{}")
+    # A cohort of the present data digest is not made again.
+    (run / "data.digest").write_text(data_digest(Workspace(get_profile("smoke"), run)))
     return tmp_path
 
 
