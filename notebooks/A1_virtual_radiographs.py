@@ -36,7 +36,7 @@
 # ```
 
 # %% tags=["parameters"]
-profile = ""  # smoke, laptop or paper; empty: DERNET_PROFILE, else laptop
+profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else laptop
 seed = 42  # of the virtual patients
 severity = 0.7  # of the lesions shown one by one, above 0 and at most 1; try 0.3
 spacing_mm = 0.4  # pixel size of most images here

@@ -541,6 +541,19 @@ def test_edges_of_confusion():
     assert type_confusion(none, none_found, 0.5).to_numpy().tolist() == [[0]]
 
 
+def test_tables_without_a_true_box_have_no_precision():
+    images = pd.DataFrame({"image_id": ["a", "b"], "study_id": ["1", "2"]})
+    images = images.assign(height=100, width=100)
+    corners = dict(zip(CORNERS, (0.0, 0.0, 1.0, 1.0), strict=True))
+    predictions = pd.DataFrame([{"image_id": "a", "lesion_type": "x", **corners, "score": 0.5}])
+    truth = predictions.drop(columns="score").head(0)
+    table = detection_table(truth, predictions, images, 100)
+    assert table.loc["mAP", "boxes"] == 0 and np.isnan(table.loc["mAP", "value"])
+    by_size = size_table(truth, predictions, images, resamples=100)
+    assert by_size["value"].isna().all() and (by_size["boxes"] == 0).all()
+    assert np.isnan(mean_difference(truth, predictions, predictions, images, 100).value)
+
+
 def test_errors_say_what_to_do():
     truth = table([["a", TYPES[0], 0, 0, 10, 10]])
     found = table([["a", TYPES[0], 0, 0, 10, 10, 0.5]], scored=True)

@@ -259,7 +259,8 @@ def _all_areas(
     """Return types, their numbers of true boxes, and each type's and the mean's APs by draw."""
     types = sorted(truth["lesion_type"].unique())
     matched = [match_boxes(truth, predictions, name, image_ids, iou) for name in types]
-    areas = np.stack([_areas(matches, weights) for matches in matched])
+    areas = np.array([_areas(matches, weights) for matches in matched])
+    areas = areas.reshape(len(types), len(weights))  # without a true box too
     present = ~np.isnan(areas)
     mean = np.nansum(areas, axis=0) / np.where(present.any(0), present.sum(0), np.nan)
     boxes = [int(matches.truths.sum()) for matches in matched]
