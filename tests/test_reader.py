@@ -73,8 +73,8 @@ def test_voi_lut_is_preferred_to_a_window():
     stored = np.array([[9, 10, 11, 12, 13]], np.uint16)
     table = lut([0, 1000, 4000], first=10, bits=12)
     grey = decode(stored, 12, VOILUTSequence=[table], WindowCenter=5, WindowWidth=2)
-    # Below the first entry the first holds, past the last the last.
-    assert grey.tolist() == [[0, 0, round(255 * 1000 / 4000), 255, 255]]
+    # Below the first entry the first holds, past the last the last; 12 bits end at 4095.
+    assert grey.tolist() == [[0, 0, round(255 * 1000 / 4095), 249, 249]]
 
 
 def test_modality_lut_feeds_the_window():
@@ -92,10 +92,76 @@ def test_lut_of_either_form_and_signed_start(vr):
     assert decode(stored, VOILUTSequence=[table]).tolist() == [[0, 0, 128, 255, 255]]
 
 
+SIGNS = [
+    # stored values, header, the first value of the table as 16 bits
+    (np.array([[-3, -2, -1, 0]], np.int16), {}, 0xFFFE),
+    (np.array([[0xFFFD, 0xFFFE, 0xFFFF, 0xFFFF]], np.uint16), {}, 0xFFFE),
+    (np.array([[0, 1, 2, 3]], np.uint16), {"RescaleSlope": 1, "RescaleIntercept": -3}, 0xFFFE),
+    (np.array([[3, 2, 1, 0]], np.uint16), {"RescaleSlope": -1, "RescaleIntercept": 0}, 0xFFFE),
+]
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+@pytest.mark.parametrize("vr", ["US", "SS"])
+@pytest.mark.parametrize(("stored", "header", "first"), SIGNS)
+def test_a_tables_first_value_has_the_sign_of_the_values_it_is_for(
+    stored, header, first, vr, syntax
+):
+    """Whatever its VR says: PS3.3 C.11.2.1.1."""
+    table = lut([0, 128, 255], first=0, bits=8)
+    first = first - 2**16 if vr == "SS" else first
+    table.add_new("LUTDescriptor", vr, [3, first, 8])
+    dataset = make_dataset(stored, 16, VOILUTSequence=[table], **header)
+    grey = pixels_of(encode(dataset, syntax))
+    assert grey.tolist() == [[0, 0, 128, 128 if stored[0, 3] == 0xFFFF else 255]]
+
+
+@pytest.mark.parametrize("vr", ["US", "SS"])
+@pytest.mark.parametrize(("dtype", "value"), [(np.int16, -7), (np.uint16, 0xFFF9)])
+def test_padding_has_the_sign_of_the_pixels(dtype, value, vr):
+    """Whatever its VR says: PS3.3 C.7.5.1.1.2."""
+    stored = np.array([[value, value + 1, 100, 200, 300]], np.int64).astype(dtype)
+    dataset = make_dataset(stored, 16, WindowCenter=200.5, WindowWidth=201)
+    written = value % 2**16
+    for keyword, more in (("PixelPaddingValue", 0), ("PixelPaddingRangeLimit", 1)):
+        number = written + more
+        dataset.add_new(keyword, vr, number - 2**16 if vr == "SS" else number)
+    dataset.PhotometricInterpretation = "MONOCHROME1"  # inverted, padding would be white
+    assert pixels_of(to_bytes(dataset)).tolist() == [[0, 0, 255, 128, 0]]
+
+
+@pytest.mark.parametrize(
+    ("entries", "bits", "white"),
+    [
+        ([0, 1000, 4095], 12, 4095),
+        ([0, 1000, 4000], 12, 4095),  # the device's white is not used
+        ([1000, 1000, 3000], 12, 4095),  # nor is its black
+        ([0, 20000, 40000], 16, 65535),
+        ([0, 1000, 4095], 0, 4095),  # no such depth: the fewest bits that hold the entries
+        ([0, 1000, 4095], 8, 4095),
+        ([0, 0, 0], 99, 1),
+    ],
+)
+def test_the_output_of_a_table_spans_its_bits(entries, bits, white):
+    stored = np.array([[0, 1, 2]], np.uint16)
+    grey = decode(stored, 12, VOILUTSequence=[lut(entries, first=0, bits=bits)])
+    assert grey.tolist() == [[round(255 * entry / white) for entry in entries]]
+
+
+@pytest.mark.parametrize("data", [[0, 128], [], None, b"", b"\x00\x01\x02\x03"])
+def test_a_table_with_too_few_entries_is_refused(data):
+    table = lut([0] * 5, first=0, bits=8)
+    table.add_new("LUTData", "OW" if isinstance(data, bytes) else "US", data)
+    with pytest.raises(DernetError, match="LUT"):
+        decode(np.array([[0, 1, 2]], np.uint16), 12, VOILUTSequence=[table])
+
+
 def test_lut_of_eight_bits_packed_two_to_a_word():
     stored = np.array([[0, 1, 2, 300]], np.uint16)
     table = lut([0, 85, 170, 255], first=0, bits=8, vr="OW")
     table.LUTData = bytes([0, 85, 170, 255])
+    assert decode(stored, 12, VOILUTSequence=[table]).tolist() == [[0, 85, 170, 255]]
+    table.add_new("LUTData", "US", [0x5500, 0xFFAA])  # the same bytes, called words
     assert decode(stored, 12, VOILUTSequence=[table]).tolist() == [[0, 85, 170, 255]]
 
 

@@ -39,9 +39,10 @@ def decode_dicom(data: bytes) -> tuple[np.ndarray, pydicom.Dataset]:
     """Decode a grey-scale DICOM image with one frame to 8-bit grey, in the standard's order.
 
     The modality LUT or rescale comes first, then the VOI LUT or, where there is none, the window
-    (the first of several); MONOCHROME1 is inverted last. The VOI's output spans 0 to 255; without
-    VOI LUT and window, the range of the image's values does. Padding pixels do not count and become
-    black. A window narrower than the standard permits is ignored.
+    (the first of several); MONOCHROME1 is inverted last. 0 to 255 is the range of the VOI LUT's
+    bits or the window; without both, it is the range of the image's values. Padding pixels do not
+    count and become black. A window narrower than the standard permits is ignored. The sign of a
+    padding value and of a LUT's first value is that of the values it is for, whatever its VR.
 
     Args:
         data: The file's bytes, in any transfer syntax that an installed decoder reads; pixels of 8

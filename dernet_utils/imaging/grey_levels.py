@@ -67,11 +67,12 @@ def to_uint8(fraction: np.ndarray) -> np.ndarray:
 
 def _is_padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
     """Return which stored values are pixel padding (PS3.3 C.7.5.1.1.2)."""
-    value = dataset.get("PixelPaddingValue")
+    value, limit = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
     if value is None:
         return np.zeros(stored.shape, bool)
-    limit = dataset.get("PixelPaddingRangeLimit")
-    low, high = sorted((value, value if limit is None else limit))
+    bits, signed = dataset.BitsAllocated, dataset.PixelRepresentation == 1
+    ends = (_with_sign(end, bits, signed) for end in (value, value if limit is None else limit))
+    low, high = sorted(ends)
     return (stored >= low) & (stored <= high)
 
 
@@ -79,9 +80,10 @@ def _apply_modality(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
     """Map stored values to the modality's values, float (PS3.3 C.11.1)."""
     if dataset.get("ModalityLUTSequence"):
         item = dataset.ModalityLUTSequence[0]
-        return _look_up(_lut_table(dataset, item), item, stored)
-    slope, intercept = _first(dataset, "RescaleSlope"), _first(dataset, "RescaleIntercept")
-    return stored.astype(float) * (1 if slope is None else slope) + (intercept or 0)
+        signed = dataset.PixelRepresentation == 1
+        return _look_up(_lut_table(dataset, item), item, stored, signed)
+    slope, intercept = _rescale(dataset)
+    return stored * slope + intercept
 
 
 def _apply_voi(dataset: pydicom.Dataset, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -89,14 +91,29 @@ def _apply_voi(dataset: pydicom.Dataset, values: np.ndarray, valid: np.ndarray) 
     if dataset.get("VOILUTSequence"):
         item = dataset.VOILUTSequence[0]
         table = _lut_table(dataset, item)
-        span = max(table.max() - table.min(), 1)
-        return _look_up((table - table.min()) / span, item, values)
+        return _look_up(table / _lut_top(item, table), item, values, _may_be_negative(dataset))
     center, width = _first(dataset, "WindowCenter"), _first(dataset, "WindowWidth")
     function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
     narrowest = 1 if function == "LINEAR" else np.finfo(float).tiny
     if center is not None and width is not None and width >= narrowest:
         return _apply_window(values, center, width, function)
     return stretch(values, valid)
+
+
+def _rescale(dataset: pydicom.Dataset) -> tuple[float, float]:
+    """Return slope and intercept; 1 and 0 where they are absent."""
+    slope, intercept = _first(dataset, "RescaleSlope"), _first(dataset, "RescaleIntercept")
+    return 1.0 if slope is None else slope, intercept or 0.0
+
+
+def _may_be_negative(dataset: pydicom.Dataset) -> bool:
+    """Return whether a value of the modality's may be negative, by the header alone."""
+    if dataset.get("ModalityLUTSequence"):
+        return False
+    half = 2 ** (dataset.BitsStored - 1)
+    low, high = (-half, half - 1) if dataset.PixelRepresentation == 1 else (0, 2 * half - 1)
+    slope, intercept = _rescale(dataset)
+    return min(slope * low, slope * high) + intercept < 0
 
 
 def _apply_window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
@@ -115,23 +132,60 @@ def _apply_window(values: np.ndarray, center: float, width: float, function: str
 
 
 def _lut_table(dataset: pydicom.Dataset, item: pydicom.Dataset) -> np.ndarray:
-    """Return the entries of a LUT, float (N,)."""
+    """Return the entries of a LUT, float (N,); they are unsigned (PS3.3 C.11.1.1.1, C.11.2.1.1).
+
+    Entries of 8 bits may be packed two to a word. Their number tells, whatever the VR.
+    """
+    entries = _with_sign(item.LUTDescriptor[0], 16, signed=False) or 2**16
     data = item.LUTData
     if data is None:
         raise ValueError("a LUT without entries")
     if isinstance(data, bytes):
-        entries = int(item.LUTDescriptor[0]) or 2**16
         order = "<" if dataset.original_encoding[1] else ">"
-        # 8-bit entries may be packed two to a word.
-        data = np.frombuffer(data, "u1" if len(data) < 2 * entries else f"{order}u2")[:entries]
-    return np.atleast_1d(np.asarray(data, float))
+        words = np.frombuffer(data, f"{order}u2")
+    else:
+        words = np.atleast_1d(np.asarray(data, np.int64)) & 0xFFFF
+    if words.size < entries <= 2 * words.size:
+        words = np.stack([words & 0xFF, words >> 8], axis=1).ravel()
+    if words.size < entries:
+        raise ValueError(f"a LUT with {words.size} entries of {entries}")
+    return words[:entries].astype(float)
 
 
-def _look_up(table: np.ndarray, item: pydicom.Dataset, values: np.ndarray) -> np.ndarray:
-    """Map values through a table; values beyond its ends take its first or last entry."""
-    first = int(item.LUTDescriptor[1])
+def _lut_top(item: pydicom.Dataset, table: np.ndarray) -> float:
+    """Return the value that is shown as white, by the descriptor's bits (PS3.3 C.11.2.1.1).
+
+    Where the entries do not fit these bits, it is that of the fewest bits that hold them.
+    """
+    bits, most = int(item.LUTDescriptor[2]), int(table.max())
+    fits = 1 <= bits <= 16 and most < 2**bits
+    return float(2 ** (bits if fits else max(most.bit_length(), 1)) - 1)
+
+
+def _look_up(
+    table: np.ndarray, item: pydicom.Dataset, values: np.ndarray, signed: bool
+) -> np.ndarray:
+    """Map values through a table; values beyond its ends take its first or last entry.
+
+    Args:
+        table: Shape (N,).
+        item: Its header, with the value that the first entry is for.
+        values: Any shape.
+        signed: Whether that value is signed; files write its sixteen bits with either sign.
+    """
+    first = _with_sign(item.LUTDescriptor[1], 16, signed)
     position = np.rint(values).astype(np.int64) - first
     return table[np.clip(position, 0, table.size - 1)]
+
+
+def _with_sign(value: int, bits: int, signed: bool) -> int:
+    """Return a header's integer with the sign that it must have, whatever its VR says.
+
+    >>> _with_sign(65526, 16, signed=True), _with_sign(-10, 16, signed=False)
+    (-10, 65526)
+    """
+    unsigned = int(value) % 2**bits
+    return unsigned - 2**bits if signed and unsigned >= 2 ** (bits - 1) else unsigned
 
 
 def _first(dataset: pydicom.Dataset, keyword: str) -> float | None:
