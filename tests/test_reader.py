@@ -1,5 +1,8 @@
 """Files to 8-bit grey: DICOM's pixel pipeline, transfer syntaxes, PNG and JPEG."""
 
+import struct
+import zlib
+from io import BytesIO
 from pathlib import Path
 
 import cv2
@@ -11,12 +14,14 @@ from dicom_files import encode, encode_with_gdcm, lut, make_dataset, to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from pydicom import uid
 from pydicom.data import data_manager
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.dicom import decode_dicom
+from dernet_utils.imaging.picture import JPEG_END
 from dernet_utils.imaging.radiograph import PNG_SIGNATURE
 from dernet_utils.imaging.reader import decode_radiograph, read_radiograph
 
@@ -389,6 +394,106 @@ def test_pictures_cut_short_are_refused(picture, suffix, kept):
     code = cv2.imencode(suffix, (picture >> 4).astype(np.uint8))[1].tobytes()
     with pytest.raises(DernetError, match="cut short; copy"):
         decode_radiograph(code[: int(kept * len(code))])
+
+
+def png_chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", crc)
+
+
+@pytest.fixture
+def grey(picture) -> np.ndarray:
+    return (picture >> 4).astype(np.uint8)
+
+
+@pytest.fixture
+def whole_png(grey) -> bytes:
+    return cv2.imencode(".png", grey)[1].tobytes()
+
+
+BESIDE = {
+    "a damaged text": png_chunk(b"tEXt", b"Comment\0spine", crc=1),
+    "a large text": png_chunk(b"zTXt", b"Raw\0\0" + bytes(9_000_000)),
+    "a damaged profile": png_chunk(b"iCCP", b"\1" * 40),
+    "a damaged gamma": png_chunk(b"gAMA", b"", crc=5),
+    "an unknown chunk": png_chunk(b"abCd", b"\xff" * 100),
+    "an animation": png_chunk(b"acTL", struct.pack(">2I", 2, 0))
+    + png_chunk(b"fcTL", struct.pack(">5I2H2B", 0, 40, 48, 0, 0, 1, 10, 0, 0))
+    + png_chunk(b"fdAT", struct.pack(">I", 1) + b"\x78\x9c\xff"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_a_png_picture_does_not_matter(grey, whole_png, name):
+    after_header = len(PNG_SIGNATURE) + 25
+    data = whole_png[:after_header] + BESIDE[name] + whole_png[after_header:]
+    np.testing.assert_array_equal(decode_radiograph(data).pixels, grey)
+
+
+@pytest.mark.parametrize("more", [bytes(5000), b"\xff\xda" * 500, b"IEND", PNG_SIGNATURE])
+def test_what_follows_a_picture_does_not_matter(grey, whole_png, more):
+    np.testing.assert_array_equal(decode_radiograph(whole_png + more).pixels, grey)
+    jpeg = cv2.imencode(".jpg", grey)[1].tobytes()
+    alone = decode_radiograph(jpeg).pixels
+    for data in (jpeg + more, jpeg[:-2] + bytes(2) + JPEG_END + more):
+        np.testing.assert_array_equal(decode_radiograph(data).pixels, alone)
+
+
+def test_pictures_without_an_end_mark_are_read_if_all_rows_are_there(grey, whole_png):
+    np.testing.assert_array_equal(decode_radiograph(whole_png[:-12]).pixels, grey)
+    jpeg = cv2.imencode(".jpg", grey)[1].tobytes()
+    np.testing.assert_array_equal(
+        decode_radiograph(jpeg.removesuffix(JPEG_END)).pixels, decode_radiograph(jpeg).pixels
+    )
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize("form", [{}, {"progressive": True}, {"restart_marker_blocks": 4}])
+def test_a_part_of_a_jpeg_with_an_end_mark_is_cut_short(grey, kept, form):
+    stream = BytesIO()
+    Image.fromarray(np.tile(grey, (6, 6))).save(stream, "JPEG", quality=95, **form)
+    whole = stream.getvalue()
+    assert decode_radiograph(whole).pixels.shape == (6 * 48, 6 * 40)
+    with pytest.raises(DernetError, match="cut short"):
+        decode_radiograph(whole[: int(kept * len(whole))] + JPEG_END)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 47])
+def test_a_png_with_too_few_rows_is_cut_short(grey, rows):
+    lines = b"".join(b"\0" + line.tobytes() for line in grey[:rows])
+    header = png_chunk(b"IHDR", struct.pack(">2I5B", 40, 48, 8, 0, 0, 0, 0))
+    data = PNG_SIGNATURE + header + png_chunk(b"IDAT", zlib.compress(lines))
+    with pytest.raises(DernetError, match="cut short"):
+        decode_radiograph(data + png_chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("side", [1, 3, 5, 40])
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_an_interlaced_png_is_whole_with_all_its_passes(side, interlaced):
+    """The seven passes of Adam7 are written by hand; no common library writes them."""
+    grey = np.arange(side * (side + 2), dtype=np.uint8).reshape(side, side + 2)
+    starts = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+              (0, 1, 1, 2)] if interlaced else [(0, 0, 1, 1)]  # fmt: skip
+    parts = [grey[y::down, x::right] for x, y, right, down in starts]
+    lines = [b"\0" + line.tobytes() for part in parts if part.size for line in part]
+
+    def png(lines):
+        header = struct.pack(">2I5B", side + 2, side, 8, 0, 0, 0, interlaced)
+        coded = png_chunk(b"IDAT", zlib.compress(b"".join(lines)))
+        return PNG_SIGNATURE + png_chunk(b"IHDR", header) + coded + png_chunk(b"IEND", b"")
+
+    np.testing.assert_array_equal(decode_radiograph(png(lines)).pixels, grey)
+    with pytest.raises(DernetError, match="cut short"):
+        decode_radiograph(png(lines[:-1]))
+
+
+def test_the_orientation_in_exif_data_is_applied(grey):
+    for form in ("PNG", "JPEG"):
+        stream, exif = BytesIO(), Image.Exif()
+        exif[0x0112] = 6  # rotate by 90 degrees, clockwise
+        Image.fromarray(grey).save(stream, form, quality=100, exif=exif)
+        turned = decode_radiograph(stream.getvalue()).pixels.astype(int)
+        assert np.abs(turned - np.rot90(grey, -1)).max() <= 4, form
 
 
 def test_damaged_picture_is_refused():

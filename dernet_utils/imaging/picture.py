@@ -1,0 +1,188 @@
+"""PNG and JPEG pictures as 8-bit grey.
+
+Decoders fill missing rows with grey or black, take bytes after a picture for part of it, and some
+die of an animation's frames. So a file is first reduced to its one still picture, and that is
+checked to be whole.
+"""
+
+import struct
+import zlib
+from io import BytesIO
+
+import cv2
+import numpy as np
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.imaging.grey_levels import stretch, to_uint8
+from dernet_utils.imaging.radiograph import MOST_PIXELS, PNG_SIGNATURE
+
+GREY_MODES = ("1", "L", "LA", "I", "I;16")  # Pillow's names
+COLOUR = 24  # a pixel counts as coloured where its channels differ by more levels
+UNDECODABLE = "the picture cannot be decoded; copy or export the file again."
+CUT_SHORT = "the picture is cut short; copy or download the file again."
+TOO_LARGE = "the picture's header declares more pixels than any radiograph has; export it again."
+# PNG (W3C, third edition): the chunks that make the picture, and the one with its orientation.
+CRITICAL = (b"IHDR", b"PLTE", b"IDAT")
+ORIENTATION, MOST_EXIF = b"eXIf", 2**16  # bytes
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+# Adam7: first column and row of each pass, and its steps.
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+          (0, 1, 1, 2))  # fmt: skip
+# JPEG (ITU-T T.81, table B.1): markers without a segment, and the end of the picture.
+STANDALONE = {0x00, 0x01, *range(0xD0, 0xD9)}
+RESTART, START_OF_SCAN, JPEG_END = 0xD0, 0xDA, b"\xff\xd9"
+
+
+def decode_picture(data: bytes, form: str) -> tuple[np.ndarray, float]:
+    """Decode PNG or JPEG; colour becomes grey by OpenCV's weights (ITU-R BT.601).
+
+    8-bit values are kept, since such a picture was made for display. 16-bit values do not define
+    how they are displayed, so their range is stretched to 0 to 255. An orientation in the EXIF
+    data is applied. What follows the picture in the file is ignored, as are an animation's further
+    frames and, in a PNG, all else that is not needed to show it.
+
+    Args:
+        data: The file's bytes.
+        form: ``PNG`` or ``JPEG``.
+
+    Returns:
+        uint8 (H, W), and the fraction of pixels in colour.
+
+    Raises:
+        DernetError: The picture is cut short, damaged, or has too many pixels.
+    """
+    still = _still_png(data) if form == "PNG" else _first_jpeg(data)
+    try:  # Pillow reads only the header here
+        header = (PngImageFile if form == "PNG" else JpegImageFile)(BytesIO(still))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DernetError(UNDECODABLE) from error
+    if header.width * header.height > MOST_PIXELS:
+        raise DernetError(TOO_LARGE)
+    if form == "JPEG" and not _is_whole(still):
+        raise DernetError(CUT_SHORT)
+    grey = _decode(still, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    coloured = 0.0
+    if header.mode not in GREY_MODES:
+        in_colour = _decode(still, cv2.IMREAD_COLOR)
+        coloured = float((np.ptp(in_colour, axis=2) > COLOUR).mean())
+    return grey if grey.dtype == np.uint8 else to_uint8(stretch(grey.astype(float))), coloured
+
+
+def _decode(still: bytes, flags: int) -> np.ndarray:
+    try:
+        found = cv2.imdecode(np.frombuffer(still, np.uint8), flags)
+    except cv2.error as error:  # for example more pixels than OpenCV's limit
+        raise DernetError(UNDECODABLE) from error
+    if found is None:
+        raise DernetError(UNDECODABLE)
+    return found
+
+
+# PNG --------------------------------------------------------------------------------------------
+
+
+def _still_png(data: bytes) -> bytes:
+    """Return a PNG file that holds a PNG's still picture and nothing else.
+
+    Raises:
+        DernetError: The picture is cut short, damaged, or has too many pixels.
+    """
+    kept, coded, at = [PNG_SIGNATURE], [], len(PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        chunk = data[at : at + 12 + length]
+        at += len(chunk)
+        if kind == b"IEND":
+            break
+        if len(chunk) < 12 + length:
+            if kind == b"IDAT":
+                coded.append(chunk[8:])
+            break
+        if kind == b"IDAT":
+            coded.append(chunk[8:-4])
+        if kind in CRITICAL or (kind == ORIENTATION and _is_intact(chunk)):
+            kept.append(chunk)
+    if len(kept) < 2 or kept[1][4:8] != b"IHDR" or len(kept[1]) != 25:
+        raise DernetError(CUT_SHORT if len(data) < 33 else UNDECODABLE)
+    _refuse_missing_rows(kept[1], coded)
+    kept.append(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
+    return b"".join(kept)
+
+
+def _is_intact(chunk: bytes) -> bool:
+    return len(chunk) <= MOST_EXIF and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+
+
+def _refuse_missing_rows(header: bytes, coded: list[bytes]) -> None:
+    """Refuse a PNG whose coded data hold fewer bytes than its rows need.
+
+    Args:
+        header: The chunk IHDR.
+        coded: The contents of the chunks IDAT.
+    """
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">2I5B", header, 8)
+    if width * height > MOST_PIXELS:
+        raise DernetError(TOO_LARGE)
+    if colour not in CHANNELS:
+        raise DernetError(UNDECODABLE)
+    bits = depth * CHANNELS[colour]
+    needed = 0
+    for left, top, right, down in PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            needed += rows * (1 + -(-columns * bits // 8))
+    inflating, found = zlib.decompressobj(), 0
+    try:
+        for part in coded:
+            waiting = part
+            while waiting and found < needed:
+                found += len(inflating.decompress(waiting, 2**20))
+                waiting = inflating.unconsumed_tail
+    except zlib.error as error:
+        raise DernetError(UNDECODABLE) from error
+    if found < needed:
+        raise DernetError(CUT_SHORT)
+
+
+# JPEG -------------------------------------------------------------------------------------------
+
+
+def _first_jpeg(data: bytes) -> bytes:
+    """Return a JPEG up to the end mark of its first picture, which is added where it is missing.
+
+    Raises:
+        DernetError: It ends before its first scan.
+    """
+    at, scans = 2, 0
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1:
+        marker = data[at + 1]
+        if marker == JPEG_END[1]:
+            return data[: at + 2]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker in STANDALONE:
+            at += 2
+        else:
+            scans += marker == START_OF_SCAN
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if not scans:
+        raise DernetError(CUT_SHORT)
+    return data + JPEG_END
+
+
+def _is_whole(still: bytes) -> bool:
+    """Return whether a JPEG holds all its pixels.
+
+    Further coded bytes before the end mark change nothing in a whole picture. Where rows are
+    missing, decoders take them for these rows. Pillow decodes, since OpenCV prints warnings.
+    """
+    more = np.random.default_rng(0).integers(0, 255, 512, dtype=np.uint8).tobytes()
+    restarts = (bytes((0xFF, RESTART + k % 8)) + more for k in range(16))  # whichever is expected
+    longer = still.removesuffix(JPEG_END) + more + b"".join(restarts) + JPEG_END
+    try:
+        one, other = (np.asarray(JpegImageFile(BytesIO(each))) for each in (still, longer))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DernetError(UNDECODABLE) from error
+    return np.array_equal(one, other)
