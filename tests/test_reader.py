@@ -304,7 +304,67 @@ def test_bits_above_those_stored_are_ignored(picture):
     )
 
 
+def without_preamble(data: bytes) -> bytes:
+    return data[132:]
+
+
+def without_meta(data: bytes) -> bytes:
+    return data[144 + int.from_bytes(data[140:144], "little") :]
+
+
+@pytest.mark.parametrize("remove", [without_preamble, without_meta])
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+@pytest.mark.parametrize("first", ["SpecificCharacterSet", "ImageType", "SOPClassUID"])
+def test_a_file_without_preamble_or_meta_information_is_read(picture, syntax, remove, first):
+    dataset = make_dataset(picture, 12, ImageType=["ORIGINAL", "PRIMARY"])
+    dataset.SpecificCharacterSet = "ISO_IR 100"
+    if first != "SpecificCharacterSet":
+        del dataset.SpecificCharacterSet
+    if first == "SOPClassUID":
+        del dataset.ImageType
+    data = remove(encode(dataset, syntax))
+    assert decode_radiograph(data).form == "DICOM"
+    np.testing.assert_array_equal(pixels_of(data), decode(picture, 12))
+
+
+@pytest.mark.parametrize("start", [b"\x08\x00", b"\x02\x00\x00\x00", b"\x08\x00\x05\x00CS"])
+def test_what_only_begins_like_dicom_is_refused_in_a_sentence(start):
+    for rest in (bytes(400), b"\xff" * 400, b"text " * 80):
+        with pytest.raises(DernetError, match="; "):
+            decode_radiograph(start + rest)
+
+
+@pytest.mark.parametrize("photometric", ["monochrome2", "Monochrome2 ", " MONOCHROME2"])
+def test_capitals_and_spaces_of_the_photometric_interpretation(picture, photometric):
+    grey = decode(picture, 12, PhotometricInterpretation=photometric)
+    np.testing.assert_array_equal(grey, decode(picture, 12))
+
+
+def test_a_monochrome_image_needs_no_samples_per_pixel(picture):
+    dataset = make_dataset(picture, 12)
+    for value in (None, ...):
+        if value is ...:
+            del dataset.SamplesPerPixel
+        else:
+            dataset.SamplesPerPixel = value
+        np.testing.assert_array_equal(pixels_of(to_bytes(dataset)), decode(picture, 12))
+
+
 # --- Refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [2, 80, 48 * 40 * 2])
+def test_more_pixels_than_the_header_says_are_refused(picture, more):
+    dataset = make_dataset(picture, 12)
+    dataset.PixelData += bytes(more)
+    with pytest.raises(DernetError, match="more than the header"):
+        decode_radiograph(to_bytes(dataset))
+
+
+def test_a_byte_that_makes_the_length_even_is_no_pixel():
+    odd = np.arange(15, dtype=np.uint8).reshape(3, 5)
+    assert len(make_dataset(odd).PixelData) % 2 == 0
+    assert decode(odd).shape == (3, 5)
 
 
 def test_bundled_files_are_read_or_refused_with_reason_and_help():

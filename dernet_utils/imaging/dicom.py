@@ -26,6 +26,7 @@ from dernet_utils.imaging.radiograph import (
 )
 
 REQUIRED = ("Rows", "Columns", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
+MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 # pydicom's names of the decoders, best first.
 DECODERS = ("pylibjpeg", "pyjpegls", "pydicom", "pillow", "gdcm")
 DECOMPRESS = (
@@ -119,7 +120,8 @@ def _read(file: BinaryIO, whole: bool) -> pydicom.Dataset:
     try:
         _refuse_bomb(file)
         file.seek(0)
-        header = pydicom.dcmread(file, stop_before_pixels=not whole)
+        header = pydicom.dcmread(file, stop_before_pixels=not whole, force=True)
+        _complete(header)
         reason = _refusal(header, whole)
     except UserWarning as error:  # pydicom's "End of file reached"
         raise DernetError("the DICOM file is cut short; copy it again.") from error
@@ -136,7 +138,7 @@ def _read(file: BinaryIO, whole: bool) -> pydicom.Dataset:
 def _refuse_bomb(file: BinaryIO) -> None:
     """Refuse a deflated file that would fill the memory: pydicom inflates without a limit."""
     file.seek(0)
-    filereader.read_preamble(file, False)
+    filereader.read_preamble(file, force=True)
     # Not public, but the only function that stops where pydicom starts to inflate.
     header = filereader._read_file_meta_info(file)
     if header.get("TransferSyntaxUID") != pydicom.uid.DeflatedExplicitVRLittleEndian:
@@ -147,6 +149,24 @@ def _refuse_bomb(file: BinaryIO) -> None:
         waiting = inflating.unconsumed_tail
         if size > 3 * MOST_PIXELS:
             raise ValueError("it inflates to more than any radiograph holds")
+
+
+def _complete(header: pydicom.Dataset) -> None:
+    """Set what a header leaves out, or writes otherwise, where it has one possible meaning.
+
+    That is the transfer syntax of a file without meta information, which cannot be compressed
+    (PS3.10, 7.1 and PS3.5, 10.1), the samples per pixel of a monochrome image, and capitals.
+    """
+    if not header.file_meta:
+        implicit, little = header.original_encoding
+        explicit = pydicom.uid.ExplicitVRLittleEndian if little else pydicom.uid.ExplicitVRBigEndian
+        syntax = pydicom.uid.ImplicitVRLittleEndian if implicit else explicit
+        header.file_meta.TransferSyntaxUID = syntax
+    photometric = header.get("PhotometricInterpretation")
+    if isinstance(photometric, str):
+        header.PhotometricInterpretation = photometric.strip().upper()
+        if photometric.strip().upper() in MONOCHROME and not header.get("SamplesPerPixel"):
+            header.SamplesPerPixel = 1
 
 
 def _refusal(header: pydicom.Dataset, whole: bool) -> str:
@@ -169,7 +189,7 @@ def _refusal(header: pydicom.Dataset, whole: bool) -> str:
             "directory, or it is cut short); choose an image, or copy the file again."
         )
     photometric = header.PhotometricInterpretation
-    if photometric not in ("MONOCHROME1", "MONOCHROME2") or header.get("SamplesPerPixel", 1) != 1:
+    if photometric not in MONOCHROME or header.SamplesPerPixel != 1:
         return (
             f"the DICOM image is in colour ({photometric}), where a radiograph is MONOCHROME1 or "
             "MONOCHROME2; export it in grey."
@@ -235,18 +255,23 @@ def _decode_pixels(dataset: pydicom.Dataset) -> np.ndarray:
 
 
 def _refuse_other_size(dataset: pydicom.Dataset) -> None:
-    """Refuse compressed pixels whose size is not the header's: decoders allocate memory for it.
+    """Refuse pixels whose size is not the header's: decoders allocate memory for it, or cut it.
 
     Raises:
         ValueError: The sizes differ.
     """
-    syntax = dataset.file_meta.TransferSyntaxUID
+    syntax, declared = (
+        dataset.file_meta.TransferSyntaxUID,
+        (int(dataset.Rows), int(dataset.Columns)),
+    )
+    raw = math.prod(declared) * dataset.BitsAllocated // 8  # bytes of one frame
     if not syntax.is_encapsulated:
+        if len(dataset.PixelData) > raw + 1:  # a byte makes an odd length even
+            raise ValueError("it holds more than the header's rows and columns")
         return
     coded = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
-    declared = int(dataset.Rows), int(dataset.Columns)
     if syntax == pydicom.uid.RLELossless:
-        if len(coded) > 64 + 2 * math.prod(declared) * dataset.BitsAllocated // 8:
+        if len(coded) > 64 + 2 * raw:
             raise ValueError("it holds more than the header's rows and columns")
         return
     found = _coded_size(coded)

@@ -15,6 +15,10 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_START = b"\xff\xd8\xff"
 DICOM_MARK = b"DICM"  # after a preamble of 128 bytes
 RECOGNISED_BY = 132  # number of first bytes that show a file's format
+# Without preamble a DICOM file begins with its first element: of the file meta information (group
+# 0002) or of the data set (group 0008), its length or its VR after the tag.
+FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")
+FIRST_VRS = (b"UL", b"OB", b"UI", b"CS", b"SH", b"DA", b"TM", b"LO", b"SQ")
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,24 @@ def recognise(data: bytes) -> str:
     >>> recognise(bytes(128) + b"DICM"), recognise(JPEG_START)
     ('DICOM', 'JPEG')
     """
-    if data[128:RECOGNISED_BY] == DICOM_MARK:
+    if data[128:RECOGNISED_BY] == DICOM_MARK or _begins_with_an_element(data):
         return "DICOM"
     if data.startswith(PNG_SIGNATURE):
         return "PNG"
     if data.startswith(JPEG_START):
         return "JPEG"
     raise DernetError(
-        'not an image: expected a DICOM (with its "DICM" mark at byte 128), PNG or JPEG file; '
-        "export the picture again in one of these forms."
+        "not an image: expected a DICOM, PNG or JPEG file; export the picture again in one of "
+        "these forms."
     )
+
+
+def _begins_with_an_element(data: bytes) -> bool:
+    """Return whether bytes begin as a DICOM data set in little endian without preamble."""
+    if len(data) < RECOGNISED_BY or data[:2] not in FIRST_GROUPS or data[3] > 0:
+        return False
+    implicit = int.from_bytes(data[4:8], "little")
+    return data[4:6] in FIRST_VRS or (implicit % 2 == 0 and implicit <= 64)  # a name or a code
 
 
 def read_bytes(path: Path | str) -> bytes:

@@ -42,8 +42,8 @@ def decode_radiograph(data: bytes) -> Radiograph:
     >>> decode_radiograph(b"hello")
     Traceback (most recent call last):
         ...
-    dernet_utils.core.errors.DernetError: not an image: expected a DICOM (with its "DICM" mark at \
-byte 128), PNG or JPEG file; export the picture again in one of these forms.
+    dernet_utils.core.errors.DernetError: not an image: expected a DICOM, PNG or JPEG file; export \
+the picture again in one of these forms.
     """
     form = recognise(data)
     if form == "DICOM":
