@@ -409,7 +409,7 @@ pd.Series(chosen | decision.thresholds, name="chosen").round(3).to_frame()
 # well. The tables below show how well they do.
 #
 # No choice of this run was made on the test split. But at `laptop` and `night` it was not used only once: their recipe
-# was changed after test scores were known ({ref}`sec:test-split`), so the results below may be too optimistic.
+# was changed after test scores were known ({ref}`sec:test-split`), so results there may be too optimistic.
 
 # %%
 test = found["densenet121"].test.drop(columns="prob")
