@@ -415,8 +415,9 @@ pd.DataFrame({"paper and dataset (VinDr-SpineXR)": theirs, f"this run ({kind})":
 # :class: warning
 # In all profiles except `paper`, every radiograph is computed from one donor's CT scan, which is deformed into many
 # bodies and given lesions of the spine. These radiographs are no evidence about people. Their purpose is to let every
-# step of the method be run and evaluated. {ref}`chap:virtual-radiographs` shows how they are made, and the
-# {doc}`../book/data_card` states their limits.
+# step of the method be run and evaluated. They show neither the neck nor the levels from L3 to S1, where, in people,
+# spondylolisthesis, stenosis and implants are commonest. Findings too faint to see are on the image but have no box.
+# {ref}`chap:virtual-radiographs` shows how they are made, and the {doc}`../book/data_card` states their limits.
 # ```
 #
 # ## Exercises

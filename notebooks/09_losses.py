@@ -462,8 +462,8 @@ glue_values("c09", {
 # {glue:text}`c09-prob-focal` with the focal loss and {glue:text}`c09-prob-entropy` with cross-entropy;
 # {glue:text}`c09-none-focal` and {glue:text}`c09-none-entropy` of the gradient come from negatives. The focal loss is
 # also small: with $\alpha_t = 0.25$ and the paper's $\lambda_{cls} = 0.5$ the class term may become much smaller than
-# the other two. Its effect on the lesions found after a short run from random weights was measured when the profile
-# `laptop` was set: {ref}`sec:chosen`.
+# the other two. Its effect on the lesions found after a short run is not established. The profile `laptop` uses
+# cross-entropy instead; that choice rests on unrecorded pilot runs alone, one seed each ({ref}`sec:chosen`).
 #
 # ## An edge as a distribution
 #

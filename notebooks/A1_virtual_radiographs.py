@@ -756,9 +756,9 @@ show_figure("ca1-fig-truth", fig)
 # ```
 #
 # Here {eq}`eq:visibility` gives {glue:text}`ca1-cnr`. A finding is labelled in a view if its visibility is at least
-# {glue:text}`ca1-seen` and at least half of its shadow is inside the image. The fourth part of the ground truth is
-# the box: the mask's bounding box with a margin, because annotators draw slightly outside the lesion. Now we write
-# all of it as a cohort does, and read it back.
+# {glue:text}`ca1-seen` and at least half of its shadow is inside the image. Otherwise it has no box, and a detector
+# that finds it is charged with a false positive. The fourth part is the box: the mask's bounding box with a margin,
+# because annotators draw slightly outside the lesion. Now we write all of it as a cohort does, and read it back.
 
 # %%
 planned = patient | {"views": [straight]}
@@ -785,10 +785,10 @@ assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # tw
 # score, and answer questions of physics (superposition, noise, magnification). They cannot show how a network
 # performs on patients. A radiologist who reads them would object to several things:
 #
-# - There is one donor. All patients share his or her ribs, heart and vessels, though deformed, and the contrast
-#   agent; there is neither neck nor sacrum.
+# - There is one donor, perhaps with lesions of his or her own. All patients share the ribs, heart and vessels, though
+#   deformed, and the contrast agent. The neck and L3 to S1 are missing.
 # - The lesions are clean. A real spur is accompanied by sclerosis, gas in a disc and a dozen neighbours; a real
-#   collapse breaks the cortex. Slips are rare where this scan has its vertebrae, around the thoracolumbar junction.
+#   collapse breaks the cortex. Slips, stenosis and implants are commonest at the missing levels.
 # - The CT was taken of a person lying down, with voxels larger than a trabecula: bone has no texture.
 # - Scatter is a blur, the beam has three energies, and the display processing is one recipe out of many.
 # - Radiologists disagree with one another; a computed box has no second reader.

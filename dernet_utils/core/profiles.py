@@ -72,14 +72,15 @@ PROFILES = {
             bootstrap=200, timings=2, timed_px=64, timed_size=(96, 64),
         ),
         # A first run. Networks start from random weights, so the learning rate is higher than in
-        # the paper, whose networks start from ImageNet and COCO weights.
+        # the paper, whose networks start from ImageNet and COCO weights. The focal loss is off, for
+        # which unrecorded pilot runs are the only reason.
         Profile(
             name="laptop", patients=560, folds=2, cache_px=640,
             triage_px=128, triage_epochs=3, triage_batch=16, triage_lr=5e-4,
             triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
             detect_size=(192, 128), detect_epochs=28, detect_batch=6, detect_lr=5e-4,
             detect_scale=0.2, detect_repeat=True, mosaic_until=13, baseline_seconds=30,
-            focal_gamma=0.0, focal_alpha=0.5,  # cross-entropy, halved: see Deviations
+            focal_gamma=0.0, focal_alpha=0.5,  # half the cross-entropy: see Deviations
         ),
         # A night on two cores: `laptop` with more time for each detector and with the focal loss.
         Profile(

@@ -39,8 +39,8 @@ FASTER_RCNN, RETINANET, RT_DETR = "Faster R-CNN", "RetinaNet", "RT-DETR-L"
 BASELINES = (FASTER_RCNN, RETINANET, RT_DETR, "YOLO11-n", "YOLO11-s", "YOLO11-L")
 WARM_STEPS = 20  # ours: AdamW's first steps from random weights are as large as its later ones
 CLIP = 10.0  # ultralytics' limit of a gradient's norm
-# Peak of AdamW's learning rate as a fraction of YOLO11's. Ours, not tuned; in the order of the
-# authors' own: lower for the other detectors, lowest for the transformer.
+# Peak of AdamW's learning rate as a fraction of YOLO11's. Ours, not searched, whereas YOLO11-L's
+# was; in the order of the authors' own: lower for the other detectors, lowest for the transformer.
 LR_SHARE = {FASTER_RCNN: 0.25, RETINANET: 0.25, RT_DETR: 0.1}
 
 
