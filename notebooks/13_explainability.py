@@ -666,9 +666,9 @@ per_type = pd.DataFrame({way: [record[way][0] for record in in_true] for way in 
 per_type.groupby(kinds).mean().assign(n=kinds.value_counts()).rename_axis("lesion type").round(2)
 
 # %% [markdown]
-# For the types that move tissue, the mask is a convention: an anatomical region without a density of its own, whose
-# edges no contrast marks. There the overlap measures agreement with that convention. The smaller the lesion, the more
-# its uncertain edge counts.
+# For the types that move tissue, the mask is a convention, a whole anatomical region, and the overlap measures
+# agreement with that convention. Those of narrowed discs and slipped vertebrae have no density of their own, so no
+# contrast marks their edges. The smaller the lesion, the more its uncertain edge counts.
 #
 # ## Where explanations mislead
 #
