@@ -571,9 +571,9 @@ show_figure("c10-fig-ap", draw.draw_intervals(shown, shown.index[-1], label, (-0
 #
 # On the test split the network reaches an mAP@0.5 of **{glue:text}`c10-map`**. {numref}`fig:average-precision` shows
 # the values behind that mean. The mean gives a type with five boxes the same weight as one with five hundred, so the
-# rare types, measured worst, decide much of it. Their own intervals inform nobody. With four boxes and none found it
-# is [0, 0], yet a detector that finds every second lesion misses four in a row once in sixteen times; ten boxes may
-# give [0.34, 1.0].
+# rare types, measured worst, decide much of it. Their own intervals inform nobody. With four boxes and none found,
+# the interval is [0, 0], yet a detector that finds every second lesion misses four in a row once in sixteen times;
+# ten boxes may give [0.34, 1.0].
 #
 # {glue:text}`c10-easy-hard` What should we expect? A bright, sharp object that looks alike in every patient should be
 # easier to learn than a narrowing of a few pixels that is visible only by comparison with its neighbours.
