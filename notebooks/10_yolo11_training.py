@@ -138,8 +138,8 @@ counts
 # %% [markdown]
 # The commonest type has {glue:text}`c10-imbalance` times as many training boxes as the rarest
 # ({glue:text}`c10-rarest`). {glue:text}`c10-unseen` The paper gives the ratio 46.9 : 1 for VinDr-SpineXR. Keep the
-# small numbers in the table in mind: an average precision computed from a handful of test boxes can take almost any
-# value, as its interval below shows.
+# small numbers in the table in mind: an average precision from a handful of test boxes informs nobody, whatever
+# its interval.
 #
 # An option of the profile draws images of rare types more often. A type on a fraction $f$ of the images gets the
 # *repeat factor* {cite}`gupta2019`
@@ -570,8 +570,10 @@ show_figure("c10-fig-ap", draw.draw_intervals(shown, shown.index[-1], label, (-0
 # ```
 #
 # On the test split the network reaches an mAP@0.5 of **{glue:text}`c10-map`**. {numref}`fig:average-precision` shows
-# the values behind that mean. The mean gives a type with five boxes the same weight as one with five hundred, so its
-# interval is wide mostly because those of the rare types are.
+# the values behind that mean. The mean gives a type with five boxes the same weight as one with five hundred, so the
+# rare types, measured worst, decide much of it. Their own intervals inform nobody. With four boxes and none found,
+# the interval is [0, 0], yet a detector that finds every second lesion misses four in a row once in sixteen times;
+# ten boxes may give [0.34, 1.0].
 #
 # {glue:text}`c10-easy-hard` What should we expect? A bright, sharp object that looks alike in every patient should be
 # easier to learn than a narrowing of a few pixels that is visible only by comparison with its neighbours.
@@ -779,7 +781,7 @@ pd.Series({"mean of seven": all_seven, "without Other lesions": without_other}).
 # - Its training minimises {eq}`eq:total-loss`, a sum of three terms: overlap, class, and the distribution of edges.
 # - Mosaic is cheap augmentation with images that do not occur in the clinic; it stops so that training finishes on
 #   images that do.
-# - AP is the mean height of a precision-recall curve. It is informative only with enough boxes, so read its interval
-#   before its value.
+# - AP is the mean height of a precision-recall curve. It is informative only with enough boxes, so read n and the
+#   interval before the value.
 # - At `laptop` and `night` the test split was not used only once: their recipe was changed after test scores were
 #   known ({ref}`sec:test-split`).

@@ -400,14 +400,18 @@ here = pd.DataFrame.from_dict(here, orient="index", columns=heads)
 here.rename_axis(f"this run: {kind}, AP@0.5 (%)").map("{:.1f}".format).replace("nan", "–")
 
 # %% [markdown]
-# {numref}`fig:other-detectors` shows the intervals of this run's means. Four of the paper's rows have no counterpart
-# here:
+# {numref}`fig:other-detectors` shows the intervals of this run's means. Do not rank detectors by a column with few
+# test boxes ({ref}`chap:yolo11-training` counts them). From four boxes that a detector never finds, resampling gives
+# [0, 0], and from ten it may give [0.34, 1.0]: neither informs anybody. An interval of [0, 0] is no certainty either,
+# because no resample can contain a hit that the test split lacks.
+#
+# Four of the paper's rows have no counterpart here:
 #
 # | row | why it is not run here |
 # |---|---|
 # | DINO | its authors' research code needs kernels compiled for a GPU; RT-DETR represents the family |
 # | Sparse R-CNN | research code built on another research framework, outside the libraries that this book pins |
-# | VinDr-SpineXR | its baseline is a detector gated by a classifier; weights and data may not be passed on |
+# | VinDr-SpineXR | Sparse R-CNN with a soft gate ({ref}`chap:pipeline`); weights and data may not be passed on |
 # | EGCA-Net | we know of no published code |
 #
 # ## Exercises

@@ -126,7 +126,8 @@ glue_values("c12", {"rho": f"{rho:.2f}", "design": f"{1 + (m - 1) * rho:.2f}"})
 # In this run $\rho$ is {glue:text}`c12-rho`, on {glue:text}`c12-n-held` images from {glue:text}`c12-n-held-studies`
 # studies, and the design effect is {glue:text}`c12-design`: treating images as independent understates the variance
 # of a mean by this factor. With more images per study, or with a network that relies on what a patient's images have
-# in common, it would be larger.
+# in common, it would be larger, but not without limit: $\rho$ is at most 1, so $D$ is at most $m$, as if a study
+# counted as one image. (With unequal numbers of images the limit is somewhat higher.)
 #
 # ## The bootstrap, as one multiplication
 #
@@ -471,8 +472,9 @@ false_positives.round(3).to_frame()
 # incorrectly, carry no information about which is better. There remain $n_{10}$ images that only the first network
 # classifies correctly and $n_{01}$ that only the second does. If the networks are equally good, each of these images
 # is equally likely to be of either kind, like the toss of a coin; an exact binomial test asks whether the split is
-# more uneven than chance explains {cite}`mcnemar1947`. The test treats images as independent, so the warning of
-# {numref}`fig:coverage` applies to it.
+# more uneven than chance explains {cite}`mcnemar1947`. The test treats images as independent, but the images of a
+# study are not, and {numref}`fig:coverage` shows what that does to its false positives. We print its p because papers
+# do; where studies have several images, it does not count. What counts is the paired comparison by study.
 
 # %%
 columns, held_columns = (
@@ -544,8 +546,12 @@ glue_values("c12", {"stands": text})
 # ({ref}`sec:test-split`), and no correction for multiple testing covers that.
 #
 # The columns answer different questions: DeLong's test concerns the ranking at all thresholds, McNemar's test one
-# threshold, the t-test the recipe. The t-test has one degree of freedom fewer than there are folds (here
-# {glue:text}`c12-folds`); with two folds it can hardly reject anything.
+# threshold, the t-test the recipe. They do not weigh the same. What counts here is the difference with its interval
+# by study, and DeLong's p by study after Holm's correction. McNemar's p is by image. {numref}`fig:coverage` shows
+# that it rejects too often when the images of a study are alike, so here it does not count, whichever way it falls.
+# The t-test has one degree of freedom fewer than there are folds (here {glue:text}`c12-folds`). With two folds, as at
+# `laptop` and `night`, one is left: at 5 % it then rejects only beyond $|t| = 12.7$, and informs nobody, whether it
+# rejects or not.
 #
 # ### By hand: Holm
 #
@@ -589,8 +595,11 @@ clear = [name for name, (_, wide) in table_3.items() if wide.low > 0 or wide.hig
 glue_values("c12", {"table-3": f"{len(clear)} of {len(table_3)} of them exclude zero"})
 
 # %% [markdown]
-# Simultaneous intervals are wider, and {glue:text}`c12-table-3`. That chapter says which terms were not equal, and
-# what short trainings from random weights can show about architectures.
+# Simultaneous intervals are wider, and {glue:text}`c12-table-3`. These are intervals of a mean over lesion types in
+# which a type with four boxes weighs as much as one with hundreds. For a type that a detector never finds, every
+# resample gives an AP of 0; that part of the uncertainty is missing from the interval, which is then too narrow.
+# {ref}`chap:other-detectors` says which terms were not equal, and what short trainings from random weights can show
+# about architectures.
 #
 # ## How many studies would it take?
 #
@@ -658,7 +667,7 @@ show_figure("c12-fig-power", fig)
 # |---|---|---|
 # | how uncertain is this AUROC, F1 or mAP? | bootstrap; BCa near an end of the scale | study |
 # | does one network rank images better than another? | DeLong, or a paired bootstrap | study |
-# | is it correct more often at its threshold? | paired bootstrap; McNemar if each study has one image | study |
+# | is it correct more often at its threshold? | paired bootstrap; McNemar only if each study has one image | study |
 # | is one recipe better than another? | corrected t over folds, and more seeds | training |
 # | several of these at once | Holm for p, Bonferroni for intervals | – |
 # | can the difference be detected at all? | power, before the test split is opened | study |
@@ -744,6 +753,6 @@ print(f"{factor:.2f}; the root of the design effect is {np.sqrt(1 + 3 * 0.6):.2f
 # - The unit of a radiology test set is the study. If images are the unit, 95 % is not 95 %.
 # - A bootstrap can be computed with a matrix of weights instead of copies of images. DeLong's formula gives an
 #   AUROC's interval without resampling. Both can be computed by study.
-# - Folds share training images, so correct the t-test or do not use it.
+# - Folds share training images, so correct the t-test or do not use it; with two folds, do not use it.
 # - Fix all comparisons beforehand, correct for their number, and print the interval of the difference.
 # - First ask how many studies it would take to detect the difference.

@@ -19,7 +19,7 @@
 #
 # :::{admonition} In this chapter
 # **You will be able to** compute a Grad-CAM map by hand, explain a single prediction with LIME, outline a lesion
-# inside a box, and evaluate the results against exact masks, maps that ignore the image, networks that have not
+# inside a box, and evaluate the results against computed masks, maps that ignore the image, networks that have not
 # learnt the task, and the same radiograph without its lesion.
 #
 # **You need** {ref}`chap:densenet121` for the network and {ref}`chap:statistics` for intervals.
@@ -30,7 +30,7 @@
 # The paper shows three kinds of pictures (its Fig. 4) and says that LIME "confirms the model's focus on meaningful
 # structures", that Grad-CAM aligns "precisely to pathological lesions" and that masks show "high overlap with ground
 # truth" {cite}`dernet`. A picture convinces by looking right. This chapter measures how often it *is* right. A virtual
-# radiograph has what no real one has: the exact shadow of each lesion, and a *counterfactual*, the same radiograph
+# radiograph has what no real one has: the computed shadow of each lesion, and a *counterfactual*, the same radiograph
 # without that lesion ({ref}`chap:virtual-radiographs`).
 
 # %% tags=["parameters"]
@@ -83,13 +83,20 @@ glue_values("c13", {
     "profile": numbers.name, "n": len(chosen), "n-studies": len(set(study)), "px": px,
     "samples": lime_samples, "seeds": lime_seeds, "segments": explain.SEGMENTS,
     "kind": "virtual radiographs" if exact else "radiographs",
-    "masks": "the exact shadow" if exact else "the boxes",
+    "masks": "the computed shadow" if exact else "the boxes",
 })  # fmt: skip
 
 # %% [markdown]
 # From the test split we draw at random {glue:text}`c13-n` {glue:text}`c13-kind`, of {glue:text}`c13-n-studies`
-# studies, each with at least one labelled lesion. The mask of a virtual radiograph is the union of the exact shadows
-# of its labelled lesions. Real radiographs come with boxes only, so their mask is the union of the filled boxes.
+# studies, each with at least one labelled lesion. The mask of a virtual radiograph is the union of the shadows of its
+# labelled lesions. Real radiographs come with boxes only, so their mask is the union of the filled boxes.
+#
+# How exact is a shadow? Its edge is known only to the spacing of the rays, 0.7 mm in the plane of the spine, or about
+# one and a half to three and a half pixels of a stored image. The shadow ends where a ray crosses less than 0.8 mm of
+# the lesion, or less than 15 % of its thickest part; both limits are our choice. Where a lesion *moves* tissue (disc
+# space narrowing, vertebral collapse, spondylolisthesis), the moved tissue casts no shadow of its own. The mask is
+# then, by convention, the projection of the disc, of the vertebral body, or of the disc with the adjoining parts of
+# both bodies ({ref}`chap:virtual-radiographs`).
 
 
 # %%
@@ -99,7 +106,7 @@ def shrink(mask, size):
 
 
 def exact_masks(image, size):
-    """For a virtual radiograph: type and exact mask of each labelled lesion."""
+    """For a virtual radiograph: type and mask of each labelled lesion."""
     counterfactuals = read_counterfactuals(workspace.data_root, image.image_id)
     own = findings[findings["image_id"] == image.image_id]
     return [(row.lesion_type, shrink(counterfactuals[row.number].mask, size)) for row in own.itertuples()]
@@ -270,7 +277,7 @@ show_figure("c13-fig-explained", fig)
 # ```{glue:figure} c13-fig-explained
 # :name: fig:explained
 # :alt: Three radiographs in rows; in columns the true boxes, a LIME map, a Grad-CAM map and drawn masks, with the
-# :  exact outline of the lesions dashed.
+# :  outline of the lesions' shadows dashed.
 # LIME (DenseNet121), Grad-CAM (DERNet) and masks, the counterpart of the paper's Fig. 4: the evaluated test images
 # with the most lesions. Dashed blue: {glue:text}`c13-masks` of the lesions. Orange: masks drawn inside the true
 # boxes. {glue:text}`c13-kind`, profile {glue:text}`c13-profile`.
@@ -439,8 +446,8 @@ pd.DataFrame(removal).T
 #
 # If a map looks much the same for a network that has not learnt the task, it describes the image and not the network
 # {cite}`adebayo2018`. We compute the rank correlation of DenseNet121's maps with those of three other networks: the
-# DenseNet121 of another fold, which should agree; one with random weights; and one trained on shuffled labels, which
-# cannot have learnt anything about lesions.
+# DenseNet121 of another fold, which should agree; one with random weights; and one trained on shuffled labels, from
+# which nothing about lesions can be learnt.
 
 # %%
 table = crossvalidation.triage_images(workspace)
@@ -492,9 +499,11 @@ glue_values("c13", {
 # The maps of two networks that were trained on the same task, with different folds held out, have a mean rank
 # correlation of {glue:text}`c13-folds-alike`; with random weights it is {glue:text}`c13-random-alike`, with shuffled
 # labels {glue:text}`c13-misled-alike`. The first should be clearly above the other two; otherwise the map reveals
-# little of what was learnt. LIME's weights from two random seeds have a mean rank correlation of
-# {glue:text}`c13-stable` ({glue:text}`c13-seeds` seeds). Anyone who shows a LIME picture from a single seed should
-# say so.
+# little of what was learnt. The control with shuffled labels is not trained as long as the network that it controls:
+# one epoch, from random weights and without crops, on the images of one fold, where the network had all of the
+# profile's epochs on all folds but one. Its maps may differ for that reason as well as for its labels. LIME's weights
+# from two random seeds have a mean rank correlation of {glue:text}`c13-stable` ({glue:text}`c13-seeds` seeds). Anyone
+# who shows a LIME picture from a single seed should say so.
 #
 # ## Test 4: the same radiograph without the lesion
 #
@@ -505,7 +514,7 @@ glue_values("c13", {
 
 # %%
 def without_lesion(image):
-    """The enhanced image without its most visible labelled lesion, and that lesion's exact mask."""
+    """The enhanced image without its most visible labelled lesion, and that lesion's mask."""
     own = findings[findings["image_id"] == image.image_id].sort_values("visibility").iloc[-1]
     counterfactual = read_counterfactuals(workspace.data_root, image.image_id)[own["number"]]
     grey = counterfactual.without(read_radiograph(image.dicom_path).pixels)
@@ -587,14 +596,14 @@ glue_values("c13", {
 #
 # ## Are the masks right?
 #
-# Each labelled lesion of a virtual radiograph has its exact mask, so the overlap can be measured. We do so for the
-# filled box and for the ellipse in its centre, both of which ignore the image, for GrabCut, and for GrabCut with the
-# heat map; first inside true boxes, then inside the boxes that the detector found.
+# Each labelled lesion of a virtual radiograph has its mask, so the overlap can be measured. We do so for the filled
+# box and for the ellipse in its centre, both of which ignore the image, for GrabCut, and for GrabCut with the heat
+# map; first inside true boxes, then inside the boxes that the detector found.
 
 
 # %%
 def overlaps(row, box, shadow):
-    """IoU and Dice of four masks in a box with a lesion's exact mask."""
+    """IoU and Dice of four masks in a box with a lesion's mask."""
     heat = enlarged(row, maps["DERNet"][row])
     drawn = {
         "filled box": explain.filled_box(box, shadow.shape),
@@ -644,7 +653,7 @@ gains = {"mask": ("GrabCut", "ellipse"), "heat": ("GrabCut and heat map", "GrabC
 groups = np.array([record["study"] for record in in_true])
 for key, (one, other) in gains.items():
     gain = [record[one][0] - record[other][0] for record in in_true]
-    glue_values("c13", {f"{key}-gain": f"{mean_of(gain, groups):+.3f}" if in_true else "(no exact masks here)"})
+    glue_values("c13", {f"{key}-gain": f"{mean_of(gain, groups):+.3f}" if in_true else "(no masks here)"})
 
 # %% [markdown]
 # In true boxes, the IoU of GrabCut minus that of the ellipse is {glue:text}`c13-mask-gain`; the heat map adds
@@ -657,8 +666,9 @@ per_type = pd.DataFrame({way: [record[way][0] for record in in_true] for way in 
 per_type.groupby(kinds).mean().assign(n=kinds.value_counts()).rename_axis("lesion type").round(2)
 
 # %% [markdown]
-# The masks of narrowed discs and slipped vertebrae are anatomical regions without a density of their own, so no
-# contrast marks their edges.
+# For the types that move tissue, the mask is a convention, a whole anatomical region, and the overlap measures
+# agreement with that convention. Those of narrowed discs and slipped vertebrae have no density of their own, so no
+# contrast marks their edges. The smaller the lesion, the more its uncertain edge counts.
 #
 # ## Where explanations mislead
 #

@@ -26,7 +26,7 @@
 # ```{admonition} In this chapter
 # :class: tip
 # **You will be able to** compute a radiograph from a CT by the Beer–Lambert law; change one number of a virtual body,
-# lesion or exposure and predict its effect on the image; read the exact ground truth of every virtual radiograph:
+# lesion or exposure and predict its effect on the image; read the computed ground truth of every virtual radiograph:
 # mask, counterfactual, visibility and box.
 #
 # **You need** Python with `numpy`, and the exponential function. No network is trained here, and no image of the
@@ -318,8 +318,7 @@ show_figure("ca1-fig-ray", fig)
 #
 # ## A body from the donor
 #
-# A cohort starts as a *plan*: plain numbers for every patient, drawn from one seed. Nothing is rendered yet, so
-# planning three hundred patients is quick.
+# A cohort starts as a *plan*: plain numbers for every patient, drawn from one seed. Nothing is rendered yet.
 
 # %%
 plans = plan_cohort(300, seed, bodies)
@@ -704,9 +703,10 @@ show_figure("ca1-fig-steps", fig)
 # ## The ground truth of an image
 #
 # In a real radiograph, a radiologist draws a box. Here the ground truth is computed, in four parts. The *mask* is the
-# lesion's shadow. The *counterfactual* is the same image, with the same quanta, without this one finding. The
-# *visibility* measures how strongly the two differ, as the contrast-to-noise ratio that has described the eye's
-# detection threshold since Rose {cite}`rose1948`:
+# lesion's shadow, to the 0.7 mm between rays; for moved tissue it is, by convention, the region concerned. The
+# *counterfactual* is the same image, with the same quanta, without this one finding. The *visibility* measures how
+# strongly the two differ, as the contrast-to-noise ratio that has described the eye's detection threshold since Rose
+# {cite}`rose1948`:
 #
 # $$
 # \mathrm{CNR} = \frac{\sqrt{\frac{1}{|\mathcal{Q}|} \sum_{p \in \mathcal{Q}} \Delta(p)^2}}
@@ -867,7 +867,7 @@ assert abs(at_dose[2] / at_dose[0] - 1) < 0.15
 
 # %% [markdown]
 # A hundred times the dose hardly changes the visibility. In a chest radiograph the "noise" that hides a spur is
-# anatomy: ribs, vessels, the edge of its own vertebra. It does not decrease with dose. Another view may help more.
+# anatomy: ribs, vessels, the edge of its own vertebra. It does not decrease with dose.
 #
 # ```{solution-end}
 # ```

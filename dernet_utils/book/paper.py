@@ -8,6 +8,7 @@ from dernet_utils.metrics.intervals import Interval
 
 TRAIN_IMAGES = 8389  # VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021)
 # AUROC, F1, sensitivity, specificity in per cent, in the order of METRICS; None: not printed.
+# By its own abstract, HealNNet's AUROC is of 468 images, not of 2,078.
 TABLE_2 = {
     "VinDr Ensemble": (88.61, 81.06, 83.07, 79.32),
     "HealNNet": (88.84, 81.20, None, None),
@@ -17,6 +18,8 @@ TABLE_2 = {
     "DERNet": (91.03, 83.09, 84.91, 81.68),
 }
 # AP of the seven types, in the order of LESION_TYPES, then mAP; at IoU 0.5, in per cent.
+# The VinDr-SpineXR row has a soft gate (Nguyen et al.): the detector's boxes below a confidence of
+# 0.5 are dropped on images that the classifier calls normal.
 TABLE_3 = {
     "DINO": (16.58, 22.87, 28.53, 32.71, 59.78, 41.28, 3.24, 29.28),
     "RetinaNet": (14.53, 25.35, 41.67, 32.14, 65.49, 51.85, 5.30, 28.09),

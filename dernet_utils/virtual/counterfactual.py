@@ -1,4 +1,4 @@
-"""Counterfactuals: each finding's exact mask, and the same radiograph without the finding.
+"""Counterfactuals: each finding's mask, and the same radiograph without the finding.
 
 Only virtual radiographs have them. They are stored as ``twins/<image_id>.npz``, one entry per
 finding in the manifest's order: the mask as bits inside its bounding rectangle, and the change of
