@@ -785,7 +785,7 @@ assert np.abs(read.without(grey) / 255.0 - np.clip(G, 0, 1)).max() < 0.008  # tw
 # score, and answer questions of physics (superposition, noise, magnification). They cannot show how a network
 # performs on patients. A radiologist who reads them would object to several things:
 #
-# - There is one donor, perhaps with lesions of his or her own. All patients share the ribs, heart and vessels, though
+# - There is one donor, perhaps with lesions. All patients share the ribs, heart and vessels, though
 #   deformed, and the contrast agent. The neck and L3 to S1 are missing.
 # - The lesions are clean. A real spur is accompanied by sclerosis, gas in a disc and a dozen neighbours; a real
 #   collapse breaks the cortex. Slips, stenosis and implants are commonest at the missing levels.
