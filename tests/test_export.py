@@ -1,6 +1,7 @@
 """Networks as ONNX files, and the pipeline that runs them without torch."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -79,6 +80,29 @@ def test_each_engine_has_its_own_quantised_file(exported, engine, sides):
     for node in convolutions:
         assert [producer[name] for name in node.input[:2]] == ["DequantizeLinear"] * 2
         assert ((node.output[0], "QuantizeLinear") in consumers) == (sides == 2)
+
+
+@pytest.mark.parametrize("most", ["SSE41", "AVX"])
+def test_on_an_older_processor_openvino_is_right_or_says_so(exported, most):
+    """With SSE alone it returns empty arrays."""
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; "
+        "from dernet_utils.core.errors import DernetError; "
+        "from dernet_utils.inference.onnx_backend import open_network\n"
+        f"path = Path({str(exported / 'yolo11l.onnx')!r}); "
+        f"images = np.full((2, 1, *{SIZE}), 90, 'u1')\n"
+        "expected = open_network(path)(images)[0]\n"
+        "try:\n"
+        "    (found,) = open_network(path, 'openvino')(images)\n"
+        "    sys.exit(0 if np.allclose(found, expected, atol=0.01) else 'another output')\n"
+        "except DernetError as error:\n"
+        "    sys.exit(0 if 'onnxruntime' in str(error) else str(error))\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": most},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_no_thread_spins_after_a_run(exported):

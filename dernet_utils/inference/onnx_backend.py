@@ -14,6 +14,11 @@ from dernet_utils.inference.ood import EmbeddingGate
 from dernet_utils.inference.pipeline import NetworkOutput, Pipeline
 from dernet_utils.triage.ensemble import Decision
 
+# Seen where it may use SSE only: an exception, or empty arrays.
+OPENVINO_FAILED = (
+    "OpenVINO cannot run this network on this processor, which may lack AVX: choose the engine "
+    "onnxruntime."
+)
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = {
     "made_by", "triage", "detector", "gate", "decision", "lesion_types", "score_threshold",
@@ -159,7 +164,8 @@ def open_network(path: Path, engine: str = "onnxruntime", threads: int | None = 
         engine, threads: As `open_pipeline` takes them.
 
     Returns:
-        A function of images, uint8 (n, 1, height, width); it returns all outputs of the file.
+        A function of images, uint8 (n, 1, height, width); it returns all outputs of the file, and
+        raises DernetError where OpenVINO computes none on this processor.
     """
     library, _, precision = ENGINES[engine]
     if library == "onnxruntime":
@@ -186,4 +192,14 @@ def _openvino(path: Path, precision: str, threads: int | None) -> Run:
     if threads:
         hints["INFERENCE_NUM_THREADS"] = threads
     compiled = openvino.Core().compile_model(path, "CPU", hints)
-    return lambda images: [np.array(one) for one in compiled(images).values()]
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        try:
+            outputs = [np.array(one) for one in compiled(images).values()]
+        except RuntimeError as error:
+            raise DernetError(OPENVINO_FAILED) from error
+        if any(len(one) != len(images) for one in outputs):
+            raise DernetError(OPENVINO_FAILED)
+        return outputs
+
+    return run
