@@ -84,8 +84,8 @@ glue_values("c17", {
 # ## Layer 1: the header
 #
 # A DICOM file states what it is. Spine radiographs have the modality CR, DX or RG; any other modality is a reason to
-# refuse the file, and so is a named body part other than the spine. An empty element is no reason: anonymisation
-# empties many headers. PNG and JPEG files have no such header. The library that reads DICOM comes with small files
+# refuse the file, and so is the standard's term for another body part, such as `CHEST`. Its list of terms is open,
+# so an unknown word is no reason; nor is an empty element: anonymisation empties many headers. PNG and JPEG files have no such header. The library that reads DICOM comes with small files
 # for its own tests; this is what the check finds in three of them, and in a radiograph of the test split:
 
 # %%

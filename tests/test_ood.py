@@ -49,6 +49,11 @@ def facts_outside(picture):
         ({"Modality": ["DX", "CR"], "BodyPartExamined": ["PELVIS", "LUMBAR"]}, []),
         ({"BodyPartExamined": ["HEAD", "NECK"]}, [["HEAD", "NECK"]]),
         ({"Modality": "", "BodyPartExamined": ""}, []),
+        *(
+            ({"Modality": "DX", "BodyPartExamined": word}, [])
+            for word in ("UNKNOWN", "OTHER", "LWS", "COLUMNA LUMBAR", "RACHIS", "WHOLEBODY", "Dos")
+        ),
+        ({"Modality": "DX", "BodyPartExamined": ["SKULL", "CSPINE"]}, []),
     ],
 )
 def test_each_header_reason_names_the_values(tiny_dataset, header, values):

@@ -18,6 +18,19 @@ from dernet_utils.imaging.radiograph import Radiograph
 from dernet_utils.inference.pipeline import NetworkOutput
 
 MODALITIES = ("CR", "DX", "RG")  # of radiographs of a spine (PS3.3 C.7.3.1.1.1)
+# Defined terms of Body Part Examined for parts outside the spine (PS3.16, Annex L). The list is
+# open: other words and languages, UNKNOWN or OTHER say nothing against a spine.
+OTHER_PARTS = frozenset((
+    "ABDOMEN", "ABDOMENPELVIS", "ANKLE", "ARM", "AXILLA", "BLADDER", "BRAIN", "BREAST",
+    "BRONCHUS", "CALCANEUS", "CALF", "CAROTID", "CHEST", "CLAVICLE", "COLON", "EAR", "ELBOW",
+    "ESOPHAGUS", "EXTREMITY", "EYE", "FACE", "FEMUR", "FINGER", "FOOT", "FOREARM",
+    "GALLBLADDER", "HAND", "HEAD", "HEADNECK", "HEART", "HIP", "HUMERUS", "ILIUM", "JAW",
+    "KIDNEY", "KNEE", "LARYNX", "LEG", "LIVER", "LUNG", "MANDIBLE", "MAXILLA", "MEDIASTINUM",
+    "MOUTH", "NECK", "NOSE", "ORBIT", "PANCREAS", "PATELLA", "PELVIS", "PHARYNX", "PROSTATE",
+    "RADIUS", "RADIUSULNA", "RECTUM", "RIB", "SCAPULA", "SHOULDER", "SINUS", "SKULL", "SPLEEN",
+    "STERNUM", "STOMACH", "THIGH", "THORAX", "THUMB", "THYROID", "TIBIA", "TIBIAFIBULA", "TMJ",
+    "TOE", "TRACHEA", "ULNA", "UTERUS", "WRIST", "ZYGOMA",
+))  # fmt: skip
 WORK_PX = 512  # long side at which smoothness and flatness are measured
 DIMENSIONS = 64  # principal directions kept of the embedding; ours
 RIDGE = 1e-3  # of the mean variance, added to each: else a direction without variance dominates
@@ -64,7 +77,7 @@ def header_reasons(radiograph: Radiograph) -> list[Reason]:
         accepted = ", ".join(MODALITIES)
         text = f"The modality is {' and '.join(modalities)}, not one of {accepted}."
         reasons.append(Reason("header", text))
-    if parts and not any(map(_is_spine, parts)):
+    if parts and all(part in OTHER_PARTS for part in parts):
         text = f"The body part examined is {' and '.join(parts)}, not the spine."
         reasons.append(Reason("header", text))
     return reasons
@@ -75,11 +88,6 @@ def _terms(header: pydicom.Dataset, keyword: str) -> list[str]:
     value = header.get(keyword) or ""
     values = value if isinstance(value, MultiValue) else [value]
     return [term for term in (str(one).strip().upper() for one in values) if term]
-
-
-def _is_spine(part: str) -> bool:
-    """Return whether a body part is of the spine, by PS3.16 Annex L and common variants."""
-    return "SPINE" in part or part in ("SACRUM", "COCCYX", "SPINAL", "LUMBAR", "THORACOLUMBAR")
 
 
 # --- Picture -----------------------------------------------------------------------------------
