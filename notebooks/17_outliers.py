@@ -85,8 +85,9 @@ glue_values("c17", {
 #
 # A DICOM file states what it is. Spine radiographs have the modality CR, DX or RG; any other modality is a reason to
 # refuse the file, and so is the standard's term for another body part, such as `CHEST`. Its list of terms is open,
-# so an unknown word is no reason; nor is an empty element: anonymisation empties many headers. PNG and JPEG files have no such header. The library that reads DICOM comes with small files
-# for its own tests; this is what the check finds in three of them, and in a radiograph of the test split:
+# so an unknown word is no reason; nor is an empty element: anonymisation empties many headers. PNG and JPEG files
+# have no such header. The library that reads DICOM comes with small files for its own tests; this is what the check
+# finds in three of them, and in a radiograph of the test split:
 
 # %%
 files = {
