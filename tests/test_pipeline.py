@@ -1,6 +1,7 @@
 """Phase III of Algorithm 1: score, decision, boxes; and the command `dernet predict`."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from dernet_utils.imaging import boxes as imaging_boxes
 from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.inference import pipeline, torch_backend
 from dernet_utils.inference.pipeline import NetworkOutput
-from dernet_utils.serving import report
+from dernet_utils.serving import report, service
 from dernet_utils.triage.crossvalidation import cross_validate, read_decision
 from dernet_utils.triage.ensemble import Decision
 
@@ -193,6 +194,56 @@ def test_the_pipeline_agrees_with_the_tables(workspace: Workspace):
         ours = made.detect(enhanced, grey.shape)
         ours = ours[ours["score"] > 0.0012].head(len(own))
         assert ours["score"].to_numpy() == pytest.approx(own["score"].head(len(ours)), abs=1e-4)
+
+
+def picture_at(path: Path, level: int = 0) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(cv2.imencode(".png", noise().clip(0, 200) + np.uint8(level))[1].tobytes())
+    return path
+
+
+def test_predictions_of_two_files_of_one_name_are_kept_apart(tmp_path, monkeypatch):
+    """Also where both names are given relative to the folder in which one works."""
+    pipeline, out = toy()[0], tmp_path / "out"
+    first, other = picture_at(tmp_path / "a" / "x.png"), picture_at(tmp_path / "b" / "x.png", 50)
+    monkeypatch.chdir(first.parent)
+    record = service.predict_file(pipeline, Path("x.png"), out)
+    for spelling in (Path("x.png"), Path("./x.png"), Path("../a/x.png"), first):
+        assert service.predict_file(pipeline, spelling, out)["sha256"] == record["sha256"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(before) == {"x.png.json", "x.png.overlay.png"}
+    monkeypatch.chdir(other.parent)
+    for spelling in (Path("x.png"), other):
+        with pytest.raises(DernetError, match="another"):
+            service.predict_file(pipeline, spelling, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b"\xff", b'{"file": "x.png"}'])
+def test_a_record_that_is_none_is_not_replaced(tmp_path, content):
+    path, out = picture_at(tmp_path / "x.png"), tmp_path / "out"
+    out.mkdir()
+    (out / "x.png.json").write_bytes(content)
+    with pytest.raises(DernetError, match="choose another folder"):
+        service.predict_file(toy()[0], path, out)
+    assert [one.name for one in out.iterdir()] == ["x.png.json"]
+    assert (out / "x.png.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("length", [244, 250, 255])
+def test_a_name_too_long_for_the_endings_is_refused_and_nothing_is_left(tmp_path, length):
+    path = picture_at(tmp_path / ("x" * (length - 4) + ".png"))
+    with pytest.raises(DernetError, match="shorter name"):
+        service.predict_file(toy()[0], path, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    path = picture_at(tmp_path / os.fsdecode(b"R\xfccken.png"))
+    record = service.predict_file(toy()[0], path, tmp_path / "out")
+    assert record["file"].endswith(r"R\xfccken.png")
+    (saved,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(saved.read_text(encoding="utf-8")) == record
 
 
 def predicted(smoke_book: Path, *arguments: str):

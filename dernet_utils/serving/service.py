@@ -1,7 +1,9 @@
 """One file from its bytes to its prediction: read once, checked, and then analysed."""
 
+import hashlib
 import json
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,9 @@ from pathlib import Path
 import cv2
 
 from dernet_utils.core.errors import DernetError
-from dernet_utils.imaging.radiograph import Radiograph
-from dernet_utils.imaging.reader import decode_radiograph, read_radiograph
+from dernet_utils.core.files import write_whole
+from dernet_utils.imaging.radiograph import Radiograph, naming, read_bytes
+from dernet_utils.imaging.reader import decode_radiograph
 from dernet_utils.inference.onnx_backend import open_embedding_gate, open_pipeline
 from dernet_utils.inference.ood import (
     EmbeddingGate,
@@ -115,22 +118,55 @@ def predict_file(pipeline: Pipeline, path: Path, out: Path | None = None) -> dic
         out: Folder for ``<file name>.json`` and ``<file name>.overlay.png``; created if missing.
 
     Returns:
-        ``file`` and the entries of `report.as_record`.
+        ``file``, ``sha256`` of its content, and the entries of `report.as_record`.
 
     Raises:
-        DernetError: The file cannot be read, or its prediction would replace another file's.
+        DernetError: The file cannot be read, its prediction would replace that of a file with
+            another content, or it cannot be saved.
     """
-    grey = read_radiograph(path).pixels
+    with naming(path):
+        data = read_bytes(path)
+        grey = decode_radiograph(data).pixels
     prediction = pipeline.predict(grey)
-    record = {"file": str(path), **as_record(prediction)}
+    name = os.fsencode(path).decode(errors="backslashreplace")  # a name need not be UTF-8
+    record = {"file": name, "sha256": hashlib.sha256(data).hexdigest(), **as_record(prediction)}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        saved, overlay = out / f"{path.name}.json", out / f"{path.name}.overlay.png"
-        if saved.exists() and json.loads(saved.read_text(encoding="utf-8"))["file"] != str(path):
+        overlay = cv2.imencode(".png", draw_prediction(grey, prediction))[1].tobytes()
+        try:
+            _save(out / path.name, record, overlay)
+        except OSError as error:
             raise DernetError(
-                f"{path}: {saved} holds the prediction for another file of that name; choose "
-                "another folder with --out."
-            )
-        saved.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        cv2.imwrite(str(overlay), draw_prediction(grey, prediction))
+                f"{name}: the prediction cannot be saved in {out} ({error.strerror}); make room "
+                "there, or give the file a shorter name."
+            ) from error
     return record
+
+
+def _save(beside: Path, record: dict, overlay: bytes) -> None:
+    """Save a file's prediction; the record, written last, marks it as complete.
+
+    Args:
+        beside: The folder and the file's name, to which the endings are added.
+        record: The prediction, with the file's ``sha256``.
+        overlay: The radiograph with its boxes, as PNG.
+
+    Raises:
+        DernetError: There is a record, and it is not that of a file with this content.
+        OSError: A file cannot be written.
+    """
+    saved = beside.with_name(f"{beside.name}.json")
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    if saved.exists():
+        try:
+            earlier = json.loads(saved.read_bytes())
+        except ValueError:  # not JSON, or not UTF-8
+            earlier = None
+        if not isinstance(earlier, dict) or earlier.get("sha256") != record["sha256"]:
+            raise DernetError(
+                f"{record['file']}: {saved} is not the prediction for this file but for another of "
+                "the same name, or damaged; choose another folder with --out."
+            )
+    picture = beside.with_name(f"{beside.name}.overlay.png")
+    write_whole(picture, lambda part: part.write_bytes(overlay))
+    text = json.dumps(record, indent=1) + "\n"
+    write_whole(saved, lambda part: part.write_text(text, encoding="utf-8"))
