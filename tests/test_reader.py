@@ -353,17 +353,39 @@ def test_a_monochrome_image_needs_no_samples_per_pixel(picture):
 # --- Refusals ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [2, 80, 48 * 40 * 2])
+UNIFORM = {
+    "empty DICOM": to_bytes(make_dataset(np.zeros((9, 7), np.uint16), 12)),
+    "window beyond all values": to_bytes(
+        make_dataset(np.arange(63, dtype=np.uint16).reshape(9, 7), 12, WindowCenter=4000,
+                     WindowWidth=10)
+    ),
+    "nothing but padding": to_bytes(
+        make_dataset(np.full((9, 7), 5, np.uint16), 12, PixelPaddingValue=5)
+    ),
+    "black PNG": cv2.imencode(".png", np.zeros((9, 7), np.uint8))[1].tobytes(),
+    "white JPEG": cv2.imencode(".jpg", np.full((9, 7), 255, np.uint8))[1].tobytes(),
+    "grey PNG": cv2.imencode(".png", np.full((9, 7), 999, np.uint16))[1].tobytes(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNIFORM)
+def test_an_image_of_one_grey_level_is_refused(name):
+    with pytest.raises(DernetError, match="uniform"):
+        decode_radiograph(UNIFORM[name])
+
+
+@pytest.mark.parametrize("more", [b"\1\0", b"\0\0\0\7", bytes(2 * 48 * 40 * 2)])
 def test_more_pixels_than_the_header_says_are_refused(picture, more):
     dataset = make_dataset(picture, 12)
-    dataset.PixelData += bytes(more)
+    dataset.PixelData += more
     with pytest.raises(DernetError, match="more than the header"):
         decode_radiograph(to_bytes(dataset))
 
 
-def test_a_byte_that_makes_the_length_even_is_no_pixel():
+@pytest.mark.parametrize("zeros", [1, 3, 15])
+def test_zeros_after_the_pixels_are_no_pixels(zeros):
     dataset = make_dataset(np.arange(15, dtype=np.uint8).reshape(3, 5))
-    dataset.PixelData += b"\0"
+    dataset.PixelData += bytes(zeros)
     assert pixels_of(to_bytes(dataset)).shape == (3, 5)
 
 
@@ -436,10 +458,11 @@ def test_png_of_sixteen_bits_spans_its_range():
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_colour_becomes_grey(suffix):
-    flat = np.full((16, 16, 3), (40, 120, 200), np.uint8)  # blue, green, red
+    flat = np.full((24, 24, 3), (40, 120, 200), np.uint8)  # blue, green, red
+    flat[0, 0] = 0  # an image of one grey level would be refused
     grey = decode_radiograph(cv2.imencode(suffix, flat)[1].tobytes()).pixels
-    assert grey.shape == (16, 16)
-    assert np.abs(grey - (0.114 * 40 + 0.587 * 120 + 0.299 * 200)).max() <= 2
+    assert grey.shape == (24, 24)
+    assert np.abs(grey[16:, 16:] - (0.114 * 40 + 0.587 * 120 + 0.299 * 200)).max() <= 2
 
 
 def test_jpeg_is_near(picture):

@@ -266,7 +266,8 @@ def _refuse_other_size(dataset: pydicom.Dataset) -> None:
     )
     raw = math.prod(declared) * dataset.BitsAllocated // 8  # bytes of one frame
     if not syntax.is_encapsulated:
-        if len(dataset.PixelData) > raw + 1:  # a byte makes an odd length even
+        more = dataset.PixelData[raw:]
+        if len(more) > raw or more.strip(b"\0"):  # some writers append zeros
             raise ValueError("it holds more than the header's rows and columns")
         return
     coded = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)

@@ -5,6 +5,7 @@ Chapter 02 rebuilds these steps by hand and asserts that the two agree.
 
 from pathlib import Path
 
+from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.dicom import decode_dicom
 from dernet_utils.imaging.picture import decode_picture
 from dernet_utils.imaging.radiograph import Radiograph, naming, read_bytes, recognise
@@ -20,8 +21,8 @@ def read_radiograph(path: Path | str) -> Radiograph:
         Its pixels as 8-bit grey, its format, its header and the fraction of coloured pixels.
 
     Raises:
-        DernetError: The file cannot be read or is no image of these formats; the message gives the
-            file, the reason and a remedy.
+        DernetError: The file cannot be read, is no image of these formats, or all its pixels have
+            one grey level; the message gives the file, the reason and a remedy.
     """
     with naming(path):
         return decode_radiograph(read_bytes(path))
@@ -48,6 +49,13 @@ the picture again in one of these forms.
     form = recognise(data)
     if form == "DICOM":
         pixels, header = decode_dicom(data)
-        return Radiograph(pixels, form, header)
-    pixels, coloured = decode_picture(data, form)
-    return Radiograph(pixels, form, coloured=coloured)
+        radiograph = Radiograph(pixels, form, header)
+    else:
+        pixels, coloured = decode_picture(data, form)
+        radiograph = Radiograph(pixels, form, coloured=coloured)
+    if pixels.min() == pixels.max():
+        raise DernetError(
+            f"the image is uniform, all of grey level {pixels.max()} of 255: its pixels are empty "
+            "or its header displays them so; export it again."
+        )
+    return radiograph
