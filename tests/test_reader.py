@@ -374,7 +374,7 @@ def test_an_image_of_one_grey_level_is_refused(name):
         decode_radiograph(UNIFORM[name])
 
 
-@pytest.mark.parametrize("more", [b"\1\0", b"\0\0\0\7", bytes(2 * 48 * 40 * 2)])
+@pytest.mark.parametrize("more", [b"\1\0", b"\0\0\0\7", bytes(48 * 40 * 2)])
 def test_more_pixels_than_the_header_says_are_refused(picture, more):
     dataset = make_dataset(picture, 12)
     dataset.PixelData += more
@@ -382,7 +382,7 @@ def test_more_pixels_than_the_header_says_are_refused(picture, more):
         decode_radiograph(to_bytes(dataset))
 
 
-@pytest.mark.parametrize("zeros", [1, 3, 15])
+@pytest.mark.parametrize("zeros", [1, 3, 11])
 def test_zeros_after_the_pixels_are_no_pixels(zeros):
     dataset = make_dataset(np.arange(15, dtype=np.uint8).reshape(3, 5))
     dataset.PixelData += bytes(zeros)

@@ -267,7 +267,7 @@ def _refuse_other_size(dataset: pydicom.Dataset) -> None:
     raw = math.prod(declared) * dataset.BitsAllocated // 8  # bytes of one frame
     if not syntax.is_encapsulated:
         more = dataset.PixelData[raw:]
-        if len(more) > raw or more.strip(b"\0"):  # some writers append zeros
+        if len(more) >= raw or more.strip(b"\0"):  # some writers append zeros
             raise ValueError("it holds more than the header's rows and columns")
         return
     coded = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
