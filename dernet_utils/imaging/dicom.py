@@ -266,7 +266,7 @@ def _refuse_other_size(dataset: pydicom.Dataset) -> None:
     )
     raw = math.prod(declared) * dataset.BitsAllocated // 8  # bytes of one frame
     if not syntax.is_encapsulated:
-        more = dataset.PixelData[raw:]
+        more = dataset.PixelData[raw + raw % 2 :]
         if len(more) >= raw or more.strip(b"\0"):  # some writers append zeros
             raise ValueError("it holds more than the header's rows and columns")
         return
