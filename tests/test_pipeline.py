@@ -274,11 +274,11 @@ def test_predict_reads_all_three_forms(smoke_book: Path, workspace: Workspace, t
 def test_predict_analyses_the_readable_files_and_names_the_others(
     smoke_book: Path, workspace: Workspace, tmp_path: Path
 ):
-    good = Path(read_dataset(workspace.data_root).images["dicom_path"].iloc[0])
+    good, second = map(Path, read_dataset(workspace.data_root).images["dicom_path"].head(2))
     bad, other = tmp_path / "notes.png", tmp_path / "b" / "image.dicom"
     bad.write_text("no image")
     other.parent.mkdir()
-    shutil.copy(good, other)
+    shutil.copy(second, other)
     shutil.copy(good, tmp_path / "image.dicom")
     files = [str(bad), str(tmp_path / "image.dicom"), str(other)]
     done = predicted(smoke_book, *files, "--out", str(tmp_path / "out"))
