@@ -530,6 +530,29 @@ def test_pictures_without_an_end_mark_are_read_if_all_rows_are_there(grey, whole
     )
 
 
+def test_a_png_cut_anywhere_near_its_end_is_whole_or_refused(grey, whole_png):
+    read = 0
+    for kept in range(len(whole_png) - 40, len(whole_png)):
+        try:
+            np.testing.assert_array_equal(decode_radiograph(whole_png[:kept]).pixels, grey)
+            read += 1
+        except DernetError:
+            pass
+    assert read >= 16  # the end mark and the checksum before it tell nothing about the pixels
+
+
+def test_a_png_with_a_damaged_byte_is_unchanged_or_refused(grey, whole_png):
+    rng, refused = np.random.default_rng(3), 0
+    for at in rng.integers(len(PNG_SIGNATURE) + 25, len(whole_png), 150):
+        damaged = bytearray(whole_png)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        try:
+            np.testing.assert_array_equal(decode_radiograph(bytes(damaged)).pixels, grey)
+        except DernetError:
+            refused += 1
+    assert refused >= 100
+
+
 @pytest.mark.parametrize("kept", [0.5, 0.8, 0.95, 0.99])
 @pytest.mark.parametrize("form", [{}, {"progressive": True}, {"restart_marker_blocks": 4}])
 def test_a_part_of_a_jpeg_with_an_end_mark_is_cut_short(grey, kept, form):

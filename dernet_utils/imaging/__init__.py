@@ -2,6 +2,6 @@
 
 Other wings may use `reader` (a file as a `radiograph.Radiograph`), `radiograph`, `enhance` (Eq. 1),
 `boxes` (letterboxing, intersection over union, non-maximum suppression), `cache`, and
-`dicom.read_header` for the headers of a dataset. The rest of `dicom`, and `grey_levels`, serve
-`reader`.
+`dicom.read_header` for the headers of a dataset. The rest of `dicom`, `grey_levels` and `picture`
+serve `reader`.
 """

@@ -20,7 +20,7 @@ from dernet_utils.imaging.radiograph import naming, read_bytes, reading
 from dernet_utils.imaging.reader import decode_radiograph
 
 # Part of every cache key: raise it whenever a change to `preprocess` or the decoding alters pixels.
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 
 
 def cache_images(

@@ -260,10 +260,8 @@ def _refuse_other_size(dataset: pydicom.Dataset) -> None:
     Raises:
         ValueError: The sizes differ.
     """
-    syntax, declared = (
-        dataset.file_meta.TransferSyntaxUID,
-        (int(dataset.Rows), int(dataset.Columns)),
-    )
+    syntax = dataset.file_meta.TransferSyntaxUID
+    declared = int(dataset.Rows), int(dataset.Columns)
     raw = math.prod(declared) * dataset.BitsAllocated // 8  # bytes of one frame
     if not syntax.is_encapsulated:
         more = dataset.PixelData[raw + raw % 2 :]

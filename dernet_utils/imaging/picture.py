@@ -96,19 +96,22 @@ def _still_png(data: bytes) -> bytes:
         at += len(chunk)
         if kind == b"IEND":
             break
-        if len(chunk) < 12 + length:
-            if kind == b"IDAT":
-                coded.append(chunk[8:])
-            break
         if kind == b"IDAT":
-            coded.append(chunk[8:-4])
+            coded.append(chunk[8 : 8 + length])
+        if len(chunk) < 12 + length:  # the file ends here, perhaps after the last row
+            if kind == b"IDAT":
+                kept.append(_chunk(kind, coded[-1]))
+            break
         if kind in CRITICAL or (kind == ORIENTATION and _is_intact(chunk)):
             kept.append(chunk)
     if len(kept) < 2 or kept[1][4:8] != b"IHDR" or len(kept[1]) != 25:
         raise DernetError(CUT_SHORT if len(data) < 33 else UNDECODABLE)
     _refuse_missing_rows(kept[1], coded)
-    kept.append(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
-    return b"".join(kept)
+    return b"".join([*kept, _chunk(b"IEND", b"")])
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _is_intact(chunk: bytes) -> bool:
