@@ -104,6 +104,13 @@ def lut(entries: list[int], first: int, bits: int, vr: str = "US") -> Dataset:
     return item
 
 
+def replaced(item: Dataset, **elements) -> Dataset:
+    """A dataset, some of its elements set otherwise."""
+    for keyword, value in elements.items():
+        setattr(item, keyword, value)
+    return item
+
+
 def encode_picture(ending: str = ".png", picture: np.ndarray | None = None) -> bytes:
     """A PNG or JPEG file, of `grey_picture` unless another is given."""
     return cv2.imencode(ending, grey_picture() if picture is None else picture)[1].tobytes()
@@ -317,10 +324,16 @@ REFUSED = {
         lambda: to_bytes(_compressed(uid.JPEGBaseline8Bit, Rows=60)), "48 rows and 40 columns"
     ),
     "run lengths without end": Refused(_endless_runs, "holds more than the header's"),
+    "more rows than the header's": Refused(lambda: _bytes(Rows=20), "holds more than the header's"),
+    "one grey level": Refused(lambda: _bytes(WindowCenter=60000, WindowWidth=2), "is uniform"),
     # LUT and window
     "an empty LUT": Refused(lambda: _bytes(VOILUTSequence=[Dataset()]), MALFORMED),
     "a LUT without entries": Refused(
         lambda: _bytes(ModalityLUTSequence=[lut([], 0, 12, "OW")]), MALFORMED
+    ),
+    "a LUT with too few entries": Refused(
+        lambda: _bytes(VOILUTSequence=[replaced(lut([1, 2, 3], 0, 8), LUTDescriptor=[9, 0, 8])]),
+        f"{MALFORMED} .*entries of 9",
     ),
     "a slope that is not finite": Refused(
         lambda: replace_once(_bytes(RescaleSlope=1234), b"1234.0", b"nan   "),
