@@ -169,7 +169,7 @@ def test_only_what_changed_runs_again(book: SmallBook):
     assert book.run()[:2] == (0, {"01_a", "book"})
 
     edit(book.root / "dernet_utils" / "core" / "used.py", "VALUE", "# Explained.\nVALUE")
-    edit(book.root / "dernet_utils" / "book" / "prepare.py", '"""The data', '"""All data')
+    edit(book.root / "dernet_utils" / "book" / "prepare.py", '"""Preparation', '"""The preparation')
     assert book.run()[:2] == (0, set())
 
     edit(book.root / "dernet_utils" / "imaging" / "cache.py", "1.0", "0.5")
