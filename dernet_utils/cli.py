@@ -360,14 +360,16 @@ def predict(
     profile: ProfileName = "",
 ) -> None:
     """Run the last run's networks on radiographs. For research and teaching, not for diagnosis."""
+    from dernet_utils.imaging.decoder import Decoder
     from dernet_utils.inference.torch_backend import run_pipeline
     from dernet_utils.serving.report import as_text
     from dernet_utils.serving.service import predict_file
 
+    decode = Decoder().decode
     pipeline, failed = run_pipeline(open_workspace(profile)), 0
     for path in files:
         try:
-            prediction = predict_file(pipeline, path, out)
+            prediction = predict_file(pipeline, decode, path, out)
         except DernetError as error:
             failed += 1
             typer.echo(str(error), err=True)

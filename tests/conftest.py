@@ -2,6 +2,8 @@
 
 import csv
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -20,6 +22,8 @@ from pydicom.uid import (
 from smoke import smoke_book  # noqa: F401  (a fixture of test_notebooks and test_book)
 
 from dernet_utils.core.vocabulary import ANNOTATION_COLUMNS, CORNERS, LESION_TYPES, NO_FINDING
+from dernet_utils.dataset import check
+from dernet_utils.imaging.decoder import Decoder
 
 # Machines differ in speed, so examples have no limit; pytest's own limit ends a test that hangs.
 settings.register_profile("any machine", deadline=None)
@@ -31,6 +35,14 @@ SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, ImplicitVRLit
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of the whole book last: its run keeps all cores busy."""
     items.sort(key=lambda item: "smoke_book" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_decoder() -> Iterator[None]:
+    """Let all checks of datasets in this process share one decoding process."""
+    with Decoder() as decoder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "Decoder", lambda processes: nullcontext(decoder))
+        yield
 
 
 @pytest.fixture

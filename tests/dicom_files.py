@@ -4,11 +4,10 @@ import struct
 import zlib
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
-import gdcm
+import imagecodecs
 import numpy as np
 import pydicom
 from pydicom import uid
@@ -78,22 +77,17 @@ def encode(dataset: Dataset, syntax: uid.UID) -> bytes:
     return to_bytes(dataset)
 
 
-def encode_with_gdcm(dataset: Dataset, syntax: int, folder: Path) -> bytes:
-    """As `encode`, for a `syntax` of `gdcm.TransferSyntax` that only GDCM encodes."""
-    (folder / "raw.dcm").write_bytes(to_bytes(dataset))
-    reader = gdcm.ImageReader()
-    reader.SetFileName(str(folder / "raw.dcm"))
-    assert reader.Read()
-    change = gdcm.ImageChangeTransferSyntax()
-    change.SetTransferSyntax(gdcm.TransferSyntax(syntax))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer = gdcm.ImageWriter()
-    writer.SetFileName(str(folder / "out.dcm"))
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    assert writer.Write()
-    return (folder / "out.dcm").read_bytes()
+def encode_jpeg(dataset: Dataset, syntax: uid.UID, **options) -> bytes:
+    """As `encode`, in a JPEG syntax; `options` are those of `imagecodecs.jpeg8_encode`."""
+    stored = dataset.pixel_array & (2**dataset.BitsStored - 1)
+    bits = dataset.BitsStored
+    lossless = syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1)
+    code = imagecodecs.jpeg8_encode(
+        stored.astype(np.uint8 if bits == 8 else np.uint16),
+        **{"lossless": lossless, "bitspersample": bits} | options,
+    )
+    dataset.file_meta.TransferSyntaxUID = syntax
+    return to_bytes(set_frame(dataset, code))
 
 
 def lut(entries: list[int], first: int, bits: int, vr: str = "US") -> Dataset:

@@ -15,6 +15,8 @@ from dernet_utils.core.profiles import get_profile
 from dernet_utils.imaging import cache as imaging_cache
 from dernet_utils.imaging.cache import cache_images
 from dernet_utils.imaging.enhance import load_cached, preprocess
+from dernet_utils.imaging.radiograph import Radiograph
+from dernet_utils.imaging.reader import decode_radiograph as decode
 from dernet_utils.imaging.reader import read_radiograph
 
 
@@ -32,12 +34,8 @@ def images(tmp_path) -> pd.DataFrame:
     return pd.DataFrame({"image_id": [path.stem for path in paths], "dicom_path": map(str, paths)})
 
 
-@pytest.fixture
-def forbid_decoding(monkeypatch):
-    def refuse(data):
-        raise AssertionError("a file was decoded again")
-
-    return lambda: monkeypatch.setattr(imaging_cache, "decode_radiograph", refuse)
+def refuse(data: bytes) -> Radiograph:
+    raise AssertionError("a file was decoded again")
 
 
 @pytest.mark.slow
@@ -46,7 +44,7 @@ def test_cache_holds_preprocessed_images_in_order(tmp_path, images, profile, wor
     seen = []
     shuffled = images.iloc[[3, 0, 4, 1, 2]].reset_index(drop=True)
     cached = cache_images(
-        shuffled, tmp_path / "cache", profile, workers, lambda *done: seen.append(done)
+        shuffled, tmp_path / "cache", profile, decode, workers, lambda *done: seen.append(done)
     )
     assert cached.image_id.tolist() == shuffled.image_id.tolist()
     assert set(zip(cached.height, cached.width, cached.scale, strict=True)) == {(48, 40, 0.5)}
@@ -56,40 +54,36 @@ def test_cache_holds_preprocessed_images_in_order(tmp_path, images, profile, wor
         np.testing.assert_array_equal(load_cached(path), expected)
 
 
-def test_cache_is_reused(tmp_path, images, profile, forbid_decoding):
-    first = cache_images(images, tmp_path / "cache", profile)
+def test_cache_is_reused(tmp_path, images, profile):
+    first = cache_images(images, tmp_path / "cache", profile, decode)
     index = (tmp_path / "cache/index.jsonl").read_bytes()
-    forbid_decoding()
-    pd.testing.assert_frame_equal(cache_images(images, tmp_path / "cache", profile), first)
+    pd.testing.assert_frame_equal(cache_images(images, tmp_path / "cache", profile, refuse), first)
     assert (tmp_path / "cache/index.jsonl").read_bytes() == index
 
 
-def test_unchanged_content_under_a_new_time_or_name_is_not_decoded_again(
-    tmp_path, images, profile, forbid_decoding
-):
-    first = cache_images(images, tmp_path / "cache", profile)
-    forbid_decoding()
+def test_unchanged_content_under_a_new_time_or_name_is_not_decoded_again(tmp_path, images, profile):
+    first = cache_images(images, tmp_path / "cache", profile, decode)
     os.utime(images.dicom_path[0], ns=(1, 1))
     Path(images.dicom_path[1]).rename(tmp_path / "renamed.dicom")
     images.loc[1, "dicom_path"] = str(tmp_path / "renamed.dicom")
-    pd.testing.assert_frame_equal(cache_images(images, tmp_path / "cache", profile), first)
+    pd.testing.assert_frame_equal(cache_images(images, tmp_path / "cache", profile, refuse), first)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 300, None])
 def test_damaged_png_is_made_anew(tmp_path, images, profile, damage):
-    first = cache_images(images, tmp_path / "cache", profile)
+    first = cache_images(images, tmp_path / "cache", profile, decode)
     path = Path(first.cached_path[2])
     good = path.read_bytes()
     path.unlink() if damage is None else path.write_bytes(damage)
-    cache_images(images, tmp_path / "cache", profile)
+    cache_images(images, tmp_path / "cache", profile, decode)
     assert path.read_bytes() == good
 
 
 def test_one_flipped_bit_is_noticed(tmp_path, images, profile):
-    path = Path(cache_images(images, tmp_path / "cache", profile).cached_path[0])
+    path = Path(cache_images(images, tmp_path / "cache", profile, decode).cached_path[0])
     good = path.read_bytes()
     path.write_bytes(good[:200] + bytes([good[200] ^ 1]) + good[201:])
-    cache_images(images, tmp_path / "cache", profile)
+    cache_images(images, tmp_path / "cache", profile, decode)
     assert path.read_bytes() == good
 
 
@@ -97,16 +91,17 @@ def test_changed_parameters_content_or_version_make_other_files(
     tmp_path, images, profile, monkeypatch
 ):
     cache = tmp_path / "cache"
-    first = cache_images(images, cache, profile).cached_path
-    other = cache_images(images, cache, profile.model_copy(update={"clip_limit": 8.0})).cached_path
+    harsher = profile.model_copy(update={"clip_limit": 8.0})
+    first = cache_images(images, cache, profile, decode).cached_path
+    other = cache_images(images, cache, harsher, decode).cached_path
     assert not set(first) & set(other)
     Path(images.dicom_path[0]).write_bytes(
         to_bytes(make_dataset(grey_picture(48, 40)[::-1].copy()))
     )
-    third = cache_images(images, cache, profile).cached_path
+    third = cache_images(images, cache, profile, decode).cached_path
     assert (first != third).tolist() == [True, False, False, False, False]
     monkeypatch.setattr(imaging_cache, "PREPROCESSING_VERSION", -1)
-    assert not set(third) & set(cache_images(images, cache, profile).cached_path)
+    assert not set(third) & set(cache_images(images, cache, profile, decode).cached_path)
 
 
 def test_killed_run_leaves_nothing_half_written(tmp_path, images, profile, monkeypatch):
@@ -122,12 +117,12 @@ def test_killed_run_leaves_nothing_half_written(tmp_path, images, profile, monke
     rename = os.replace
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        cache_images(images, cache, profile)
+        cache_images(images, cache, profile, decode)
     assert sorted(cache.glob("*.png")) == sorted(map(Path, calls[:2]))
     # Half a line in the index, as a kill in the middle of a write leaves it.
     with (cache / "index.jsonl").open("a") as index:
         index.write('{"source": "/so')
-    cached = cache_images(images, cache, profile)
+    cached = cache_images(images, cache, profile, decode)
     assert len(calls) == 6, "what was finished must not be made again"
     assert all(load_cached(path).shape == (24, 20) for path in cached.cached_path)
     lines = (cache / "index.jsonl").read_text().split("\n")
@@ -144,7 +139,7 @@ def test_a_disk_that_refuses_a_write(tmp_path, images, profile, monkeypatch, num
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(DernetError, match=message):
-        cache_images(images, tmp_path / "cache", profile)
+        cache_images(images, tmp_path / "cache", profile, decode)
     assert not list((tmp_path / "cache").glob("*.png"))
 
 
@@ -152,27 +147,25 @@ def test_a_disk_that_refuses_a_write(tmp_path, images, profile, monkeypatch, num
 def test_unreadable_image_is_named(tmp_path, images, profile, workers):
     Path(images.dicom_path[3]).write_bytes(b"not an image")
     with pytest.raises(DernetError, match=r"image3\.dicom: not an image"):
-        cache_images(images, tmp_path / "cache", profile, workers)
+        cache_images(images, tmp_path / "cache", profile, decode, workers)
 
 
 def test_missing_image_is_named(tmp_path, images, profile):
     Path(images.dicom_path[3]).unlink()
     with pytest.raises(DernetError, match=r"image3\.dicom: the file cannot be read"):
-        cache_images(images, tmp_path / "cache", profile)
+        cache_images(images, tmp_path / "cache", profile, decode)
 
 
-def test_another_spelling_of_the_same_path_is_the_same_file(
-    tmp_path, images, profile, forbid_decoding, monkeypatch
-):
-    first = cache_images(images, tmp_path / "cache", profile)
-    forbid_decoding()
+def test_another_spelling_of_the_same_path_is_the_same_file(tmp_path, images, profile, monkeypatch):
+    first = cache_images(images, tmp_path / "cache", profile, decode)
     monkeypatch.chdir(tmp_path)
     relative = images.assign(dicom_path=[Path(path).name for path in images.dicom_path])
-    pd.testing.assert_frame_equal(cache_images(relative, tmp_path / "cache", profile), first)
+    again = cache_images(relative, tmp_path / "cache", profile, refuse)
+    pd.testing.assert_frame_equal(again, first)
 
 
 def test_no_images(tmp_path, images, profile):
-    assert cache_images(images[:0], tmp_path / "cache", profile).empty
+    assert cache_images(images[:0], tmp_path / "cache", profile, decode).empty
 
 
 def test_load_cached_refuses(tmp_path):

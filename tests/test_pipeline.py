@@ -22,7 +22,7 @@ from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, NETWORKS
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.dataset.tables import read_dataset
 from dernet_utils.imaging import boxes as imaging_boxes
-from dernet_utils.imaging.reader import read_radiograph
+from dernet_utils.imaging.reader import decode_radiograph, read_radiograph
 from dernet_utils.inference import pipeline, torch_backend
 from dernet_utils.inference.pipeline import NetworkOutput
 from dernet_utils.serving import report, service
@@ -207,15 +207,16 @@ def test_predictions_of_two_files_of_one_name_are_kept_apart(tmp_path, monkeypat
     pipeline, out = toy()[0], tmp_path / "out"
     first, other = picture_at(tmp_path / "a" / "x.png"), picture_at(tmp_path / "b" / "x.png", 50)
     monkeypatch.chdir(first.parent)
-    record = service.predict_file(pipeline, Path("x.png"), out)
+    record = service.predict_file(pipeline, decode_radiograph, Path("x.png"), out)
     for spelling in (Path("x.png"), Path("./x.png"), Path("../a/x.png"), first):
-        assert service.predict_file(pipeline, spelling, out)["sha256"] == record["sha256"]
+        again = service.predict_file(pipeline, decode_radiograph, spelling, out)
+        assert again["sha256"] == record["sha256"]
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(before) == {"x.png.json", "x.png.overlay.png"}
     monkeypatch.chdir(other.parent)
     for spelling in (Path("x.png"), other):
         with pytest.raises(DernetError, match="another"):
-            service.predict_file(pipeline, spelling, out)
+            service.predict_file(pipeline, decode_radiograph, spelling, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -225,7 +226,7 @@ def test_a_record_that_is_none_is_not_replaced(tmp_path, content):
     out.mkdir()
     (out / "x.png.json").write_bytes(content)
     with pytest.raises(DernetError, match="choose another folder"):
-        service.predict_file(toy()[0], path, out)
+        service.predict_file(toy()[0], decode_radiograph, path, out)
     assert [one.name for one in out.iterdir()] == ["x.png.json"]
     assert (out / "x.png.json").read_bytes() == content
 
@@ -234,13 +235,13 @@ def test_a_record_that_is_none_is_not_replaced(tmp_path, content):
 def test_a_name_too_long_for_the_endings_is_refused_and_nothing_is_left(tmp_path, length):
     path = picture_at(tmp_path / ("x" * (length - 4) + ".png"))
     with pytest.raises(DernetError, match="shorter name"):
-        service.predict_file(toy()[0], path, tmp_path / "out")
+        service.predict_file(toy()[0], decode_radiograph, path, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_name_that_is_not_utf_8(tmp_path):
     path = picture_at(tmp_path / os.fsdecode(b"R\xfccken.png"))
-    record = service.predict_file(toy()[0], path, tmp_path / "out")
+    record = service.predict_file(toy()[0], decode_radiograph, path, tmp_path / "out")
     assert record["file"].endswith(r"R\xfccken.png")
     (saved,) = (tmp_path / "out").glob("*.json")
     assert json.loads(saved.read_text(encoding="utf-8")) == record

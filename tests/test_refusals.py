@@ -27,9 +27,8 @@ def root(tmp_path) -> Path:
 
 def prepare_steps(root: Path) -> pd.DataFrame:
     """Read and cache a folder, as a run's preparation does."""
-    return cache_images(
-        read_dataset(root).images, root.parent / "cache", get_profile("smoke"), workers=1
-    )
+    images = read_dataset(root).images
+    return cache_images(images, root.parent / "cache", get_profile("smoke"), decode_radiograph)
 
 
 def an_image(root: Path) -> tuple[int, Path]:

@@ -12,11 +12,11 @@ from dernet_utils.book.figures import (
     draw_learning_curves,
     draw_most_confident,
     draw_roc,
+    glue_values,
     show_figure,
 )
 from dernet_utils.book.paper import compare_with_table_2
 from dernet_utils.book.progress import epoch_bars
-from dernet_utils.book.teaching import glue_values
 from dernet_utils.core.profiles import Profile
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.metrics.classification import classification_table, roc_band, youden_threshold

@@ -1,4 +1,6 @@
-"""Figures that several chapters share, in one style."""
+"""Figures that several chapters share, in one style, and the values that sentences quote."""
+
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,6 +39,17 @@ def show_figure(key: str, fig: Figure) -> None:
     """
     glue(key, fig)
     plt.close(fig)
+
+
+def glue_values(prefix: str, values: Mapping[str, object]) -> None:
+    """Store values for a chapter's sentences, which quote them as ``{glue:text}`prefix-name```.
+
+    Args:
+        prefix: The chapter's prefix, such as ``c03``.
+        values: Numbers and words by name.
+    """
+    for name, value in values.items():
+        glue(f"{prefix}-{name}", value, display=False)
 
 
 def show_radiograph(ax: Axes, grey: np.ndarray, title: str = "") -> None:

@@ -32,6 +32,7 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     from dernet_utils.dataset.prepared import write_tables
     from dernet_utils.dataset.tables import read_dataset
     from dernet_utils.imaging.cache import cache_images
+    from dernet_utils.imaging.decoder import Decoder
     from dernet_utils.virtual.cohort import ensure_cohort
 
     started, profile = time.monotonic(), workspace.profile
@@ -42,8 +43,10 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     dataset = read_dataset(workspace.data_root)
     train = dataset.images[dataset.images["split"] == "train"]
     folds = make_folds(train, profile.folds, profile.seed)
-    with heartbeat("cached images", started, report) as progress:
-        cached = cache_images(dataset.images, workspace.cache, profile, workers, progress)
+    with heartbeat("cached images", started, report) as progress, Decoder(workers) as decoder:
+        cached = cache_images(
+            dataset.images, workspace.cache, profile, decoder.decode, workers, progress
+        )
     images = dataset.images.merge(folds[["image_id", "fold"]], how="left", on="image_id")
     images = images.merge(cached[["image_id", "cached_path", "scale"]], validate="one_to_one")
     write_tables(workspace, images.astype({"fold": "Int64"}), dataset.boxes)

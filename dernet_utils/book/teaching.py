@@ -1,12 +1,10 @@
-"""The start of a chapter, and the values that its sentences quote."""
+"""What every chapter begins with."""
 
-from collections.abc import Mapping
-
-from myst_nb import glue
-
-from dernet_utils.book.figures import use_style
+from dernet_utils.book.figures import glue_values, use_style
 from dernet_utils.book.prepare import ensure_prepared
 from dernet_utils.core.workspace import Workspace, open_workspace
+
+__all__ = ["glue_values", "open_chapter"]
 
 
 def open_chapter(profile: str = "") -> Workspace:
@@ -22,14 +20,3 @@ def open_chapter(profile: str = "") -> Workspace:
     workspace = open_workspace(profile)
     ensure_prepared(workspace, print)
     return workspace
-
-
-def glue_values(prefix: str, values: Mapping[str, object]) -> None:
-    """Store values for a chapter's sentences, which quote them as ``{glue:text}`prefix-name```.
-
-    Args:
-        prefix: The chapter's prefix, such as ``c03``.
-        values: Numbers and words by name.
-    """
-    for name, value in values.items():
-        glue(f"{prefix}-{name}", value, display=False)

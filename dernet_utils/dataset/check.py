@@ -33,8 +33,8 @@ from dernet_utils.dataset.problems import (
     is_outside,
     sort_key,
 )
+from dernet_utils.imaging.decoder import Decoder
 from dernet_utils.imaging.radiograph import read_bytes
-from dernet_utils.imaging.reader import decode_radiograph
 
 # --- Check ------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def check_dataset(
     """Describe a dataset and list all its problems, including those of the pixel data.
 
     A run's preparation accepts every dataset that passes here: both read headers by `read_contents`
-    and decode images by `decode_radiograph`.
+    and decode images by `Decoder`.
 
     Args:
         root: A folder in the form of VinDr-SpineXR.
@@ -78,20 +78,21 @@ def check_dataset(
     readable = first_rows(contents.rows).merge(contents.headers[["image_id", "split"]])
     rows = list(readable.itertuples())
     files = [image_path(row.split, row.image_id) for row in rows]
-    refused = joblib.Parallel(n_jobs=workers, return_as="generator")(
-        joblib.delayed(_refusal)(root / file) for file in files
-    )
-    for row, file, reason in zip(progress(rows), files, refused, strict=True):
-        if reason:
-            problems.append(Problem(row.file, row.row, f"{file} cannot be used: {reason}"))
+    with Decoder(workers) as decoder:
+        refused = joblib.Parallel(n_jobs=workers, backend="threading", return_as="generator")(
+            joblib.delayed(_refusal)(decoder, root / file) for file in files
+        )
+        for row, file, reason in zip(progress(rows), files, refused, strict=True):
+            if reason:
+                problems.append(Problem(row.file, row.row, f"{file} cannot be used: {reason}"))
     fingerprint = {split: _fingerprint(contents, split) for split in SPLITS}
     return DatasetReport(fingerprint, sorted(problems, key=sort_key))
 
 
-def _refusal(path: Path) -> str:
+def _refusal(decoder: Decoder, path: Path) -> str:
     """Return why an image cannot be read, or an empty string."""
     try:
-        decode_radiograph(read_bytes(path))
+        decoder.decode(read_bytes(path))
     except DernetError as error:
         return str(error)
     return ""

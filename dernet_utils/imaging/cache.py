@@ -16,8 +16,7 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import write_whole
 from dernet_utils.core.profiles import Profile
 from dernet_utils.imaging.enhance import preprocess, shrink_factor
-from dernet_utils.imaging.radiograph import naming, read_bytes, reading
-from dernet_utils.imaging.reader import decode_radiograph
+from dernet_utils.imaging.radiograph import Radiograph, naming, read_bytes, reading
 
 # Part of every cache key: raise it whenever a change to `preprocess` or the decoding alters pixels.
 PREPROCESSING_VERSION = 2
@@ -27,6 +26,7 @@ def cache_images(
     images: pd.DataFrame,
     cache: Path,
     profile: Profile,
+    decode: Callable[[bytes], Radiograph],
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
@@ -41,7 +41,8 @@ def cache_images(
         images: At least the columns `image_id` and `dicom_path`.
         cache: Folder for the PNGs and their index; made where missing.
         profile: Its `cache_px`, `clip_limit` and `tiles` are the parameters.
-        workers: Number of processes.
+        decode: Decodes a file's bytes, as `decoder.Decoder.decode` does.
+        workers: Number of images at a time, each in a thread that calls `decode`.
         progress: Called with (images done, images in all) after each image.
 
     Returns:
@@ -58,7 +59,8 @@ def cache_images(
         known = _read_index(cache / "index.jsonl")
         records = {}
         with (cache / "index.jsonl").open("a", encoding="utf-8") as index:
-            for path, record in _records(images["dicom_path"], cache, numbers, known, workers):
+            made = _records(images["dicom_path"], cache, numbers, known, decode, workers)
+            for path, record in made:
                 if known.get(record["stamp"]) != record:
                     # The line break closes a line that a killed run left unfinished.
                     index.write("\n" + json.dumps(record) + "\n")
@@ -78,7 +80,12 @@ def cache_images(
 
 
 def _records(
-    paths: pd.Series, cache: Path, numbers: tuple, known: dict[str, dict], workers: int
+    paths: pd.Series,
+    cache: Path,
+    numbers: tuple,
+    known: dict[str, dict],
+    decode: Callable[[bytes], Radiograph],
+    workers: int,
 ) -> Iterator[tuple[str, dict]]:
     """Yield each file and its record: first those whose PNG exists, then those to be made."""
     missing = []
@@ -93,19 +100,27 @@ def _records(
         for path in missing:
             # The same content under a new time or name is not decoded again.
             same = known.get(_key(_read(path), numbers)) if known else None
-            yield joblib.delayed(_make)(path, cache, numbers, same)
+            yield joblib.delayed(_make)(decode, path, cache, numbers, same)
 
-    yield from joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs())
+    yield from joblib.Parallel(
+        n_jobs=workers, backend="threading", return_as="generator_unordered"
+    )(jobs())
 
 
-def _make(path: str, cache: Path, numbers: tuple, same: dict | None) -> tuple[str, dict]:
+def _make(
+    decode: Callable[[bytes], Radiograph],
+    path: str,
+    cache: Path,
+    numbers: tuple,
+    same: dict | None,
+) -> tuple[str, dict]:
     """Preprocess a file; return it and its record. `same` is a record of equal content."""
     stamp = _stamp(path, numbers)
     if same and _is_intact(cache, same):
         return path, same | {"stamp": stamp}
     data = _read(path)
     with naming(path):
-        grey = decode_radiograph(data).pixels
+        grey = decode(data).pixels
         small = preprocess(grey, *numbers)
     key, png = _key(data, numbers), cv2.imencode(".png", small)[1].tobytes()
     with _writing(cache):

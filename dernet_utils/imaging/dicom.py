@@ -16,8 +16,8 @@ from pydicom import filereader
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.grey_levels import to_grey_levels
+from dernet_utils.imaging.jpeg import declared_size, decode_jpeg
 from dernet_utils.imaging.radiograph import (
-    JPEG_START,
     MOST_PIXELS,
     RECOGNISED_BY,
     brief_reason,
@@ -27,12 +27,17 @@ from dernet_utils.imaging.radiograph import (
 
 REQUIRED = ("Rows", "Columns", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
-# pydicom's names of the decoders, best first.
-DECODERS = ("pylibjpeg", "pyjpegls", "pydicom", "pillow", "gdcm")
+# pydicom's names of the decoders, best first; `decode_jpeg` decodes JPEG in its four forms.
+DECODERS = ("pylibjpeg", "pyjpegls", "pydicom")
+JPEG = (
+    pydicom.uid.JPEGBaseline8Bit,
+    pydicom.uid.JPEGExtended12Bit,
+    pydicom.uid.JPEGLossless,
+    pydicom.uid.JPEGLosslessSV1,
+)
 DECOMPRESS = (
     "convert it to an uncompressed transfer syntax, for example with `dcmdjpeg` or `gdcmconv --raw`"
 )
-JPEG_SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers of a frame's header
 JPEG_2000_START = b"\xff\x4f\xff\x51"
 
 
@@ -217,17 +222,13 @@ def _refusal(header: pydicom.Dataset, whole: bool) -> str:
             f"the DICOM image's {stored} bits end at bit {header.HighBit}, but must end at bit "
             f"{stored - 1}; export the image again."
         )
-    if _choose_decoder(syntax) is None:
+    if syntax not in JPEG and _choose_decoder(syntax) is None:
         return f"no installed decoder reads the DICOM transfer syntax {syntax.name}; {DECOMPRESS}."
     return ""
 
 
 def _choose_decoder(syntax: pydicom.uid.UID) -> str | None:
-    """Return the plugin that decodes a transfer syntax; "" for pydicom alone, None if none does.
-
-    GDCM comes last, and it is not tried after another decoder has failed: on damaged JPEG 2000 it
-    does not raise but ends the whole process.
-    """
+    """Return pydicom's plugin for a transfer syntax; "" for pydicom alone, None for no decoder."""
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
     except NotImplementedError:
@@ -246,6 +247,8 @@ def _decode_pixels(dataset: pydicom.Dataset) -> np.ndarray:
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
         _refuse_other_size(dataset)
+        if syntax in JPEG:
+            return _stored_values(decode_jpeg(_frame(dataset)), dataset)
         return pydicom.pixels.pixel_array(dataset, decoding_plugin=_choose_decoder(syntax))
     except Exception as error:
         raise DernetError(
@@ -268,7 +271,7 @@ def _refuse_other_size(dataset: pydicom.Dataset) -> None:
         if len(more) >= raw or more.strip(b"\0"):  # some writers append zeros
             raise ValueError("it holds more than the header's rows and columns")
         return
-    coded = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+    coded = _frame(dataset)
     if syntax == pydicom.uid.RLELossless:
         if len(coded) > 64 + 2 * raw:
             raise ValueError("it holds more than the header's rows and columns")
@@ -278,18 +281,41 @@ def _refuse_other_size(dataset: pydicom.Dataset) -> None:
         raise ValueError(f"it has {found[0]} rows and {found[1]} columns, its header {declared}")
 
 
+def _frame(dataset: pydicom.Dataset) -> bytes:
+    """Return the code stream of a compressed image."""
+    return pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+
+
 def _coded_size(coded: bytes) -> tuple[int, int] | None:
     """Return the rows and columns that a compressed image declares; None where it declares none.
 
-    Source: ITU-T T.800 A.5.1 (JPEG 2000), T.81 B.2.2 (JPEG), T.87 C.2.2 (JPEG-LS).
+    Source: ITU-T T.800 A.5.1 (JPEG 2000).
     """
     start = coded.find(JPEG_2000_START, 0, 4096)  # it may lie inside JP2 boxes
     if start >= 0 and len(coded) >= start + 24:
         right, bottom, left, top = struct.unpack_from(">4I", coded, start + 8)
         return bottom - top, right - left
-    at = 2
-    while coded.startswith(JPEG_START[:2]) and at + 9 <= len(coded) and coded[at] == 0xFF:
-        if coded[at + 1] in JPEG_SIZES:
-            return struct.unpack_from(">2H", coded, at + 5)
-        at += 2 + int.from_bytes(coded[at + 2 : at + 4], "big")
-    return None
+    return declared_size(coded)
+
+
+def _stored_values(decoded: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
+    """Return a JPEG's values with the header's bits and sign, integers (H, W).
+
+    A JPEG's values are unsigned (PS3.5 8.2.1); negative ones come as their lowest bits, or with
+    the sign in all bits.
+
+    Raises:
+        ValueError: It has colour, or a value that the header's bits do not hold.
+    """
+    if decoded.ndim != 2:
+        raise ValueError("it is in colour, which its header does not say")
+    bits, values = dataset.BitsStored, decoded.astype(np.int64)
+    if dataset.PixelRepresentation == 1:
+        lowest = values & (2**bits - 1)
+        signed = np.where(lowest < 2 ** (bits - 1), lowest, lowest - 2**bits)
+        if not ((values == lowest) | (values == signed & 0xFFFF)).all():
+            raise ValueError(f"its values need more than the header's {bits} bits")
+        return signed
+    if values.max() >= 2**bits:
+        raise ValueError(f"its values need more than the header's {bits} bits")
+    return values

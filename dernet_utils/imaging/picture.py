@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.imaging.grey_levels import stretch, to_uint8
+from dernet_utils.imaging.jpeg import first_picture, is_whole
 from dernet_utils.imaging.radiograph import MOST_PIXELS, PNG_SIGNATURE
 
 GREY_MODES = ("1", "L", "LA", "I", "I;16")  # Pillow's names
@@ -30,9 +31,6 @@ CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 # Adam7: first column and row of each pass, and its steps.
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
           (0, 1, 1, 2))  # fmt: skip
-# JPEG (ITU-T T.81, table B.1): markers without a segment, and the end of the picture.
-STANDALONE = {0x00, 0x01, *range(0xD0, 0xD9)}
-RESTART, START_OF_SCAN, JPEG_END = 0xD0, 0xDA, b"\xff\xd9"
 
 
 def decode_picture(data: bytes, form: str) -> tuple[np.ndarray, float]:
@@ -53,15 +51,15 @@ def decode_picture(data: bytes, form: str) -> tuple[np.ndarray, float]:
     Raises:
         DernetError: The picture is cut short, damaged, or has too many pixels.
     """
-    still = _still_png(data) if form == "PNG" else _first_jpeg(data)
+    still = _still_png(data) if form == "PNG" else _still_jpeg(data)
     try:  # Pillow reads only the header here
         header = (PngImageFile if form == "PNG" else JpegImageFile)(BytesIO(still))
     except (OSError, SyntaxError, ValueError) as error:
         raise DernetError(UNDECODABLE) from error
     if header.width * header.height > MOST_PIXELS:
         raise DernetError(TOO_LARGE)
-    if form == "JPEG" and not _is_whole(still):
-        raise DernetError(CUT_SHORT)
+    if form == "JPEG":
+        _refuse_missing_pixels(still)
     grey = _decode(still, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
     coloured = 0.0
     if header.mode not in GREY_MODES:
@@ -152,40 +150,18 @@ def _refuse_missing_rows(header: bytes, coded: list[bytes]) -> None:
 # JPEG -------------------------------------------------------------------------------------------
 
 
-def _first_jpeg(data: bytes) -> bytes:
-    """Return a JPEG up to the end mark of its first picture, which is added where it is missing.
-
-    Raises:
-        DernetError: It ends before its first scan.
-    """
-    at, scans = 2, 0
-    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1:
-        marker = data[at + 1]
-        if marker == JPEG_END[1]:
-            return data[: at + 2]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker in STANDALONE:
-            at += 2
-        else:
-            scans += marker == START_OF_SCAN
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if not scans:
-        raise DernetError(CUT_SHORT)
-    return data + JPEG_END
-
-
-def _is_whole(still: bytes) -> bool:
-    """Return whether a JPEG holds all its pixels.
-
-    Further coded bytes before the end mark change nothing in a whole picture. Where rows are
-    missing, decoders take them for these rows. Pillow decodes, since OpenCV prints warnings.
-    """
-    more = np.random.default_rng(0).integers(0, 255, 512, dtype=np.uint8).tobytes()
-    restarts = (bytes((0xFF, RESTART + k % 8)) + more for k in range(16))  # whichever is expected
-    longer = still.removesuffix(JPEG_END) + more + b"".join(restarts) + JPEG_END
+def _still_jpeg(data: bytes) -> bytes:
     try:
-        one, other = (np.asarray(JpegImageFile(BytesIO(each))) for each in (still, longer))
+        return first_picture(data)
+    except ValueError as error:
+        raise DernetError(CUT_SHORT) from error
+
+
+def _refuse_missing_pixels(still: bytes) -> None:
+    """Refuse a JPEG that is cut short. Pillow decodes, since OpenCV prints warnings."""
+    try:
+        whole = is_whole(still, lambda code: np.asarray(JpegImageFile(BytesIO(code))))
     except (OSError, SyntaxError, ValueError) as error:
         raise DernetError(UNDECODABLE) from error
-    return np.array_equal(one, other)
+    if not whole:
+        raise DernetError(CUT_SHORT)

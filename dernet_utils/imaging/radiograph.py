@@ -9,10 +9,10 @@ import numpy as np
 import pydicom
 
 from dernet_utils.core.errors import DernetError
+from dernet_utils.imaging.jpeg import JPEG_START
 
 MOST_PIXELS = 40_000_000  # per image; a large radiograph has 20 million
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-JPEG_START = b"\xff\xd8\xff"
 DICOM_MARK = b"DICM"  # after a preamble of 128 bytes
 RECOGNISED_BY = 132  # number of first bytes that show a file's format
 # Without preamble a DICOM file begins with its first element: of the file meta information (group
@@ -103,8 +103,8 @@ def naming(path: Path | str) -> Iterator[None]:
 def brief_reason(error: Exception) -> str:
     """Return an error's message, short enough for one sentence (200 characters).
 
-    >>> brief_reason(ValueError("Unable to decode:\\n  gdcm: cut short.\\n  pillow: no image."))
-    'gdcm: cut short; pillow: no image'
+    >>> brief_reason(ValueError("Unable to decode:\\n  pillow: cut short.\\n  jpeg: no image."))
+    'pillow: cut short; jpeg: no image'
     """
     lines = [line.strip().rstrip(".:") for line in str(error).splitlines()]
     lines = lines or [type(error).__name__]

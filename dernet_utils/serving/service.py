@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import cv2
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import write_whole
+from dernet_utils.imaging.decoder import Decoder
 from dernet_utils.imaging.radiograph import Radiograph, naming, read_bytes
-from dernet_utils.imaging.reader import decode_radiograph
 from dernet_utils.inference.onnx_backend import open_embedding_gate, open_pipeline
 from dernet_utils.inference.ood import (
     EmbeddingGate,
@@ -66,11 +67,13 @@ class InferenceService:
         pipeline: As `onnx_backend.open_pipeline` returns it.
         gate_network: Name of the triage network whose embedding the gate checks.
         gate: Checks whether an image is like the training images.
+        decode: Decodes a file's bytes, as `Decoder.decode` does.
     """
 
     pipeline: Pipeline
     gate_network: str
     gate: EmbeddingGate
+    decode: Callable[[bytes], Radiograph]
 
     @classmethod
     def open(
@@ -84,7 +87,8 @@ class InferenceService:
         Raises:
             DernetError: As `onnx_backend.open_pipeline` and `open_embedding_gate` raise.
         """
-        return cls(open_pipeline(folder, engine, threads), *open_embedding_gate(folder))
+        decode = Decoder().decode  # its process starts while the networks are read
+        return cls(open_pipeline(folder, engine, threads), *open_embedding_gate(folder), decode)
 
     def analyse(self, data: bytes, override: bool = False) -> Analysis:
         """Run the checks and, if they pass, inference on a DICOM, PNG or JPEG file.
@@ -96,7 +100,7 @@ class InferenceService:
         Raises:
             DernetError: The file cannot be read as a grey-scale image.
         """
-        radiograph = decode_radiograph(data)
+        radiograph = self.decode(data)
         reasons = [*header_reasons(radiograph), *picture_reasons(picture_facts(radiograph))]
         if reasons and not override:  # without running a network
             return Analysis(radiograph, tuple(reasons), {}, None)
@@ -109,11 +113,14 @@ class InferenceService:
         return Analysis(radiograph, tuple(reasons), outputs, prediction)
 
 
-def predict_file(pipeline: Pipeline, path: Path, out: Path | None = None) -> dict:
+def predict_file(
+    pipeline: Pipeline, decode: Callable[[bytes], Radiograph], path: Path, out: Path | None = None
+) -> dict:
     """Run a pipeline on a file and, if asked, save its prediction.
 
     Args:
         pipeline: As `torch_backend.run_pipeline` or `onnx_backend.open_pipeline` returns it.
+        decode: As `Decoder.decode`.
         path: A DICOM, PNG or JPEG file.
         out: Folder for ``<file name>.json`` and ``<file name>.overlay.png``; created if missing.
 
@@ -126,7 +133,7 @@ def predict_file(pipeline: Pipeline, path: Path, out: Path | None = None) -> dic
     """
     with naming(path):
         data = read_bytes(path)
-        grey = decode_radiograph(data).pixels
+        grey = decode(data).pixels
     prediction = pipeline.predict(grey)
     name = os.fsencode(path).decode(errors="backslashreplace")  # a name need not be UTF-8
     record = {"file": name, "sha256": hashlib.sha256(data).hexdigest(), **as_record(prediction)}
