@@ -25,7 +25,7 @@ book: $(LOCKED) $(DONOR)
 	@$(BIN)/dernet run --profile "$(PROFILE)"
 
 test: $(LOCKED) $(DONOR)
-	@tools/system.sh chromium dciodvfy orthanc
+	@tools/system.sh chromium dciodvfy dcmtk gdcm orthanc
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal
 
 test-quick: $(LOCKED) $(DONOR)

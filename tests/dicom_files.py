@@ -79,8 +79,8 @@ def encode(dataset: Dataset, syntax: uid.UID) -> bytes:
 
 def encode_jpeg(dataset: Dataset, syntax: uid.UID, **options) -> bytes:
     """As `encode`, in a JPEG syntax; `options` are those of `imagecodecs.jpeg8_encode`."""
-    stored = dataset.pixel_array & (2**dataset.BitsStored - 1)
     bits = dataset.BitsStored
+    stored = dataset.pixel_array.astype(int) & (2**bits - 1)
     lossless = syntax in (uid.JPEGLossless, uid.JPEGLosslessSV1)
     code = imagecodecs.jpeg8_encode(
         stored.astype(np.uint8 if bits == 8 else np.uint16),

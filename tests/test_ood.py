@@ -54,6 +54,13 @@ def facts_outside(picture):
             for word in ("UNKNOWN", "OTHER", "LWS", "COLUMNA LUMBAR", "RACHIS", "WHOLEBODY", "Dos")
         ),
         ({"Modality": "DX", "BodyPartExamined": ["SKULL", "CSPINE"]}, []),
+        ({"PixelAspectRatio": [2, 1]}, [["2.00 times as high"]]),
+        ({"PixelSpacing": [0.1, 0.4]}, [["0.25 times as high"]]),
+        ({"ImagerPixelSpacing": [0.15, 0.1]}, [["1.50 times as high"]]),
+        ({"PixelAspectRatio": [1, 1], "PixelSpacing": [0.1, 0.4]}, []),
+        ({"PixelSpacing": [0.14, 0.1401]}, []),
+        ({"PixelSpacing": [0, 0]}, []),
+        ({"PixelSpacing": None}, []),
     ],
 )
 def test_each_header_reason_names_the_values(tiny_dataset, header, values):

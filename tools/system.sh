@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks for the system packages behind its arguments: `tools/system.sh venv opencv chromium dciodvfy orthanc`.
+# Checks for the system packages behind its arguments: `tools/system.sh venv opencv chromium dciodvfy dcmtk gdcm orthanc`.
 # As root on Debian or Ubuntu it installs missing ones; otherwise it names them with the command
 # that installs them. It prints nothing if none is missing.
 set -eu
@@ -16,9 +16,11 @@ for need in "$@"; do
       ;;
     chromium) command -v chromium >/dev/null 2>&1 || missing="$missing chromium" ;;
     dciodvfy) command -v dciodvfy >/dev/null 2>&1 || missing="$missing dicom3tools" ;;
+    dcmtk) command -v dcmj2pnm >/dev/null 2>&1 || command -v dcm2img >/dev/null 2>&1 || missing="$missing dcmtk" ;;
+    gdcm) command -v gdcmconv >/dev/null 2>&1 || missing="$missing libgdcm-tools" ;;
     orthanc) [ -x /usr/sbin/Orthanc ] || missing="$missing orthanc" ;;
     *)
-      echo "tools/system.sh knows venv, opencv, chromium, dciodvfy and orthanc, not $need." >&2
+      echo "tools/system.sh knows venv, opencv, chromium, dciodvfy, dcmtk, gdcm and orthanc, not $need." >&2
       exit 2
       ;;
   esac

@@ -31,6 +31,7 @@ OTHER_PARTS = frozenset((
     "STERNUM", "STOMACH", "THIGH", "THORAX", "THUMB", "THYROID", "TIBIA", "TIBIAFIBULA", "TMJ",
     "TOE", "TRACHEA", "ULNA", "UTERUS", "WRIST", "ZYGOMA",
 ))  # fmt: skip
+SQUARE = 0.01  # pixels whose sides differ by a larger fraction are not square
 WORK_PX = 512  # long side at which smoothness and flatness are measured
 DIMENSIONS = 64  # principal directions kept of the embedding; ours
 RIDGE = 1e-3  # of the mean variance, added to each: else a direction without variance dominates
@@ -58,7 +59,7 @@ def header_reasons(radiograph: Radiograph) -> list[Reason]:
         radiograph: As `imaging.reader` reads it.
 
     Returns:
-        Empty if there is no header (PNG, JPEG), or if it gives neither modality nor body part.
+        Empty if there is no header (PNG, JPEG), or if it gives no modality, body part or pixel size.
 
     Raises:
         DernetError: One of these elements is malformed.
@@ -68,9 +69,11 @@ def header_reasons(radiograph: Radiograph) -> list[Reason]:
     try:
         modalities = _terms(radiograph.header, "Modality")
         parts = _terms(radiograph.header, "BodyPartExamined")
+        ratio = _pixel_ratio(radiograph.header)
     except Exception as error:  # pydicom converts values on access, and raises many types
         raise DernetError(
-            "the DICOM header's modality or body part is malformed; export the image again."
+            "the DICOM header's modality, body part or pixel size is malformed; export the image "
+            "again."
         ) from error
     reasons = []
     if modalities and not any(modality in MODALITIES for modality in modalities):
@@ -80,7 +83,19 @@ def header_reasons(radiograph: Radiograph) -> list[Reason]:
     if parts and all(part in OTHER_PARTS for part in parts):
         text = f"The body part examined is {' and '.join(parts)}, not the spine."
         reasons.append(Reason("header", text))
+    if abs(ratio - 1) > SQUARE:
+        text = f"A pixel is {ratio:.2f} times as high as wide; the networks expect square pixels."
+        reasons.append(Reason("header", text))
     return reasons
+
+
+def _pixel_ratio(header: pydicom.Dataset) -> float:
+    """Return a pixel's height over its width (PS3.3 C.7.6.3.1.7, 10.7.1.3); 1 if not given."""
+    for keyword in ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing"):
+        sides = header.get(keyword)
+        if isinstance(sides, MultiValue) and len(sides) == 2 and min(map(float, sides)) > 0:
+            return float(sides[0]) / float(sides[1])
+    return 1.0
 
 
 def _terms(header: pydicom.Dataset, keyword: str) -> list[str]:
