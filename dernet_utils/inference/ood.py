@@ -59,7 +59,7 @@ def header_reasons(radiograph: Radiograph) -> list[Reason]:
         radiograph: As `imaging.reader` reads it.
 
     Returns:
-        Empty if there is no header (PNG, JPEG), or if it gives no modality, body part or pixel size.
+        Empty for a PNG or JPEG, or if the header gives no modality, body part or pixel size.
 
     Raises:
         DernetError: One of these elements is malformed.
