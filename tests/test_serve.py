@@ -1,5 +1,6 @@
 """The command `dernet serve`: a process of its own, and many clients at once."""
 
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,8 @@ from dernet_utils.core.files import PROJECT
 pytestmark = pytest.mark.slow
 
 CLIENTS, SECONDS = 32, 8
+FATAL = str(Path(__file__).with_name("fatal"))  # makes some files end their decoding process
+KILLER = b"segmentation fault"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def server(runs):
     process = subprocess.Popen(
         [sys.executable, "-m", "dernet_utils.cli", *command],
         cwd=PROJECT,
-        env=os.environ | {"DERNET_RUNS": str(runs)},
+        env=os.environ | {"DERNET_RUNS": str(runs), "PYTHONPATH": FATAL},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -71,16 +74,21 @@ def megabytes(process) -> float:
 
 
 def test_many_clients_at_once(server):
-    """Each response is right or asks to retry later; memory does not grow."""
+    """Each response is right or asks to retry later, also where every tenth file ends its decoding.
+
+    Memory does not grow.
+    """
     process, address = server
     url = f"{address}analyse?override=true"
     expected = json.loads(post(url, patient_radiograph())[1])
-    responses, stop = [], time.monotonic() + SECONDS
+    responses, refused, stop = [], [], time.monotonic() + SECONDS
+    files = itertools.count()
 
     def send():
         while time.monotonic() < stop:
-            status, body, headers = post(url, patient_radiograph())
-            responses.append((status, body, headers))
+            killer = next(files) % 10 == 9
+            status, body, headers = post(url, KILLER if killer else patient_radiograph())
+            (refused if killer else responses).append((status, body, headers))
             if status == 503:
                 time.sleep(0.2)
 
@@ -95,6 +103,9 @@ def test_many_clients_at_once(server):
     assert {status for status, *_ in responses} <= {200, 503}
     results = [json.loads(body) for status, body, _ in responses if status == 200]
     assert len(results) > 5 and all(one == expected for one in results)
+    assert {status for status, *_ in refused} <= {422, 503}
+    sentences = [json.loads(body)["error"] for status, body, _ in refused if status == 422]
+    assert sentences and all("SIGSEGV" in sentence for sentence in sentences)
     busy = [headers for status, _, headers in responses if status == 503]
     assert busy and all(int(headers["Retry-After"]) > 0 for headers in busy)
     assert megabytes(process) < before + 100
