@@ -60,7 +60,7 @@ from dernet_utils.metrics.intervals import bootstrap_by_study
 # %%
 workspace = open_chapter(profile)
 root = workspace.data_root
-kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
+kind = workspace.image_kind
 
 # %% [markdown]
 # ## Files on disk

@@ -61,7 +61,7 @@ from dernet_utils.metrics.intervals import bootstrap_by_study
 workspace = open_chapter(profile)
 images = read_images(workspace)
 train = images[images["split"] == "train"].reset_index(drop=True)
-kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
+kind = workspace.image_kind
 
 # %% [markdown]
 # This chapter opens training images only: choices made on test images, even by eye, would bias the test result

@@ -68,7 +68,7 @@ study, y = train["study_id"].to_numpy(), train["abnormal"].to_numpy().astype(int
 # %% tags=["remove-cell"]
 glue_values("c03", {
     "profile": workspace.profile.name, "folds": F, "seed": seed,
-    "kind": "virtual radiographs" if workspace.profile.virtual else "radiographs",
+    "kind": workspace.image_kind,
     "images": len(train), "studies": train["study_id"].nunique(),
     "test-images": len(images) - len(train), "abnormal": f"{y.mean():.0%}",
 })  # fmt: skip

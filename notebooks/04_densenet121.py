@@ -79,7 +79,7 @@ test = images[images["split"] == "test"]
 assert test["label"].isna().all()  # sealed
 assert (train.groupby("study_id")["fold"].nunique() == 1).all()
 assert not set(train["study_id"]) & set(test["study_id"])
-glue_run_facts("c04", numbers, train)
+glue_run_facts("c04", workspace, train)
 count = {"image_id": "count", "study_id": "nunique", "label": "sum"}
 counts = train.groupby("fold").agg(count)
 counts.set_axis(["images", "studies", "abnormal images"], axis=1)
@@ -552,7 +552,7 @@ by_fold | {"pooled": interval.value}
 # agree with our steps.
 
 # %% tags=["remove-output"]
-results = show_out_of_fold("c04", numbers, found, train)
+results = show_out_of_fold("c04", workspace, found, train)
 assert results.threshold == tau and results.scores.equals(scores)
 verdict = (
     "The whole interval lies above one half: the network ranks images better than chance."

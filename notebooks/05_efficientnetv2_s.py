@@ -59,7 +59,7 @@ train = images[images["split"] == "train"]
 recipe = training.TriageRecipe.of(numbers)
 sample = training.Sample.load(train, recipe.image_px)
 network = networks.build_network("tf_efficientnetv2_s", seed=numbers.seed)
-glue_run_facts("c05", numbers, train)
+glue_run_facts("c05", workspace, train)
 
 # %% [markdown]
 # ## What a convolution costs
@@ -337,7 +337,7 @@ last_epochs
 # not depend on it.
 
 # %% tags=["remove-output"]
-results = show_out_of_fold("c05", numbers, found, train)
+results = show_out_of_fold("c05", workspace, found, train)
 
 # %%
 scored, y, prob = found.out_of_fold, results.y, results.prob

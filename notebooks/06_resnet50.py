@@ -55,7 +55,7 @@ train = images[images["split"] == "train"]
 recipe = training.TriageRecipe.of(numbers)
 sample = training.Sample.load(train, recipe.image_px)
 network = networks.build_network("resnet50", seed=numbers.seed)
-glue_run_facts("c06", numbers, train)
+glue_run_facts("c06", workspace, train)
 
 # %% [markdown]
 # ## The skip connection
@@ -252,7 +252,7 @@ last_epochs
 # not depend on it.
 
 # %% tags=["remove-output"]
-results = show_out_of_fold("c06", numbers, found, train)
+results = show_out_of_fold("c06", workspace, found, train)
 
 # %%
 scored, y, prob, scores = found.out_of_fold, results.y, results.prob, results.scores

@@ -75,7 +75,7 @@ for name in NETWORKS:
     assert found[name].out_of_fold["image_id"].equals(scored["image_id"])
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 spoken = [NETWORK_NAMES[name] for name in NETWORKS]
-glue_run_facts("c07", numbers, train)
+glue_run_facts("c07", workspace, train)
 glue_values("c07", {"share": f"{y.mean():.0%}"})
 pd.DataFrame(prob, columns=spoken).describe().loc[["mean", "std", "min", "max"]].round(3)
 
@@ -446,7 +446,7 @@ measure(y_test, {"vote": prob_test @ omega, "calibrated": decision.prob(prob_tes
 # intervals are slightly too narrow. The columns are from different images and cannot be compared with each other.
 
 # %% tags=["hide-input"]
-compare_with_table_2(numbers, tables, tuple(TABLE_2))
+compare_with_table_2(workspace, tables, tuple(TABLE_2))
 
 # %% tags=["hide-input", "remove-output"]
 bands = {}

@@ -142,7 +142,7 @@ layers = pd.DataFrame(
         "weights": {layer.i: sum(p.numel() for p in layer.parameters()) for layer in network.model},
     }
 ).fillna("below")
-kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
+kind = workspace.image_kind
 weights = "random" if start is None else f"those of the local checkpoint {start.name}"
 glue_values("c08", {
     "profile": workspace.profile.name, "kind": kind, "one-kind": kind.removesuffix("s"),

@@ -56,7 +56,7 @@ recipe = DetectorRecipe.of(workspace.profile)
 H, W = recipe.input_size
 glue_values("c09", {
     "profile": workspace.profile.name, "px": f"{H} × {W}", "images": images_at_once,
-    "kind": "virtual radiographs" if workspace.profile.virtual else "radiographs",
+    "kind": workspace.image_kind,
 })  # fmt: skip
 
 # %% [markdown]

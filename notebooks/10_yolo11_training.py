@@ -91,7 +91,7 @@ assert same.test.equals(test)
 # %% tags=["hide-input"]
 recipe = detector_data.DetectorRecipe.of(workspace.profile)
 H, W = recipe.input_size
-kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
+kind = workspace.image_kind
 glue_values("c10", {
     "profile": workspace.profile.name, "kind": kind, "training": len(training),
     "left-out": len(left_out), "validation": len(validation),

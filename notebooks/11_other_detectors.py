@@ -71,7 +71,7 @@ recipe = DetectorRecipe.of(workspace.profile)
 H, W = recipe.input_size
 assert not set(training["study_id"]) & set(test["study_id"])
 seconds = workspace.profile.baseline_seconds
-kind = "virtual radiographs" if workspace.profile.virtual else "radiographs"
+kind = workspace.image_kind
 duration = f"{seconds:g} s" if seconds < 300 else f"{seconds / 60:g} minutes"
 glue_values("c11", {
     "profile": workspace.profile.name, "kind": kind, "training": len(training), "test": len(test),

@@ -76,7 +76,7 @@ draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 # %% tags=["remove-cell"]
 glue_values("c12", {
     "profile": numbers.name, "n": len(y), "n-studies": len(np.unique(study)),
-    "kind": "virtual radiographs" if numbers.virtual else "radiographs", "folds": numbers.folds,
+    "kind": workspace.image_kind, "folds": numbers.folds,
     "resamples": f"{numbers.bootstrap:,}", "n-held": len(held), "simulations": f"{simulations:,}",
     "n-held-studies": held["study_id"].nunique(), "power": f"{power:.0%}",
 })  # fmt: skip

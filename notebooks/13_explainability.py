@@ -66,7 +66,8 @@ from dernet_utils.virtual.counterfactual import labelled_findings, read_counterf
 workspace = open_chapter(profile)
 numbers = workspace.profile
 images = detection_images(workspace)
-exact = numbers.virtual  # for a real radiograph neither a lesion's shadow nor a counterfactual is known
+# Shadows and counterfactuals are known for virtual radiographs only, and stored in the cohort's folder `twins`.
+exact = workspace.virtual and (workspace.data_root / "twins").is_dir()
 found = {name: crossvalidation.cross_validate(workspace, name) for name in NETWORKS}
 decision = crossvalidation.read_decision(workspace)
 crossvalidation.open_test_labels(workspace)  # the decision is written: the test images may be used
@@ -82,7 +83,7 @@ study, px = chosen["study_id"].to_numpy(), numbers.triage_px
 glue_values("c13", {
     "profile": numbers.name, "n": len(chosen), "n-studies": len(set(study)), "px": px,
     "samples": lime_samples, "seeds": lime_seeds, "segments": explain.SEGMENTS,
-    "kind": "virtual radiographs" if exact else "radiographs",
+    "kind": workspace.image_kind,
     "masks": "the computed shadow" if exact else "the boxes",
 })  # fmt: skip
 

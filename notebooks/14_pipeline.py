@@ -82,7 +82,7 @@ draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 
 # %% tags=["remove-cell"]
 glue_values("c14", {
-    "profile": numbers.name, "kind": "virtual radiographs" if numbers.virtual else "radiographs",
+    "profile": numbers.name, "kind": workspace.image_kind,
     "test": len(test), "truth": len(truth), "test-studies": test["study_id"].nunique(),
     "normal": int((~abnormal).sum()), "abnormal": int(abnormal.sum()), "alarms": f"{alarms_allowed:g}",
     "threshold": threshold,

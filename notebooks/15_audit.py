@@ -61,7 +61,7 @@ from dernet_utils.triage.ensemble import simplex
 # %%
 workspace = open_chapter(profile)
 numbers = workspace.profile
-kind = "virtual radiographs" if numbers.virtual else "radiographs"
+kind = workspace.image_kind
 glue_values("c15", {"profile": numbers.name, "kind": kind, "halves": f"{halves:,}"})
 
 # %% [markdown]

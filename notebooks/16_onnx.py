@@ -84,7 +84,7 @@ draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 glue_values("c16", {
     "profile": numbers.name, "n": len(test), "n-studies": test["study_id"].nunique(), "boxes": len(truth),
     "allowed": f"{allowed:g}", "folds": numbers.folds, "rounds": rounds, "machine": machine.processor_name(),
-    "kind": "virtual radiographs" if numbers.virtual else "radiographs",
+    "kind": workspace.image_kind,
     "calibration": min(export.CALIBRATION_IMAGES, len(data.training)), "px": numbers.triage_px,
     "timed-px": numbers.timed_px, "timed-view": "{} × {}".format(*numbers.timed_size),
 })

@@ -75,7 +75,7 @@ def read_bytes(image):
 
 # %% tags=["remove-cell"]
 glue_values("c17", {
-    "profile": numbers.name, "kind": "virtual radiographs" if numbers.virtual else "radiographs",
+    "profile": numbers.name, "kind": workspace.image_kind,
     "train": len(train), "test": len(test), "each": each, "test-studies": test["study_id"].nunique(),
     "rejected": f"{rejected:.1%}", "network": "ResNet50",
 })
@@ -115,7 +115,7 @@ facts = pd.DataFrame([ood.picture_facts(decode_radiograph(read_bytes(image))) fo
 limits = pd.DataFrame(ood.LIMITS, index=["low", "high", "text"]).T
 table = facts.agg(["min", "median", "max"]).T.join(limits[["low", "high"]])
 beyond = ((facts < table["low"]) | (facts > table["high"])).any(axis=1).sum()
-assert beyond == 0 or not numbers.virtual
+assert beyond == 0 or not workspace.virtual
 glue_values("c17", {"beyond": int(beyond)})
 table.astype(float).round(3)
 

@@ -60,12 +60,13 @@ import pandas as pd
 
 def read_dataset(root):
     images = pd.DataFrame({"image_id": ["a", "b"], "split": ["train", "test"]})
-    return SimpleNamespace(images=images, boxes=images)
+    return SimpleNamespace(images=images, boxes=images, virtual=True)
 """,
     "dataset/folds.py": "def make_folds(images, folds, seed):\n    return images.assign(fold=0)\n",
-    "dataset/prepared.py": """def write_tables(workspace, images, boxes):
+    "dataset/prepared.py": """def write_tables(workspace, images, boxes, virtual):
     for name in ("images", "boxes"):
         (workspace.tables / f"{name}.parquet").touch()
+    workspace.dataset_facts.touch()
 """,
     "imaging/__init__.py": "",
     "imaging/cache.py": """def cache_images(images, *more):

@@ -422,7 +422,7 @@ def runs(tiny_dataset: Path, tmp_path: Path) -> Path:
     """A folder of runs whose `smoke` has the tiny dataset as its cohort."""
     run = tmp_path / "smoke"
     shutil.copytree(tiny_dataset, run / "cohort")
-    (run / "cohort" / "manifest.json").write_text("{}")
+    (run / "cohort" / "manifest.json").write_text('{"virtual": true}')
     # A cohort of the present data digest is not made again.
     (run / "data.digest").write_text(data_digest(Workspace(get_profile("smoke"), run)))
     return tmp_path

@@ -435,3 +435,11 @@ def test_manifest(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(DernetError, match="should be JSON"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"virtual": "yes"}', '{"virtual": 1}'])
+def test_a_manifest_says_whether_the_radiographs_are_virtual(tiny_dataset, text):
+    (tiny_dataset / "manifest.json").write_text(text)
+    for read in (read_manifest, read_dataset):
+        with pytest.raises(DernetError, match="virtual"):
+            read(tiny_dataset)

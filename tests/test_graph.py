@@ -203,6 +203,9 @@ def test_data_digest_of_a_real_folder(tiny_dataset: Path, monkeypatch: pytest.Mo
     assert graph.data_digest(workspace) == before
     table.write_text(table.read_text() + "\n")
     assert graph.data_digest(workspace) != before
+    before, manifest = graph.data_digest(workspace), tiny_dataset / "manifest.json"
+    manifest.write_text('{"virtual": true}')
+    assert graph.data_digest(workspace) != before
     table.unlink()
     with pytest.raises(DernetError, match=r"test\.csv"):
         graph.data_digest(workspace)

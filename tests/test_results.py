@@ -16,6 +16,7 @@ def made(tmp_path, monkeypatch):
     """A workspace, and the record of a run in it."""
     monkeypatch.setattr(book_results, "KEPT", tmp_path / "kept")
     workspace = Workspace(get_profile("smoke"), tmp_path / "run")
+    workspace.dataset_facts.write_text('{"virtual": true}')
     scores = pd.DataFrame({"value": [0.25, float("nan")]}, index=["mAP", "Osteophytes"])
     terms = pd.DataFrame({"steps": [12]}, index=["RetinaNet"])
     tables = {"RetinaNet": scores, "YOLO11-L, 2 epochs": scores}

@@ -17,7 +17,6 @@ from dernet_utils.book.figures import (
 )
 from dernet_utils.book.paper import compare_with_table_2
 from dernet_utils.book.progress import epoch_bars
-from dernet_utils.core.profiles import Profile
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.metrics.classification import classification_table, roc_band, youden_threshold
 from dernet_utils.metrics.intervals import Interval
@@ -44,17 +43,18 @@ class OutOfFoldResults:
     beside_paper: pd.DataFrame
 
 
-def glue_run_facts(prefix: str, profile: Profile, train: pd.DataFrame) -> None:
+def glue_run_facts(prefix: str, workspace: Workspace, train: pd.DataFrame) -> None:
     """Glue the facts ``profile``, ``kind``, ``px``, ``folds``, ``n`` and ``n-studies`` of a run.
 
     Args:
         prefix: The chapter's prefix, such as ``c05``; a key is ``<prefix>-<name>``.
-        profile: The run's profile.
+        workspace: The run.
         train: The training images, as `triage_images` returns them.
     """
+    profile = workspace.profile
     facts = {
         "profile": profile.name,
-        "kind": "virtual radiographs" if profile.virtual else "radiographs",
+        "kind": workspace.image_kind,
         "px": profile.triage_px,
         "folds": profile.folds,
         "n": len(train),
@@ -94,7 +94,7 @@ def show_training(
 
 
 def show_out_of_fold(
-    prefix: str, profile: Profile, found: CrossValidated, train: pd.DataFrame
+    prefix: str, workspace: Workspace, found: CrossValidated, train: pd.DataFrame
 ) -> OutOfFoldResults:
     """Compute a network's out-of-fold metrics; show its ROC curve and most confident predictions.
 
@@ -102,7 +102,7 @@ def show_out_of_fold(
     ``auroc`` with its interval.
 
     Args:
-        prefix, profile, train: As in `glue_run_facts`.
+        prefix, workspace, train: As in `glue_run_facts`.
         found: As `show_training` returns it.
 
     Returns:
@@ -114,6 +114,7 @@ def show_out_of_fold(
     scored = found.out_of_fold
     assert scored["image_id"].tolist() == train["image_id"].tolist()
     y, prob, studies = scored["label"].to_numpy(), scored["prob"].to_numpy(), scored["study_id"]
+    profile = workspace.profile
     draws = {"resamples": profile.bootstrap, "seed": profile.seed}
     threshold = youden_threshold(y, prob)
     scores = classification_table(y, prob, studies, threshold, **draws)
@@ -126,5 +127,5 @@ def show_out_of_fold(
     show_figure(f"{prefix}-fig-examples", draw_most_confident(examples, threshold))
     glue_values(prefix, {"auroc": f"{auroc:.2f}"})
     columns = {"out of fold": {found.network: scores}}
-    beside_paper = compare_with_table_2(profile, columns, (found.network,))
+    beside_paper = compare_with_table_2(workspace, columns, (found.network,))
     return OutOfFoldResults(y, prob, threshold, scores, beside_paper)

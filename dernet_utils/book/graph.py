@@ -190,14 +190,14 @@ def _code_of(modules: frozenset[str]) -> str:
 def data_digest(workspace: Workspace) -> str:
     """Return a digest of everything from which the run's dataset is made.
 
-    For the virtual cohort: its code, its numbers and the locked libraries. For a VinDr-SpineXR
-    folder: its two tables.
+    For a cohort that the run renders: its code, its numbers and the locked libraries. For a
+    VinDr-SpineXR folder: its two tables and its manifest, if it has one.
 
     Raises:
         DernetError: The folder that ``DERNET_DATA`` names has no tables.
     """
     profile = workspace.profile
-    if profile.virtual:
+    if profile.renders_cohort:
         code = _code_with_imports("virtual.cohort")
         return digest_of(f"{profile.patients} {profile.seed}", code, _lock())
     tables = [workspace.data_root / "annotations" / f"{split}.csv" for split in SPLITS]
@@ -207,7 +207,9 @@ def data_digest(workspace: Workspace) -> str:
                 f"{workspace.data_root} is not a VinDr-SpineXR folder: it has no annotations/"
                 f"{table.name}. Correct DERNET_DATA."
             )
-    return digest_of(str(workspace.data_root), *(table.read_bytes() for table in tables))
+    manifest = workspace.data_root / "manifest.json"
+    files = [*tables, manifest] if manifest.is_file() else tables
+    return digest_of(str(workspace.data_root), *(file.read_bytes() for file in files))
 
 
 def prepare_digest(workspace: Workspace) -> str:

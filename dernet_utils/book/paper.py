@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from dernet_utils.core.profiles import Profile
 from dernet_utils.core.vocabulary import NETWORK_NAMES
+from dernet_utils.core.workspace import Workspace
 from dernet_utils.metrics.intervals import Interval
 
 TRAIN_IMAGES = 8389  # VinDr-SpineXR's training split (Nguyen et al., MICCAI 2021)
@@ -36,12 +36,12 @@ METRICS = {"auroc": "AUROC", "f1": "F1", "sensitivity": "Sensitivity", "specific
 
 
 def compare_with_table_2(
-    profile: Profile, found: dict[str, dict[str, pd.DataFrame]], methods: tuple[str, ...]
+    workspace: Workspace, found: dict[str, dict[str, pd.DataFrame]], methods: tuple[str, ...]
 ) -> pd.DataFrame:
     """Return rows of the paper's Table 2 with this run's results beside them.
 
     Args:
-        profile: The run's profile.
+        workspace: The run, whose dataset the columns name.
         found: Per column of ours, such as ``out of fold``, and per method, a table as
             `metrics.classification.classification_table` returns it.
         methods: Keys of `TABLE_2`: the rows to return.
@@ -50,7 +50,7 @@ def compare_with_table_2(
         One row per method and metric, as text in per cent, ours with 95 % intervals; a dash for a
         value that was not printed or not measured.
     """
-    ours = "virtual cohort" if profile.virtual else "VinDr-SpineXR"
+    ours = "virtual cohort" if workspace.virtual else "VinDr-SpineXR"
     rows = {}
     for method in methods:
         for (metric, name), value in zip(METRICS.items(), TABLE_2[method], strict=True):

@@ -17,7 +17,7 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     """Make what chapters and trainings share: the images on disk and two tables.
 
     The tables are ``tables/images.parquet`` and ``tables/boxes.parquet``, as `dataset.prepared`
-    reads them.
+    reads them; ``tables/dataset.json`` beside them says whether the radiographs are virtual.
 
     Args:
         workspace: The run.
@@ -49,7 +49,8 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
         )
     images = dataset.images.merge(folds[["image_id", "fold"]], how="left", on="image_id")
     images = images.merge(cached[["image_id", "cached_path", "scale"]], validate="one_to_one")
-    write_tables(workspace, images.astype({"fold": "Int64"}), dataset.boxes)
+    images = images.astype({"fold": "Int64"})
+    write_tables(workspace, images, dataset.boxes, dataset.virtual)
     write_whole(workspace.tables / STAMP, lambda part: part.write_text(digest))
     report(f"data: {len(dataset.images)} images ready after {clock(started)}")
 
@@ -63,6 +64,7 @@ def is_prepared(workspace: Workspace) -> bool:
     digest = prepare_digest(workspace)
     needed = [workspace.data_root / "annotations" / f"{split}.csv" for split in SPLITS]
     needed += [workspace.tables / name for name in ("images.parquet", "boxes.parquet", STAMP)]
+    needed.append(workspace.dataset_facts)
     return all(map(Path.is_file, needed)) and (workspace.tables / STAMP).read_text() == digest
 
 
@@ -85,7 +87,7 @@ def _forget_other_data(workspace: Workspace) -> None:
     stamp, digest = workspace.folder / "data.digest", data_digest(workspace)
     if stamp.is_file() and stamp.read_text() == digest:
         return
-    if workspace.profile.virtual:
+    if workspace.profile.renders_cohort:
         for name in ("cohort", "cohort.partial"):
             shutil.rmtree(workspace.folder / name, ignore_errors=True)
     shutil.rmtree(workspace.folder / "tables", ignore_errors=True)

@@ -39,7 +39,7 @@ def detector_record(
         "date": date.today().isoformat(),
         "processor": machine.processor_name(),
         "seed": workspace.profile.seed,
-        "data": "virtual" if workspace.profile.virtual else "VinDr-SpineXR",
+        "data": "virtual" if workspace.virtual else "VinDr-SpineXR",
         "profile": json.loads(workspace.profile.model_dump_json()),
         "films": films,
         "seconds": seconds,

@@ -54,8 +54,8 @@ class Profile(BaseModel):
     timed_size: tuple[Side, Side] = Field((640, 640), description="the detector's input there")
 
     @property
-    def virtual(self) -> bool:
-        """Whether the run's radiographs are virtual."""
+    def renders_cohort(self) -> bool:
+        """Whether a run makes its own virtual cohort instead of reading ``DERNET_DATA``."""
         return self.patients is not None
 
 

@@ -1,5 +1,6 @@
 """Where a run keeps its files: the folder ``runs/<profile>``."""
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ class Workspace:
 
     @property
     def data_root(self) -> Path:
-        """The dataset: the virtual cohort, or the folder that ``DERNET_DATA`` names.
+        """The dataset: the run's own virtual cohort, or the folder that ``DERNET_DATA`` names.
 
         Raises:
-            DernetError: The dataset is not virtual, and ``DERNET_DATA`` is not set.
+            DernetError: The profile renders no cohort, and ``DERNET_DATA`` is not set.
         """
-        if self.profile.virtual:
+        if self.profile.renders_cohort:
             return self.folder / "cohort"
         named = os.environ.get("DERNET_DATA", "")
         if not named:
@@ -63,6 +64,41 @@ class Workspace:
     def chapters(self) -> Path:
         """Executed notebooks."""
         return self._made("chapters")
+
+    @property
+    def dataset_facts(self) -> Path:
+        """What the preparation found out about the dataset as a whole, as JSON."""
+        return self.tables / "dataset.json"
+
+    @property
+    def virtual(self) -> bool:
+        """Whether the run's radiographs are virtual, as the dataset's manifest stated.
+
+        The preparation stores this beside the tables that it makes from the dataset, so it always
+        describes the data on which the run's networks are trained.
+
+        Raises:
+            DernetError: The run has not been prepared.
+        """
+        if not self.dataset_facts.is_file():
+            raise self.unprepared(self.dataset_facts)
+        return json.loads(self.dataset_facts.read_text(encoding="utf-8"))["virtual"]
+
+    @property
+    def image_kind(self) -> str:
+        """What captions call the run's images: ``virtual radiographs`` or ``radiographs``.
+
+        Raises:
+            DernetError: As `virtual` raises.
+        """
+        return "virtual radiographs" if self.virtual else "radiographs"
+
+    def unprepared(self, path: Path) -> DernetError:
+        """Return the error about a file that the run's preparation writes and that is missing."""
+        return DernetError(
+            f"The run's preparation writes {path}, which is missing: call `dernet prepare "
+            f"--profile {self.profile.name}` first."
+        )
 
     def _made(self, name: str) -> Path:
         path = self.folder / name

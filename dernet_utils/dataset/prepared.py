@@ -1,19 +1,21 @@
-"""The tables of images and boxes that a run's preparation writes once.
+"""The tables of images and boxes that a run's preparation writes once, with facts on the data.
 
 Chapters and training read these, so that no DICOM file is read or checked twice.
 """
 
+import json
 from pathlib import Path
 
 import pandas as pd
 
-from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import write_whole
 from dernet_utils.core.workspace import Workspace
 
 
-def write_tables(workspace: Workspace, images: pd.DataFrame, boxes: pd.DataFrame) -> None:
-    """Write ``tables/images.parquet`` and ``tables/boxes.parquet``, which the whole run reads.
+def write_tables(
+    workspace: Workspace, images: pd.DataFrame, boxes: pd.DataFrame, virtual: bool
+) -> None:
+    """Write ``tables/images.parquet``, ``boxes.parquet`` and ``dataset.json`` for the whole run.
 
     Paths are written relative to the dataset and the cache, so that a run's folder can be moved.
 
@@ -22,6 +24,7 @@ def write_tables(workspace: Workspace, images: pd.DataFrame, boxes: pd.DataFrame
         images: As `read_images` returns it; `dicom_path` lies in the dataset, `cached_path` in the
             run's cache.
         boxes: As `read_boxes` returns it.
+        virtual: Whether the radiographs are virtual; `Workspace.virtual` reads this.
     """
     root, cache = workspace.data_root, workspace.cache
     images = images.assign(
@@ -31,6 +34,8 @@ def write_tables(workspace: Workspace, images: pd.DataFrame, boxes: pd.DataFrame
     for name, table in (("boxes", boxes), ("images", images)):
         path = workspace.tables / f"{name}.parquet"
         write_whole(path, lambda part, table=table: table.to_parquet(part, index=False))
+    facts = json.dumps({"virtual": virtual})
+    write_whole(workspace.dataset_facts, lambda part: part.write_text(facts, encoding="utf-8"))
 
 
 def read_images(workspace: Workspace) -> pd.DataFrame:
@@ -77,8 +82,5 @@ def read_boxes(workspace: Workspace) -> pd.DataFrame:
 def _read_table(workspace: Workspace, name: str) -> pd.DataFrame:
     path = workspace.tables / f"{name}.parquet"
     if not path.is_file():
-        raise DernetError(
-            f"The run's preparation writes {path}, which is missing: call `dernet prepare "
-            f"--profile {workspace.profile.name}` first."
-        )
+        raise workspace.unprepared(path)
     return pd.read_parquet(path)

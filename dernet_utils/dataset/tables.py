@@ -1,4 +1,4 @@
-"""A VinDr-SpineXR folder without problems as typed tables, and a virtual cohort's manifest."""
+"""A VinDr-SpineXR folder without problems as typed tables, and its manifest."""
 
 import json
 from dataclasses import dataclass
@@ -61,11 +61,14 @@ class Dataset:
             are those of the stored image (px), `dicom_path` is its file.
         boxes: One row per box, with the columns of `BOXES`; corners in stored pixels, origin top
             left.
+        virtual: Whether the radiographs are virtual: its manifest says so. A dataset without a
+            manifest is real.
     """
 
     root: Path
     images: pd.DataFrame
     boxes: pd.DataFrame
+    virtual: bool
 
 
 def read_dataset(root: Path) -> Dataset:
@@ -80,9 +83,10 @@ def read_dataset(root: Path) -> Dataset:
 
     Raises:
         DernetError: The folder is not a dataset, or its tables or headers have a problem. Pixel
-            data are not read here; `check_dataset` reads them.
+            data are not read here; `check_dataset` reads them. Or as `read_manifest` raises.
     """
     root = Path(root)
+    manifest = read_manifest(root)
     contents = read_contents(root)
     if contents.problems:
         count = len(contents.problems)
@@ -106,25 +110,33 @@ def read_dataset(root: Path) -> Dataset:
         for split, image_id in zip(images["split"], images["image_id"], strict=True)
     ]
     images = IMAGES.validate(images[list(IMAGES.columns)])
-    return Dataset(root, images, BOXES.validate(boxes[list(BOXES.columns)]))
+    boxes = BOXES.validate(boxes[list(BOXES.columns)])
+    return Dataset(root, images, boxes, virtual=manifest is not None and manifest["virtual"])
 
 
 def read_manifest(root: Path) -> dict | None:
-    """Return a virtual cohort's manifest.
+    """Return a dataset's manifest, which a virtual cohort has and VinDr-SpineXR has not.
 
     Args:
         root: The dataset's folder.
 
     Returns:
-        ``manifest.json``; None for a dataset without one.
+        ``manifest.json``, in which ``virtual`` is true or false; None for a dataset without one.
 
     Raises:
-        DernetError: ``manifest.json`` is there but is not JSON.
+        DernetError: ``manifest.json`` is there but is not JSON, or does not say whether the
+            radiographs are virtual.
     """
     path = Path(root) / "manifest.json"
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DernetError(f"{path} should be JSON, but {error}: make the cohort again.") from error
+    if not (isinstance(manifest, dict) and isinstance(manifest.get("virtual"), bool)):
+        raise DernetError(
+            f'{path} should be a JSON object with "virtual": true or false, but it is not: make '
+            "the cohort again, or correct the file."
+        )
+    return manifest

@@ -298,7 +298,7 @@ def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
         "notice": NOTICE,
         "made_by": f"dernet-utils {commit()}, torch {torch.__version__}, onnx {onnx.__version__}",
         "profile": numbers.name,
-        "virtual": numbers.virtual,
+        "virtual": workspace.virtual,
         "triage": dict(zip(models["triage"], triage, strict=True)),
         "detector": found,
         "gate": {"network": GATE_NETWORK} | _facts(seen.save(out / "gate.npz")),
@@ -311,7 +311,7 @@ def export_run(workspace: Workspace, out: Path, int8: bool = False) -> Path:
         "clip_limit": numbers.clip_limit,
         "tiles": numbers.tiles,
     }
-    if numbers.virtual:
+    if workspace.virtual:
         _copy_samples(workspace, out / SAMPLES)
     path = out / MANIFEST
     path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

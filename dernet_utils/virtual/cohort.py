@@ -102,7 +102,7 @@ def ensure_cohort(workspace: Workspace, progress: Callable[[int, int], None] | N
         DernetError: As `write_cohort` raises.
     """
     root, profile = workspace.data_root, workspace.profile
-    if profile.virtual and not (root / "manifest.json").is_file():
+    if profile.renders_cohort and not (root / "manifest.json").is_file():
         root.parent.mkdir(parents=True, exist_ok=True)
         write_cohort(root, profile.patients, profile.seed, os.cpu_count() or 1, progress)
     return root
