@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.profiles import PROFILES
-from dernet_utils.core.vocabulary import LESION_TYPES
+from dernet_utils.core.vocabulary import LESION_TYPES, SPLITS
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.dataset.check import check_dataset
 from dernet_utils.dataset.tables import read_dataset, read_manifest
@@ -72,6 +72,29 @@ def test_one_seed_one_plan(anatomy, plans):
     assert plan_cohort(40, 7, anatomy.bodies) == plans
     assert plan_cohort(40, 8, anatomy.bodies) != plans
     json.dumps(plans)  # plain values
+
+
+def test_another_test_seed_draws_other_test_patients_and_the_same_training_patients(anatomy, plans):
+    fresh = plan_cohort(40, 7, anatomy.bodies, 8)
+    assert plan_cohort(40, 7, anatomy.bodies, 7) == plans
+    for old, new in zip(plans, fresh, strict=True):
+        if old["split"] == "train":
+            assert new == old
+            continue
+        assert (new["split"], new["patient"], new["seed"]) == ("test", old["patient"], 8)
+        for drawn in ("shape", "views"):
+            assert new[drawn] != old[drawn]
+        assert bool(new["findings"]) == bool(old["findings"])
+    seeds = {split: {p["seed"] for p in fresh if p["split"] == split} for split in SPLITS}
+    assert seeds == {"train": {7}, "test": {8}}
+
+
+def test_the_test_patients_of_the_long_profiles_are_fresh_and_the_same():
+    laptop, night = PROFILES["laptop"], PROFILES["night"]
+    assert PROFILES["smoke"].test_seed is None
+    # 42 drew the first test patients, 7 the cohort on which settings were compared.
+    assert laptop.test_seed == night.test_seed not in {None, 7, 42}
+    assert (laptop.patients, laptop.seed) == (night.patients, night.seed) == (560, 42)
 
 
 def test_splits_have_their_sizes_and_every_type(plans):
@@ -280,6 +303,35 @@ def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path,
     assert dataset.images.study_id.nunique() == 3
     manifest = read_manifest(tmp_path / "one")
     assert manifest["virtual"] and len(manifest["studies"]) == 3
+
+
+@pytest.mark.slow
+def test_with_another_test_seed_training_files_are_equal_and_test_files_differ(
+    tmp_path, monkeypatch, plans, anatomy
+):
+    chosen = [next(p["patient"] for p in plans if p["split"] == split) for split in SPLITS]
+
+    def plan_two(*given) -> list[dict]:
+        return [p for p in plan_cohort(*given) if p["patient"] in chosen]
+
+    monkeypatch.setattr(virtual_cohort, "plan_cohort", lambda _, *more: plan_two(40, *more))
+    made = [tmp_path / "old", tmp_path / "new"]
+    for out, test_seed in zip(made, (None, 8), strict=True):
+        virtual_cohort.write_cohort(out, 2, 7, 1, test_seed=test_seed)
+    old, new = map(files_of, made)
+    changed = {name for name in old.keys() & new.keys() if old[name] != new[name]}
+    assert changed == {"annotations/test.csv", "manifest.json"}
+    images = {name for name in old if name.startswith("train_images")}
+    assert images and images == {name for name in new if name.startswith("train_images")}
+    assert not any(name.startswith("test_images") for name in old.keys() & new.keys())
+    assert not set(old.values()) & {d for n, d in new.items() if n.startswith("test_images")}
+    manifests = [read_manifest(out) for out in made]
+    assert "test_seed" not in manifests[0] and manifests[1]["test_seed"] == 8
+    seeds = {s["split"]: s["seed"] for s in manifests[1]["studies"]}
+    assert seeds == {"train": 7, "test": 8}
+    studies = [read_dataset(out).images.groupby("split")["study_id"].unique() for out in made]
+    assert studies[0]["train"].tolist() == studies[1]["train"].tolist()
+    assert not set(studies[0]["test"]) & set(studies[1]["test"])
 
 
 @pytest.mark.slow

@@ -192,6 +192,7 @@ def test_data_digest_follows_the_cohorts_numbers_only(tmp_path: Path):
     assert digest(detect_epochs=9) == digest()
     assert digest(seed=1) != digest()
     assert digest(patients=25) != digest()
+    assert digest(test_seed=1) != digest()
 
 
 def test_data_digest_of_a_real_folder(tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch):

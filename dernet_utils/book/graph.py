@@ -199,7 +199,7 @@ def data_digest(workspace: Workspace) -> str:
     profile = workspace.profile
     if profile.renders_cohort:
         code = _code_with_imports("virtual.cohort")
-        return digest_of(f"{profile.patients} {profile.seed}", code, _lock())
+        return digest_of(f"{profile.patients} {profile.seed} {profile.test_seed}", code, _lock())
     tables = [workspace.data_root / "annotations" / f"{split}.csv" for split in SPLITS]
     for table in tables:
         if not table.is_file():

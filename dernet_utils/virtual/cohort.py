@@ -1,6 +1,6 @@
 """The virtual cohort: many patients from one donor, written as a VinDr-SpineXR folder.
 
-There are two steps. A *plan* draws every patient's body, lesions and views from one seed, as plain
+There are two steps. A *plan* draws every patient's body, lesions and views from a seed, as plain
 values. *Rendering* turns a patient's plan into DICOM files and table rows. It depends on the donor
 and that plan alone, so patients can be rendered in any order and by any number of workers, and an
 interrupted run resumes where it stopped.
@@ -45,6 +45,7 @@ def write_cohort(
     progress: Callable[[int, int], None] | None = None,
     ct: Path | None = None,
     mask: Path | None = None,
+    test_seed: int | None = None,
 ) -> dict:
     """Make a virtual cohort on disk, in the form of VinDr-SpineXR.
 
@@ -56,6 +57,7 @@ def write_cohort(
         workers: Number of processes.
         progress: Called with (finished patients, all patients) after each patient.
         ct, mask: Another donor and its TotalSegmentator labels, as `load_donor` takes them.
+        test_seed: Another seed for the test patients, as `plan_cohort` takes it.
 
     Returns:
         The manifest, as ``manifest.json`` holds it.
@@ -68,7 +70,7 @@ def write_cohort(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DernetError(f"{out} is not empty: name a new folder, or delete it first.")
     anatomy = load_anatomy(ct, mask)
-    plans = plan_cohort(patients, seed, anatomy.bodies)
+    plans = plan_cohort(patients, seed, anatomy.bodies, test_seed)
     working = out.with_name(out.name + ".partial")
     _claim(working, plans, anatomy.donor.digest)
     _check_room(working, plans)
@@ -84,7 +86,8 @@ def write_cohort(
         except BaseException:
             pool.shutdown(cancel_futures=True)  # on an error or Ctrl-C, do not wait for the rest
             raise
-    manifest = _assemble(working, plans, patients, seed, anatomy.donor.digest)
+    seeds = {"seed": seed} | ({} if test_seed is None else {"test_seed": test_seed})
+    manifest = _assemble(working, plans, patients, seeds, anatomy.donor.digest)
     if out.is_dir():
         out.rmdir()
     os.replace(working, out)
@@ -104,7 +107,10 @@ def ensure_cohort(workspace: Workspace, progress: Callable[[int, int], None] | N
     root, profile = workspace.data_root, workspace.profile
     if profile.renders_cohort and not (root / "manifest.json").is_file():
         root.parent.mkdir(parents=True, exist_ok=True)
-        write_cohort(root, profile.patients, profile.seed, os.cpu_count() or 1, progress)
+        workers = os.cpu_count() or 1
+        write_cohort(
+            root, profile.patients, profile.seed, workers, progress, test_seed=profile.test_seed
+        )
     return root
 
 
@@ -175,7 +181,9 @@ def _render_patient(
     write_whole(_record(working, plan), lambda part: part.write_text(record))
 
 
-def _assemble(working: Path, plans: list[dict], patients: int, seed: int, donor: str) -> dict:
+def _assemble(
+    working: Path, plans: list[dict], patients: int, seeds: dict[str, int], donor: str
+) -> dict:
     """Write the two tables and the manifest from the patients' records; return the manifest."""
     records = [json.loads(_record(working, plan).read_text()) for plan in plans]
     for split in SPLITS:
@@ -192,7 +200,7 @@ def _assemble(working: Path, plans: list[dict], patients: int, seed: int, donor:
         "about": "Virtual radiographs computed from one donor CT; not patients.",
         "version": VERSION,
         "patients": patients,
-        "seed": seed,
+        **seeds,
         "donor_sha256": donor,
         "box_margin_mm": BOX_MARGIN_MM,
         "least_visibility": LEAST_VISIBILITY,

@@ -1,4 +1,4 @@
-"""The plan of a virtual cohort: bodies, lesions and radiographs as plain values from one seed."""
+"""The plan of a virtual cohort: bodies, lesions and radiographs as plain values from a seed."""
 
 import numpy as np
 
@@ -44,17 +44,25 @@ FIELD_MARGIN_MM = 12.0  # rendered around the collimated field, since the detect
 SHOULDERS_MM = 100.0  # least distance from the second highest vertebra down to the field's centre
 
 
-def plan_cohort(patients: int, seed: int, bodies: list[Vertebra]) -> list[dict]:
+def plan_cohort(
+    patients: int, seed: int, bodies: list[Vertebra], test_seed: int | None = None
+) -> list[dict]:
     """Draw a cohort's patients.
+
+    `seed` alone decides how many patients there are in each split and which types of lesion each
+    has, so the training patients are the same with every `test_seed`.
 
     Args:
         patients: Their number, at least 20. In a small cohort a split may lack a lesion type.
         seed: The same seed gives the same cohort.
         bodies: The donor's vertebrae, from the lowest up.
+        test_seed: Seed of everything else about a test patient: body, views, levels and forms of
+            the lesions, noise. None for `seed`.
 
     Returns:
         One dictionary of plain values per patient, as in the manifest: ``patient`` (number),
-        ``seed``, ``split``, ``age`` (years), ``sex``, ``shape``, ``views`` and ``findings``.
+        ``seed`` (from which it was drawn), ``split``, ``age`` (years), ``sex``, ``shape``,
+        ``views`` and ``findings``.
 
     Raises:
         DernetError: Fewer than 20 patients.
@@ -81,10 +89,11 @@ def plan_cohort(patients: int, seed: int, bodies: list[Vertebra]) -> list[dict]:
         test.update([p for p in rest if p in group][: max(0, missing)])
     plans = []
     for patient in range(patients):
-        own = np.random.default_rng([seed, VERSION, patient])
         split = "test" if patient in test else "train"
+        drawn_from = test_seed if split == "test" and test_seed is not None else seed
+        own = np.random.default_rng([drawn_from, VERSION, patient])
         types = carried.get(patient)
-        plans.append(_plan_patient(patient, seed, split, types, bodies, own))
+        plans.append(_plan_patient(patient, drawn_from, split, types, bodies, own))
     return plans
 
 
