@@ -652,9 +652,9 @@ show_figure("c03-fig-optimism", fig)
 #
 # - within a run, no choice is made on the test split: the last epoch of a training counts, and ensemble weights,
 #   calibration and thresholds are chosen on out-of-fold predictions of the training studies;
-# - the test split should be evaluated only once, after all choices, and the result printed as it is. The profiles
-#   `laptop` and `night` break this rule: their recipe was changed after test scores were known
-#   ({ref}`sec:test-split`);
+# - the test split should be evaluated only once, after all choices, and the result printed as it is. The recipe of
+#   the profiles `laptop` and `night` broke this rule: it was changed after scores on their first test patients were
+#   known. Their present ones come from a new seed, drawn after the recipe was frozen ({ref}`sec:test-split`);
 # - intervals resample studies, not images, for the same reason that folds split studies.
 #
 # ## Paper beside ours
@@ -752,7 +752,7 @@ pd.Series(apparent, name="AUROC with duplicates").rename_axis("split").round(2).
 #   reproduces this run's folds image by image.
 # - An image-level split puts siblings on both sides, as often as {eq}`eq:leak` predicts. Whether a given classifier
 #   profits has to be measured; this chapter measured two.
-# - The best of many evaluations is optimistic, {eq}`eq:null-auroc`. So a test split should be used only once. That of
-#   `laptop` and `night` was not ({ref}`sec:test-split`).
+# - The best of many evaluations is optimistic, {eq}`eq:null-auroc`. So a test split should be used only once. At
+#   `laptop` and `night` the first one was not, and was replaced ({ref}`sec:test-split`).
 #
 # {ref}`chap:densenet121` trains the first network, on these folds.

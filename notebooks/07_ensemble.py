@@ -413,8 +413,9 @@ pd.Series(chosen | decision.thresholds, name="chosen").round(3).to_frame()
 # score is that of one network; the mean over several varies less, so threshold and temperature may not fit it equally
 # well. The tables below show how well they do.
 #
-# No choice of this run was made on the test split. But at `laptop` and `night` it was not used only once: their recipe
-# was changed after test scores were known ({ref}`sec:test-split`), so results there may be too optimistic.
+# No choice of this run was made on the test split. The recipe of `laptop` and `night` was changed after scores on their
+# first test patients were known. The present test patients come from a new seed, drawn after the recipe was
+# frozen, and nothing may be chosen on them ({ref}`sec:test-split`).
 
 # %%
 test = found["densenet121"].test.drop(columns="prob")

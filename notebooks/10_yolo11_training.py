@@ -783,5 +783,5 @@ pd.Series({"mean of seven": all_seven, "without Other lesions": without_other}).
 #   images that do.
 # - AP is the mean height of a precision-recall curve. It is informative only with enough boxes, so read n and the
 #   interval before the value.
-# - At `laptop` and `night` the test split was not used only once: their recipe was changed after test scores were
-#   known ({ref}`sec:test-split`).
+# - The recipe of `laptop` and `night` was changed after test scores were known. Then their test patients were
+#   replaced by fresh ones ({ref}`sec:test-split`).
