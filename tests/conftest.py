@@ -26,7 +26,8 @@ from dernet_utils.dataset import check
 from dernet_utils.imaging.decoder import Decoder
 
 # Machines differ in speed, so examples have no limit; pytest's own limit ends a test that hangs.
-settings.register_profile("any machine", deadline=None)
+settings.register_profile("any machine", deadline=None, derandomize=True)
+settings.register_profile("long", deadline=None, max_examples=10_000, database=None)
 settings.load_profile("any machine")
 
 SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, ImplicitVRLittleEndian)
