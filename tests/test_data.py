@@ -163,7 +163,7 @@ def test_a_missing_column_is_one_problem(tiny_dataset, column):
 @pytest.mark.parametrize(
     ("lesion", "cells", "words"),
     [
-        (True, {"lesion_type": "osteophytes"}, "lesion_type must be one of"),
+        (True, {"lesion_type": "osteophyt"}, "lesion_type must be one of"),
         (True, {"lesion_type": ""}, "lesion_type must be one of"),
         (True, {"xmin": "left"}, "xmin must be a number"),
         (True, {"ymax": "inf"}, "ymax must be a number"),
@@ -252,12 +252,11 @@ def test_an_image_in_two_studies(tiny_dataset):
     assert "is in the study" in messages(tiny_dataset)
 
 
-def test_a_missing_and_an_unlisted_file(tiny_dataset):
+def test_a_missing_file_and_an_image_without_labels(tiny_dataset):
     row = row_of(tiny_dataset, lesion=False)
-    file_of(tiny_dataset, row).unlink()
-    (tiny_dataset / "test_images/holiday.png").write_bytes(b"sun")
-    (tiny_dataset / "test_images/.DS_Store").write_bytes(b"a hidden file")
-    assert found(tiny_dataset) == [(TRAIN, row), ("test_images/holiday.png", None)]
+    unlisted = f"test_images/{'0' * 32}.dicom"
+    file_of(tiny_dataset, row).rename(tiny_dataset / unlisted)
+    assert found(tiny_dataset) == [(TRAIN, row), (unlisted, None)]
 
 
 def test_a_file_that_is_no_dicom(tiny_dataset):
@@ -313,9 +312,9 @@ def test_a_missing_table_or_image_folder_is_one_problem(tiny_dataset):
     (tiny_dataset / TEST).unlink()
     assert found(tiny_dataset) == [(TEST, None)]
     (tiny_dataset / TRAIN).write_text("")
-    assert (TRAIN, 1) in found(tiny_dataset) and (TRAIN, None) in found(tiny_dataset)
+    assert found(tiny_dataset) == [(TRAIN, None), (TEST, None)]
     (tiny_dataset / TRAIN).write_text("x" * 200_000)
-    assert "this is no CSV file" in messages(tiny_dataset)
+    assert "no CSV table" in messages(tiny_dataset)
 
 
 @pytest.mark.parametrize("function", [read_dataset, check_dataset])

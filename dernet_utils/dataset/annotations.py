@@ -4,9 +4,14 @@ The folder holds ``train_images/<image_id>.dicom``, ``test_images/<image_id>.dic
 ``annotations/train.csv``, ``annotations/test.csv`` with one row per box. An image without lesions
 has exactly one row, of type "No finding", with empty corners. Reading does not stop at the first
 problem: `check` lists all problems, and `tables` accepts only a folder without any.
+
+Tables and names of images that are written otherwise are read where only one meaning is possible.
+A file beside the images that no row names is no problem, unless it is an image: its labels are
+missing.
 """
 
-import csv
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +19,23 @@ import pandas as pd
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.vocabulary import ANNOTATION_COLUMNS, CORNERS, SPLITS
-from dernet_utils.dataset.problems import HEX_ID, Problem, parse_number, sort_key, table_problems
+from dernet_utils.dataset.problems import (
+    HEX_ID,
+    Note,
+    Problem,
+    parse_number,
+    sort_key,
+    table_problems,
+)
+from dernet_utils.dataset.table_form import read_table
 from dernet_utils.imaging.dicom import read_header
-from dernet_utils.imaging.radiograph import brief_reason
+from dernet_utils.imaging.radiograph import brief_reason, read_bytes
 
 EDGES = ("left", "top", "right", "bottom")
 _ORIGIN = ("split", "file", "row")
+# An image's name: its id and one of the endings of DICOM files, or none.
+_IMAGE_NAME = re.compile(rf"{HEX_ID}(\.dicom|\.dcm)*", re.IGNORECASE)
+_DICOM_NAME = re.compile(r"[^.]+|.*\.(dicom|dcm)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -27,19 +43,22 @@ class Contents:
     """A folder as found.
 
     Attributes:
-        rows: CSV rows as text, with `split`, `file`, `row`, the corners as numbers in `left`,
-            `top`, `right`, `bottom`, and the image's `height` and `width` (px); nan where unknown.
+        rows: CSV rows as text, in the dataset's own spelling, with `split`, `file`, `row`, the
+            corners as numbers in `left`, `top`, `right`, `bottom`, and the image's file as a path
+            below the folder in `image`, `height` and `width` (px); nan where unknown.
         headers: One row per DICOM file whose header can be used: `image_id`,
             `split`, `height`, `width` (px), `view`, `transfer_syntax`,
             `photometric_interpretation`, `bits_stored`.
         problems: All problems of the tables and headers, in order.
         broken: Those of them that prevent a faithful copy of a table.
+        notes: What is unusual, but no problem.
     """
 
     rows: pd.DataFrame
     headers: pd.DataFrame
     problems: list[Problem]
     broken: list[Problem]
+    notes: list[Note]
 
 
 def table_path(split: str) -> str:
@@ -68,63 +87,72 @@ def read_contents(root: Path) -> Contents:
         DernetError: The folder has neither table, so it is not a dataset.
     """
     if not any((root / table_path(split)).is_file() for split in SPLITS):
+        found = " and ".join(f"{table_path(s)} {_absence(root / table_path(s))}" for s in SPLITS)
         raise DernetError(
             f"A VinDr-SpineXR folder with annotations/train.csv and annotations/test.csv was "
-            f"expected at {root}, which has neither: name the folder that holds annotations/."
+            f"expected at {root}, but {found}: name the folder that holds annotations/."
         )
-    records, broken = [], []
+    records, broken, notes = [], [], []
     for split in SPLITS:
-        table, problems = _read_table(root, split)
+        table, problems, unusual = _read_rows(root, split)
         records += table
         broken += problems
+        notes += unusual
     columns = [*ANNOTATION_COLUMNS, *_ORIGIN]
     rows = pd.DataFrame(records, columns=columns).astype(dict.fromkeys(columns[:-1], "str"))
-    found, headers = [], []
+    found, headers, paths = [], [], {}
     for split, firsts in first_rows(rows).groupby("split", sort=False):
-        facts, problems = _read_headers(root, split, firsts)
-        headers += facts
-        found += problems
+        images = _read_images(root, split, firsts)
+        headers += images.headers
+        found += images.problems
+        notes += images.notes
+        paths |= images.paths
     headers = pd.DataFrame(headers, columns=["image_id", "split", *_FACTS])
     rows[list(EDGES)] = rows[list(CORNERS)].map(parse_number, na_action="ignore").astype(float)
     sizes = headers[["image_id", "split", "height", "width"]]
     rows = rows.merge(sizes, how="left", on=["image_id", "split"])
     rows = rows.astype({"height": float, "width": float})
+    keys = zip(rows["split"], rows["image_id"], strict=True)
+    rows["image"] = pd.Series([paths.get(key) for key in keys], rows.index, "str")
     problems = sorted([*broken, *found, *table_problems(rows)], key=sort_key)
-    return Contents(rows, headers, problems, broken)
+    return Contents(rows, headers, problems, broken, notes)
+
+
+def _absence(path: Path) -> str:
+    """Return in what way a file or folder that should be there is not."""
+    if path.exists():
+        return "is a folder, not a file" if path.is_dir() else "is a file, not a folder"
+    if path.is_symlink():
+        return f"is a link to {path.readlink()}, which is missing"
+    stem = path.name.partition(".")[0].casefold()
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    return _missing(name for name in names if stem in name.casefold())
+
+
+def _missing(similar: Iterable[str]) -> str:
+    """Return that a file is missing, and which ones may be it under another name."""
+    names = ", ".join(sorted(similar))
+    return f"is missing (found: {names}; rename, unpack or copy again)" if names else "is missing"
 
 
 # --- Tables -----------------------------------------------------------------------------------
 
 
-def _read_table(root: Path, split: str) -> tuple[list[dict], list[Problem]]:
-    """Return the rows of a CSV file and the problems of its form."""
+def _read_rows(root: Path, split: str) -> tuple[list[dict], list[Problem], list[Note]]:
+    """Return the rows of a CSV file, the problems of its form and what is unusual in it."""
     file = table_path(split)
     if not (root / file).is_file():
-        return [], [Problem(file, None, "the table is missing")]
-    with (root / file).open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        reader = csv.reader(lines)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            records = [(reader.line_num, cells) for cells in reader if cells]
-        except csv.Error as error:
-            return [], [Problem(file, reader.line_num, f"this is no CSV file: {error}")]
-    problems = [
-        Problem(file, 1, f"the column {name} is missing; expected {', '.join(ANNOTATION_COLUMNS)}")
-        for name in ANNOTATION_COLUMNS
-        if name not in header
+        return [], [Problem(file, None, f"the table {_absence(root / file)}")], []
+    try:
+        table = read_table(read_bytes(root / file))
+    except DernetError as error:
+        return [], [Problem(file, None, str(error))], []
+    rows = [
+        cells | dict(zip(_ORIGIN, (split, file, row), strict=True)) for row, cells in table.rows
     ]
-    rows = []
-    for line, cells in records:
-        if len(cells) != len(header):
-            message = f"{len(cells)} cells where the header has {len(header)}"
-            problems.append(Problem(file, line, message))
-            continue
-        named = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
-        row = {name: named[name] for name in ANNOTATION_COLUMNS if name in named}
-        rows.append(row | dict(zip(_ORIGIN, (split, file, line), strict=True)))
-    if not records:
-        problems.append(Problem(file, None, "the table has no rows"))
-    return rows, problems
+    problems = [Problem(file, row, message) for row, message in table.problems]
+    notes = [Note(file, f"read, though {', '.join(table.notes)}")] if table.notes else []
+    return rows, problems, notes
 
 
 # --- Images -----------------------------------------------------------------------------------
@@ -140,38 +168,91 @@ _FACTS = {
 }
 
 
-def _read_headers(root: Path, split: str, firsts: pd.DataFrame) -> tuple[list[dict], list[Problem]]:
-    """Return the headers of a split's images, and the files that are missing or cannot be used."""
-    folder = root / f"{split}_images"
+@dataclass(frozen=True)
+class _Images:
+    """What was found of a split's images.
+
+    `headers`: facts of each header; `paths`: each image's file, by split and id.
+    """
+
+    headers: list[dict]
+    paths: dict[tuple[str, str], str]
+    problems: list[Problem]
+    notes: list[Note]
+
+
+def _read_images(root: Path, split: str, firsts: pd.DataFrame) -> _Images:
+    """Find the images of a split, whose first rows are given, and read their headers."""
+    paths = {(split, image_id): image_path(split, image_id) for image_id in firsts["image_id"]}
+    found, folder = _Images([], paths, [], []), root / f"{split}_images"
     if not folder.is_dir():
-        return [], [Problem(folder.name, None, "the folder is missing")]
-    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    headers, problems = [], []
+        found.problems.append(Problem(folder.name, None, f"the folder {_absence(folder)}"))
+        return found
+    names = sorted(path.name for path in folder.iterdir())
+    similar: dict[str, list[str]] = {}  # by image: the names that contain its id
+    for name in names:
+        for image_id in _ids_in(name):
+            similar.setdefault(image_id, []).append(name)
+    claimed = set()
     for first in firsts.itertuples():
-        file = image_path(split, first.image_id)
-        if Path(file).name not in present:
-            problems.append(Problem(first.file, first.row, f"{file} is missing"))
+        key, file, reason = (split, first.image_id), image_path(split, first.image_id), ""
+        images = _images_among(folder, similar.get(first.image_id, []))
+        claimed.update(images)
+        if not images:
+            reason = f"{file} {_missing(similar.get(first.image_id, []))}"
+        elif len(images) > 1:
+            reason = f"{file} may be any of {', '.join(images)}: keep one"
+        else:
+            paths[key] = f"{folder.name}/{images[0]}"
+            if paths[key] != file:
+                found.notes.append(Note(paths[key], f"read as {Path(file).name}"))
+            try:
+                facts = _header_facts(root / paths[key])
+                found.headers.append({"image_id": first.image_id, "split": split, **facts})
+            except DernetError as error:
+                reason = f"{paths[key]} cannot be used: {error}"
+        if reason:
+            found.problems.append(Problem(first.file, first.row, reason))
+    for name in names:
+        file, unlisted = f"{folder.name}/{name}", f"in no row of {table_path(split)}"
+        if name in claimed:
             continue
-        try:
-            facts = _header_facts(root / file)
-        except DernetError as error:
-            problems.append(Problem(first.file, first.row, f"{file} cannot be used: {error}"))
-            continue
-        headers.append({"image_id": first.image_id, "split": split, **facts})
-    listed = {f"{image_id}.dicom" for image_id in firsts["image_id"]}
-    problems += [
-        Problem(f"{folder.name}/{name}", None, f"the file is in no row of {table_path(split)}")
-        for name in sorted(present - listed)
-    ]
-    return headers, problems
+        if not _ids_in(name) & set(firsts["image_id"]) and _is_image(folder / name):
+            found.problems.append(Problem(file, None, f"the image is {unlisted}"))
+        else:
+            found.notes.append(Note(file, f"{unlisted}; not used"))
+    return found
+
+
+def _ids_in(name: str) -> set[str]:
+    return {image_id.lower() for image_id in re.findall(HEX_ID, name)}
+
+
+def _images_among(folder: Path, names: list[str]) -> list[str]:
+    """Return which files that have an image's id in their names may be the image."""
+    named = [name for name in names if _IMAGE_NAME.fullmatch(name)]
+    if len(named) < 2:
+        return named
+    return [name for name in named if _is_image(folder / name)] or named
+
+
+def _is_image(path: Path) -> bool:
+    """Return whether a file has a DICOM image's name and a header that can be used."""
+    try:
+        return bool(_DICOM_NAME.fullmatch(path.name) and read_header(path))
+    except DernetError:
+        return False
 
 
 def _header_facts(path: Path) -> dict:
     """Return size, view and encoding of a DICOM image, without reading its pixel data.
 
     Raises:
-        DernetError: As `read_header` raises, or the view is malformed.
+        DernetError: As `read_header` raises, or the view is malformed, or the file is a link to
+            nothing.
     """
+    if path.is_symlink() and not path.exists():
+        raise DernetError(f"it {_absence(path)}; copy the image there.")
     header = read_header(path)
     try:
         return {name: fact(header) for name, fact in _FACTS.items()}

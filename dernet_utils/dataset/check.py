@@ -26,6 +26,7 @@ from dernet_utils.dataset.annotations import (
     table_path,
 )
 from dernet_utils.dataset.problems import (
+    Note,
     Problem,
     box_text,
     has_no_area,
@@ -46,10 +47,12 @@ class DatasetReport:
     Attributes:
         fingerprint: Per split, the counts and ranges that identify the dataset; JSON-ready.
         problems: Every problem, ordered by file and row.
+        notes: What is unusual in the folder, such as files that are not used, but no problem.
     """
 
     fingerprint: dict
     problems: list[Problem]
+    notes: list[Note]
 
 
 def check_dataset(
@@ -67,7 +70,7 @@ def check_dataset(
         workers: Number of processes.
 
     Returns:
-        The fingerprint and the problems.
+        The fingerprint, the problems and the notes.
 
     Raises:
         DernetError: The folder has neither table, so it is not a dataset.
@@ -77,7 +80,7 @@ def check_dataset(
     problems = list(contents.problems)
     readable = first_rows(contents.rows).merge(contents.headers[["image_id", "split"]])
     rows = list(readable.itertuples())
-    files = [image_path(row.split, row.image_id) for row in rows]
+    files = [row.image for row in rows]
     with Decoder(workers) as decoder:
         refused = joblib.Parallel(n_jobs=workers, backend="threading", return_as="generator")(
             joblib.delayed(_refusal)(decoder, root / file) for file in files
@@ -86,7 +89,7 @@ def check_dataset(
             if reason:
                 problems.append(Problem(row.file, row.row, f"{file} cannot be used: {reason}"))
     fingerprint = {split: _fingerprint(contents, split) for split in SPLITS}
-    return DatasetReport(fingerprint, sorted(problems, key=sort_key))
+    return DatasetReport(fingerprint, sorted(problems, key=sort_key), contents.notes)
 
 
 def _refusal(decoder: Decoder, path: Path) -> str:
@@ -136,7 +139,7 @@ def _range(values: pd.Series) -> dict[str, float] | None:
 
 
 def repair_dataset(root: Path, out: Path) -> list[str]:
-    """Write a copy of a dataset without the boxes that have no area or reach outside.
+    """Write a copy of a dataset in its standard form, without boxes of no area or outside.
 
     A box without area is dropped. A box that reaches outside its image is clipped to it, and
     dropped where no area remains. An image that loses all its boxes is left out of the copy: a
@@ -213,9 +216,8 @@ def _write_copy(root: Path, rows: pd.DataFrame, done: list[str], out: Path) -> N
             out / table_path(split), index=False, lineterminator="\n"
         )
         (out / f"{split}_images").mkdir()
-        for image_id in first_rows(of_split)["image_id"]:
-            image = image_path(split, image_id)
-            (out / image).symlink_to((root / image).resolve())
+        for row in first_rows(of_split).itertuples():
+            (out / image_path(split, row.image_id)).symlink_to((root / row.image).resolve())
     if (root / "manifest.json").is_file():
         shutil.copyfile(root / "manifest.json", out / "manifest.json")
     if (root / "twins").is_dir():

@@ -39,6 +39,19 @@ class Problem:
         return f"{where}: {self.message}"
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something unusual in a folder that is no problem: the dataset is used all the same.
+
+    Attributes:
+        file: Path below the dataset's folder.
+        message: What is unusual.
+    """
+
+    file: str
+    message: str
+
+
 def sort_key(problem: Problem) -> tuple:
     """Return the key that sorts problems: train before test, then by file and row."""
     return SPLITS[0] not in problem.file, problem.file, problem.row or 0
@@ -69,6 +82,8 @@ def parse_number(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
+        return math.nan
+    if "_" in text:  # Python's own separator of thousands
         return math.nan
     return number if math.isfinite(number) else math.nan
 
@@ -126,7 +141,7 @@ _CELLS = pa.DataFrameSchema(
         **{
             corner: _cell(
                 lambda cells: (cells == "") | cells.map(parse_number).notna(),
-                f"{corner} must be a number of pixels",
+                f"{corner} must be a number of pixels, with a decimal point",
             )
             for corner in CORNERS
         },

@@ -9,7 +9,7 @@ import pandera.pandas as pa
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, RARER_TYPES, SPLITS
-from dernet_utils.dataset.annotations import EDGES, first_rows, image_path, read_contents
+from dernet_utils.dataset.annotations import EDGES, first_rows, read_contents
 from dernet_utils.dataset.problems import HEX_ID, is_lesion
 
 
@@ -105,10 +105,7 @@ def read_dataset(root: Path) -> Dataset:
     images["abnormal"] = images["boxes"] > 0
     views = contents.headers[["image_id", "split", "view"]]
     images = images.merge(views, on=["image_id", "split"], validate="one_to_one")
-    images["dicom_path"] = [
-        str(root / image_path(split, image_id))
-        for split, image_id in zip(images["split"], images["image_id"], strict=True)
-    ]
+    images["dicom_path"] = [str(root / image) for image in images["image"]]
     images = IMAGES.validate(images[list(IMAGES.columns)])
     boxes = BOXES.validate(boxes[list(BOXES.columns)])
     return Dataset(root, images, boxes, virtual=manifest is not None and manifest["virtual"])
