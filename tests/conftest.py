@@ -58,6 +58,18 @@ def tiny_dataset(tmp_path: Path, _tiny_original: Path) -> Path:
     return Path(shutil.copytree(_tiny_original, tmp_path / "tiny"))
 
 
+@pytest.fixture
+def root(tmp_path: Path, _smallest_original: Path) -> Path:
+    """A clean folder for one test alone, of five training images and two test images."""
+    return Path(shutil.copytree(_smallest_original, tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def _smallest_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("original") / "smallest"
+    return write_dataset(root, {"train": 2, "test": 1})
+
+
 @pytest.fixture(scope="session")
 def _tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "tiny"

@@ -107,6 +107,20 @@ def test_check_names_file_and_row_and_repairs_on_request_only(tiny_dataset: Path
     assert code == 1 and "exists" in err
 
 
+def test_check_notes_files_that_are_not_used(root: Path):
+    names = [f"index.html?page={number}" for number in range(1200)]
+    for name in names:
+        (root / "train_images" / name).write_text("<html>")
+    code, out, _ = call("check", root)
+    assert code == 0 and "1,200 files" in out and names[0] in out and "No problem." in out
+    assert len([line for line in out.splitlines() if "index.html" in line]) == 1
+    code, out, _ = call("check", root, "--json")
+    assert code == 0
+    assert sorted(note["file"] for note in json.loads(out)["notes"]) == sorted(
+        f"train_images/{name}" for name in names
+    )
+
+
 def test_check_of_a_folder_that_is_no_dataset(tmp_path: Path):
     code, out, err = call("check", tmp_path)
     assert code == 1 and out == "" and len(err.splitlines()) == 1
