@@ -54,6 +54,7 @@ from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import LESION_TYPES, PAPER_CODES
 from dernet_utils.dataset.check import check_dataset
 from dernet_utils.dataset.prepared import read_boxes, read_images
+from dernet_utils.dataset.table_form import read_table
 from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.metrics.intervals import bootstrap_by_study
 
@@ -78,7 +79,8 @@ for folder in ("train_images", "test_images", "annotations"):
 # finding has a single row that says so, with empty corners.
 
 # %%
-raw = pd.read_csv(root / "annotations" / "train.csv")
+table = read_table((root / "annotations" / "train.csv").read_bytes())
+raw = pd.DataFrame([cells for line, cells in table.rows])
 assert raw.columns.size == 9
 raw[["image_id", "rad_id", "lesion_type", "xmin", "ymin", "xmax", "ymax"]].head(6)
 

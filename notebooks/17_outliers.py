@@ -52,6 +52,7 @@ from scipy.stats import binomtest
 from dernet_utils.book.figures import show_figure, show_radiograph
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.book.unlike_images import altered_radiographs, unlike_images
+from dernet_utils.dataset.prepared import read_images
 from dernet_utils.imaging.enhance import preprocess
 from dernet_utils.imaging.reader import decode_radiograph
 from dernet_utils.inference import export, ood
@@ -66,11 +67,12 @@ images = triage_images(workspace)
 train, test = (images[images["split"] == split].reset_index(drop=True) for split in ("train", "test"))
 draws = {"resamples": numbers.bootstrap, "seed": numbers.seed}
 rng = np.random.default_rng(numbers.seed)
+paths = read_images(workspace).set_index("image_id")["dicom_path"]
 
 
 def read_bytes(image):
     """The bytes of a row's DICOM file."""
-    return (Path(workspace.data_root) / f"{image.split}_images" / f"{image.image_id}.dicom").read_bytes()
+    return Path(paths[image.image_id]).read_bytes()
 
 
 # %% tags=["remove-cell"]

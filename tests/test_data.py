@@ -427,6 +427,8 @@ def test_folds_refuse_the_test_split_too_few_studies_and_one_label():
         make_folds(images, 7, 42)
     with pytest.raises(DernetError, match="normal and abnormal"):
         make_folds(images.assign(abnormal=True), 3, 42)
+    with pytest.raises(DernetError, match="5 of the more frequent"):
+        make_folds(images_of([1] * 6, [True, False] * 3), 5, 42)
 
 
 def test_manifest(tmp_path):

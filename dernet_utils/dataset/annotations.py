@@ -131,7 +131,7 @@ def _absence(path: Path) -> str:
 
 def _missing(similar: Iterable[str]) -> str:
     """Return that a file is missing, and which ones may be it under another name."""
-    names = ", ".join(sorted(similar))
+    names = ", ".join(sorted(name for name in similar if not name.startswith(".")))
     return f"is missing (found: {names}; rename, unpack or copy again)" if names else "is missing"
 
 
@@ -213,18 +213,26 @@ def _read_images(root: Path, split: str, firsts: pd.DataFrame) -> _Images:
                 reason = f"{paths[key]} cannot be used: {error}"
         if reason:
             found.problems.append(Problem(first.file, first.row, reason))
+    listed = set(firsts["image_id"])
     for name in names:
-        file, unlisted = f"{folder.name}/{name}", f"in no row of {table_path(split)}"
-        if name in claimed:
-            continue
-        if not _ids_in(name) & set(firsts["image_id"]) and _is_image(folder / name):
-            found.problems.append(Problem(file, None, f"the image is {unlisted}"))
-        else:
-            found.notes.append(Note(file, f"{unlisted}; not used"))
+        if name not in claimed:
+            _report_other(root, split, name, listed, found)
     return found
 
 
+def _report_other(root: Path, split: str, name: str, listed: set[str], found: _Images) -> None:
+    """Add a file that no row names: a problem if it is an image without labels, else a note."""
+    file, unlisted = f"{split}_images/{name}", f"in no row of {table_path(split)}"
+    if not _ids_in(name) & listed and _is_image(root / file):
+        found.problems.append(
+            Problem(file, None, f"the image is {unlisted}: its labels are missing")
+        )
+    else:
+        found.notes.append(Note(file, f"{unlisted}; not used"))
+
+
 def _ids_in(name: str) -> set[str]:
+    """Return the ids that a file's name contains, in small letters."""
     return {image_id.lower() for image_id in re.findall(HEX_ID, name)}
 
 

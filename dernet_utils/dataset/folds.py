@@ -25,8 +25,8 @@ def make_folds(images_train: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFr
         `image_id`, `study_id` and `fold` (0 to `n_folds` - 1), ordered by image.
 
     Raises:
-        DernetError: An image is of the test split, there are fewer studies than folds, or all
-            images have one label.
+        DernetError: An image is of the test split, there are fewer studies than folds,
+            fewer images of each label than folds, or all images have one label.
 
     >>> studies = [number // 2 for number in range(12)]
     >>> images = pd.DataFrame({"image_id": range(12), "study_id": studies, "split": "train"})
@@ -41,11 +41,13 @@ def make_folds(images_train: pd.DataFrame, n_folds: int, seed: int) -> pd.DataFr
             "Folds are made of training images only, but some are of the test split: pass "
             "images[images.split == 'train']."
         )
-    if studies < n_folds or images["abnormal"].nunique() < 2:
+    labels = images["abnormal"].value_counts()
+    if studies < n_folds or len(labels) < 2 or labels.max() < n_folds:
         raise DernetError(
             f"{n_folds} stratified folds need at least {n_folds} studies, with normal and abnormal "
-            f"images, but there are {studies} studies and {images['abnormal'].sum()} of "
-            f"{len(images)} images are abnormal: take fewer folds or more data."
+            f"images and {n_folds} of the more frequent, but there are {studies} studies and "
+            f"{images['abnormal'].sum()} of {len(images)} images are abnormal: take fewer folds or "
+            "more data."
         )
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     folds = images[["image_id", "study_id"]].assign(fold=-1)

@@ -358,8 +358,7 @@ def _copy_samples(workspace: Workspace, folder: Path) -> None:
     for number, image in enumerate(
         detection_images(workspace).test.head(SAMPLE_IMAGES).itertuples(), start=1
     ):
-        path = workspace.data_root / "test_images" / f"{image.image_id}.dicom"
-        shutil.copyfile(path, folder / f"virtual-{number}.dcm")
+        shutil.copyfile(image.dicom_path, folder / f"virtual-{number}.dcm")
 
 
 def write_each(jobs: Sequence[tuple]) -> list[dict[str, dict[str, str]]]:
