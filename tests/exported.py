@@ -86,7 +86,8 @@ def exported(networks, detector, tmp_path_factory) -> Path:
         torch.set_num_threads(before)
         triage = dict(zip(networks, written, strict=True))
         decision = {
-            "networks": NETWORKS, "weights": (0.5, 0.3, 0.2), "temperature": 1.3,
+            "networks": NETWORKS, "weights": (0.5, 0.3, 0.2),
+            "network_temperatures": (0.8, 1.0, 1.2), "temperature": 1.3,
             "thresholds": {"youden": 0.0, "shut": 1.0}, "fitted_on": 10,
         }  # fmt: skip
         embeddings = onnx_backend.open_network(folder / "resnet50.onnx")(squares(8, (PX, PX)))[2]

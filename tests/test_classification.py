@@ -13,6 +13,7 @@ from dernet_utils.metrics.classification import (
     f1_threshold,
     operating_point,
     roc_band,
+    scores_by_study,
     sensitivity_threshold,
     youden_threshold,
 )
@@ -52,6 +53,39 @@ def test_operating_point_equals_sklearn(rows, threshold):
     assert point["sensitivity"] == pytest.approx(recall_score(y, called))
     assert point["specificity"] == pytest.approx(recall_score(y, called, pos_label=0))
     assert point["f1"] == pytest.approx(f1_score(y, called, zero_division=0))
+
+
+def test_scores_by_study_by_hand():
+    y, prob = [0, 1, 0, 0, 1, 1], [0.9, 0.3, 0.4, 0.6, 0.2, 0.1]
+    table = scores_by_study(y, prob, ["b", "b", "a", "a", "c", "c"])
+    assert table.index.tolist() == ["a", "b", "c"]
+    assert table["label"].tolist() == [False, True, True]
+    assert table["prob"].tolist() == [0.6, 0.9, 0.2]  # b's by its normal image
+    assert table["images"].tolist() == [2, 2, 2]
+    assert table["mixed"].tolist() == [False, True, False]
+    assert auroc(table["label"], table["prob"]) == 0.5
+    assert operating_point(table["label"], table["prob"], 0.5)["specificity"] == 0
+
+
+@given(scored, st.integers(1, 8), st.floats(0, 1))
+def test_a_study_is_normal_only_if_all_of_its_images_are(rows, number, threshold):
+    y, prob = np.array(rows).T
+    studies = np.arange(len(y)) % number
+    table = scores_by_study(y, prob, studies)
+    for study, row in table.iterrows():
+        own = studies == study
+        assert row["label"] == y[own].any() and row["images"] == own.sum()
+        assert (row["prob"] > threshold) == (prob[own] > threshold).any()
+        assert row["mixed"] == (len(set(y[own])) == 2)
+    alone = scores_by_study(y, prob, np.arange(len(y)))  # a study of each image changes nothing
+    assert operating_point(alone["label"], alone["prob"], threshold) == pytest.approx(
+        operating_point(y, prob, threshold), nan_ok=True
+    )
+
+
+def test_each_image_needs_its_study():
+    with pytest.raises(DernetError, match="study"):
+        scores_by_study([0, 1], [0.1, 0.2], ["a"])
 
 
 def test_a_score_at_the_threshold_is_normal():

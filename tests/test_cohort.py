@@ -17,7 +17,10 @@ from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.virtual import anatomy as virtual_anatomy
 from dernet_utils.virtual import cohort as virtual_cohort
 from dernet_utils.virtual import projection, render
-from dernet_utils.virtual.counterfactual import read_counterfactuals
+from dernet_utils.virtual.counterfactual import (
+    images_with_faint_findings,
+    read_counterfactuals,
+)
 from dernet_utils.virtual.plan import ABNORMAL, plan_cohort
 
 
@@ -303,6 +306,23 @@ def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path,
     assert dataset.images.study_id.nunique() == 3
     manifest = read_manifest(tmp_path / "one")
     assert manifest["virtual"] and len(manifest["studies"]) == 3
+
+
+def test_images_with_faint_findings_by_hand():
+    def image(name: str, *findings: tuple) -> dict:
+        return {
+            "image_id": name,
+            "findings": [{"visibility": seen, "box": box} for seen, box in findings],
+        }
+
+    box = [0, 0, 9, 9]
+    films = [
+        image("labelled", (0.9, box), (0.3, None)),
+        image("faint", (0.3, None), (None, None)),
+        image("outside", (None, None), (None, None)),
+        image("healthy"),
+    ]
+    assert images_with_faint_findings({"studies": [{"films": films}]}) == {"faint"}
 
 
 @pytest.mark.slow

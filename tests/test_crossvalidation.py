@@ -109,14 +109,19 @@ def test_test_labels_are_unreadable_until_the_decision_is_written(workspace, mon
         patch.setattr(crossvalidation, "read_boxes", lambda _: hidden_boxes)
         found = crossvalidation.cross_validate(workspace, NETWORK)
         y, prob = found.out_of_fold["label"].to_numpy(), found.out_of_fold[["prob"]].to_numpy()
-        omega = ensemble.fit_weights(y, prob)
-        vote = ensemble.soft_vote(prob, omega)
+        temperatures, omega = ensemble.fit_calibrated_vote(y, prob)
+        vote = ensemble.calibrated_vote(prob, temperatures, omega)
         temperature = ensemble.fit_temperature(y, vote)
         tau = youden_threshold(y, ensemble.with_temperature(vote, temperature))
         with pytest.raises(DernetError, match="out of fold"):
             crossvalidation.open_test_labels(workspace)
         decision = ensemble.Decision(
-            (NETWORK,), tuple(omega.tolist()), temperature, {"youden": tau}, len(y)
+            (NETWORK,),
+            tuple(omega.tolist()),
+            tuple(temperatures.tolist()),
+            temperature,
+            {"youden": tau},
+            len(y),
         )
         crossvalidation.write_decision(workspace, decision)
     assert crossvalidation.read_decision(workspace) == decision
@@ -136,8 +141,19 @@ def test_images_of_the_test_split_come_without_labels(workspace):
 
 def test_a_damaged_decision_opens_nothing(workspace):
     path = workspace.tables / "decision.json"
-    good = {"networks": ["a"], "weights": [1.0], "temperature": 1.0, "thresholds": {}}
-    for damaged in ("", "[]", "{}", json.dumps(good), json.dumps(good | {"fitted_on": 1, "x": 2})):
+    good = {
+        "networks": ["a"],
+        "weights": [1.0],
+        "network_temperatures": [1.0],
+        "temperature": 1.0,
+        "thresholds": {},
+        "fitted_on": 1,
+    }
+    path.write_text(json.dumps(good))
+    assert crossvalidation.read_decision(workspace).network_temperatures == (1.0,)
+    lacking = [{key: good[key] for key in good if key != one} for one in good]  # also an older file
+    wrong = {"x": 2}, {"network_temperatures": [1.0, 1.0]}, {"network_temperatures": [0.0]}
+    for damaged in ("", "[]", "{}", *map(json.dumps, [*lacking, *(good | one for one in wrong)])):
         path.write_text(damaged)
         with pytest.raises(DernetError, match=r"decision\.json"):
             crossvalidation.open_test_labels(workspace)

@@ -148,6 +148,12 @@ def test_each_error_names_its_remedy(exported, tmp_path):
         with pytest.raises(DernetError, match="damaged"):
             onnx_backend.open_pipeline(tmp_path)
     manifest = json.loads((exported / onnx_backend.MANIFEST).read_text())
+    older = {key: own for key, own in manifest["decision"].items() if key != "network_temperatures"}
+    for decision in (older, manifest["decision"] | {"temperature": 0.0}):
+        text = json.dumps(manifest | {"decision": decision})
+        (tmp_path / onnx_backend.MANIFEST).write_text(text)
+        with pytest.raises(DernetError, match="export the networks again"):
+            onnx_backend.open_pipeline(tmp_path)
     del manifest["triage"]["resnet50"]["openvino-int8"]
     (tmp_path / onnx_backend.MANIFEST).write_text(json.dumps(manifest))
     networks = (*manifest["triage"].values(), manifest["detector"])

@@ -14,7 +14,12 @@ from sklearn.metrics import roc_auc_score
 from dernet_utils.core.errors import DernetError
 from dernet_utils.metrics import intervals, significance
 from dernet_utils.metrics.classification import operating_point, weighted_auroc, weighted_point
-from dernet_utils.metrics.intervals import Interval, bootstrap_by_study, resample_by_study
+from dernet_utils.metrics.intervals import (
+    Interval,
+    bootstrap_by_study,
+    bootstrap_each_by_study,
+    resample_by_study,
+)
 
 
 def mean_of(values):
@@ -93,6 +98,23 @@ def test_interval_of_a_mean_lies_within_the_values(studies, seed, level):
     assert values.min() - 1e-12 <= interval.low <= interval.high <= values.max() + 1e-12
     wider = bootstrap_by_study(mean_of(values), studies, 50, seed, 0.995)
     assert wider.low <= interval.low and interval.high <= wider.high
+
+
+def test_several_statistics_together_are_each_alone():
+    values, studies = np.random.default_rng(5).random(12), np.arange(12) // 2
+    y = np.arange(12) % 12 < 2  # a single study is True
+
+    def most(rows):
+        return values[rows].max() if y[rows].any() else float("nan")
+
+    alone = [bootstrap_by_study(one, studies, 60, seed=2) for one in (mean_of(values), most)]
+    together = bootstrap_each_by_study(
+        lambda rows: np.array([values[rows].mean(), most(rows)]), studies, 60, seed=2
+    )
+    assert together == alone
+    assert together[0].undefined == 0 < together[1].undefined
+    draws = [values[rows].mean() for rows in resample_by_study(studies, 60, 2)]
+    assert [together[0].low, together[0].high] == np.quantile(draws, [0.025, 0.975]).tolist()
 
 
 def test_text():

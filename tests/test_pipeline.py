@@ -31,7 +31,7 @@ from dernet_utils.triage.ensemble import Decision
 
 pytestmark = pytest.mark.slow
 
-DECISION = Decision(("a", "b"), (0.75, 0.25), 1.0, {"youden": 0.5}, 10)
+DECISION = Decision(("a", "b"), (0.75, 0.25), (1.0, 1.0), 1.0, {"youden": 0.5}, 10)
 
 
 def raw_boxes(*boxes):
@@ -93,6 +93,15 @@ def test_a_detector_that_finds_nothing():
         record = report.as_record(prediction)
         assert record["decision"] == "abnormal" and record["boxes"] == []
         assert report.draw_prediction(noise(), prediction).shape[1] == 128
+
+
+def test_the_score_is_the_vote_of_calibrated_networks():
+    made, _ = toy(a=0.9, b=0.5)
+    decision = replace(DECISION, network_temperatures=(2.0, 0.5), temperature=0.5)
+    found = replace(made, decision=decision).predict(noise())
+    vote = 0.75 * 0.75 + 0.25 * 0.5  # a's odds of 9 become 3, b's of 1 stay
+    assert found.score == pytest.approx(vote**2 / (vote**2 + (1 - vote) ** 2))
+    assert found.network_probs == {"a": 0.9, "b": 0.5}  # as the networks give them
 
 
 def test_networks_and_threshold_are_those_of_the_decision():

@@ -26,6 +26,7 @@ from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.metrics.classification import auroc
 from dernet_utils.metrics.intervals import bootstrap_by_study
 from dernet_utils.virtual import cohort
+from dernet_utils.virtual.counterfactual import images_with_faint_findings
 from dernet_utils.virtual.render import ANGLES
 
 pytestmark = pytest.mark.slow
@@ -67,6 +68,12 @@ def radiographs(root: Path, dataset: Dataset) -> pd.DataFrame:
 
 def test_about_half_of_the_images_show_a_finding(dataset):
     assert 0.45 <= dataset.images.abnormal.mean() <= 0.53
+
+
+def test_images_whose_findings_are_all_faint_have_no_box(root, dataset):
+    faint = dataset.images.image_id.isin(images_with_faint_findings(read_manifest(root)))
+    assert 0 < faint.sum() < (~dataset.images.abnormal).sum()
+    assert not dataset.images.abnormal[faint].any()
 
 
 def test_each_type_is_as_frequent_as_in_the_published_training_split(dataset):

@@ -74,6 +74,17 @@ def read_export(folder: Path) -> dict:
     return manifest
 
 
+def _decision(folder: Path, manifest: dict) -> Decision:
+    """Return the manifest's decision; refuse one that lacks a part, as an older export's does."""
+    try:
+        return Decision(**manifest["decision"])
+    except (TypeError, ValueError) as error:
+        raise DernetError(
+            f"{folder / MANIFEST} has no decision that this version can read ({error}): export the "
+            "networks again."
+        ) from error
+
+
 def _checked(folder: Path, facts: dict) -> Path:
     """Return the path of a file in the manifest; refuse a file with another digest."""
     path = Path(folder) / facts["file"]
@@ -101,7 +112,7 @@ def open_pipeline(
 
     Raises:
         DernetError: The engine is unknown, its files were not exported, a file differs from the
-            manifest's, or as `read_export` raises.
+            manifest's, its decision is damaged or an older version's, or as `read_export` raises.
     """
     if engine not in ENGINES:
         raise DernetError(f"The engine is one of {', '.join(ENGINES)}, not {engine!r}.")
@@ -113,6 +124,7 @@ def open_pipeline(
             f"{folder} has no networks for {engine}: export them with `dernet export --int8 "
             f"--out {folder}`."
         )
+    decision = _decision(folder, manifest)
     with ThreadPoolExecutor(1) as pool:  # checks each file while the previous one is loaded
         paths = pool.map(lambda network: _checked(folder, network[form]), networks)
         *runs, detector = (open_network(path, engine, threads) for path in paths)
@@ -122,7 +134,7 @@ def open_pipeline(
     return Pipeline(
         triage,
         lambda filled: detector(filled[None, None])[0][0],
-        Decision(**manifest["decision"]),
+        decision,
         tuple(manifest["lesion_types"]),
         manifest["score_threshold"],
         manifest["triage_px"],

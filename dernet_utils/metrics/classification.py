@@ -155,6 +155,35 @@ def _working_points(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.nda
     return candidates, sensitivity, specificity
 
 
+def scores_by_study(y: np.ndarray, prob: np.ndarray, studies: np.ndarray) -> pd.DataFrame:
+    """Return each study's label and score from those of its images.
+
+    A study is abnormal if any of its images is, and its score is the largest of theirs. So it is
+    called normal at a threshold only if all of its images are (line 21 of the paper's Algorithm 1
+    speaks of a normal study).
+
+    Args:
+        y: Labels of images, shape (n,), 0 or 1.
+        prob: Scores of images, shape (n,).
+        studies: Study of each image, shape (n,).
+
+    Returns:
+        One row per study, indexed by it in ascending order: ``label`` (bool), ``prob``, ``images``
+        (their number), and ``mixed``, whether both normal and abnormal images belong to it.
+
+    Raises:
+        DernetError: As `auroc` raises, or the lengths differ.
+
+    >>> scores_by_study([0, 1, 0], [0.2, 0.7, 0.4], ["a", "a", "b"])["prob"].to_dict()
+    {'a': 0.7, 'b': 0.4}
+    """
+    y, prob = _checked(y, prob)
+    table = pd.DataFrame({"label": y, "prob": prob, "study": _studies_of(y, studies)})
+    of = table.groupby("study")
+    labels, found = of["label"], of.agg(label=("label", "any"), prob=("prob", "max"))
+    return found.assign(images=of.size(), mixed=labels.any() & ~labels.all())
+
+
 def classification_table(
     y: np.ndarray,
     prob: np.ndarray,

@@ -130,9 +130,39 @@ def bootstrap_by_study(
     >>> bootstrap_by_study(lambda rows: y[rows].mean(), ["a", "b", "c", "d"], 500).n_studies
     4
     """
+    return bootstrap_each_by_study(
+        lambda rows: np.array([statistic(rows)]), studies, resamples, seed, level
+    )[0]
+
+
+def bootstrap_each_by_study(
+    statistics: Callable[[np.ndarray], np.ndarray],
+    studies: np.ndarray,
+    resamples: int = 1000,
+    seed: int = 42,
+    level: float = 0.95,
+) -> list[Interval]:
+    """Return several statistics of the same rows, such as fitted weights, with their intervals.
+
+    Args:
+        statistics: As `bootstrap_by_study` takes one, but returns k numbers, shape (k,).
+        studies, resamples, seed, level: As in `bootstrap_by_study`.
+
+    Returns:
+        k intervals, each for one statistic by itself.
+
+    Raises:
+        DernetError: As `bootstrap_by_study` raises.
+
+    >>> y = np.array([0, 0, 1, 1])
+    >>> both = bootstrap_each_by_study(lambda rows: np.array([y[rows].mean(), 1.0]), list("abcd"))
+    >>> [one.value for one in both]
+    [0.5, 1.0]
+    """
     studies = np.asarray(studies)
-    draws = [statistic(rows) for rows in resample_by_study(studies, resamples, seed)]
-    return interval_of(np.array([statistic(np.arange(len(studies))), *draws]), studies, level)
+    draws = [statistics(rows) for rows in resample_by_study(studies, resamples, seed)]
+    values = np.array([statistics(np.arange(len(studies))), *draws])
+    return [interval_of(column, studies, level) for column in values.T]
 
 
 # Statistics of weighted rows: all draws in one computation

@@ -13,6 +13,7 @@ from dernet_utils.core.errors import DernetError
 
 PAPER_WEIGHTS = (0.42, 0.32, 0.26)  # paper, section 3.2: DenseNet121, EfficientNetV2-S, ResNet50
 STEPS = 50  # of the grid search: weights are multiples of 0.02, as the paper's three are
+FACTORS = 16  # probabilities multiplied before a logarithm is taken: at least 1e-96, no underflow
 PROB_MARGIN = 1e-6  # least distance of a probability from 0 and 1 before a logarithm is taken
 
 
@@ -22,28 +23,33 @@ class Decision:
 
     Attributes:
         networks: Names, in the order of the weights.
-        weights: At least 0, with sum 1.
+        weights: Of the networks' calibrated probabilities; at least 0, with sum 1.
+        network_temperatures: Each divides its network's logits before the vote; above 0.
         temperature: Divides the vote's logits, above 0.
         thresholds: Of calibrated probabilities, by name, such as ``youden``.
         fitted_on: Number of images.
 
     Raises:
-        ValueError: The numbers of networks and weights differ, or the temperature is not above 0.
+        ValueError: The numbers of networks, weights and network temperatures differ, or a
+            temperature is not above 0.
     """
 
     networks: tuple[str, ...]
     weights: tuple[float, ...]
+    network_temperatures: tuple[float, ...]
     temperature: float
     thresholds: dict[str, float]
     fitted_on: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "networks", tuple(self.networks))  # JSON has lists only
-        object.__setattr__(self, "weights", tuple(self.weights))
-        if len(self.networks) != len(self.weights):
-            raise ValueError(f"{len(self.networks)} networks and {len(self.weights)} weights")
-        if not self.temperature > 0:
-            raise ValueError(f"a temperature of {self.temperature}")
+        for name in ("networks", "weights", "network_temperatures"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists only
+        numbers = len(self.networks), len(self.weights), len(self.network_temperatures)
+        if len(set(numbers)) > 1:
+            raise ValueError("{} networks, {} weights and {} temperatures".format(*numbers))
+        for temperature in (*self.network_temperatures, self.temperature):
+            if not temperature > 0:
+                raise ValueError(f"a temperature of {temperature}")
 
     def prob(self, prob: np.ndarray) -> np.ndarray:
         """Return the vote's calibrated probabilities.
@@ -55,9 +61,10 @@ class Decision:
             Shape (n,), in [0, 1].
 
         Raises:
-            DernetError: As `soft_vote` raises.
+            DernetError: As `calibrated_vote` raises.
         """
-        return with_temperature(soft_vote(prob, np.array(self.weights)), self.temperature)
+        vote = calibrated_vote(prob, self.network_temperatures, self.weights)
+        return with_temperature(vote, self.temperature)
 
 
 def soft_vote(prob: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -86,6 +93,31 @@ def soft_vote(prob: np.ndarray, weights: np.ndarray) -> np.ndarray:
             f"The weights of a vote are at least 0 and sum to 1; got {weights.tolist()}."
         )
     return prob @ weights
+
+
+def calibrated_vote(prob: np.ndarray, temperatures: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the weighted mean of calibrated probabilities: `soft_vote`, each network calibrated.
+
+    Args:
+        prob, weights: As in `soft_vote`.
+        temperatures: One per network, as `fit_temperature` returns it, shape (networks,).
+
+    Returns:
+        Shape (n,), in [0, 1].
+
+    Raises:
+        DernetError: As `soft_vote` raises, or there is not one temperature per network.
+
+    >>> calibrated_vote([[0.9, 0.5]], [2.0, 1.0], [0.5, 0.5]).round(3).tolist()
+    [0.625]
+    """
+    prob, temperatures = _columns(prob), np.asarray(temperatures, float)
+    if temperatures.shape != prob.shape[1:]:
+        raise DernetError(
+            f"Calibration needs one temperature per network: got {temperatures.size} for "
+            f"{prob.shape[1]} networks."
+        )
+    return soft_vote(with_temperature(prob, temperatures), weights)
 
 
 def simplex(networks: int = 3, steps: int = STEPS) -> np.ndarray:
@@ -130,9 +162,44 @@ def fit_weights(y: np.ndarray, prob: np.ndarray, steps: int = STEPS) -> np.ndarr
     prob = _columns(prob)
     y = _labels(y, len(prob))
     points = simplex(prob.shape[1], steps)
-    loss = np.array([log_loss(y, prob @ point) for point in points])
+    loss = _losses(np.where(y[:, None], prob, 1 - prob), points)
     away = ((points - 1 / prob.shape[1]) ** 2).sum(axis=1)
     return points[np.lexsort([away, loss.round(12)])[0]]
+
+
+def _losses(prob: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return the mean log loss of the vote with each point's weights.
+
+    Args:
+        prob: Probability of the true class by each network, shape (n, networks).
+        points: Weights, shape (points, networks).
+    """
+    filled = np.vstack([prob, np.ones((-len(prob) % FACTORS, prob.shape[1]))])
+    product = np.ones((len(points), len(filled) // FACTORS))
+    for part in filled.reshape(FACTORS, -1, prob.shape[1]):
+        product = product * np.maximum(points @ part.T, PROB_MARGIN)
+    return -np.log(product).sum(axis=1) / len(prob)
+
+
+def fit_calibrated_vote(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each network's temperature, then the weights of the calibrated probabilities.
+
+    Weights fitted to uncalibrated probabilities depend on two things: how well a network separates
+    the classes, and how extreme its probabilities are, since the log loss punishes those that are
+    too extreme. After calibration they depend on the former.
+
+    Args:
+        y, prob: As in `fit_weights`.
+
+    Returns:
+        Temperatures and weights, as `calibrated_vote` takes them, each of shape (networks,).
+
+    Raises:
+        DernetError: As `fit_weights` raises.
+    """
+    prob = _columns(prob)
+    temperatures = np.array([fit_temperature(y, column) for column in prob.T])
+    return temperatures, fit_weights(y, with_temperature(prob, temperatures))
 
 
 def log_loss(y: np.ndarray, prob: np.ndarray) -> float:
@@ -167,21 +234,23 @@ def fit_temperature(y: np.ndarray, prob: np.ndarray) -> float:
     from scipy.optimize import minimize_scalar  # here, not above: a server never fits
 
     y = _labels(y, len(prob))
+    z = logit(np.clip(prob, PROB_MARGIN, 1 - PROB_MARGIN))
+    margin = np.where(y, -z, z)  # an image's log loss is log(1 + exp(margin / T))
     found = minimize_scalar(
-        lambda t: log_loss(y, with_temperature(prob, np.exp(t))),
+        lambda t: np.logaddexp(0.0, margin / np.exp(t)).mean(),
         bounds=(np.log(0.05), np.log(20.0)), method="bounded",
     )  # fmt: skip
     return float(np.exp(found.x))
 
 
-def with_temperature(prob: np.ndarray, temperature: float) -> np.ndarray:
+def with_temperature(prob: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
     """Return probabilities whose logits were divided by a temperature.
 
     Their order stays, except that those closer to 0 or 1 than `PROB_MARGIN` become equal.
 
     Args:
         prob: Any shape, in [0, 1].
-        temperature: Above 0.
+        temperature: Above 0; one for all, or one for each column.
 
     Returns:
         The same shape.

@@ -148,3 +148,24 @@ def labelled_findings(manifest: dict | None) -> pd.DataFrame:
         if seen["box"] is not None
     ]
     return pd.DataFrame(rows, columns=["image_id", "number", "lesion_type", "visibility"])
+
+
+def images_with_faint_findings(manifest: dict) -> frozenset[str]:
+    """Return a virtual cohort's images whose findings are all too faint to be labelled.
+
+    The dataset calls these images normal. A finding that lies mostly outside the collimated field
+    of an image does not count there.
+
+    Args:
+        manifest: As `dataset.tables.read_manifest` returns it.
+
+    Returns:
+        Identifiers of images.
+    """
+    return frozenset(
+        image["image_id"]
+        for study in manifest["studies"]
+        for image in study["films"]
+        if any(seen["visibility"] is not None for seen in image["findings"])
+        and all(seen["box"] is None for seen in image["findings"])
+    )
