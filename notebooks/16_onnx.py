@@ -96,7 +96,7 @@ glue_values("c16", {
 # enhanced image as it is, in 8-bit grey, and do everything else inside: the division by 255 and, for triage,
 # ImageNet's mean and standard deviation, the mirrored image, and the networks of all {glue:text}`c16-folds` folds. So
 # a user of the file cannot forget any of these steps. A manifest beside the files records the rest: input sizes,
-# weights of the vote, temperature, thresholds, and each file's SHA-256.
+# weights of the vote, temperatures, thresholds, and each file's SHA-256.
 
 
 # %%

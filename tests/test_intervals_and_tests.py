@@ -114,7 +114,7 @@ def test_several_statistics_together_are_each_alone():
     assert together == alone
     assert together[0].undefined == 0 < together[1].undefined
     draws = [values[rows].mean() for rows in resample_by_study(studies, 60, 2)]
-    assert [together[0].low, together[0].high] == np.quantile(draws, [0.025, 0.975]).tolist()
+    assert [together[0].low, together[0].high] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
 
 
 def test_text():
