@@ -271,10 +271,9 @@ glue_values("c14", {"mixed": int(by_study["mixed"].sum())})
 # %% [markdown]
 # $Se$ and $Sp$ are of {glue:text}`c14-test` {glue:text}`c14-kind` in the first column and of
 # {glue:text}`c14-test-studies` studies in the second, {glue:text}`c14-mixed` of which have both normal and abnormal
-# images; the last two rows are of images and lesions in both, profile {glue:text}`c14-profile`. The gate by study gives up fewer lesions, or as many, and
-# searches more images, or as many. We keep the gate by image.
-
-# %% [markdown]
+# images; the last two rows are of images and lesions in both, profile {glue:text}`c14-profile`. The gate by study gives
+# up fewer lesions, or as many, and searches more images, or as many. We keep the gate by image.
+#
 # ## Does the gate help?
 #
 # We compare three systems on the same images: no gate, this gate, and a perfect gate that knows the truth. The perfect
