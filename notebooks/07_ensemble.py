@@ -199,8 +199,9 @@ glue_values("c07", {
 #
 # which does not change the order. The paper does not calibrate. But weights that are fitted to uncalibrated
 # probabilities depend on two things: how well a network separates the classes, and how extreme its probabilities are.
-# A network that ranks radiographs best but is too confident is punished, and gets less weight than it deserves. So
-# this run's DERNet gives each network a temperature $T_m$ of its own before it votes,
+# An extreme probability moves the sum more and costs more where it is wrong, so that the weight of a network which is
+# too confident may come out too large or too small. So this run's DERNet gives each network a temperature $T_m$ of its
+# own before it votes,
 #
 # $$
 # \mathcal{S}(\mathbf{x}) = \sum_{m=1}^{3} \omega_m \,
@@ -229,14 +230,15 @@ for m in range(3):
 # on which images. We take the weights with the least *log loss* out of fold. Log loss is smooth and convex in the
 # weights, so the best point of the grid is close to the optimum; AUROC changes in steps and rewards chance.
 #
-# How well do the data determine them? We resample the studies and repeat the whole fit, temperatures and weights, on
-# each resample:
+# How well do the data determine them? We resample the studies and repeat the whole fit on each resample: temperatures,
+# weights, and the temperature of the vote, which is explained further down.
 
 
 # %%
 def refit(rows):
-    """Temperatures, then weights, of some images."""
-    return np.concatenate(ensemble.fit_calibrated_vote(y[rows], prob[rows]))
+    """Networks' temperatures, weights, and the temperature of their vote, of some images."""
+    t, w = ensemble.fit_calibrated_vote(y[rows], prob[rows])
+    return np.array([*t, *w, ensemble.fit_temperature(y[rows], ensemble.calibrated_vote(prob[rows], t, w))])
 
 
 def refit_uncalibrated(rows):
@@ -246,13 +248,13 @@ def refit_uncalibrated(rows):
 
 fitted = intervals.bootstrap_each_by_study(refit, studies, **draws)
 uncalibrated = intervals.bootstrap_each_by_study(refit_uncalibrated, studies, **draws)
-chosen = {"temperature": fitted[:3], "weight": fitted[3:], "weight without calibration": uncalibrated}
+chosen = {"temperature": fitted[:3], "weight": fitted[3:6], "weight without calibration": uncalibrated}
 pd.DataFrame(chosen, spoken).map("{:.2f}".format).assign(paper=omega_paper)
 
 # %% tags=["remove-cell"]
 sides = [
     f"that of {name} lies {'above' if weight.low > 1 / 3 else 'below'} it"
-    for name, weight in zip(spoken, fitted[3:], strict=True)
+    for name, weight in zip(spoken, fitted[3:6], strict=True)
     if not weight.low <= 1 / 3 <= weight.high
 ]
 decided = "All three intervals contain one third, so these data do not decide between the networks."
@@ -409,7 +411,8 @@ temperature = ensemble.fit_temperature(y, vote)
 final = ensemble.with_temperature(vote, temperature)
 distinct = np.unique(vote.round(9))  # votes closer than this may differ by rounding only
 assert (np.diff(ensemble.with_temperature(distinct, temperature)) >= 0).all()  # the order is kept
-round(temperature, 2)
+assert np.isclose(fitted[6].value, temperature)
+f"temperature of the vote: {fitted[6]:.2f}"
 
 # %% [markdown]
 # ## Thresholds, and what they trade

@@ -40,7 +40,7 @@ class Prediction:
 
     Attributes:
         score: DERNet's calibrated probability of abnormal, in [0, 1].
-        network_probs: Each network's probability before the vote, in [0, 1].
+        network_probs: Each network's probability, before calibration and vote, in [0, 1].
         threshold: The image is abnormal if its score exceeds this.
         boxes: `lesion_type`, `xmin` … `ymax` in stored pixels, `score` in [0, 1]; the most
             confident first. Empty if the image is normal or the detector found nothing.

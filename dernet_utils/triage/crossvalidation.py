@@ -265,7 +265,7 @@ def write_decision(workspace: Workspace, decision: Decision) -> Path:
 
     Args:
         workspace: The run.
-        decision: Weights, temperature and thresholds.
+        decision: Weights, temperatures and thresholds.
 
     Returns:
         The file.

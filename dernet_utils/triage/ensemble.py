@@ -185,8 +185,8 @@ def fit_calibrated_vote(y: np.ndarray, prob: np.ndarray) -> tuple[np.ndarray, np
     """Return each network's temperature, then the weights of the calibrated probabilities.
 
     Weights fitted to uncalibrated probabilities depend on two things: how well a network separates
-    the classes, and how extreme its probabilities are, since the log loss punishes those that are
-    too extreme. After calibration they depend on the former.
+    the classes, and how extreme its probabilities are. Calibration removes the second: dividing a
+    network's logits by any number changes its temperature, but not the weights.
 
     Args:
         y, prob: As in `fit_weights`.
