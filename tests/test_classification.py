@@ -67,6 +67,7 @@ def test_scores_by_study_by_hand():
     assert operating_point(table["label"], table["prob"], 0.5)["specificity"] == 0
 
 
+@settings(max_examples=30, deadline=None)
 @given(scored, st.integers(1, 8), st.floats(0, 1))
 def test_a_study_is_normal_only_if_all_of_its_images_are(rows, number, threshold):
     y, prob = np.array(rows).T
