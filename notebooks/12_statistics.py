@@ -541,7 +541,7 @@ glue_values("c12", {"stands": text})
 # may reach a quarter. Holm's correction {cite}`holm1979` multiplies the smallest p by five, the next by four, and so
 # on, and keeps the chance of any false positive at 5 % or less. After this correction, by DeLong's test,
 # {glue:text}`c12-stands`. Three of the five comparisons are with rows of the paper's table, the single networks; the
-# two with other weights for the vote are ours. All five are fixed in this chapter, whatever the result. The recipe
+# two with other votes are ours. All five are fixed in this chapter, whatever the result. The recipe
 # of `laptop` and `night`, however, was changed after scores on their first test patients were known. No correction for
 # multiple testing covers that, so these were replaced after the recipe was frozen ({ref}`sec:test-split`).
 #

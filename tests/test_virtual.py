@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import write_dataset
 
-from dernet_utils.book import classifier_chapter, teaching
+from dernet_utils.book import classifier_chapter, figures
 from dernet_utils.book.paper import compare_with_table_2
 from dernet_utils.book.prepare import prepare
 from dernet_utils.book.results import detector_record
@@ -58,7 +58,7 @@ def test_captions_columns_and_records_follow_the_manifest(
     workspace, glued = prepared(manifest), {}
     assert workspace.virtual is virtual
     assert workspace.image_kind == ("virtual radiographs" if virtual else "radiographs")
-    monkeypatch.setattr(teaching, "glue", lambda name, value, display: glued.update({name: value}))
+    monkeypatch.setattr(figures, "glue", lambda name, value, display: glued.update({name: value}))
     train = pd.DataFrame({"study_id": ["a"]})
     classifier_chapter.glue_run_facts("c04", workspace, train)
     assert glued["c04-kind"] == workspace.image_kind
