@@ -16,9 +16,9 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
 from dernet_utils.imaging.boxes import box_iou
 from dernet_utils.metrics.detection import (
+    LEAST_BOXES,
     RECALLS,
     SIZES,
-    _areas,
     _curves,
     average_precision,
     coco_average_precision,
@@ -27,18 +27,22 @@ from dernet_utils.metrics.detection import (
     mean_difference,
     precision_recall,
     size_table,
+    supported,
+    weighted_areas,
     weighted_average_precision,
 )
 from dernet_utils.metrics.froc import (
     FALSE_POSITIVES_PER_IMAGE,
     _all_types,
     _found_within,
+    found_table,
     froc_curve,
     froc_table,
     type_confusion,
 )
 from dernet_utils.metrics.intervals import bootstrap
 from dernet_utils.metrics.matching import match_boxes, size_stratum
+from dernet_utils.metrics.proportions import exact_by_study
 
 TYPES = ("Osteophytes", "Surgical implant", "Vertebral collapse")
 
@@ -303,7 +307,7 @@ def test_weights_equal_images_counted_again(seed):
         for t in repeated
     ]
     for name in TYPES:
-        weighed = _areas(match_boxes(truth, predictions, name, ids), counts[None].astype(float))
+        weighed = weighted_areas(match_boxes(truth, predictions, name, ids), counts[None] * 1.0)
         assert weighed[0] == pytest.approx(average_precision(*repeated, name), nan_ok=True)
 
 
@@ -604,3 +608,70 @@ def test_difference_of_two_detectors_is_paired():
     assert there.value == pytest.approx(expected) == -back.value
     assert (there.low, there.high) == (pytest.approx(-back.high), pytest.approx(-back.low))
     assert there.n_studies == 15
+
+
+def test_boxes_found_at_one_false_positive_per_image_by_hand():
+    images = pd.DataFrame({"image_id": list("abcd"), "study_id": list("ssuv")})
+    rows = [["a", 0], ["a", 20], ["b", 0], ["c", 0], ["d", 0]]
+    truth = table([[i, TYPES[0], x, 0, x + 10, 10] for i, x in rows])
+    truth = pd.concat([truth, table([["d", TYPES[1], 0, 0, 10, 10]])])
+    hits = [["a", 0, 0.9], ["b", 0, 0.8], ["c", 0, 0.6], ["d", 0, 0.2]]
+    found = [[i, TYPES[0], x, 0, x + 10, 10, s] for i, x, s in hits]
+    # Four false positives, of two types, above 0.5; a fifth at 0.3, so that 0.2 is not reached.
+    wrong = [
+        ["a", TYPES[2], 0.95],
+        ["b", TYPES[2], 0.7],
+        ["c", TYPES[0], 0.65],
+        ["d", TYPES[2], 0.5],
+    ]
+    wrong += [["d", TYPES[2], 0.3]]
+    found += [[i, name, 50, 50, 60, 60, s] for i, name, s in wrong]
+    result = found_table(truth, table(found, scored=True), images)
+    assert list(result.index) == [TYPES[0], TYPES[1]]
+    assert (result["score"] == 0.5).all()
+    first = result.loc[TYPES[0]]
+    assert (first["count"], first["total"], first["n_studies"]) == (3, 5, 3)
+    own = exact_by_study([True, True, False, True, False], list("sssuv"))
+    assert first.drop("score").to_dict() == pytest.approx(vars(own))
+    second = result.loc[TYPES[1]]
+    assert (second["count"], second["total"], second["low"]) == (0, 1, 0)
+    # Twice as many allowed: everything is accepted.
+    twice = found_table(truth, table(found, scored=True), images, 2.0)
+    assert twice["count"].tolist() == [4, 0] and (twice["score"] == 0.2).all()
+    # None allowed: only what lies above the first false positive, which is nothing.
+    none = found_table(truth, table(found, scored=True), images, 0.0)
+    assert none["count"].tolist() == [0, 0] and np.isinf(none["score"]).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_boxes_found_of_all_types_are_the_sensitivity_of_the_curve(seed):
+    rng = np.random.default_rng(seed)
+    ids = [f"{i}" for i in range(12)]
+    images = pd.DataFrame({"image_id": ids, "study_id": [f"s{i // 3}" for i in range(12)]})
+    truth, predictions = random_boxes(rng, ids, 4), random_boxes(rng, ids, 6, scored=True)
+    sure = truth.sample(frac=0.5, random_state=seed)
+    predictions = pd.concat([predictions, sure.assign(score=rng.integers(1, 9, len(sure)) / 8)])
+    for rate in FALSE_POSITIVES_PER_IMAGE:
+        result = found_table(truth, predictions, images, rate)
+        at = froc_table(truth, predictions, images, 5).loc[rate, "value"]
+        assert result["count"].sum() / len(truth) == pytest.approx(at)
+        assert (
+            result["total"].tolist() == truth["lesion_type"].value_counts()[result.index].tolist()
+        )
+
+
+def test_edges_of_boxes_found():
+    images = pd.DataFrame({"image_id": ["a"], "study_id": ["s"], "height": [99], "width": [99]})
+    box, none_found = table([["a", TYPES[0], 0, 0, 10, 10]]), table([], scored=True)
+    assert found_table(box, none_found, images)["count"].tolist() == [0]
+    empty = found_table(box[:0], none_found, images)
+    assert len(empty) == 0 and "low" in empty
+    with pytest.raises(DernetError, match="outside"):
+        found_table(size_stratum(box, images, True), none_found, images)
+
+
+def test_average_precision_is_supported_from_the_least_number_of_boxes():
+    scores = pd.DataFrame({"boxes": [LEAST_BOXES - 1, LEAST_BOXES, 99]}, ["a", "b", "mAP"])
+    assert supported(scores).to_dict() == {"a": False, "b": True, "mAP": False}
+    assert supported(scores.loc[["b", "mAP"]]).all()
+    assert not supported(scores.loc[["mAP"]]).any()  # a mean of no type

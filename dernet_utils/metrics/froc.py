@@ -1,5 +1,7 @@
 """Detection at a score threshold: free-response curves and confusion of lesion types."""
 
+from dataclasses import fields
+
 import numpy as np
 import pandas as pd
 
@@ -8,6 +10,7 @@ from dernet_utils.imaging.boxes import box_iou
 from dernet_utils.metrics.detection import _all_sizes, _running, _searched, _weights
 from dernet_utils.metrics.intervals import interval_of
 from dernet_utils.metrics.matching import Matches, _partners, box_numbers, join_ranked, match_boxes
+from dernet_utils.metrics.proportions import Proportion, exact_by_study
 
 # Setio et al., Med Image Anal 42, 2017.
 FALSE_POSITIVES_PER_IMAGE = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
@@ -83,6 +86,53 @@ def froc_table(
     return pd.DataFrame(
         rows, index=pd.Index(FALSE_POSITIVES_PER_IMAGE, name="false_positives_per_image")
     )
+
+
+def found_table(
+    truth: pd.DataFrame,
+    predictions: pd.DataFrame,
+    images: pd.DataFrame,
+    false_positives_per_image: float = 1.0,
+    iou: float = 0.5,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Return how many true boxes of each lesion type are found at a rate of false positives.
+
+    It is for types with fewer than `detection.LEAST_BOXES` true boxes, from which no average
+    precision is reported. The score threshold is the lowest at which the detector has at most that
+    many false positives per image, over all types and images. The interval takes it as given.
+
+    Args:
+        truth, predictions, iou: As `froc_curve` takes them.
+        images: `image_id` and `study_id` of every image that was analysed, including those without
+            boxes.
+        false_positives_per_image: Highest mean number of false positives of all types per image.
+        level: Coverage of the intervals in (0, 1).
+
+    Returns:
+        One row per lesion type of the true boxes, with the columns of `proportions.Proportion`:
+        `count` of `total` boxes are found; the ends are those of `proportions.exact_by_study`. The
+        column `score` is the threshold, inf where even the most confident score has too many.
+
+    Raises:
+        DernetError: As `froc_curve` and `exact_by_study` raise, or a table is marked by
+            `size_stratum`.
+    """
+    _all_sizes(truth, predictions)
+    curve = froc_curve(truth, predictions, images, iou)
+    within = curve["false_positives_per_image"] <= false_positives_per_image
+    threshold = curve.loc[within, "score"].iloc[-1]
+    image_ids, study = list(images["image_id"]), images["study_id"].to_numpy()
+    rows = {}
+    for name in sorted(truth["lesion_type"].unique()):
+        matches = match_boxes(truth, predictions, name, image_ids, iou)
+        hits = matches.image[matches.hit & (matches.score >= threshold)]
+        hits = np.bincount(hits, minlength=len(study))
+        studies = np.concatenate([study.repeat(hits), study.repeat(matches.truths - hits)])
+        own = exact_by_study(np.arange(len(studies)) < hits.sum(), studies, level)
+        rows[name] = vars(own) | {"score": threshold}
+    columns = [*(field.name for field in fields(Proportion)), "score"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("lesion_type")
 
 
 def _all_types(
