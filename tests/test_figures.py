@@ -51,6 +51,25 @@ def test_intervals_are_drawn_from_the_top_and_one_row_has_a_diamond():
     assert [line.get_marker() for line in ax.lines if len(line.get_xdata()) == 1] == ["D", "o"]
 
 
+def test_rare_types_have_no_average_precision_but_a_fraction_found():
+    scores = pd.DataFrame(
+        {"boxes": [40, 5, 45], "value": [0.5, 0.9, 0.7], "low": 0.4, "high": 1.0},
+        ["common", "rare", "mAP"],
+    )
+    found = pd.DataFrame(
+        {"count": [10, 1], "total": [40, 5], "low": [0.1, 0.0], "high": [0.4, 0.7]},
+        ["common", "rare"],
+    )
+    left, right = draw.draw_scores(scores, found, 0.5).axes
+    points = [line for line in lines_of(left) if len(line) == 1 and np.isfinite(line).all()]
+    assert [point.tolist() for point in points] == [[[0.7, 0]], [[0.5, 2]]]  # from below
+    assert [(text.get_text(), text.get_position()[1]) for text in left.texts] == [
+        ("too few boxes", 1)
+    ]
+    drawn = [line.tolist() for line in lines_of(right) if np.isfinite(line).all()]
+    assert drawn == [[[0.0, 1], [0.7, 1]], [[0.2, 1]], [[0.1, 2], [0.4, 2]], [[0.25, 2]]]
+
+
 def test_a_free_response_curve_has_its_points_and_intervals():
     points = pd.DataFrame(
         {"value": 0.5, "low": 0.3, "high": 0.6}, index=[0.125, 0.25, 0.5, 1, 2, 4, 8]

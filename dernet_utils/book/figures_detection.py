@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dernet_utils.book.figures import show_boxes, show_radiograph
 from dernet_utils.core.vocabulary import CORNERS, LESION_STYLE, PAPER_CODES
 from dernet_utils.imaging.enhance import load_cached
+from dernet_utils.metrics.detection import supported
 
 # Column and row of each of YOLO11's layers: down the backbone, up the neck, and down again.
 _POSITIONS = {i: (0, i) for i in range(11)} | {i: (1, 19 - i) for i in range(11, 17)}
@@ -313,11 +314,39 @@ def draw_intervals(
         xlabel, xlim: Of the horizontal axis.
     """
     fig, ax = plt.subplots(figsize=(6.3, 3.4))
+    _draw_rows(ax, scores, diamond)
+    ax.set(xlabel=xlabel, xlim=xlim)
+    return fig
+
+
+def _draw_rows(ax: Axes, scores: pd.DataFrame, diamond: str) -> None:
     for row, (name, score) in enumerate(scores[::-1].iterrows()):
         ax.plot([score["low"], score["high"]], [row, row], color="0.3", lw=2)
         ax.plot(score["value"], row, "D" if name == diamond else "o", color="k")
     ax.set_yticks(range(len(scores)), scores.index[::-1])
-    ax.set(xlabel=xlabel, xlim=xlim)
+
+
+def draw_scores(scores: pd.DataFrame, found: pd.DataFrame, iou: float) -> Figure:
+    """Draw average precision and fraction of boxes found, side by side, a row for each type.
+
+    Types with too few true boxes have no average precision.
+
+    Args:
+        scores: What `metrics.detection.detection_table` returns.
+        found: What `metrics.froc.found_table` returns, of the same types.
+        iou: Least IoU of a match.
+    """
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
+    shown = scores[["value", "low", "high"]].astype(float)
+    shown.loc[~supported(scores) & (scores.index != "mAP")] = np.nan
+    fraction = found.assign(value=found["count"] / found["total"]).reindex(scores.index)
+    labels = [f"{name}  (n = {int(boxes)})" for name, boxes in scores["boxes"].items()]
+    _draw_rows(left, shown.set_axis(labels), labels[-1])
+    _draw_rows(right, fraction.set_axis(labels), labels[-1])
+    for row in np.flatnonzero(shown["value"].isna()):
+        left.text(0.5, len(shown) - 1 - row, "too few boxes", ha="center", va="center", fontsize=8)
+    left.set(xlabel=f"average precision at IoU {iou}", xlim=(-0.02, 1.02))
+    right.set(xlabel="found at one false positive per image", xlim=(-0.02, 1.02))
     return fig
 
 
