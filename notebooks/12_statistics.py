@@ -51,6 +51,7 @@ from sklearn.metrics import roc_auc_score
 
 from dernet_utils.book.figures import show_figure
 from dernet_utils.book.paper import TABLE_2
+from dernet_utils.book.score_cells import mean_sentence
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
 from dernet_utils.detection.baselines import BASELINES
@@ -78,7 +79,7 @@ glue_values("c12", {
     "profile": numbers.name, "n": len(y), "n-studies": len(np.unique(study)),
     "kind": workspace.image_kind, "folds": numbers.folds,
     "resamples": f"{numbers.bootstrap:,}", "n-held": len(held), "simulations": f"{simulations:,}",
-    "n-held-studies": held["study_id"].nunique(), "power": f"{power:.0%}",
+    "n-held-studies": held["study_id"].nunique(), "power": f"{power:.0%}", "least": detection.LEAST_BOXES,
 })  # fmt: skip
 
 # %% [markdown]
@@ -271,7 +272,7 @@ glue_values("c12", {"width-ratio": f"{ratio:.2f}"})
 # %% [markdown]
 # The same bootstrap serves any statistic that can be computed from weighted images. The next table gives percentile
 # and BCa intervals, by study, for the metrics that the paper prints for a classifier, and for the average precision
-# (AP) of the commonest lesion type:
+# (AP) of the commonest lesion type, where that has at least {glue:text}`c12-least` true boxes:
 
 # %%
 searched = detection_images(workspace)
@@ -285,7 +286,8 @@ statistics = {"AUROC": (area, study)} | {
     for name in ("f1", "sensitivity", "specificity")
 }
 precision = detection.weighted_average_precision(true_boxes, of_yolo, common, order)
-statistics[f"AP, {common}"] = (precision, searched.test["study_id"].to_numpy())
+if (true_boxes["lesion_type"] == common).sum() >= detection.LEAST_BOXES:
+    statistics[f"AP, {common}"] = (precision, searched.test["study_id"].to_numpy())
 pd.DataFrame({
     name: {method: f"{bootstrap(own, groups, **draws, method=method):.3f}" for method in ("percentile", "bca")}
     for name, (own, groups) in statistics.items()
@@ -592,12 +594,16 @@ gaps.rename_axis("YOLO11-L minus")
 
 # %% tags=["remove-cell"]
 clear = [name for name, (_, wide) in table_3.items() if wide.low > 0 or wide.high < 0]
-glue_values("c12", {"table-3": f"{len(clear)} of {len(table_3)} of them exclude zero"})
+scores = detection.detection_table(true_boxes, of["YOLO11-L"], searched.test, **draws)
+glue_values("c12", {
+    "table-3": f"{len(clear)} of {len(table_3)} of them exclude zero", "mean": mean_sentence(scores),
+})  # fmt: skip
 
 # %% [markdown]
-# Simultaneous intervals are wider, and {glue:text}`c12-table-3`. These are intervals of a mean over lesion types in
-# which a type with four boxes weighs as much as one with hundreds. For a type that a detector never finds, every
-# resample gives an AP of 0; that part of the uncertainty is missing from the interval, which is then too narrow.
+# Simultaneous intervals are wider, and {glue:text}`c12-table-3`. {glue:text}`c12-mean` A type with four boxes weighs as
+# much as one with hundreds. For a type that a detector never finds, every resample gives an AP of 0; that part of the
+# uncertainty is missing from the interval, which is then too narrow. {ref}`chap:interval-coverage` counts how often
+# intervals of AP and of mAP contain the true value, with 4 to 100 boxes per type.
 # {ref}`chap:other-detectors` says which terms were not equal, and what short trainings from random weights can show
 # about architectures.
 #
@@ -666,6 +672,7 @@ show_figure("c12-fig-power", fig)
 # | question | tool | unit |
 # |---|---|---|
 # | how uncertain is this AUROC, F1 or mAP? | bootstrap; BCa near an end of the scale | study |
+# | how well is a rare type found? | boxes found, with an exact interval ({ref}`chap:interval-coverage`) | study |
 # | does one network rank images better than another? | DeLong, or a paired bootstrap | study |
 # | is it correct more often at its threshold? | paired bootstrap; McNemar only if each study has one image | study |
 # | is one recipe better than another? | corrected t over folds, and more seeds | training |

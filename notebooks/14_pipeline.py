@@ -45,13 +45,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dernet_utils.book.figures import (
-    draw_arrow,
-    draw_stage,
-    show_boxes,
-    show_figure,
-    show_radiograph,
-)
+from dernet_utils.book.figures import draw_arrow, draw_stage, show_boxes, show_figure, show_radiograph
+from dernet_utils.book.score_cells import mean_sentence
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
 from dernet_utils.detection import images, prediction, training
@@ -302,13 +297,14 @@ if change["gate"].high < 0:
     verdict = "On these images the gate lowers the mean average precision: it loses more than it gains."
 glue_values("c14", {
     "least-score": f"{score_threshold:.2f}", "change": f"{change['gate']:+.3f}",
-    "perfect": f"{change['perfect gate']:+.3f}", "verdict": verdict,
+    "perfect": f"{change['perfect gate']:+.3f}", "verdict": f"{verdict} {mean_sentence(tables['no gate'])}",
 })  # fmt: skip
 
 # %% [markdown]
 # The gate changes mAP@0.5 by {glue:text}`c14-change`. {glue:text}`c14-verdict` Even the perfect gate would change it by
 # no more than {glue:text}`c14-perfect`: that is the cost of the false positives on normal images. All intervals are
-# 95 % intervals by study, on {glue:text}`c14-truth` boxes in {glue:text}`c14-test` {glue:text}`c14-kind`.
+# 95 % intervals by study, on {glue:text}`c14-truth` boxes in {glue:text}`c14-test` {glue:text}`c14-kind`;
+# {ref}`chap:interval-coverage` shows how far those of a mean over rare types can be trusted.
 #
 # Mean average precision summarises a ranking over all scores, but a reader sees only the boxes above one score
 # threshold. At that threshold we count the false positives per normal image, and the fraction of lesions that no box

@@ -675,3 +675,5 @@ def test_average_precision_is_supported_from_the_least_number_of_boxes():
     assert supported(scores).to_dict() == {"a": False, "b": True, "mAP": False}
     assert supported(scores.loc[["b", "mAP"]]).all()
     assert not supported(scores.loc[["mAP"]]).any()  # a mean of no type
+    scores.loc["a", "boxes"] = 0  # as in a size stratum: the mean is over the other types
+    assert supported(scores).to_dict() == {"a": False, "b": True, "mAP": True}

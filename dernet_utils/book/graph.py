@@ -75,6 +75,7 @@ CHAPTERS = {
     "16_onnx": Chapter(NETWORKS, ("07_ensemble", "10_yolo11_training", "14_pipeline"), "all"),
     "17_outliers": Chapter(("resnet50",), cores="half"),
     "A1_virtual_radiographs": Chapter(),
+    "A2_interval_coverage": Chapter(),
 }
 
 

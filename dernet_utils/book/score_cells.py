@@ -45,18 +45,20 @@ def found_cells(found: pd.DataFrame, spec: str = ".2f") -> pd.Series:
 
 
 def mean_sentence(scores: pd.DataFrame) -> str:
-    """Return a sentence that says how many types a mean is of, and whether its interval counts.
+    """Return a sentence that says how many types a mean is of, and how far its interval counts.
+
+    Chapter A2 shows by simulation what it says.
 
     Args:
         scores: What `metrics.detection.detection_table` returns.
     """
-    types = len(scores) - 1
-    rare = int((scores["boxes"].drop("mAP") < LEAST_BOXES).sum())
+    boxes = scores["boxes"].drop("mAP")
+    types, rare = int((boxes > 0).sum()), int(boxes.between(1, LEAST_BOXES - 1).sum())
+    text = f"The mean is over {types} lesion types, "
     if types and not rare:
         return (
-            f"The mean is over {types} lesion types, each with at least {LEAST_BOXES} true boxes."
+            text
+            + f"each with at least {LEAST_BOXES} true boxes; its interval tends to lie too high."
         )
-    return (
-        f"The mean is over {types} lesion types, of which {rare} have fewer than {LEAST_BOXES} "
-        "true boxes; its interval is therefore not supported."
-    )
+    text += f"of which {rare} have fewer than {LEAST_BOXES} true boxes; "
+    return text + "its interval is therefore not supported."

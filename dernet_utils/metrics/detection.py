@@ -271,10 +271,11 @@ def supported(scores: pd.DataFrame) -> pd.Series:
 
     Returns:
         bool, by `scores`' index: whether a type has at least `LEAST_BOXES`; for ``mAP``, whether
-        every type has.
+        every type has that it is a mean of.
     """
     enough = scores["boxes"] >= LEAST_BOXES
-    enough["mAP"] = bool(enough.drop("mAP").all()) and len(enough) > 1
+    averaged = enough[(scores["boxes"] > 0) & (scores.index != "mAP")]
+    enough["mAP"] = len(averaged) > 0 and bool(averaged.all())
     return enough
 
 
