@@ -339,13 +339,13 @@ text += f" The highest mean of all rows is that of {best}, {top['value']:.3f}."
 glue_values("c11", {"verdict": text, "mean": mean_sentence(tables[chapter_10]), "least": metrics.LEAST_BOXES})
 
 # %% [markdown]
-# {glue:text}`c11-verdict` {glue:text}`c11-mean` What holds for the mean holds for the differences ({ref}`chap:interval-coverage`).
-# Five comparisons are made at once, without correction for multiple testing, so treat a
-# narrow margin with caution. The table is no ranking of tuned detectors: the learning rates of the others were not
-# searched as YOLO11-L's was, Faster R-CNN is trained with only {glue:text}`c11-proposals` proposals per image, and
-# RT-DETR-L, whose steps are slow, takes few of them. A detector that has seen each image once or less has not been
-# shown to be worse; its training has hardly begun. A short training time from random weights favours small networks,
-# which take more steps. The next section shows longer trainings.
+# {glue:text}`c11-verdict` {glue:text}`c11-mean` What holds for the mean holds for the differences
+# ({ref}`chap:interval-coverage`). Five comparisons are made at once, without correction for multiple testing, so
+# treat a narrow margin with caution. The table is no ranking of tuned detectors: the learning rates of the others
+# were not searched as YOLO11-L's was, Faster R-CNN is trained with only {glue:text}`c11-proposals` proposals per
+# image, and RT-DETR-L, whose steps are slow, takes few of them. A detector that has seen each image once or less has
+# not been shown to be worse; its training has hardly begun. A short training time from random weights favours small
+# networks, which take more steps. The next section shows longer trainings.
 #
 # ## A longer run, kept
 #

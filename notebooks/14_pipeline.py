@@ -36,7 +36,7 @@ profile = ""  # smoke, laptop, night or paper; empty: DERNET_PROFILE, else lapto
 alarms_allowed = 1.0  # false positives per image of fold 0, which set the score threshold for boxes
 threshold = "youden"  # or f1, or cautious: which of the chosen thresholds the gate uses
 
-# %%
+# %% tags=["hide-input"]
 import time
 from functools import partial
 
@@ -45,7 +45,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dernet_utils.book.figures import draw_arrow, draw_stage, show_boxes, show_figure, show_radiograph
+from dernet_utils.book.figures import (
+    draw_arrow,
+    draw_stage,
+    show_boxes,
+    show_figure,
+    show_radiograph,
+)
 from dernet_utils.book.score_cells import mean_sentence
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS

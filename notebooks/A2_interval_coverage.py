@@ -205,8 +205,8 @@ results = pd.DataFrame([row for n in sizes for i in range(datasets) for row in o
 
 # %% [markdown]
 # The number of datasets is limited, so the coverage that we count is itself uncertain: its interval is the exact one
-# of the last section, with each dataset as one cluster. The table shows the coverage of nominal 95 % intervals, the
-# bars of the figure its own 95 % interval.
+# of the last section, with each dataset as one cluster. Table and
+# figure give the coverage of nominal 95 % intervals with its own 95 % interval.
 
 
 # %%
@@ -217,8 +217,9 @@ def rate(rows):
 
 measured = {key: rate(own) for key, own in results.groupby(["what", "of", "boxes"])}
 coverage = pd.Series({key: own.count / own.total for key, own in measured.items()}).rename_axis(["what", "of", "n"])
-of_ap = coverage[["percentile", "BCa"]].unstack()
-of_ap.loc[[(what, of) for what in ("percentile", "BCa") for of in (*detectors, "mAP")]].map("{:.1%}".format)
+shown = pd.Series({key: f"{coverage[key]:.0%} [{own.low:.0%}, {own.high:.0%}]" for key, own in measured.items()})
+rows = [(what, of) for what in ("percentile", "BCa") for of in (*detectors, "mAP")]
+shown.unstack().loc[rows].rename_axis(columns="true boxes")
 
 # %% tags=["hide-input", "remove-output"]
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
@@ -350,25 +351,25 @@ glue_values("cA2", {
 # $D$ is the design effect of {eq}`eq:design-effect`, estimated from the data. Student's quantiles $t$ allow for its
 # being estimated from few studies. If every box lies in a study of its own, $D = 1$, $n_e = n$, and the interval is
 # Clopper and Pearson's. If no box is found, or all are, there is no variance to estimate a design effect from; then
-# $n_e = S$, as if each study counted once. That is conservative. By hand, for six boxes in three studies:
+# $n_e = S$, as if each study counted once. That is conservative. By hand, for eight boxes in five studies:
 
 # %%
-k_s, n_s = np.array([3, 0, 1]), np.array([3, 2, 1])
+k_s, n_s = np.array([3, 1, 0, 0, 1]), np.array([3, 2, 1, 1, 1])
 k, n, S = k_s.sum(), n_s.sum(), len(n_s)
 p = k / n
 D = S / (S - 1) * (((k_s - p * n_s) / n) ** 2).sum() / (p * (1 - p) / (n - 1))
 n_e = min(n, n / D * (student.ppf(0.975, n - 1) / student.ppf(0.975, S - 1)) ** 2)
 low, high = beta.ppf(0.025, p * n_e, n_e - p * n_e + 1), beta.ppf(0.975, p * n_e + 1, n_e - p * n_e)
 is_found = np.concatenate([np.arange(all_) < own for own, all_ in zip(k_s, n_s, strict=True)])
-by_study = exact_by_study(is_found, np.repeat(list("abc"), n_s))
+by_study = exact_by_study(is_found, np.repeat(list("abcde"), n_s))
 assert np.allclose((by_study.low, by_study.high, by_study.effective), (low, high, n_e))
 by_box = exact_by_study(is_found, np.arange(n))
 assert np.allclose((by_box.low, by_box.high), proportion_confint(k, n, method="beta"))
 pd.Series({"design effect": D, "effective size": n_e, "by study": f"{by_study}", "by box": f"{by_box}"}).to_frame()
 
 # %% [markdown]
-# Three studies say little: the interval by study is much wider than the one that takes the six boxes as independent.
-# Do these intervals hold what they promise? In the same simulated datasets we counted the boxes found with a score of
+# The interval by study is wider than the one that takes the eight boxes as independent. With fewer studies $n_e$ may
+# even fall below 1, and the interval then contains nearly everything: two studies tell hardly anything. Do these intervals hold what they promise? In the same simulated datasets we counted the boxes found with a score of
 # at least 0.5:
 
 # %%
@@ -380,7 +381,7 @@ widths = results[results["what"] == "found, by study"].groupby(["of", "boxes"])[
 glue_values("cA2", {
     "exact-low": f"{exact.loc['found, by study'].min(axis=None):.1%}", "exact-few": f"{widths[few].max():.2f}",
 })  # fmt: skip
-exact.map("{:.1%}".format)
+shown.unstack().loc[exact.index].rename_axis(columns="true boxes")
 
 # %% [markdown]
 # By study the interval contains the true fraction in at least {glue:text}`cA2-exact-low` of datasets, for every
