@@ -548,7 +548,7 @@ marked = froc.found_table(truth, found, test, iou=iou_match)
 assert marked["total"].tolist() == scores["boxes"].iloc[:-1].tolist()
 final = scores.loc["mAP"]
 per_type = scores[metrics.supported(scores)].drop(index="mAP", errors="ignore")
-text = f"In this run {len(per_type)} lesion types have enough boxes for an AP."
+text = f"Lesion types of this run with enough boxes for an AP: {len(per_type)}."
 if len(per_type) > 1 and per_type["value"].max() > per_type["value"].min():
     easy, hard = per_type["value"].idxmax(), per_type["value"].idxmin()
     text = f"The highest is {easy} (AP {per_type.loc[easy, 'value']:.2f}), "
@@ -568,16 +568,16 @@ show_figure("c10-fig-ap", draw.draw_scores(shown, marked, iou_match))
 # :alt: Two panels with a dot and an interval for each lesion type; left without the rare ones, with a diamond for
 # :  the mean.
 # Left: AP with 95 % intervals by study, of types with at least {glue:text}`c10-least` true boxes; the diamond is
-# mAP@0.5. Right: fraction of true boxes found, with exact intervals. n counts true boxes. {glue:text}`c10-test`
-# {glue:text}`c10-kind` of {glue:text}`c10-test-studies` test studies, profile {glue:text}`c10-profile`.
+# mAP@0.5. Right: fraction found at one false positive per image, with exact intervals. n counts true boxes.
+# {glue:text}`c10-test` {glue:text}`c10-kind` of {glue:text}`c10-test-studies` test studies, profile
+# {glue:text}`c10-profile`.
 # ```
 #
 # On the test split the network reaches an mAP@0.5 of **{glue:text}`c10-map`**. {glue:text}`c10-mean` The mean gives a
-# type with five boxes the same weight as one with five hundred, so the rare types, measured worst, decide much of
-# it. With fewer than {glue:text}`c10-least` true boxes a bootstrap interval of AP cannot be trusted
+# type with five boxes the same weight as one with five hundred, so the rare types, measured worst, decide much of it.
+# With fewer than {glue:text}`c10-least` true boxes a bootstrap interval of AP cannot be trusted
 # ({ref}`chap:interval-coverage`). {numref}`fig:average-precision` then shows only how many boxes are found at the
-# score threshold at which the network has one false positive per image, all types together. That interval is exact,
-# adjusted for studies.
+# score threshold with one false positive per image, all types together. That interval is exact, adjusted for studies.
 #
 # {glue:text}`c10-easy-hard` What should we expect? A bright, sharp object that looks alike in every patient should be
 # easier to learn than a narrowing of a few pixels that is visible only by comparison with its neighbours.

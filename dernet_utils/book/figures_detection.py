@@ -343,10 +343,11 @@ def draw_scores(scores: pd.DataFrame, found: pd.DataFrame, iou: float) -> Figure
     labels = [f"{name}  (n = {int(boxes)})" for name, boxes in scores["boxes"].items()]
     _draw_rows(left, shown.set_axis(labels), labels[-1])
     _draw_rows(right, fraction.set_axis(labels), labels[-1])
+    blank = {"ha": "center", "va": "center", "fontsize": 8, "backgroundcolor": "white"}
     for row in np.flatnonzero(shown["value"].isna()):
-        left.text(0.5, len(shown) - 1 - row, "too few boxes", ha="center", va="center", fontsize=8)
+        left.text(0.5, len(shown) - 1 - row, "too few boxes", **blank)
     left.set(xlabel=f"average precision at IoU {iou}", xlim=(-0.02, 1.02))
-    right.set(xlabel="found at one false positive per image", xlim=(-0.02, 1.02))
+    right.set(xlabel="fraction of true boxes found", xlim=(-0.02, 1.02))
     return fig
 
 
