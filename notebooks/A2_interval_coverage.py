@@ -369,8 +369,9 @@ pd.Series({"design effect": D, "effective size": n_e, "by study": f"{by_study}",
 
 # %% [markdown]
 # The interval by study is wider than the one that takes the eight boxes as independent. With fewer studies $n_e$ may
-# even fall below 1, and the interval then contains nearly everything: two studies tell hardly anything. Do these intervals hold what they promise? In the same simulated datasets we counted the boxes found with a score of
-# at least 0.5:
+# even fall below 1, and the interval then contains nearly everything: two studies tell hardly anything. Do these
+# intervals hold what they promise? In the same simulated datasets we counted the boxes found with a score of at least
+# 0.5:
 
 # %%
 exact = coverage[["found, by study", "found, by box"]].unstack()
