@@ -17,8 +17,8 @@
 # (chap:interval-coverage)=
 # # A2 · Intervals for rare lesion types
 #
-# Four of the seven lesion types may have fewer than ten true boxes in a test split. A bootstrap interval of their
-# average precision (AP) can be computed, and it looks like any other: [0, 0] from four boxes that were all missed,
+# Some lesion types have fewer than ten true boxes in a test split. A bootstrap interval of their average precision
+# (AP) can be computed, and it looks like any other: [0, 0] from four boxes that were all missed,
 # [0.34, 1.0] from ten. Does it contain the true value in 95 % of cases? This chapter simulates detectors whose true AP
 # is known, counts, and decides from how many boxes on this book reports an AP. Below that number it reports how many
 # boxes were found, with an exact interval.
