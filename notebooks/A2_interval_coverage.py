@@ -204,9 +204,9 @@ sizes = (4, 10, 30, 100)
 results = pd.DataFrame([row for n in sizes for i in range(datasets) for row in one_dataset(n, i)])
 
 # %% [markdown]
-# The number of datasets is limited, so the coverage that we count is itself uncertain: its interval is the exact one
-# of the last section, with each dataset as one cluster. Table and
-# figure give the coverage of nominal 95 % intervals with its own 95 % interval.
+# The number of datasets is limited, so the coverage that we count is itself uncertain: its interval is the exact one of
+# {eq}`eq:effective-size` below, with each dataset as one cluster. Table and figure give the coverage of nominal 95 %
+# intervals with its own 95 % interval. BCa has no ends where all resamples are equal; that counts as a miss.
 
 
 # %%
