@@ -627,7 +627,7 @@ glue_values("c07", {
 # {cite}`ransohoff1978`.
 
 # %%
-faint = images_with_faint_findings(read_manifest(workspace.data_root)) if numbers.virtual else frozenset()
+faint = images_with_faint_findings(read_manifest(workspace.data_root)) if workspace.virtual else frozenset()
 rows = {}
 for split, part, label, score in (("out of fold", scored, y, final), ("test", test, y_test, score_test)):
     hidden, of_image = part["image_id"].isin(faint).to_numpy(), part["study_id"].to_numpy()

@@ -78,7 +78,7 @@ def test_an_export_and_its_report_follow_the_manifest_of_the_training_data(
     # The networks are not at issue here.
     models = {"triage": {}, "detector": "none", "score_threshold": 0.1}
     spread = np.random.default_rng(0).normal(size=(12, 3))
-    decision = Decision((), (), 1.0, {"youden": 0.5}, 1)
+    decision = Decision((), (), (), 1.0, {"youden": 0.5}, 1)
     monkeypatch.setattr(export, "read_models", lambda _: models)
     monkeypatch.setattr(export, "load_detector", lambda _: (None, None))
     monkeypatch.setattr(export, "DetectorModule", lambda network: network)
