@@ -10,20 +10,29 @@ Each rule's digest is one of its parameters: with --rerun-triggers params, a rul
 contents on which it depends have changed; file times do not count.
 """
 
+import os
+import shlex
 import sys
+from functools import partial
 
 from dernet_utils.book import graph
+from dernet_utils.core.environment import absolute_folders
 from dernet_utils.core.workspace import open_workspace
 
+os.environ.update(absolute_folders())  # jobs are started in another folder
 workspace = open_workspace(config.get("profile", ""))
 profile = workspace.profile.name
-dernet = f"'{sys.executable}' -m dernet_utils.cli"
+dernet = f"{shlex.quote(sys.executable)} -m dernet_utils.cli"
 priorities = graph.priorities(graph.chapter_names())
 chapters = list(priorities)
 compute = " ".join(f"{name}={value}" for name, value in graph.TRAINING_ENVIRONMENT.items())
 # Never more threads than there are cores: Snakemake would later free more cores than it has and start
 # too many jobs.
 every_core = min(workflow.cores or graph.MAX_THREADS, graph.MAX_THREADS)
+
+
+def train_digest(network, wildcards):
+    return graph.train_digest(network, workspace)
 
 
 workdir: str(workspace.folder)
@@ -51,7 +60,7 @@ for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
         output:
             touch(f"trained/{network}-{{fold}}"),
         params:
-            digest=lambda _: graph.train_digest(workspace),
+            digest=partial(train_digest, network),
             network=network,
         # Two trainings in parallel, on half of the cores each, take less time than one after the
         # other on all of them.

@@ -25,6 +25,7 @@ from dernet_utils.book.execute import execute_chapter
 from dernet_utils.book.prepare import ensure_prepared
 from dernet_utils.book.prepare import prepare as prepare_data
 from dernet_utils.book.progress import cores
+from dernet_utils.core.environment import isolate, use_utf8
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
 from dernet_utils.core.workspace import open_workspace
@@ -70,6 +71,11 @@ def main() -> None:
     # A shell makes a background job ignore Ctrl-C; a run must not ignore it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    use_utf8()
+    try:
+        isolate()
+    except DernetError as error:
+        sys.exit(str(error))
     app()
 
 

@@ -49,13 +49,13 @@ from dernet_utils.book.figures import show_figure
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.profiles import get_profile
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
+from dernet_utils.core.weights import starting_weights
 from dernet_utils.dataset.prepared import read_boxes, read_images
 from dernet_utils.detection import yolo
 from dernet_utils.detection.images import DetectorRecipe
 from dernet_utils.imaging.boxes import letterbox, to_letterbox
 from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.metrics.matching import SMALL_SHARE, size_stratum
-from dernet_utils.triage.networks import starting_weights
 
 workspace = open_chapter(profile)
 images, all_boxes = read_images(workspace), read_boxes(workspace)

@@ -61,6 +61,7 @@ from dernet_utils.book.paper import TABLE_3
 from dernet_utils.book.score_cells import found_cells, mean_sentence, precision_cells
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, PAPER_CODES
+from dernet_utils.core.weights import starting_weights
 from dernet_utils.dataset.folds import make_folds
 from dernet_utils.dataset.prepared import read_boxes, read_images
 from dernet_utils.detection import augment, yolo
@@ -72,7 +73,6 @@ from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.metrics import detection as metrics
 from dernet_utils.metrics import froc
 from dernet_utils.metrics.matching import match_boxes
-from dernet_utils.triage.networks import starting_weights
 
 workspace = open_chapter(profile)
 

@@ -381,8 +381,8 @@ pd.DataFrame.from_dict(rows, orient="index").rename_axis("the kept run") if nigh
 # %%
 record = detector_record(workspace, tables, terms, films=len(training), seconds=seconds)
 path = workspace.tables / "detectors.json"
-path.write_text(json.dumps(record, indent=1))
-assert json.loads(path.read_text())["detectors"].keys() == tables.keys()
+path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+assert json.loads(path.read_text(encoding="utf-8"))["detectors"].keys() == tables.keys()
 
 # %% [markdown]
 # ## Paper beside ours

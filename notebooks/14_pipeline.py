@@ -55,13 +55,14 @@ from dernet_utils.book.figures import (
 from dernet_utils.book.score_cells import mean_sentence
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
+from dernet_utils.core.weights import starting_weights
 from dernet_utils.detection import images, prediction, training
 from dernet_utils.imaging.boxes import letterbox
 from dernet_utils.imaging.reader import read_radiograph
 from dernet_utils.inference import models, torch_backend
 from dernet_utils.metrics import classification, detection, froc, intervals, matching
 from dernet_utils.triage.crossvalidation import cross_validate, open_test_labels, read_decision
-from dernet_utils.triage.networks import predict_probabilities, starting_weights
+from dernet_utils.triage.networks import predict_probabilities
 from dernet_utils.triage.training import load_network
 
 # %%

@@ -529,7 +529,7 @@ def by_operation(path, image):
     for _ in range(1 + rounds):
         session.run(None, {"image": image})
     log = Path(session.end_profiling())
-    events = [own for own in json.loads(log.read_text()) if own["name"].endswith("_kernel_time")]
+    events = [own for own in json.loads(log.read_text(encoding="utf-8")) if own["name"].endswith("_kernel_time")]
     log.unlink()
     took = pd.DataFrame([own["args"] | {"ms": own["dur"] / 1000} for own in events])
     took = took[took.groupby("node_index").cumcount() > 0]  # the first one warms up

@@ -49,7 +49,9 @@ def test_publish_replaces_a_book_and_nothing_else(tmp_path: Path, workspace: Wor
 PATIENCE = 2.5
 # What of the package runs as it is, by wing, and what stands for the rest.
 REAL = {
-    "core": ("errors", "files", "profiles", "vocabulary", "workspace"),
+    "core": (
+        *("environment", "errors", "files", "profiles", "vocabulary", "weights", "workspace"),
+    ),
     "book": ("graph", "prepare", "execute", "build", "progress"),
 }
 STUBS = {

@@ -15,6 +15,7 @@ from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.profiles import get_profile
 from dernet_utils.core.vocabulary import NETWORKS
+from dernet_utils.core.weights import starting_weights
 from dernet_utils.metrics.classification import auroc
 from dernet_utils.triage import augment as triage_augment
 from dernet_utils.triage.augment import augment, draw_crops
@@ -28,7 +29,6 @@ from dernet_utils.triage.networks import (
     predict_probabilities,
     receptive_field,
     starting_sentence,
-    starting_weights,
 )
 from dernet_utils.triage.training import (
     TriageRecipe,

@@ -25,6 +25,7 @@ from dernet_utils.book.paper import TRAIN_IMAGES
 from dernet_utils.book.progress import Say
 from dernet_utils.core import machine
 from dernet_utils.core.vocabulary import LESION_TYPES, NETWORK_NAMES, NETWORKS
+from dernet_utils.core.weights import starting_weights
 from dernet_utils.core.workspace import Workspace, commit
 from dernet_utils.detection import yolo
 from dernet_utils.detection.images import DetectorRecipe, detection_images, write_training_set
@@ -35,7 +36,6 @@ from dernet_utils.triage.networks import (
     as_input,
     build_network,
     predict_probabilities,
-    starting_weights,
 )
 from dernet_utils.triage.training import (
     Sample,

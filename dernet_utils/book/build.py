@@ -1,5 +1,6 @@
 """The book's pages, staged, built and published; and whole runs, as Snakemake carries them out."""
 
+import errno
 import fcntl
 import json
 import os
@@ -31,6 +32,9 @@ from dernet_utils.core.workspace import Workspace, commit
 
 # Signals that end a process, in this order, and the time that each may take, s.
 ENDINGS = ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5))
+
+# Errors of file systems without locks, such as some network drives.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 # Pages ------------------------------------------------------------------------------------------
@@ -76,7 +80,9 @@ def build_book(workspace: Workspace, report: Say) -> Path:
     command = [program, "build", str(stage), "-n", "-W", "--keep-going"]
     environment = os.environ | {"NO_COLOR": "1", "PYTHONWARNINGS": "ignore"}
     with heartbeat("book", started, report):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", env=environment
+        )
     log = without_colours(done.stdout + done.stderr).replace(f"{stage}/", "")
     (workspace.folder / "book.log").write_text(log, encoding="utf-8")
     if done.returncode != 0:
@@ -87,7 +93,8 @@ def build_book(workspace: Workspace, report: Say) -> Path:
         )
     html = stage / "_build" / "html"
     (html / "digest.json").write_text(
-        json.dumps({"profile": workspace.profile.name, "digest": book_digest(workspace)})
+        json.dumps({"profile": workspace.profile.name, "digest": book_digest(workspace)}),
+        encoding="utf-8",
     )
     report(f"book: done in {clock(started)}")
     return html
@@ -132,7 +139,7 @@ def run(workspace: Workspace, html: Path, report: Say) -> None:
     """
     started = time.monotonic()
     prepared = is_prepared(workspace)  # first: it reports a data folder that cannot be read
-    with _only_run(workspace) as lock:
+    with _only_run(workspace, report) as lock:
         if not prepared:
             (workspace.folder / "prepared").unlink(missing_ok=True)  # tables may be missing
             _snakemake("prepare", workspace, lock)
@@ -153,7 +160,7 @@ def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
     ]
     environment = os.environ | {"DERNET_RUNS": str(workspace.folder.parent), "DERNET_STEP": "1"}
     # A step reports on standard output; Snakemake's own messages go to its log.
-    with log.open("w") as messages:
+    with log.open("w", encoding="utf-8") as messages:
         process = subprocess.Popen(
             command,
             stderr=messages,
@@ -176,9 +183,9 @@ def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
 
 
 @contextmanager
-def _only_run(workspace: Workspace) -> Iterator[IO]:
+def _only_run(workspace: Workspace, report: Say) -> Iterator[IO]:
     workspace.folder.mkdir(parents=True, exist_ok=True)
-    with (workspace.folder / ".lock").open("w") as lock:
+    with (workspace.folder / ".lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -186,6 +193,13 @@ def _only_run(workspace: Workspace) -> Iterator[IO]:
                 f"Another run of the profile {workspace.profile.name!r} is in progress in "
                 f"{shown_path(workspace.folder)}; wait until it ends."
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            report(
+                f"{shown_path(workspace.folder)} is on a file system that cannot lock files: start "
+                f"no second run of the profile {workspace.profile.name!r} before this one ends."
+            )
         yield lock
 
 

@@ -17,11 +17,12 @@ from dernet_utils.book.figures import (
 )
 from dernet_utils.book.paper import compare_with_table_2
 from dernet_utils.book.progress import epoch_bars
+from dernet_utils.core.weights import starting_weights
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.metrics.classification import classification_table, roc_band, youden_threshold
 from dernet_utils.metrics.intervals import Interval
 from dernet_utils.triage.crossvalidation import CrossValidated, cross_validate
-from dernet_utils.triage.networks import starting_sentence, starting_weights
+from dernet_utils.triage.networks import starting_sentence
 
 
 @dataclass(frozen=True)

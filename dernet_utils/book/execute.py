@@ -131,7 +131,8 @@ class _ChapterJob(threading.Thread):
         try:
             papermill.execute_notebook(
                 self.notebook,
-                self.output,
+                # Papermill would fill in braces.
+                str(self.output).replace("{", "{{").replace("}", "}}"),
                 parameters=self.values,
                 engine_name="dernet",
                 kernel_name="python3",
@@ -170,7 +171,7 @@ def _engine_of(job: _ChapterJob) -> type:
             job.client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None)
             job.client.startup_timeout = KERNEL_START_S
             # The kernel's own messages, such as why it died.
-            with job.output.with_suffix("").with_suffix(".log").open("w") as log:
+            with job.output.with_suffix("").with_suffix(".log").open("w", encoding="utf-8") as log:
                 job.client.execute(env=job.environment, stderr=log)
 
     return DernetEngine

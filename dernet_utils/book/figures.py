@@ -16,7 +16,8 @@ from dernet_utils.imaging.enhance import load_cached
 
 
 def use_style() -> None:
-    """Set seaborn's and Matplotlib's style for every figure of a chapter."""
+    """Set the style of every figure of a chapter, whatever the reader's ``matplotlibrc`` says."""
+    plt.rcdefaults()
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     plt.rcParams.update(
         {

@@ -12,6 +12,7 @@ from pathlib import Path
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT, code_digest, digest_of
 from dernet_utils.core.vocabulary import NETWORKS, SPLITS
+from dernet_utils.core.weights import weights_digest
 from dernet_utils.core.workspace import Workspace
 
 PACKAGE = PROJECT / "dernet_utils"
@@ -45,12 +46,14 @@ class Chapter:
         cores: ``one``; ``half`` of the cores, if it trains or runs networks; ``all``, if it
             measures times: then no other job runs, and libraries keep their own settings.
         trains: Whether it trains a network itself, which may take a long time.
+        starts: Networks that it builds itself from the checkpoints in ``DERNET_WEIGHTS``.
     """
 
     networks: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     cores: str = "one"
     trains: bool = False
+    starts: tuple[str, ...] = ()
 
 
 # In reading order. A new chapter is a line here and one in `_toc.yml`.
@@ -62,15 +65,17 @@ CHAPTERS = {
     "05_efficientnetv2_s": Chapter(("tf_efficientnetv2_s",), cores="half"),
     "06_resnet50": Chapter(("resnet50",), cores="half"),
     "07_ensemble": Chapter(NETWORKS),
-    "08_yolo11": Chapter(cores="half"),
+    "08_yolo11": Chapter(cores="half", starts=("yolo11l",)),
     "09_losses": Chapter(cores="half"),
-    "10_yolo11_training": Chapter(cores="half", trains=True),
+    "10_yolo11_training": Chapter(cores="half", trains=True, starts=("yolo11l",)),
     "11_other_detectors": Chapter((), ("10_yolo11_training",), "half"),
     "12_statistics": Chapter(NETWORKS, ("07_ensemble", "10_yolo11_training", "11_other_detectors")),
     "13_explainability": Chapter(
         NETWORKS, ("07_ensemble", "10_yolo11_training"), "half", trains=True
     ),
-    "14_pipeline": Chapter(NETWORKS, ("07_ensemble", "10_yolo11_training"), "half", trains=True),
+    "14_pipeline": Chapter(
+        NETWORKS, ("07_ensemble", "10_yolo11_training"), "half", trains=True, starts=("yolo11l",)
+    ),
     "15_audit": Chapter(NETWORKS),
     "16_onnx": Chapter(NETWORKS, ("07_ensemble", "10_yolo11_training", "14_pipeline"), "all"),
     "17_outliers": Chapter(("resnet50",), cores="half"),
@@ -188,8 +193,8 @@ def _code_of(modules: frozenset[str]) -> str:
 # Digests ----------------------------------------------------------------------------------------
 
 
-def data_digest(workspace: Workspace) -> str:
-    """Return a digest of everything from which the run's dataset is made.
+def tables_digest(workspace: Workspace) -> str:
+    """Return a digest of everything from which the run's dataset is made, but images on disk.
 
     For a cohort that the run renders: its code, its numbers and the locked libraries. For a
     VinDr-SpineXR folder: its two tables and its manifest, if it has one.
@@ -213,16 +218,50 @@ def data_digest(workspace: Workspace) -> str:
     return digest_of(str(workspace.data_root), *(file.read_bytes() for file in files))
 
 
+def data_digest(workspace: Workspace) -> str:
+    """Return a digest of a run's dataset: `tables_digest`, and the contents of images on disk.
+
+    Their contents are known when they have been prepared: `prepare.prepare` reads them.
+
+    Raises:
+        DernetError: As `tables_digest` raises.
+    """
+    path, tables = images_record(workspace), tables_digest(workspace)
+    return digest_of(tables, path.read_bytes()) if path.is_file() else tables
+
+
+def images_record(workspace: Workspace) -> Path:
+    """Return the file with the digest of the contents of a VinDr-SpineXR folder's images."""
+    return workspace.folder / "images.digest"
+
+
 def prepare_digest(workspace: Workspace) -> str:
-    """Return a digest of everything that `prepare.prepare` depends on."""
-    code = _code_with_imports("book.prepare")
-    return digest_of(_numbers(workspace), code, data_digest(workspace))
+    """Return a digest of everything that `prepare.prepare` depends on.
+
+    Of images on disk it holds names, sizes and times: if one changes, the preparation reads that
+    image again. The chapters run again only if its contents have changed (see `data_digest`).
+
+    Raises:
+        DernetError: As `tables_digest` raises.
+    """
+    code, tables = _code_with_imports("book.prepare"), tables_digest(workspace)
+    return digest_of(_numbers(workspace), code, tables, *_image_states(workspace))
 
 
-def train_digest(workspace: Workspace) -> str:
+def _image_states(workspace: Workspace) -> list[str]:
+    if workspace.profile.renders_cohort:
+        return []
+    folders = [workspace.data_root / f"{split}_images" for split in SPLITS]
+    paths = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+    states = ((path, path.stat()) for path in paths if path.is_file())
+    return [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states]
+
+
+def train_digest(network: str, workspace: Workspace) -> str:
     """Return a digest of everything that the training of a triage network depends on."""
     code = _code_with_imports("triage.crossvalidation")
-    return digest_of(_numbers(workspace), code, data_digest(workspace), _lock())
+    start = weights_digest([network])
+    return digest_of(_numbers(workspace), code, data_digest(workspace), _lock(), start)
 
 
 def chapter_digest(name: str, workspace: Workspace) -> str:
@@ -231,14 +270,15 @@ def chapter_digest(name: str, workspace: Workspace) -> str:
     Raises:
         DernetError: As `data_digest` and `modules_of` raise.
     """
-    path = PROJECT / "notebooks" / f"{name}.py"
+    path, needs = PROJECT / "notebooks" / f"{name}.py", chapter_needs(name)
     return digest_of(
         path.read_bytes(),
         _code_of(modules_of(path)),
         _numbers(workspace),
         data_digest(workspace),
         _lock(),
-        *(chapter_digest(other, workspace) for other in chapter_needs(name).after),
+        weights_digest(needs.networks + needs.starts),
+        *(chapter_digest(other, workspace) for other in needs.after),
     )
 
 

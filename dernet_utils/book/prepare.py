@@ -2,11 +2,12 @@
 
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from dernet_utils.book.graph import data_digest, prepare_digest
+from dernet_utils.book.graph import images_record, prepare_digest, tables_digest
 from dernet_utils.book.progress import Say, clock, cores, heartbeat
-from dernet_utils.core.files import write_whole
+from dernet_utils.core.files import digest_of, write_whole
 from dernet_utils.core.vocabulary import SPLITS
 from dernet_utils.core.workspace import Workspace
 
@@ -47,11 +48,12 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
         cached = cache_images(
             dataset.images, workspace.cache, profile, decoder.decode, workers, progress
         )
+    _forget_other_images(workspace, cached["cached_path"])
     images = dataset.images.merge(folds[["image_id", "fold"]], how="left", on="image_id")
     images = images.merge(cached[["image_id", "cached_path", "scale"]], validate="one_to_one")
     images = images.astype({"fold": "Int64"})
     write_tables(workspace, images, dataset.boxes, dataset.virtual)
-    write_whole(workspace.tables / STAMP, lambda part: part.write_text(digest))
+    write_whole(workspace.tables / STAMP, lambda part: part.write_text(digest, encoding="utf-8"))
     report(f"data: {len(dataset.images)} images ready after {clock(started)}")
 
 
@@ -65,7 +67,8 @@ def is_prepared(workspace: Workspace) -> bool:
     needed = [workspace.data_root / "annotations" / f"{split}.csv" for split in SPLITS]
     needed += [workspace.tables / name for name in ("images.parquet", "boxes.parquet", STAMP)]
     needed.append(workspace.dataset_facts)
-    return all(map(Path.is_file, needed)) and (workspace.tables / STAMP).read_text() == digest
+    made_from = workspace.tables / STAMP
+    return all(map(Path.is_file, needed)) and made_from.read_text(encoding="utf-8") == digest
 
 
 def ensure_prepared(workspace: Workspace, report: Say = lambda line: None) -> None:
@@ -84,8 +87,8 @@ def ensure_prepared(workspace: Workspace, report: Say = lambda line: None) -> No
 
 def _forget_other_data(workspace: Workspace) -> None:
     """Delete from the run's own folder what was made from other data."""
-    stamp, digest = workspace.folder / "data.digest", data_digest(workspace)
-    if stamp.is_file() and stamp.read_text() == digest:
+    stamp, digest = workspace.folder / "data.digest", tables_digest(workspace)
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
         return
     if workspace.profile.renders_cohort:
         for name in ("cohort", "cohort.partial"):
@@ -93,4 +96,19 @@ def _forget_other_data(workspace: Workspace) -> None:
     shutil.rmtree(workspace.folder / "tables", ignore_errors=True)
     workspace.folder.mkdir(parents=True, exist_ok=True)
     # Written first: what a killed run leaves belongs to these data, and the next run resumes it.
-    stamp.write_text(digest)
+    stamp.write_text(digest, encoding="utf-8")
+
+
+def _forget_other_images(workspace: Workspace, cached: Iterable[str]) -> None:
+    """Note which images on disk a run uses; delete the tables that were made from others.
+
+    A virtual cohort's images follow from what `graph.tables_digest` holds. A cached image is named
+    by its source's contents.
+    """
+    if workspace.profile.virtual:
+        return
+    record, digest = images_record(workspace), digest_of(*(Path(path).name for path in cached))
+    if record.is_file() and record.read_text(encoding="utf-8") == digest:
+        return
+    shutil.rmtree(workspace.folder / "tables", ignore_errors=True)
+    write_whole(record, lambda part: part.write_text(digest, encoding="utf-8"))

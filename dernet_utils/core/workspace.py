@@ -1,11 +1,11 @@
 """Where a run keeps its files: the folder ``runs/<profile>``."""
 
 import json
-import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from dernet_utils.core.environment import named_folder, runs_folder
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
 from dernet_utils.core.profiles import Profile, get_profile
@@ -32,13 +32,13 @@ class Workspace:
         """
         if self.profile.renders_cohort:
             return self.folder / "cohort"
-        named = os.environ.get("DERNET_DATA", "")
-        if not named:
+        named = named_folder("DERNET_DATA")
+        if named is None:
             raise DernetError(
                 f"The profile {self.profile.name!r} reads VinDr-SpineXR from disk: set the "
                 "environment variable DERNET_DATA to its folder."
             )
-        return Path(named).expanduser()
+        return named
 
     @property
     def cache(self) -> Path:
@@ -115,11 +115,10 @@ def open_workspace(profile: str = "") -> Workspace:
         profile: A name as `get_profile` takes it.
 
     Raises:
-        DernetError: The profile is unknown.
+        DernetError: The profile is unknown, or as `environment.named_folder` raises.
     """
     chosen = get_profile(profile)
-    runs = Path(os.environ.get("DERNET_RUNS", "") or PROJECT / "runs")
-    return Workspace(chosen, runs.resolve() / chosen.name)
+    return Workspace(chosen, runs_folder() / chosen.name)
 
 
 def commit() -> str:

@@ -147,7 +147,8 @@ def export_yolo(
             own[list(CORNERS)].to_numpy(np.float64), place, image.height, image.width
         )
         lines = _label_lines(own["lesion_type"], corners / np.tile(view[::-1], 2))
-        (folder / "labels" / f"{image.image_id}.txt").write_text("".join(lines))
+        labels = folder / "labels" / f"{image.image_id}.txt"
+        labels.write_text("".join(lines), encoding="utf-8")
     return folder / "images"
 
 

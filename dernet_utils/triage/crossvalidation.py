@@ -20,10 +20,11 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import digest_of, file_digest, modules_digest, write_whole
 from dernet_utils.core.profiles import Profile
 from dernet_utils.core.vocabulary import LESION_TYPES, NETWORKS
+from dernet_utils.core.weights import starting_weights
 from dernet_utils.core.workspace import Workspace, commit
 from dernet_utils.dataset.prepared import read_boxes, read_images
 from dernet_utils.triage.ensemble import Decision
-from dernet_utils.triage.networks import predict_probabilities, starting_weights
+from dernet_utils.triage.networks import predict_probabilities
 from dernet_utils.triage.training import (
     SHAPING,
     Sample,

@@ -5,7 +5,6 @@ in three equal channels, normalised with ImageNet's mean and standard deviation;
 logit.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -98,34 +97,12 @@ def _load_body(network: nn.Module, path: Path) -> None:
         )
 
 
-def starting_weights(name: str) -> Path | None:
-    """Return the local checkpoint that training starts from, or None for random weights.
-
-    The environment variable ``DERNET_WEIGHTS`` names a folder with ``<name>.safetensors``,
-    ``.pth``, ``.pt`` or ``.bin``.
-
-    Raises:
-        DernetError: The variable is set and the folder holds no such file.
-    """
-    folder = os.environ.get("DERNET_WEIGHTS", "")
-    if not folder:
-        return None
-    for suffix in (".safetensors", ".pth", ".pt", ".bin"):
-        path = Path(folder).expanduser() / f"{name}{suffix}"
-        if path.is_file():
-            return path
-    raise DernetError(
-        f"DERNET_WEIGHTS names {folder}, which holds no {name}.safetensors (or .pth, .pt, .bin): "
-        "put the checkpoint there, or unset the variable to start from random weights."
-    )
-
-
 def starting_sentence(name: str, weights: Path | None) -> str:
     """Return a sentence on the weights that training starts from.
 
     Args:
         name: One of `NETWORKS`.
-        weights: As `starting_weights` returns it.
+        weights: As `core.weights.starting_weights` returns it.
 
     >>> starting_sentence("resnet50", None)
     'ResNet50 starts from random weights; in the paper it starts from ImageNet weights.'

