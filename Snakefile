@@ -23,6 +23,7 @@ os.environ.update(absolute_folders())  # jobs are started in another folder
 workspace = open_workspace(config.get("profile", ""))
 profile = workspace.profile.name
 dernet = f"{shlex.quote(sys.executable)} -m dernet_utils.cli"
+kept = "2>&1 | tee -i {log}"  # for the message of a run that fails
 priorities = graph.priorities(graph.chapter_names())
 chapters = list(priorities)
 compute = " ".join(f"{name}={value}" for name, value in graph.TRAINING_ENVIRONMENT.items())
@@ -43,10 +44,12 @@ rule book:
         expand("chapters/{chapter}.ipynb", chapter=chapters),
     output:
         "book/_build/html/index.html",
+    log:
+        "logs/book.log",
     params:
         digest=graph.book_digest(workspace),
     shell:
-        "{dernet} build --profile {profile} 2>&1"
+        "{dernet} build --profile {profile} {kept}"
 
 
 # One job per network and fold. The rules see only its marker file in trained/; the job itself keeps
@@ -68,9 +71,11 @@ for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
         priority: rank
         benchmark:
             f"benchmarks/train_{network}-{{fold}}.tsv"
+        log:
+            f"logs/train_{network}-{{fold}}.log",
         shell:
             "env {compute} {dernet} train {params.network} --fold {wildcards.fold}"
-            " --profile {profile} --threads {threads} 2>&1"
+            " --profile {profile} --threads {threads} {kept}"
 
 
 # Chapters that wait for no other job start before the trainings, since one of them trains too; the
@@ -94,9 +99,11 @@ for chapter in chapters:
         priority: priorities[chapter]
         benchmark:
             f"benchmarks/{chapter}.tsv"
+        log:
+            f"logs/{chapter}.log",
         threads: graph.cores_for(chapter, every_core)
         shell:
-            "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} 2>&1"
+            "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} {kept}"
 
 
 # Not an input of other rules, because each change would then run every chapter again. The data are
@@ -109,5 +116,7 @@ rule prepare:
     threads: every_core
     benchmark:
         "benchmarks/prepare.tsv"
+    log:
+        "logs/prepare.log",
     shell:
-        "{dernet} prepare --profile {profile} --workers {threads} 2>&1"
+        "{dernet} prepare --profile {profile} --workers {threads} {kept}"

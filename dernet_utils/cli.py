@@ -24,10 +24,11 @@ from dernet_utils.book.build import run as run_book
 from dernet_utils.book.execute import execute_chapter
 from dernet_utils.book.prepare import ensure_prepared
 from dernet_utils.book.prepare import prepare as prepare_data
-from dernet_utils.book.progress import cores
+from dernet_utils.book.progress import cores, epochs_left
 from dernet_utils.core.environment import isolate, use_utf8
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
+from dernet_utils.core.profiles import Profile
 from dernet_utils.core.workspace import open_workspace
 
 app = typer.Typer(
@@ -279,7 +280,6 @@ def train(
     from dernet_utils.book.progress import epoch_bars
     from dernet_utils.core.machine import claim_jobs
     from dernet_utils.triage.crossvalidation import train_fold, triage_jobs
-    from dernet_utils.triage.training import triage_epoch_line
 
     workspace = open_workspace(profile)
     wanted = triage_jobs(workspace.profile, network, fold)
@@ -291,9 +291,16 @@ def train(
         if sys.stderr.isatty():
             after_epoch = partial(epoch_bars(name, workspace.profile), held_out)
         else:
-            after_epoch = lambda row, job=job: _say(f"{job}: {triage_epoch_line(row)}")  # noqa: E731
+            after_epoch = partial(_say_epoch, job, workspace.profile)
         table = train_fold(workspace, name, held_out, after_epoch)
         _say(f"{job}: {table.name}")
+
+
+def _say_epoch(job: str, profile: Profile, row: dict) -> None:
+    from dernet_utils.triage.training import triage_epoch_line
+
+    left = epochs_left(row, profile.triage_crop_epochs + profile.triage_epochs)
+    _say(f"{job}: {triage_epoch_line(row)}   {left}")
 
 
 @_command

@@ -58,6 +58,7 @@ from IPython.display import display
 from dernet_utils.book import figures_detection as draw
 from dernet_utils.book.figures import show_figure
 from dernet_utils.book.paper import TABLE_3
+from dernet_utils.book.progress import epochs_left
 from dernet_utils.book.score_cells import found_cells, mean_sentence, precision_cells
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES, PAPER_CODES
@@ -345,7 +346,7 @@ rows, live = [], display(display_id=True)  # a figure that each epoch updates
 
 def show_epoch(row):
     """Print and draw the progress of the training."""
-    print(detector_epoch_line(row), flush=True)
+    print(detector_epoch_line(row), epochs_left(row, T_max), sep="  ", flush=True)
     rows.append(row)
     fig = draw.draw_detector_learning(pd.DataFrame(rows), T_max, sum(schedule))
     live.update(fig)

@@ -33,6 +33,7 @@ from dernet_utils.core.workspace import Workspace, commit
 # Signals that end a process, in this order, and the time that each may take, s.
 ENDINGS = ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5))
 
+LINES_SHOWN = 8  # at the end of a failed step's output
 # Errors of file systems without locks, such as some network drives.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -177,9 +178,27 @@ def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
     if code != 0:
         if is_disk_full(None, workspace.folder):
             raise DernetError("The disk is full: make room and run again; the run will continue.")
-        raise DernetError(
-            f"The run stopped at the step above (Snakemake's log is {shown_path(log)})."
-        )
+        raise _stopped(workspace, log)
+
+
+def _stopped(workspace: Workspace, log: Path) -> DernetError:
+    """Return the error of a run that stopped: each failed step with the end of its output."""
+    said = log.read_text(encoding="utf-8", errors="replace")
+    failed = [workspace.folder / own for own in re.findall(r"^ +log: (\S+) \(", said, re.MULTILINE)]
+    if not failed:
+        return DernetError(f"Snakemake could not start the run:\n\n{_end_of(log)}")
+    ends = []
+    for output in dict.fromkeys(failed):
+        end = _end_of(output) if output.is_file() else ""
+        end = end or "It printed nothing; it may have been killed for lack of memory."
+        ends.append(f"{output.stem} failed; its output is in {shown_path(output)} and ends:\n{end}")
+    return DernetError("\n\n".join(["The run stopped.", *ends]))
+
+
+def _end_of(log: Path) -> str:
+    text = without_colours(log.read_text(encoding="utf-8", errors="replace"))
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-LINES_SHOWN:])
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Execution of one chapter, by papermill in a kernel of its own."""
 
+import html
 import os
+import re
 import signal
 import threading
 import time
@@ -70,7 +72,8 @@ def execute_chapter(
     try:
         job.start()
         while not job.finished.wait(HEARTBEAT_S):
-            report(f"{name}: cell {job.cell()} of {cells}, {clock(started)}")
+            where, shown = f"cell {job.cell()} of {cells}, {clock(started)}", job.shown()
+            report(f"{name}: {where}: {shown}" if shown else f"{name}: {where}")
     finally:
         job.stop()
     if job.error is not None:
@@ -148,6 +151,24 @@ class _ChapterJob(threading.Thread):
         """Return the number of the code cell that is running, counted from 1."""
         # One of the executed cells is papermill's own, which sets the parameters.
         return max(self.client.code_cells_executed - 1, 1) if self.client is not None else 1
+
+    def shown(self) -> str:
+        """Return the running cell's last printed line or its bar's words; empty for neither."""
+        if self.client is None or not self.client.code_cells_executed:
+            return ""
+        cells = [cell for cell in self.client.nb.cells if cell.cell_type == "code"]
+        widgets = self.client.widget_state
+        for output in reversed(cells[self.client.code_cells_executed - 1].outputs):
+            if output.output_type == "stream":
+                lines = re.split(r"[\r\n]+", without_colours(output.text).strip())
+                return lines[-1].strip()
+            view = output.get("data", {}).get("application/vnd.jupyter.widget-view+json")
+            if view is not None:
+                parts = widgets.get(view["model_id"], {}).get("children", [])
+                states = [widgets.get(part.removeprefix("IPY_MODEL_"), {}) for part in parts]
+                words = [state["value"] for state in states if isinstance(state.get("value"), str)]
+                return " ".join(html.unescape(" ".join(words)).split())
+        return ""
 
     def stop(self) -> None:
         """Kill the kernel and all processes that it started, if they are still running."""

@@ -64,6 +64,20 @@ def clock(started: float) -> str:
     return f"{minutes}:{seconds:02d} min"
 
 
+def epochs_left(row: dict, total: int) -> str:
+    """Return how far a training is, for the end of an epoch's line.
+
+    Args:
+        row: An epoch's, with ``epoch`` from 1 and its ``seconds``.
+        total: Number of epochs.
+
+    >>> epochs_left({"epoch": 3, "seconds": 60.0}, 10)
+    '3 of 10 epochs, about 7 min left'
+    """
+    left = (total - row["epoch"]) * row["seconds"] / 60
+    return f"{row['epoch']} of {total} epochs, about {left:.0f} min left"
+
+
 def without_colours(text: str) -> str:
     """Return a text without a terminal's escape sequences.
 

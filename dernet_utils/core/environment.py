@@ -1,12 +1,11 @@
-"""The environment: folders that its variables name, and what of a user's own settings counts."""
+"""The environment of a command and of all that it starts, whatever a user's own settings are."""
 
 import locale
 import os
 import sys
-from pathlib import Path
 
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.files import PROJECT
+from dernet_utils.core.files import named_folder, runs_folder
 
 FOLDERS = ("DERNET_RUNS", "DERNET_DATA", "DERNET_WEIGHTS", "DERNET_DONOR")
 # Settings of a user's own that would reach the chapters, the workflow or the pages.
@@ -26,46 +25,20 @@ OWN_FOLDERS = {
 }
 
 
-def named_folder(variable: str) -> Path | None:
-    """Return the folder that an environment variable names; None if it is not set.
-
-    Args:
-        variable: One of `FOLDERS`. A leading ``~`` is the home folder. A relative path starts where
-            the command was typed: `isolate` and the Snakefile make it absolute for every process
-            that the command starts.
-
-    Raises:
-        DernetError: The path starts with ``~``, and no home folder is known.
-    """
-    named = os.environ.get(variable, "")
-    if not named:
-        return None
-    try:
-        return Path(named).expanduser().resolve()
-    except RuntimeError as error:
-        raise DernetError(
-            f"{variable} is {named}, and the home folder that ~ stands for is unknown: give the "
-            "whole path."
-        ) from error
-
-
 def absolute_folders() -> dict[str, str]:
     """Return the variables of `FOLDERS` that are set, with absolute paths.
 
     Raises:
-        DernetError: As `named_folder` raises.
+        DernetError: A path starts with the home folder of an unknown user.
     """
+    for name in FOLDERS:
+        if os.path.expanduser(os.environ.get(name, "")).startswith("~"):  # noqa: PTH111
+            raise DernetError(
+                f"{name} is {os.environ[name]}, and that home folder is unknown: give the whole "
+                "path."
+            )
     found = {name: named_folder(name) for name in FOLDERS}
     return {name: str(folder) for name, folder in found.items() if folder is not None}
-
-
-def runs_folder() -> Path:
-    """Return the folder of all runs: ``DERNET_RUNS``, or ``runs`` in the project.
-
-    Raises:
-        DernetError: As `named_folder` raises.
-    """
-    return named_folder("DERNET_RUNS") or PROJECT / "runs"
 
 
 def use_utf8() -> None:
@@ -88,7 +61,7 @@ def isolate() -> None:
     Python reads and writes UTF-8.
 
     Raises:
-        DernetError: As `named_folder` raises.
+        DernetError: As `absolute_folders` raises.
     """
     os.environ.update(absolute_folders())
     for name in IGNORED:

@@ -1,4 +1,4 @@
-"""The project's folder, atomic writes, and digests of contents and of code."""
+"""The project's folder and those that a user names, atomic writes, digests of files and code."""
 
 import ast
 import hashlib
@@ -9,6 +9,24 @@ from functools import cache
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent.parent  # holds the package and the chapters
+
+
+def named_folder(variable: str) -> Path | None:
+    """Return the folder that an environment variable names; None if it is not set.
+
+    A leading ``~`` is the home folder. A relative path starts where the command was typed:
+    `environment.isolate` and the Snakefile make it absolute for all that the command starts.
+
+    Args:
+        variable: Such as ``DERNET_DATA``.
+    """
+    named = os.path.expanduser(os.environ.get(variable, ""))  # noqa: PTH111  without an error
+    return Path(named).resolve() if named else None
+
+
+def runs_folder() -> Path:
+    """Return the folder of all runs: ``DERNET_RUNS``, or ``runs`` in the project."""
+    return named_folder("DERNET_RUNS") or PROJECT / "runs"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:

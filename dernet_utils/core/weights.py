@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from dernet_utils.core.environment import named_folder
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.files import digest_of, file_digest
+from dernet_utils.core.files import digest_of, file_digest, named_folder
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 

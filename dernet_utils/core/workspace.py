@@ -5,9 +5,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from dernet_utils.core.environment import named_folder, runs_folder
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.files import PROJECT
+from dernet_utils.core.files import PROJECT, named_folder, runs_folder
 from dernet_utils.core.profiles import Profile, get_profile
 
 
@@ -115,7 +114,7 @@ def open_workspace(profile: str = "") -> Workspace:
         profile: A name as `get_profile` takes it.
 
     Raises:
-        DernetError: The profile is unknown, or as `environment.named_folder` raises.
+        DernetError: The profile is unknown.
     """
     chosen = get_profile(profile)
     return Workspace(chosen, runs_folder() / chosen.name)

