@@ -14,6 +14,9 @@ BIN := .venv/bin
 # The stamp's name contains the lock file's digest: a changed lock file makes a new environment.
 LOCKED := .venv/locked-$(shell sha256sum requirements.lock 2>/dev/null | cut -c1-16)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# A kernel runs in the folder of its notebook, so relative paths in DERNET_DATA and the like are made absolute first.
+export ABSOLUTE := import os, sys; from dernet_utils.core.environment import absolute_folders; \
+  os.execvpe(sys.argv[1], sys.argv[1:], os.environ | absolute_folders())
 # Settings of pip and Python that would install into, or import from, another place than .venv.
 unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_DRY_RUN PIP_NO_DEPS PIP_REQUIRE_VIRTUALENV
 unexport PIP_REQUIREMENT PIP_EDITABLE PIP_IGNORE_INSTALLED PIP_REQUIRE_HASHES
@@ -35,7 +38,7 @@ test-quick: $(LOCKED) donor
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow"
 
 lab: $(LOCKED) donor
-	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+	@$(BIN)/python -c "$$ABSOLUTE" $(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 serve: $(LOCKED)
 	@$(BIN)/dernet serve --profile "$(PROFILE)"
@@ -54,8 +57,8 @@ $(LOCKED):
 	@[ ! -e .venv ] || [ -e .venv/made-by-make ] || { echo "There is a .venv that this Makefile did not make: move or delete it." >&2; exit 1; }
 	@rm -rf .venv
 	@$(PYTHON) -m venv .venv && touch .venv/made-by-make
-	@$(PIP) install --no-deps --require-hashes -r requirements.lock
-	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PIP) install --no-user --no-deps --require-hashes -r requirements.lock
+	@$(PIP) install --no-user --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The command knows the folder. This test only saves its time, where the path needs no `~`.

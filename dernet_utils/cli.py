@@ -164,7 +164,7 @@ def cohort(
             bar.update(done - bar.n)
 
         write_cohort(out, patients, seed, cores(), advance, ct=ct, mask=mask)
-    _say(f"{patients} virtual patients are in {out}.")
+    _say(f"Virtual patients in {out}: {patients}.")
 
 
 @_command

@@ -96,8 +96,8 @@ class SmallBook:
     The table of chapters does not name these two, so they depend on no other job.
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, python: str = sys.executable):
+        self.root, self.python = root, python
         for name in ("Snakefile", "_config.yml", "requirements.lock"):
             shutil.copy(PROJECT / name, root / name)
         package = root / "dernet_utils"
@@ -125,21 +125,22 @@ class SmallBook:
             "  - file: notebooks/01_a\n  - file: notebooks/02_b\n"
         )
 
-    def start(self) -> subprocess.Popen:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("DERNET")}
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
+        """Start the command line, by default with a whole run."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("DERNET")}
         paths = [str(self.root), os.environ.get("PYTHONPATH", "")]
         return subprocess.Popen(
-            [sys.executable, "-m", "dernet_utils.cli", "run", "--profile", "smoke"],
+            [self.python, "-m", "dernet_utils.cli", *(arguments or ("run",)), "--profile", "smoke"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=self.root,
-            env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment,
         )
 
-    def run(self) -> tuple[int, set[str], str]:
+    def run(self, *arguments: str, **environment: str) -> tuple[int, set[str], str]:
         """Return the exit code, the steps that were done, and both outputs."""
-        process = self.start()
+        process = self.start(*arguments, **environment)
         out, err = process.communicate(timeout=200)
         steps = set(re.findall(r"^(\w+): (?:done in|\d+ images ready)", out, re.MULTILINE))
         return process.returncode, steps, out + err
@@ -203,10 +204,27 @@ def test_failing_chapter_stops_the_run_and_the_next_goes_on(book: SmallBook):
     assert "02_b" in output and "code cell 2 of 2" in output
     assert "NameError: name 'nothing' is not defined" in output
     assert "dernet_utils/cli.py" not in output  # no traceback from this package
+    # The end repeats it, since another step may have reported after it.
+    end = output[output.index("The run stopped.") :]
+    assert "02_b" in end and "NameError: name 'nothing' is not defined" in end
     assert (book.root / "runs" / "smoke" / "chapters" / "02_b.partial.ipynb").is_file()
     edit(chapter, "factor + nothing", "factor")
     code, steps, output = book.run()
     assert code == 0 and {"02_b", "book"} <= steps, output
+
+
+@pytest.mark.slow
+def test_a_step_that_is_killed_is_named(book: SmallBook):
+    table = book.root / "dernet_utils" / "imaging" / "cache.py"
+    edit(table, "    return", "    import os; os.kill(os.getpid(), 9)\n    return")
+    code, _, output = book.run()
+    assert code == 1 and "prepare failed" in output and "lack of memory" in output
+    edit(table, "    import os; os.kill(os.getpid(), 9)\n", "")
+    snakefile = book.root / "Snakefile"
+    edit(snakefile, "rule book:", "nonsense()\n\n\nrule book:")
+    code, _, output = book.run()
+    assert code == 1 and "could not start" in output and "'nonsense' is not defined" in output
+    edit(snakefile, "nonsense()\n\n\n", "")
 
 
 @pytest.mark.slow
@@ -245,3 +263,13 @@ def test_interrupted_run_leaves_no_process_and_continues(book: SmallBook):
     edit(chapter, "time.sleep(600)", "print(factor)")
     code, steps, output = book.run()
     assert code == 0 and {"02_b", "book"} <= steps, output
+
+
+@pytest.mark.slow
+def test_a_book_in_a_folder_with_an_unusual_name(tmp_path: Path):
+    root = tmp_path / "Jürgen's {old} books, 100 % #1"
+    root.mkdir()
+    (root / ".venv").symlink_to(sys.prefix)
+    small = SmallBook(root, str(root / ".venv" / "bin" / Path(sys.executable).name))
+    code, steps, output = small.run()
+    assert (code, steps) == (0, {"data", "01_a", "02_b", "book"}), output

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import ndimage
 
@@ -108,9 +109,22 @@ def test_splits_have_their_sizes_and_every_type(plans):
         assert types == set(LESION_TYPES)
 
 
-def test_too_few_patients_are_refused(anatomy):
-    with pytest.raises(DernetError, match="at least 20"):
-        plan_cohort(5, 7, anatomy.bodies)
+def test_a_small_cohort_is_planned_and_an_empty_one_refused(anatomy):
+    for patients in range(1, 20):
+        plans = plan_cohort(patients, 7, anatomy.bodies)
+        assert len(plans) == patients and any(plan["findings"] for plan in plans)
+        assert all(plan["views"] for plan in plans)
+    with pytest.raises(DernetError, match="at least one patient"):
+        plan_cohort(0, 7, anatomy.bodies)
+
+
+@pytest.mark.slow
+def test_one_patient_is_written(tmp_path):
+    virtual_cohort.write_cohort(tmp_path / "one", 1, 7, workers=1)
+    table = pd.read_csv(tmp_path / "one" / "annotations" / "train.csv")
+    assert table["study_id"].nunique() == 1
+    names = {path.stem for path in (tmp_path / "one" / "train_images").iterdir()}
+    assert names == set(table["image_id"])
 
 
 def test_heights_of_patient_and_donor_correspond_one_to_one(plans, anatomy):

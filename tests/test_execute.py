@@ -69,6 +69,26 @@ def test_trial_leaves_the_books_copy_alone(tmp_path: Path, workspace: Workspace)
     assert nbformat.read(trial, as_version=4).cells[-1].outputs[0].text == "7\n"
 
 
+def test_progress_shows_what_the_running_cell_printed_last(
+    tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(book_execute, "HEARTBEAT_S", 0.3)
+    bars = (
+        "import time\nfrom dernet_utils.book.progress import epoch_bars\n"
+        "from dernet_utils.core.profiles import get_profile\n"
+        "bars = epoch_bars('resnet50', get_profile('night'))\n"
+        "for epoch in (1, 2):\n"
+        "    bars(0, {'epoch': epoch, 'train_loss': 0.25, 'validation_auroc': None})\n"
+        "    time.sleep(1)"
+    )
+    printed = "print('epoch 1', flush=True)\nprint('epoch 2', flush=True)\ntime.sleep(1)"
+    write_chapter(tmp_path, "01_x", bars, printed, "time.sleep(1)")
+    _, lines = execute(tmp_path, workspace)
+    assert any("cell 2 of 4" in line and "train loss=0.250" in line for line in lines)
+    assert any("cell 3 of 4" in line and line.endswith(": epoch 2") for line in lines)
+    assert any("cell 4 of 4" in line and "epoch" not in line for line in lines)
+
+
 def test_unknown_parameter_is_refused_before_anything_runs(tmp_path: Path, workspace: Workspace):
     write_chapter(tmp_path, "01_x", "print(factor)")
     with pytest.raises(DernetError, match=r"factr.*profile, factor"):

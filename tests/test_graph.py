@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dernet_utils.book import graph
+from dernet_utils.book import graph, prepare
 from dernet_utils.book.graph import CHAPTERS
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
@@ -212,6 +212,63 @@ def test_data_digest_of_a_real_folder(tiny_dataset: Path, monkeypatch: pytest.Mo
         graph.data_digest(workspace)
 
 
+def test_images_on_disk_are_read_again_only_when_they_change(
+    tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DERNET_DATA", str(tiny_dataset))
+    numbers = {"folds": 2, "cache_px": 64}
+    workspace = Workspace(
+        get_profile("paper").model_copy(update=numbers), tiny_dataset.parent / "run"
+    )
+    prepare.prepare(workspace, 1, lambda line: None)
+    before = graph.data_digest(workspace)
+    other = workspace.tables / "other.parquet"
+    other.touch()
+    images = sorted((tiny_dataset / "train_images").iterdir())
+    images[0].touch()
+    assert not prepare.is_prepared(workspace)
+    prepare.prepare(workspace, 1, lambda line: None)
+    assert prepare.is_prepared(workspace) and other.is_file()
+    assert graph.data_digest(workspace) == before  # a file's time is no content
+    images[0].write_bytes(images[1].read_bytes())
+    assert not prepare.is_prepared(workspace)
+    prepare.prepare(workspace, 1, lambda line: None)
+    assert graph.data_digest(workspace) != before and not other.exists()
+
+
+def test_starting_weights_are_part_of_what_starts_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    workspace = Workspace(get_profile("smoke"), tmp_path / "run")
+    names = ("04_densenet121", "06_resnet50", "10_yolo11_training", "12_statistics")
+
+    def digests() -> dict[str, str]:
+        found = {name: graph.chapter_digest(name, workspace) for name in names}
+        return found | {name: graph.train_digest(name, workspace) for name in NETWORKS}
+
+    def changed() -> set[str]:
+        return {name for name, digest in digests().items() if digest != first[name]}
+
+    monkeypatch.setenv("DERNET_WEIGHTS", str(tmp_path))
+    first = digests()
+    (tmp_path / "resnet50.pth").write_bytes(b"weights")
+    assert changed() == {"resnet50", "06_resnet50", "12_statistics"}
+    first = digests()
+    (tmp_path / "resnet50.pth").touch()
+    assert changed() == set()
+    (tmp_path / "resnet50.pth").write_bytes(b"WEIGHTS")
+    assert changed() == {"resnet50", "06_resnet50", "12_statistics"}
+    first = digests()
+    (tmp_path / "yolo11l.pt").write_bytes(b"weights")
+    assert changed() == {"10_yolo11_training", "12_statistics"}
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_names_the_networks_that_it_starts(name: str):
+    started = re.findall(r"starting_weights\('(\w+)'\)", code_of(name))
+    assert set(started) == set(CHAPTERS[name].starts)
+
+
 DIGESTS = """
 import json
 from dernet_utils.book import graph
@@ -219,7 +276,7 @@ from dernet_utils.core.workspace import open_workspace
 workspace = open_workspace("smoke")
 print(json.dumps({
     "prepare": graph.prepare_digest(workspace),
-    "train": graph.train_digest(workspace),
+    "train": graph.train_digest("densenet121", workspace),
     "chapter": graph.chapter_digest("04_densenet121", workspace),
     "book": graph.book_digest(workspace),
 }))

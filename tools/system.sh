@@ -3,6 +3,8 @@
 # As root on Debian or Ubuntu it installs missing ones; otherwise it names them with the command
 # that installs them. It prints nothing if none is missing.
 set -eu
+# On Debian, an ordinary user's PATH lacks the folders of ldconfig.
+PATH="$PATH:/usr/sbin:/sbin"
 
 has_library() { ldconfig -p 2>/dev/null | grep -q "$1"; }
 

@@ -46,8 +46,8 @@ def use_utf8() -> None:
 
     Where the locale's encoding is another one, this process is started anew.
     """
-    other = sys.getfilesystemencoding() != "utf-8" or locale.getpreferredencoding(False) != "UTF-8"
-    if other and os.environ.get("PYTHONUTF8") != "1":
+    encodings = {sys.getfilesystemencoding().lower(), locale.getpreferredencoding(False).lower()}
+    if encodings != {"utf-8"} and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):

@@ -328,8 +328,16 @@ async def _parts(request: Request) -> AsyncIterator[bytes]:
 
 
 async def _body(request: Request) -> bytes:
-    """Return the body, read into memory."""
-    body = b"".join([part async for part in _parts(request)])
+    """Return the body, or the file of a body that is a form of one file, read into memory."""
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        files = await _files(request)
+        if len(files) > 1:
+            raise RequestRefused(
+                422, f"The form holds {len(files)} files; send one, or use analyse-batch."
+            )
+        body = files[0]
+    else:
+        body = b"".join([part async for part in _parts(request)])
     if not body:
         raise RequestRefused(422, "The file is empty; choose a DICOM, PNG or JPEG file.")
     return body

@@ -52,7 +52,7 @@ def write_cohort(
     Args:
         out: A folder that does not exist yet, or is empty. An interrupted call leaves
             ``<out>.partial``, from which the next call with the same arguments continues.
-        patients: Number of virtual patients (studies), at least 20.
+        patients: Number of virtual patients (studies); few of them may lack a split.
         seed: The same seed gives the same bytes, whatever the number of workers.
         workers: Number of processes.
         progress: Called with (finished patients, all patients) after each patient.
@@ -64,7 +64,7 @@ def write_cohort(
 
     Raises:
         DernetError: The folder is not empty, the donor cannot be used (see `load_anatomy`), there
-            are too few patients, or the disk has too little space.
+            is no patient, or the disk has too little space.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

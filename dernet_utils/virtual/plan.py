@@ -9,6 +9,7 @@ from dernet_utils.virtual.spine import Vertebra
 VERSION = 2  # of the cohort's recipe and part of every seed; a new one makes old cohorts stale
 # Fractions of the patients.
 ABNORMAL = 0.52  # about half of the images then show a finding, as in the dataset
+COMPLETE = 20  # patients, from which each split can have each lesion type
 TEST = 0.20  # 1,000 of the dataset's 5,000 studies
 # Fractions with a lesion of a type, chosen so that the labelled boxes per type follow the dataset's
 # training split (book/data_card.md).
@@ -53,7 +54,9 @@ def plan_cohort(
     has, so the training patients are the same with every `test_seed`.
 
     Args:
-        patients: Their number, at least 20. In a small cohort a split may lack a lesion type.
+        patients: Their number. In a small cohort a split may lack a lesion type; with fewer than
+            `COMPLETE` patients the cohort may lack some, and with fewer than 4 there is no test
+            split.
         seed: The same seed gives the same cohort.
         bodies: The donor's vertebrae, from the lowest up.
         test_seed: Seed of everything else about a test patient: body, views, levels and forms of
@@ -65,18 +68,19 @@ def plan_cohort(
         ``views`` and ``findings``.
 
     Raises:
-        DernetError: Fewer than 20 patients.
+        DernetError: There is no patient.
     """
-    if patients < 20:
-        raise DernetError(f"A virtual cohort has at least 20 patients, not {patients}.")
+    if patients < 1:
+        raise DernetError(f"A virtual cohort has at least one patient, not {patients}.")
     rng = np.random.default_rng([seed, VERSION])
     abnormal = rng.permutation(patients)[: round(ABNORMAL * patients)]
     carried: dict[int, list[str]] = {int(p): [] for p in abnormal}
     test: set[int] = set()
     train: set[int] = set()
+    least = 2 if patients >= COMPLETE else 0  # one for each split
     # Each type in turn asks for at least one carrier in each split.
     for lesion_type, fraction in CARRIERS.items():
-        carriers = rng.choice(abnormal, max(2, round(fraction * patients)), replace=False)
+        carriers = rng.choice(abnormal, max(least, round(fraction * patients)), replace=False)
         wanted = max(1, round(TEST * len(carriers)))
         for patient in map(int, carriers):
             carried[patient].append(lesion_type)
