@@ -266,7 +266,6 @@ def test_a_chapter_is_the_same_for_every_reader(tmp_path: Path, home: str):
             "MATPLOTLIBRC": str(own / ".config" / "matplotlib"),
             "PYTHONSTARTUP": str(own / "start.py"),
             "PYTHONOPTIMIZE": "1",
-            "PYTHONWARNINGS": "error",
         }
     code, steps, output = small.run("chapter", "01_a", DERNET_DATA="../data", **variables)
     assert (code, steps) == (0, {"01_a"}), output

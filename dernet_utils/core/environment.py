@@ -13,15 +13,15 @@ IGNORED = (
     "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "PYTHONIOENCODING",
     "JUPYTER_PATH", "JUPYTER_CONFIG_PATH", "MATPLOTLIBRC", "SNAKEMAKE_PROFILE",
 )  # fmt: skip
-# Where libraries look for settings and write their own files, in the runs' folder `.settings`.
-# They would use the home folder, which may hold a user's settings, be read-only or not exist.
+# Where libraries look for settings and write their own files, in the folder of all runs. They would
+# use the home folder, which may hold a user's settings, be read-only or not exist.
 OWN_FOLDERS = {
-    "IPYTHONDIR": "ipython",
-    "JUPYTER_CONFIG_DIR": "jupyter",
-    "JUPYTER_DATA_DIR": "jupyter/data",
-    "JUPYTER_RUNTIME_DIR": "jupyter/runtime",
-    "MPLCONFIGDIR": "matplotlib",
-    "XDG_CACHE_HOME": "cache",
+    "IPYTHONDIR": ".ipython",
+    "JUPYTER_CONFIG_DIR": ".jupyter",
+    "JUPYTER_DATA_DIR": ".jupyter/data",
+    "JUPYTER_RUNTIME_DIR": ".jupyter/runtime",
+    "MPLCONFIGDIR": ".matplotlib",
+    "XDG_CACHE_HOME": ".cache",
 }
 
 
@@ -66,8 +66,8 @@ def isolate() -> None:
     os.environ.update(absolute_folders())
     for name in IGNORED:
         os.environ.pop(name, None)
-    settings = runs_folder() / ".settings"
-    os.environ.update({name: str(settings / own) for name, own in OWN_FOLDERS.items()})
+    runs = runs_folder()
+    os.environ.update({name: str(runs / own) for name, own in OWN_FOLDERS.items()})
     if os.path.expanduser("~") == "~":  # noqa: PTH111  an unknown user, as in some containers
-        os.environ |= {"HOME": str(settings), "LOGNAME": str(os.getuid())}
+        os.environ |= {"HOME": str(runs), "LOGNAME": str(os.getuid())}
     os.environ["PYTHONUTF8"] = "1"
