@@ -20,7 +20,8 @@ from test_build import SmallBook
 from dernet_utils import cli
 from dernet_utils.book import build
 from dernet_utils.book.figures import use_style
-from dernet_utils.core import environment
+from dernet_utils.book.progress import cores
+from dernet_utils.core import environment, machine
 from dernet_utils.core.files import PROJECT, named_folder, runs_folder
 from dernet_utils.core.profiles import get_profile
 from dernet_utils.core.workspace import Workspace, open_workspace
@@ -282,3 +283,11 @@ def test_a_training_says_how_far_it_is(capsys: pytest.CaptureFixture):
     cli._say_epoch("resnet50, fold 0", get_profile("laptop"), row)
     line = capsys.readouterr().out
     assert "0.500" in line and "2 of 6 epochs, about 8 min left" in line
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_long_run_says_at_first_what_to_expect(monkeypatch: pytest.MonkeyPatch, fast: bool):
+    monkeypatch.setattr(machine, "bfloat16_helps", lambda device: fast)
+    said = build.expected_duration(get_profile("laptop"))
+    assert f"{cores()} cores" in said and ("several times" in said) == (not fast)
+    assert build.expected_duration(get_profile("smoke")) == ""

@@ -28,11 +28,14 @@ from dernet_utils.book.progress import (
 )
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
+from dernet_utils.core.profiles import Profile
 from dernet_utils.core.workspace import Workspace, commit
 
 # Signals that end a process, in this order, and the time that each may take, s.
 ENDINGS = ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5))
 
+# Duration of whole runs on two cores with AVX-512 BF16, minutes.
+USUAL_MINUTES = {"laptop": 40, "night": 90}
 LINES_SHOWN = 8  # at the end of a failed step's output
 # Errors of file systems without locks, such as some network drives.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -142,11 +145,27 @@ def run(workspace: Workspace, html: Path, report: Say) -> None:
     prepared = is_prepared(workspace)  # first: it reports a data folder that cannot be read
     with _only_run(workspace, report) as lock:
         if not prepared:
+            if expected := expected_duration(workspace.profile):
+                report(expected)
             (workspace.folder / "prepared").unlink(missing_ok=True)  # tables may be missing
             _snakemake("prepare", workspace, lock)
         _snakemake("book", workspace, lock)
         publish(workspace, html)
     report(f"The book ({workspace.profile.name}) is {html / 'index.html'}, {clock(started)}.")
+
+
+def expected_duration(profile: Profile) -> str:
+    """Return a sentence on how long a first run takes here; empty where nothing is known."""
+    if profile.name not in USUAL_MINUTES:
+        return ""
+    from dernet_utils.core import machine
+
+    fast = machine.bfloat16_helps(machine.device())
+    return (
+        f"On two cores with AVX-512 BF16 a first run of the profile {profile.name} takes about "
+        f"{USUAL_MINUTES[profile.name]} minutes; this machine has {cores()} cores, "
+        + ("with bfloat16." if fast else "without bfloat16: expect several times as long.")
+    )
 
 
 def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:

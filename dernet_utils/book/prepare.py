@@ -105,7 +105,7 @@ def _forget_other_images(workspace: Workspace, cached: Iterable[str]) -> None:
     A virtual cohort's images follow from what `graph.tables_digest` holds. A cached image is named
     by its source's contents.
     """
-    if workspace.profile.virtual:
+    if workspace.profile.renders_cohort:
         return
     record, digest = images_record(workspace), digest_of(*(Path(path).name for path in cached))
     if record.is_file() and record.read_text(encoding="utf-8") == digest:
