@@ -7,7 +7,8 @@ first for the data, then for the book:
     snakemake book --config profile=paper --rerun-triggers params --executor slurm --jobs 8
 
 Each rule's digest is one of its parameters: with --rerun-triggers params, a rule runs again when the
-contents on which it depends have changed; file times do not count.
+contents on which it depends have changed; file times do not count. A job's output is shown and kept
+in its log, whose end `dernet run` repeats if the job fails.
 """
 
 import os
@@ -23,7 +24,6 @@ os.environ.update(absolute_folders())  # jobs are started in another folder
 workspace = open_workspace(config.get("profile", ""))
 profile = workspace.profile.name
 dernet = f"{shlex.quote(sys.executable)} -m dernet_utils.cli"
-kept = "2>&1 | tee -i {log}"  # for the message of a run that fails
 priorities = graph.priorities(graph.chapter_names())
 chapters = list(priorities)
 compute = " ".join(f"{name}={value}" for name, value in graph.TRAINING_ENVIRONMENT.items())
@@ -49,7 +49,7 @@ rule book:
     params:
         digest=graph.book_digest(workspace),
     shell:
-        "{dernet} build --profile {profile} {kept}"
+        "{dernet} build --profile {profile} 2>&1 | tee -i {log}"
 
 
 # One job per network and fold. The rules see only its marker file in trained/; the job itself keeps
@@ -75,7 +75,7 @@ for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
             f"logs/train_{network}-{{fold}}.log",
         shell:
             "env {compute} {dernet} train {params.network} --fold {wildcards.fold}"
-            " --profile {profile} --threads {threads} {kept}"
+            " --profile {profile} --threads {threads} 2>&1 | tee -i {log}"
 
 
 # Chapters that wait for no other job start before the trainings, since one of them trains too; the
@@ -103,7 +103,7 @@ for chapter in chapters:
             f"logs/{chapter}.log",
         threads: graph.cores_for(chapter, every_core)
         shell:
-            "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} {kept}"
+            "{dernet} chapter {params.chapter} --profile {profile} --threads {threads} 2>&1 | tee -i {log}"
 
 
 # Not an input of other rules, because each change would then run every chapter again. The data are
@@ -119,4 +119,4 @@ rule prepare:
     log:
         "logs/prepare.log",
     shell:
-        "{dernet} prepare --profile {profile} --workers {threads} {kept}"
+        "{dernet} prepare --profile {profile} --workers {threads} 2>&1 | tee -i {log}"

@@ -45,13 +45,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dernet_utils.book.figures import (
-    draw_arrow,
-    draw_stage,
-    show_boxes,
-    show_figure,
-    show_radiograph,
-)
+from dernet_utils.book import figures
 from dernet_utils.book.score_cells import mean_sentence
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
@@ -179,26 +173,26 @@ ax.set_axis_off()
 def picture(x, shown, title, boxes_shown=None):
     """A small image with a title, and boxes where there are any."""
     inset = ax.inset_axes((x / 16, 0.17, 0.13, 0.66))
-    show_radiograph(inset, shown)
+    figures.show_radiograph(inset, shown)
     inset.set_title(title, fontsize=8)
     if boxes_shown is not None:
-        show_boxes(inset, boxes_shown, shown.shape[0] / grey.shape[0], names=False)
+        figures.show_boxes(inset, boxes_shown, shown.shape[0] / grey.shape[0], names=False)
 
 
 picture(0.0, grey, "DICOM, PNG, JPEG")
 picture(2.7, enhanced, "CLAHE")
 for level, (name, p) in enumerate(answer.network_probs.items()):
-    draw_stage(ax, 5.6, 4.9 - 1.9 * level, f"{NETWORK_NAMES[name]}\n{p:.2f}", 2.6)
-    draw_arrow(ax, (4.95, 3.5), (5.5, 5.35 - 1.9 * level))
-    draw_arrow(ax, (8.35, 5.35 - 1.9 * level), (8.9, 3.6))
-draw_stage(ax, 9.0, 3.0, f"vote {answer.score:.2f}\n> {tau:.2f} ?", 1.9, "#f6e7c8")
-draw_arrow(ax, (11.0, 3.5), (11.9, 3.5), "yes" if answer.abnormal else "")
-draw_arrow(ax, (9.95, 2.9), (9.95, 1.6), "")
+    figures.draw_stage(ax, 5.6, 4.9 - 1.9 * level, f"{NETWORK_NAMES[name]}\n{p:.2f}", 2.6)
+    figures.draw_arrow(ax, (4.95, 3.5), (5.5, 5.35 - 1.9 * level))
+    figures.draw_arrow(ax, (8.35, 5.35 - 1.9 * level), (8.9, 3.6))
+figures.draw_stage(ax, 9.0, 3.0, f"vote {answer.score:.2f}\n> {tau:.2f} ?", 1.9, "#f6e7c8")
+figures.draw_arrow(ax, (11.0, 3.5), (11.9, 3.5), "yes" if answer.abnormal else "")
+figures.draw_arrow(ax, (9.95, 2.9), (9.95, 1.6), "")
 ax.text(10.1, 2.2, "no", fontsize=8)
-draw_stage(ax, 9.0, 0.4, "normal:\nno boxes", 1.9, "0.93")
-draw_stage(ax, 12.0, 3.0, "YOLO11-L\nNMS 0.5", 1.7)
+figures.draw_stage(ax, 9.0, 0.4, "normal:\nno boxes", 1.9, "0.93")
+figures.draw_stage(ax, 12.0, 3.0, "YOLO11-L\nNMS 0.5", 1.7)
 picture(13.9, enhanced, "boxes", answer.boxes)
-show_figure("c14-fig-pipeline", fig)
+figures.show_figure("c14-fig-pipeline", fig)
 
 # %% [markdown]
 # ```{glue:figure} c14-fig-pipeline
@@ -380,7 +374,7 @@ axes[0].axhline(0, color="0.5", lw=1)
 axes[1].set_ylim(0, None)
 axes[2].set_ylim(0, 1.02)
 axes[0].legend(fontsize=8)
-show_figure("c14-fig-along", fig)
+figures.show_figure("c14-fig-along", fig)
 
 # %% [markdown]
 # ```{glue:figure} c14-fig-along

@@ -203,7 +203,8 @@ def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
 def _stopped(workspace: Workspace, log: Path) -> DernetError:
     """Return the error of a run that stopped: each failed step with the end of its output."""
     said = log.read_text(encoding="utf-8", errors="replace")
-    failed = [workspace.folder / own for own in re.findall(r"^ +log: (\S+) \(", said, re.MULTILINE)]
+    # Snakemake quotes the failed job's command, which ends in the name of its log.
+    failed = [workspace.folder / own for own in re.findall(r"\| tee -i (\S+?)'", said)]
     if not failed:
         return DernetError(f"Snakemake could not start the run:\n\n{_end_of(log)}")
     ends = []
