@@ -61,19 +61,21 @@ def test_libraries_are_found_where_the_path_lacks_the_system_folders(tmp_path: P
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The Makefile beside programs that only write down how they were called."""
+    root = tmp_path / "Jürgen's {old} book"
+    root.mkdir()
     for name in ("Makefile", "requirements.lock"):
-        shutil.copy(PROJECT / name, tmp_path)
-    script(tmp_path / "tools" / "system.sh", "exit 0")
-    (tmp_path / ".cache" / "donor").mkdir(parents=True)
-    (tmp_path / ".cache" / "donor" / "mask.nii.gz").touch()
+        shutil.copy(PROJECT / name, root)
+    script(root / "tools" / "system.sh", "exit 0")
+    (root / ".cache" / "donor").mkdir(parents=True)
+    (root / ".cache" / "donor" / "mask.nii.gz").touch()
     script(
-        tmp_path / "python",
+        root / "python",
         'case "$*" in\n'
         '*"venv .venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;\n'
         '*pip*install*) { echo "called $*"; env; } >> pip.log ;;\n'
         "esac",
     )
-    return tmp_path
+    return root
 
 
 def make(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -115,7 +117,7 @@ def test_a_lab_kernel_gets_absolute_folders(checkout: Path):
     script(checkout / "bin" / "jupyter", 'echo "$DERNET_DATA $DERNET_RUNS"')
     variables = {"DERNET_DATA": "data", "DERNET_RUNS": "~/runs", "HOME": "/home/someone"}
     done = make(checkout, "lab", "BIN=bin", "LOCKED=Makefile", **variables)
-    assert done.stdout.split() == [str(checkout / "data"), "/home/someone/runs"], done.stderr
+    assert done.stdout == f"{checkout / 'data'} /home/someone/runs\n", done.stderr
 
 
 # Folders ----------------------------------------------------------------------------------------
