@@ -194,7 +194,7 @@ def make_app(
         picture: Annotated[bool, Query(description="Also return the image as PNG.")] = False,
         heat: Annotated[bool, Query(description="Also return DERNet's heat map as PNG.")] = False,
     ) -> JSONResponse:
-        """Run inference on one DICOM, PNG or JPEG file, sent as the request's body."""
+        """Run inference on one DICOM, PNG or JPEG file, sent as the body or as a form."""
         await waiting.admit(request)
         async with waiting.place(request):
             data = await _body(request)
@@ -274,13 +274,14 @@ def make_app(
 
 Override = Annotated[bool, Query(description="Run inference even if the file is rejected.")]
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_FILE_BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": _BINARY}}}
 _FORM = {
     "schema": {
         "type": "object",
         "properties": {"files": {"type": "array", "items": _BINARY["schema"]}},
     }
 }
+_FILE = {"application/octet-stream": _BINARY, "multipart/form-data": _FORM}
+_FILE_BODY = {"requestBody": {"required": True, "content": _FILE}}
 _FORM_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": _FORM}}}
 
 # --- Requests ---------------------------------------------------------------------------------
