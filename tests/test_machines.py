@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from chapters import write_chapter
+from fastapi.testclient import TestClient
 from test_build import SmallBook
 
 from dernet_utils import cli
@@ -22,9 +23,11 @@ from dernet_utils.book import build
 from dernet_utils.book.figures import use_style
 from dernet_utils.book.progress import cores
 from dernet_utils.core import environment, machine
+from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT, named_folder, runs_folder
 from dernet_utils.core.profiles import get_profile
 from dernet_utils.core.workspace import Workspace, open_workspace
+from dernet_utils.serving.web import make_app
 
 
 def dernet(*arguments: str | bytes, cwd: Path = PROJECT, **variables: str):
@@ -293,3 +296,27 @@ def test_a_long_run_says_at_first_what_to_expect(monkeypatch: pytest.MonkeyPatch
     said = build.expected_duration(get_profile("laptop"))
     assert f"{cores()} cores" in said and ("several times" in said) == (not fast)
     assert build.expected_duration(get_profile("smoke")) == ""
+
+
+# Clients ----------------------------------------------------------------------------------------
+
+
+class Refusing:
+    """A service that refuses each file with its contents."""
+
+    def analyse(self, data: bytes, override: bool):
+        raise DernetError(f"got {data!r}")
+
+
+@pytest.mark.parametrize("path", ["analyse", "report/json"])
+def test_a_file_may_be_sent_as_a_form(path: str):
+    client = TestClient(make_app(Refusing(), {}), base_url="http://localhost")
+
+    def said(**sent) -> str:
+        response = client.post(f"/api/v1/{path}", **sent)
+        assert response.status_code == 422
+        return response.json()["error"]
+
+    assert said(files={"file": ("x.dcm", b"raw")}) == said(content=b"raw") == "Got b'raw'"
+    assert "2 files" in said(files=[("a", ("x", b"1")), ("b", ("y", b"2"))])
+    assert "empty" in said(files={"file": ("x.dcm", b"")})

@@ -149,18 +149,6 @@ def test_a_picture_has_no_dicom_report(client):
         assert refused.status_code == 422 and "DICOM image" in refused.json()["error"]
 
 
-@pytest.mark.parametrize("path", ["analyse", "report/json"])
-def test_a_file_may_also_be_sent_as_a_form(client, path):
-    data = patient_radiograph()
-    whole = client.post(f"/api/v1/{path}", content=data)
-    form = client.post(f"/api/v1/{path}", files={"file": ("x.dcm", data)})
-    assert form.status_code == 200 and form.json() == whole.json()
-    two = client.post(f"/api/v1/{path}", files=[("a", ("x", data)), ("b", ("y", data))])
-    assert two.status_code == 422 and "2 files" in two.json()["error"]
-    empty = client.post(f"/api/v1/{path}", files={"file": ("x.dcm", b"")})
-    assert empty.status_code == 422 and "empty" in empty.json()["error"]
-
-
 def test_a_batch_gets_one_line_per_file(client):
     files = [
         ("files", (f"../{n}", data))
