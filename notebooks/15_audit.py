@@ -177,7 +177,7 @@ fits = {name: implied[name].holds(row[-1]) for name, row in TABLE_3.items()}
 printed = pd.Series({name: row[-1] for name, row in TABLE_3.items()})
 means = pd.Series({name: np.mean(row[:-1]) for name, row in TABLE_3.items()})
 table_3 = pd.DataFrame({
-    "printed mAP@0.5": printed, "mean of its seven APs": means, "printed minus mean": printed - means,
+    "printed mAP@0.5": printed, "mean of its seven APs": means, "printed minus mean": (printed - means).round(2) + 0.0,
     "fits": pd.Series(fits).map({True: "yes", False: "no"}),
 })  # fmt: skip
 table_3.round(2)
