@@ -27,6 +27,7 @@ from dernet_utils.metrics.classification import auroc
 from dernet_utils.metrics.intervals import bootstrap_by_study
 from dernet_utils.virtual import cohort
 from dernet_utils.virtual.counterfactual import images_with_faint_findings
+from dernet_utils.virtual.faint import faint_boxes
 from dernet_utils.virtual.render import ANGLES
 
 pytestmark = pytest.mark.slow
@@ -74,6 +75,28 @@ def test_images_whose_findings_are_all_faint_have_no_box(root, dataset):
     faint = dataset.images.image_id.isin(images_with_faint_findings(read_manifest(root)))
     assert 0 < faint.sum() < (~dataset.images.abnormal).sum()
     assert not dataset.images.abnormal[faint].any()
+
+
+def test_each_unlabelled_finding_within_the_field_has_an_ignored_box(root, dataset):
+    manifest, ids = read_manifest(root), dataset.images.image_id
+    ignored = faint_boxes(root, manifest, ids)
+    unlabelled = sum(
+        seen["visibility"] is not None and seen["box"] is None
+        for study in manifest["studies"]
+        for image in study["films"]
+        for seen in image["findings"]
+    )
+    assert len(ignored) == unlabelled > 0
+    sizes = dataset.images.set_index("image_id").loc[ignored.image_id]
+    assert (ignored[["xmin", "ymin"]].to_numpy() >= 0).all()
+    assert (ignored.xmax.to_numpy() <= sizes.width).all()
+    assert (ignored.ymax.to_numpy() <= sizes.height).all()
+    assert (ignored.xmin < ignored.xmax).all() and (ignored.ymin < ignored.ymax).all()
+    few = ids[:9]
+    pd.testing.assert_frame_equal(
+        faint_boxes(root, manifest, few), ignored[ignored.image_id.isin(few)].reset_index(drop=True)
+    )
+    assert faint_boxes(root, None, ids).empty
 
 
 def test_each_type_is_as_frequent_as_in_the_published_training_split(dataset):
