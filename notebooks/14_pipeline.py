@@ -378,9 +378,9 @@ glue_values("c14", {"faint": len(faint)})
 
 # %% [markdown]
 # The test images have {glue:text}`c14-faint` such findings beside the {glue:text}`c14-truth` labelled ones (95 %
-# intervals by study; {glue:text}`c14-test` {glue:text}`c14-kind`, profile {glue:text}`c14-profile`). The difference of the
-# rows is the price of the limit. All other results in this book count them as false positives, as the labels do. For
-# real radiographs, nobody knows them.
+# intervals by study; {glue:text}`c14-test` {glue:text}`c14-kind`, profile {glue:text}`c14-profile`). The difference
+# of the rows is the price of the limit. All other results in this book count them as false positives, as the labels
+# do. For real radiographs, nobody knows them.
 #
 # ## Along the threshold
 #

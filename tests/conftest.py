@@ -25,6 +25,8 @@ from dernet_utils.core.vocabulary import ANNOTATION_COLUMNS, CORNERS, LESION_TYP
 from dernet_utils.dataset import check
 from dernet_utils.imaging.decoder import Decoder
 
+collect_ignore = ["fatal"]  # it is for decoding processes, and changes what it is imported into
+
 # Machines differ in speed, so examples have no limit; pytest's own limit ends a test that hangs.
 settings.register_profile("any machine", deadline=None, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=10_000, database=None)
