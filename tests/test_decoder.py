@@ -22,7 +22,7 @@ from dicom_files import (
 from pydicom import uid
 from pydicom.data import get_testdata_files
 
-from dernet_utils.core.errors import DernetError
+from dernet_utils.core.errors import DernetError, where_raised
 from dernet_utils.imaging import decoder as module
 from dernet_utils.imaging.decoder import Decoder
 from dernet_utils.imaging.reader import decode_radiograph
@@ -66,7 +66,7 @@ def test_the_same_refusal_as_in_this_process(decoder, case):
         try:
             answers.append(decode(data).pixels.tobytes())
         except DernetError as error:
-            answers.append(str(error))
+            answers.append((str(error), where_raised(error)))
     assert answers[0] == answers[1]
 
 
@@ -100,8 +100,9 @@ def test_an_endless_decoding_is_ended(fatal, monkeypatch):
 
 @pytest.mark.slow
 def test_a_fault_of_the_decoding_is_no_fault_of_the_file(fatal):
-    with pytest.raises(RuntimeError, match="KeyError"):
+    with pytest.raises(RuntimeError, match="KeyError") as raised:
         fatal.decode(b"a fault")
+    assert where_raised(raised.value).startswith("KeyError in sitecustomize.py:")
 
 
 @pytest.mark.slow

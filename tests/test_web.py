@@ -16,6 +16,7 @@ from copy import deepcopy
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -490,6 +491,8 @@ def test_an_internal_error_is_reported_and_its_message_is_not_logged(client, cap
 
 def test_a_stalled_upload_ends_with_an_error(monkeypatch):
     class Stalled:
+        headers: ClassVar = {}
+
         async def stream(self):
             yield b"half of"
             await asyncio.Event().wait()

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 
 from pydicom.multival import MultiValue
 
-from dernet_utils.core.errors import DernetError
+from dernet_utils.core.errors import DernetError, keep_place
 from dernet_utils.imaging.radiograph import Radiograph
 from dernet_utils.imaging.reader import decode_radiograph
 
@@ -177,14 +177,15 @@ def _answer(data: bytes) -> bytes:
     try:
         return _pickled(decode_radiograph(data))
     except DernetError as error:
-        found = error
-    except MemoryError:
-        found = DernetError(
+        found = keep_place(error)
+    except MemoryError as error:
+        large = DernetError(
             f"the file takes more than {MOST_BYTES // 2**30} GB of memory to decode; export the "
             "image again."
         )
-    except Exception:  # raised again by the caller
-        found = RuntimeError(traceback.format_exc())
+        found = keep_place(large, error)
+    except Exception as error:  # raised again by the caller
+        found = keep_place(RuntimeError(traceback.format_exc()), error)
     return _pickled(found)
 
 
