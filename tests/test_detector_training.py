@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
+from dernet_utils.core.files import runs_folder
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
 from dernet_utils.detection import images as detection_images
-from dernet_utils.detection import offline, prediction, training, yolo
+from dernet_utils.detection import prediction, training, yolo
 from dernet_utils.detection.augment import SpineDataset
 from dernet_utils.detection.images import DetectorRecipe, export_yolo
 from dernet_utils.detection.prediction import suppress_boxes
@@ -384,6 +385,6 @@ def test_ultralytics_is_offline_and_calls_no_integration():
     from ultralytics.utils import ONLINE, SETTINGS, SETTINGS_FILE
 
     assert not ONLINE and not SETTINGS["sync"]
-    assert SETTINGS_FILE.is_relative_to(offline.RUNS)
+    assert SETTINGS_FILE.is_relative_to(runs_folder())
     trainer_events = yolo.MosaicDecay.run_callbacks.__qualname__
     assert trainer_events.startswith("MosaicDecay")  # integrations are never called
