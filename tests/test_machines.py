@@ -82,8 +82,11 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """Call make as from a shell, also where make itself runs these tests."""
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    shell = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(
-        ["make", *arguments], cwd=checkout, env=os.environ | variables,
+        ["make", *arguments], cwd=checkout, env=shell | variables,
         capture_output=True, text=True,
     )  # fmt: skip
 
