@@ -347,7 +347,10 @@ pd.DataFrame(losses).T.map("{:+.4f}".format)
 # errors of a network with a small weight, so neither the score nor AUROC shows them. Engines whose AUROC and mAP are
 # less than {glue:text}`c16-allowed` below torch's: {glue:text}`c16-good`. This selection uses point estimates, and an
 # interval in the table may be wider than {glue:text}`c16-allowed`. It also uses the test split, to show what each
-# engine costs; choose an engine for deployment on held-out training images.
+# engine costs; choose an engine for deployment on held-out training images, and on the processor that will run it: an
+# x86 processor without VNNI instructions adds 8-bit products in pairs of 16 bits, where large sums
+# [saturate](https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html), so that int8 outputs of
+# ONNX Runtime differ between processors.
 #
 # ## How fast
 #
@@ -426,7 +429,8 @@ medians["per image"] = [np.median(own) for own in whole.values()]
 # %% [markdown]
 # How fast could they be? The networks need a certain number of multiplications and additions, and the machine
 # performs at most so many per second. We measure that peak on one large convolution, and for int8, for which torch
-# has no convolution, on a product of matrices:
+# has no convolution, on a product of matrices in ONNX Runtime. A processor without instructions for bfloat16
+# converts to float32 and computes there, so its peak is at least that of float32:
 
 
 # %%
@@ -441,6 +445,22 @@ def peak(operation, count, times=8):
     return count / best
 
 
+def integer_product(n):
+    """A function that multiplies two n × n matrices of 8-bit integers in ONNX Runtime."""
+    a = np.random.default_rng(numbers.seed).integers(0, 256, (n, n), dtype=np.uint8)
+    b = (a // 4).astype(np.int8)  # below 64: two products fit into 16 bits
+    product = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": {export.OPSET}]>
+        product (uint8[{n}, {n}] a) => (int32[{n}, {n}] c) {{ c = MatMulInteger(a, b) }}"""
+    )
+    product.graph.initializer.append(onnx.numpy_helper.from_array(b, "b"))
+    session = onnxruntime.InferenceSession(product.SerializeToString(), providers=["CPUExecutionProvider"])
+    small = session.run(None, {"a": a})[0][:8, :8]
+    assert (small == a[:8].astype(int) @ b[:, :8].astype(int)).all()
+    return lambda: session.run(None, {"a": a})
+
+
+# %%
 maps = torch.randn(1, 512, 64, 64).to(memory_format=torch.channels_last)
 kernel = torch.randn(512, 512, 3, 3).to(memory_format=torch.channels_last)  # 512 channels in and out
 needed = 2 * maps[0, 0].numel() * kernel.numel()
@@ -448,8 +468,8 @@ peaks = {
     kind: peak(partial(torch.conv2d, maps.to(dtype), kernel.to(dtype), padding=1), needed)
     for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
 }
-integers = torch.randint(-100, 100, (2048, 2048), dtype=torch.int8)
-peaks["int8"] = peak(lambda: torch._int_mm(integers, integers), 2 * 2048**3)
+peaks["bfloat16"] = max(peaks.values())
+peaks["int8"] = peak(integer_product(2048), 2 * 2048**3)
 
 # %%
 counts = {}
