@@ -18,6 +18,8 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.dataset import check
 from dernet_utils.virtual import cohort, donor
 
+ONE_THREAD = ("--threads", "1")  # other tests run beside; threads that wait for each other spin
+
 
 def call(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
@@ -255,9 +257,8 @@ def test_speed_compares_both_loops_for_each_network(smoke_book: Path, tmp_path: 
 @pytest.mark.parametrize("command", ["estimate", "speed"])
 def test_the_detectors_step_is_measured_too(command: str, smoke_book: Path, tmp_path: Path):
     out, runs = tmp_path / "table.csv", str(smoke_book / "runs")
-    done = run_dernet(
-        command, "--detector", "--profile", "smoke", "--out", str(out), DERNET_RUNS=runs
-    )
+    options = ("--detector", "--profile", "smoke", "--out", str(out), *ONE_THREAD)
+    done = run_dernet(command, *options, DERNET_RUNS=runs)
     assert done.returncode == 0, done.stderr
     (row,) = pd.read_csv(out).to_dict("records")
     assert (row["network"], row["image, px"], row["batch"]) == ("YOLO11-L", "96 × 64", 8)
@@ -272,7 +273,8 @@ def measured(command: str, smoke_book: Path, folder: Path) -> tuple[pd.DataFrame
     """Return the table that a command writes for a finished run, and the lines that it prints."""
     out = folder / "table.csv"
     runs = str(smoke_book / "runs")
-    done = run_dernet(command, "--profile", "smoke", "--out", str(out), DERNET_RUNS=runs)
+    options = ("--profile", "smoke", "--out", str(out), *ONE_THREAD)
+    done = run_dernet(command, *options, DERNET_RUNS=runs)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(out)
     assert table["network"].tolist() == ["DenseNet121", "EfficientNetV2-S", "ResNet50"]

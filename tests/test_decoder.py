@@ -150,6 +150,11 @@ def test_a_closed_decoder_leaves_no_process():
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_a_decoder_closed_before_its_process_has_started_is_silent(capfd):
+    Decoder().close()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_interrupt_does_not_leave_an_answer_for_the_next_file(decoder, monkeypatch):
     def interrupted(connection, *_):
         raise KeyboardInterrupt

@@ -152,7 +152,7 @@ class _Process:
 
 
 def main(number: int) -> None:
-    """Answer each file's bytes with its radiograph or the error raised, until none comes.
+    """Answer each file's bytes with its radiograph or the error raised, until the caller is gone.
 
     Args:
         number: Of the open file that connects this process with its `Decoder`.
@@ -160,16 +160,13 @@ def main(number: int) -> None:
     connection = Connection(number)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an image of its memory would hold the file
-    connection.send_bytes(b"ready")
-    silent = os.open(os.devnull, os.O_WRONLY)  # decoders' messages may quote a file
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
-    while True:
-        try:
-            data = connection.recv_bytes()
-        except EOFError:
-            return
-        connection.send_bytes(_answer(data))
+    with suppress(EOFError, BrokenPipeError):  # the caller needs no more answers
+        connection.send_bytes(b"ready")
+        silent = os.open(os.devnull, os.O_WRONLY)  # decoders' messages may quote a file
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        while True:
+            connection.send_bytes(_answer(connection.recv_bytes()))
 
 
 def _answer(data: bytes) -> bytes:
