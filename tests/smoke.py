@@ -25,7 +25,7 @@ def run_dernet(*arguments: str, **environment: str) -> subprocess.CompletedProce
         text=True,
         cwd=PROJECT,
         env=os.environ | offline | environment,
-        timeout=1700,
+        timeout=3600,
     )
 
 
