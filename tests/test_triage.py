@@ -301,6 +301,7 @@ def test_recipe_comes_from_the_profile():
     assert TriageRecipe.of(profile) == TriageRecipe(384, 60, 16, 1e-4, 42)
 
 
+@pytest.mark.slow
 def test_learns_an_easy_task(tmp_path):
     train, validation = bright_or_dark(32, seed=0), bright_or_dark(16, seed=1)
     trained = train_triage(NETWORK, train, validation, TriageRecipe(32, 6, 8, 1e-3, 0), tmp_path)
@@ -331,6 +332,7 @@ def test_finished_run_is_loaded_not_trained(trained, samples, folder):
     assert list(folder.iterdir()) == [trained.checkpoint]
 
 
+@pytest.mark.slow
 def test_learns_crops_first_and_continues_where_it_was_killed(tmp_path):
     train, recipe = (
         dots(16),
@@ -389,6 +391,7 @@ def test_any_change_of_a_run_is_another_run(trained, samples, tmp_path, change):
     assert begun.stem != trained.checkpoint.stem
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_an_uninterrupted_one(trained, samples, tmp_path):
     def kill_after_first(row):
         raise KeyboardInterrupt
