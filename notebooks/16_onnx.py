@@ -348,8 +348,8 @@ pd.DataFrame(losses).T.map("{:+.4f}".format)
 # less than {glue:text}`c16-allowed` below torch's: {glue:text}`c16-good`. This selection uses point estimates, and an
 # interval in the table may be wider than {glue:text}`c16-allowed`. It also uses the test split, to show what each
 # engine costs; choose an engine for deployment on held-out training images, and on the processor that will run it: an
-# x86 processor without VNNI instructions adds 8-bit products in pairs of 16 bits, where large sums
-# [saturate](https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html), so that int8 outputs of
+# x86 processor without VNNI instructions adds 8-bit products pairwise in 16 bits. Large sums
+# [saturate](https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html) there, so int8 outputs of
 # ONNX Runtime differ between processors.
 #
 # ## How fast

@@ -160,7 +160,7 @@ def main(number: int) -> None:
     connection = Connection(number)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an image of its memory would hold the file
-    with suppress(EOFError, BrokenPipeError):  # the caller needs no more answers
+    with suppress(EOFError, ConnectionError):  # the caller needs no more answers
         connection.send_bytes(b"ready")
         silent = os.open(os.devnull, os.O_WRONLY)  # decoders' messages may quote a file
         os.dup2(silent, 1)
