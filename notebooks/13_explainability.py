@@ -92,8 +92,8 @@ glue_values("c13", {
 # studies, each with at least one labelled lesion. The mask of a virtual radiograph is the union of the shadows of its
 # labelled lesions. Real radiographs come with boxes only, so their mask is the union of the filled boxes.
 #
-# How exact is a shadow? Its edge is known only to the spacing of the rays, 0.7 mm in the plane of the spine, or about
-# one and a half to three and a half pixels of a stored image. The shadow ends where a ray crosses less than 0.8 mm of
+# How exact is a shadow? Its edge is known only to the spacing of the rays, 0.5 mm in the plane of the spine, or one to
+# two and a half pixels of a stored image. The shadow ends where a ray crosses less than 0.8 mm of
 # the lesion, or less than 15 % of its thickest part; both limits are our choice. Where a lesion *moves* tissue (disc
 # space narrowing, vertebral collapse, spondylolisthesis), the moved tissue casts no shadow of its own. The mask is
 # then, by convention, the projection of the disc, of the vertebral body, or of the disc with the adjoining parts of

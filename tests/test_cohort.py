@@ -62,7 +62,8 @@ def test_endplates_lie_where_bone_ends(anatomy):
     def density(part, place):
         places = place + across[0] * np.cross(part.front, part.up) + across[1] * part.front
         voxels = places[:, ::-1].T / np.array(anatomy.donor.spacing_mm)[:, None]
-        return ndimage.map_coordinates(anatomy.donor.density, voxels, order=1).mean()
+        density = anatomy.donor.density
+        return ndimage.map_coordinates(density, voxels, np.float32, order=1).mean()
 
     for disc in anatomy.discs[:5]:
         plates = [density(b, b.point(up=u)) for b, u in ((disc.below, 0.95), (disc.above, -0.95))]

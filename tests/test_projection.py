@@ -28,7 +28,7 @@ def scene_of(hu: float, body: list[Vertebra], lesions: list[Lesion] = ()) -> Sce
     labels = np.zeros(density.shape, np.uint8)
     z = np.linspace(-100.0, 300.0, 41)
     shape = Shape(z, z, 0 * z, 0 * z, 0 * z, girth=1.0, bone=1.0)
-    return Scene(Donor(density, labels, (2.0, 2.0, 2.0)), body, shape, list(lesions))
+    return Scene(Donor(density, (2.0,) * 3, labels, (2.0,) * 3), body, shape, list(lesions))
 
 
 def view_of(name: str = "AP", angle: float = 0.0) -> View:

@@ -21,6 +21,10 @@ TITANIUM = np.array([2.214, 0.7661, 0.4052])
 FOCUS_MM = 0.18  # SD of the focal spot's blur at the spine; 0.6 mm alone cause less (about 0.03)
 SCINTILLATOR_MM = 0.12  # SD of the detector's blur
 QUANTA = 30_000.0  # per µGy and mm²: IEC 62220-1, RQA5
+# Display processing: presets for the spine equalise the field less than the chest's, and enhance
+# edges moderately; our choice, by eye.
+SLOW_MM = 20.0  # SD of the Gaussian that shows the slow variation
+SLOW = 0.6  # fraction of it that is taken away
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,8 @@ class DisplayProcessing:
         self.dense = -np.log(signal)
         # Metal does not count in the adaptation: it would darken everything else.
         self.ceiling = np.percentile(self.dense, 90.0) + 0.3
-        slow = _smooth(np.minimum(self.dense, self.ceiling), 18.0 / spacing_mm)
-        self.slow = 0.65 * (slow - slow.mean())
+        slow = _smooth(np.minimum(self.dense, self.ceiling), SLOW_MM / spacing_mm)
+        self.slow = SLOW * (slow - slow.mean())
         image = self._enhance(self.dense) - self.slow
         self.low, high = np.percentile(image, (2.0, 90.0))
         self.high = high + 0.25 * (high - self.low)

@@ -54,12 +54,12 @@ def find_vertebrae(donor: Donor) -> list[Vertebra]:
     Vertebrae that an end of the scan cuts through are left out.
     """
     order = sorted(LABELS)  # TotalSegmentator numbers upwards from the lowest vertebra
-    top_mm = (len(donor.labels) - 1) * donor.spacing_mm[0]
+    top_mm = (len(donor.labels) - 1) * donor.label_mm[0]
     found = []
     for label in order:
         where = np.argwhere(donor.labels == label)
         if len(where):
-            points = where[:, ::-1] * np.array(donor.spacing_mm[::-1])
+            points = where[:, ::-1] * np.array(donor.label_mm[::-1])
             vertebra = _measure(LABELS[label], points)
             ends = [vertebra.point(up=u, front=f)[2] for u in (-1, 1) for f in (-1, 1)]
             if min(ends) > CUT_MM and max(ends) < top_mm - CUT_MM:

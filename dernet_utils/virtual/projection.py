@@ -19,8 +19,8 @@ from dernet_utils.virtual.lesions import Lesion
 from dernet_utils.virtual.spine import Vertebra
 
 # Rays and their samples.
-GRID_MM = 0.7  # distance of the rays in the plane of the spine
-STEP_MM = 1.5  # distance of the samples along a ray near the spine
+GRID_MM = 0.5  # distance of the rays in the plane of the spine
+STEP_MM = 0.75  # distance of the samples along a ray near the spine
 FAR_STEP_MM = 4.0  # distance elsewhere; halves the computing time without visible change
 NEAR_MM = 56.0  # depth before and behind the spine in which the finer steps are used
 MARGIN_MM = 14.0  # allowance for the displacement of a lesion by itself or by another
@@ -28,10 +28,13 @@ MARGIN_MM = 14.0  # allowance for the displacement of a lesion by itself or by a
 BONE_FROM = 1080.0  # HU + 1000 above which tissue counts partly as bone
 BONE_SPAN = 1520.0  # from there up to pure cortical bone
 CORTICAL_G_CM3 = 1.92  # density of cortical bone
+COMPACT = (1500.0, 2000.0)  # HU + 1000: trabecular bone below, compact bone above
+COMPACT_LOSS = 0.35  # compact bone keeps more: its mineral is the trabecular's to this power; ours
 BEYOND_MM = 45.0  # distance from the spine beyond which girth scales the donor's body
 # Size of one computation.
 SAMPLES = 700_000  # limits memory, and fits the processor's cache
-MOST_ROWS = 48  # of rays: OpenCV limits the stack of the slices that they cross to 32,767 rows
+MOST_ROWS = 24  # of rays and
+MOST_STEPS = 40  # of their samples: OpenCV limits the stack of slices in between to 32,767 rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Shape:
         shift_x_mm, shift_y_mm: Offset of the spine at those heights (scoliosis, kyphosis).
         turn_rad: Axial rotation at those heights.
         girth: Width of the soft tissue beside the spine, relative to the donor's.
-        bone: Mineral density relative to the donor's.
+        bone: Mineral of trabecular bone, 1 at about 50 years; compact bone differs less.
     """
 
     z_patient_mm: np.ndarray
@@ -187,9 +190,13 @@ class Scene:
             block: The part of the view; None for all of it.
         """
         block = block or self.whole(view)
-        apart = self._apart(view, block)
-        strips = (self._tissue(view, lesions, strip) for strip in _strips(block))
-        return _join(self._integrate(*tissue, apart) for tissue in strips)
+        return _join(
+            _add(
+                self._integrate(*self._tissue(view, lesions, part), self._apart(view, part))
+                for part in strip
+            )
+            for strip in _strips(block)
+        )
 
     def _apart(self, view: View, block: Block) -> Tensor:
         """Return the distances of a block's samples, cm, shape (steps,)."""
@@ -210,12 +217,15 @@ class Scene:
         if any(lesion.move for lesion in finding):
             return self.paths(view, lesions, block), self.paths(view, others, block)
         # Nothing moves: rays and tissue are the same in both before lesions are inserted.
-        pairs, apart = [], self._apart(view, block)
+        pairs = []
         for strip in _strips(block):
-            density, near = self._tissue(view, lesions, strip)
-            rest = [some for some in near if some[0] not in finding]
-            both = (near, density.clone()), (rest, density)
-            pairs.append([self._integrate(tissue, some, apart) for some, tissue in both])
+            parts = []
+            for part in strip:
+                density, near = self._tissue(view, lesions, part)
+                rest = [some for some in near if some[0] not in finding]
+                both, apart = ((near, density.clone()), (rest, density)), self._apart(view, part)
+                parts.append([self._integrate(tissue, some, apart) for some, tissue in both])
+            pairs.append([_add(own) for own in zip(*parts, strict=True)])
         with_it, without = map(_join, zip(*pairs, strict=True))
         return with_it, without
 
@@ -294,7 +304,7 @@ class Scene:
         flat = (-1, x.shape[-1])
         below, above = (
             cv2.remap(tall, across.reshape(flat), (down + shift).reshape(flat), cv2.INTER_LINEAR,
-                      borderMode=cv2.BORDER_CONSTANT).reshape(x.shape)
+                      borderMode=cv2.BORDER_CONSTANT).reshape(x.shape).astype(np.float32)
             for shift in (np.float32(0.0), np.float32(rows))
         )  # fmt: skip
         below *= inside - fraction
@@ -320,11 +330,14 @@ class Scene:
             if lesion.metal:
                 metal[where] = torch.maximum(metal[where], occupancy * lesion.metal)  # g/cm³
                 density[where] *= 1.0 - occupancy
+        low, high = COMPACT
+        compact = ((density - low) / (high - low)).clamp(0.0, 1.0)
         bone = ((density - BONE_FROM) / BONE_SPAN).clamp(min=0.0)
         soft = density.clamp(max=BONE_FROM) * (1.0 - bone).clamp(min=0.0)
         metal = torch.zeros(bone[:, 0].shape) if metal is None else _along(metal, apart)
         soft = _along(soft, apart) / 1000.0
-        bone = _along(bone, apart) * (CORTICAL_G_CM3 * self.shape.bone)
+        mineral = self.shape.bone + compact * (self.shape.bone**COMPACT_LOSS - self.shape.bone)
+        bone = _along(bone * mineral, apart) * CORTICAL_G_CM3
         return soft.numpy(), bone.numpy(), metal.numpy()
 
     @staticmethod
@@ -350,13 +363,22 @@ def _along(values: Tensor, apart: Tensor) -> Tensor:
     return torch.einsum("rsc,s->rc", values, apart)
 
 
-def _strips(block: Block) -> Iterator[Block]:
-    """Cut a block into strips of a few rows, each small enough to be sampled at once."""
-    columns, steps = (high - low for low, high in (block.columns, block.steps))
-    at_once = min(max(1, SAMPLES // (columns * steps)), MOST_ROWS)
-    for start in range(block.rows[0], block.rows[1], at_once):
-        rows = (start, min(start + at_once, block.rows[1]))
-        yield Block(rows, block.columns, block.steps)
+def _strips(block: Block) -> Iterator[list[Block]]:
+    """Cut a block into strips of a few rows, and each of these into parts along the rays."""
+    columns = block.columns[1] - block.columns[0]
+    at_once = min(max(1, SAMPLES // (columns * MOST_STEPS)), MOST_ROWS)
+    for rows in _cut(block.rows, at_once):
+        yield [Block(rows, block.columns, steps) for steps in _cut(block.steps, MOST_STEPS)]
+
+
+def _cut(span: tuple[int, int], most: int) -> list[tuple[int, int]]:
+    """Cut a half-open range of indices into ranges of at most `most`."""
+    return [(start, min(start + most, span[1])) for start in range(*span, most)]
+
+
+def _add(parts: Iterable[tuple]) -> tuple:
+    """Add the integrals over the parts of the same rays."""
+    return tuple(sum(own) for own in zip(*parts, strict=True))
 
 
 def _join(strips: Iterable[tuple]) -> Paths:
