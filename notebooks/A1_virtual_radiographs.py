@@ -277,7 +277,7 @@ def along(point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # hence a tolerance of 0.2 g/cm². Over many rays such errors must cancel.
 
 # %%
-scene = Scene(donor, bodies, donor_shape, [])
+scene = Scene(donor, bodies, donor_shape)
 view = View("AP", 0.0, aim, 101 * GRID_MM, 101 * GRID_MM, 0.0, False)  # 101 × 101 rays
 paths = scene.paths(view, [])
 differences = []
@@ -624,7 +624,7 @@ glue_values("ca1", {"labelled": sum(labelled.values())})
 FOCUS_MM, SCINTILLATOR_MM = acquisition.FOCUS_MM, acquisition.SCINTILLATOR_MM  # blurs
 shape = build_shape({"shape": plain}, bodies)
 view = View("LATERAL", np.pi / 2, aim + np.array([0.0, 4.0, 0.0]), 160.0, 120.0, 0.0, False)
-rays = Scene(donor, bodies, shape, []).paths(view, [])
+rays = Scene(donor, bodies, shape).paths(view, [])
 rays = Paths(*(cv2.resize(p, (300, 400), interpolation=cv2.INTER_LINEAR) for p in vars(rays).values()))
 arrived, px_mm, scatter = transmission(rays, kvp), 0.4, 0.2
 haze = cv2.GaussianBlur(arrived, (0, 0), 25.0 / px_mm, borderType=cv2.BORDER_REFLECT)

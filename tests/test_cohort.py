@@ -154,7 +154,7 @@ def test_a_counterfactual_differs_only_behind_the_lesion(anatomy, abnormal):
     finding = next(f for f in abnormal["findings"] if f["type"] == "Surgical implant")
     lesions = render.build_finding(finding, anatomy.bodies, anatomy.discs)
     shape = render.build_shape(abnormal, anatomy.bodies)
-    scene = projection.Scene(anatomy.donor, anatomy.bodies, shape, lesions)
+    scene = projection.Scene(anatomy.donor, anatomy.bodies, shape)
     view = render.plan_to_view(abnormal["views"][0], anatomy.bodies)
     with_it, without = scene.paths(view, lesions), scene.paths(view, [])
     behind = with_it.metal > 0 if lesions[0].metal else with_it.bone != without.bone

@@ -1,7 +1,10 @@
 """Rays through bodies of known thickness."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from dernet_utils.virtual.donor import Donor
@@ -21,14 +24,14 @@ def body() -> list[Vertebra]:
     ]
 
 
-def scene_of(hu: float, body: list[Vertebra], lesions: list[Lesion] = ()) -> Scene:
+def scene_of(hu: float, body: list[Vertebra]) -> Scene:
     """Return a cube of 100 mm of one material in the middle of 150 mm of air."""
     density = np.zeros((76, 76, 76), np.float32)
     density[:, 13:63, 13:63] = hu + 1000.0
     labels = np.zeros(density.shape, np.uint8)
     z = np.linspace(-100.0, 300.0, 41)
     shape = Shape(z, z, 0 * z, 0 * z, 0 * z, girth=1.0, bone=1.0)
-    return Scene(Donor(density, (2.0,) * 3, labels, (2.0,) * 3), body, shape, list(lesions))
+    return Scene(Donor(density, (2.0,) * 3, labels, (2.0,) * 3), body, shape)
 
 
 def view_of(name: str = "AP", angle: float = 0.0) -> View:
@@ -68,21 +71,34 @@ def ball(severity: float = 1.0, **how) -> Lesion:
 
 @pytest.mark.parametrize("how", [{"fill": 2000.0}, {"metal": 4.5}, {"move": lambda points: (
     points[0], points[1], points[2] + 30.0)}])  # fmt: skip
-def test_counterfactuals_are_the_block_with_and_without(body, how):
+def test_a_finding_is_traced_as_the_rays_with_it_and_without_it(body, how):
+    """Two overlapping lesions; one that moves tissue carries the other along."""
     finding, other = ball(0.2, **how), ball(0.7, fill=1400.0)
     scene, view = scene_of(0.0, body), view_of()
-    block = Block((3, 40), (5, 50), scene.whole(view).steps)
-    both = scene.counterfactuals(view, [finding, other], [finding], block)
-    for one, lesions in zip(both, ([finding, other], [other]), strict=True):
-        alone = scene.paths(view, lesions, block)
-        for name in ("soft", "bone", "metal"):
-            assert np.array_equal(getattr(one, name), getattr(alone, name))
-    assert not np.array_equal(both[0].soft, both[1].soft)  # a lesion that moves carries others
+    traced = scene.trace(view, [[finding], [other]])
+    with_it, without = scene.paths(view, [finding, other]), scene.paths(view, [other])
+    for name, path in vars(traced.paths).items():
+        assert np.array_equal(path, getattr(with_it, name))
+        difference = getattr(without, name) - path
+        assert np.allclose(getattr(traced.removed[0], name), difference, atol=2e-5)
+    assert not np.array_equal(with_it.soft, without.soft)
+
+
+def test_a_lesion_on_moved_tissue_is_whole(body):
+    """A ball that lies on tissue moved by 12 mm is seen there, as thick as it was."""
+    mover = ball(0.5, move=lambda points: (points[0] - 12.0, points[1], points[2]))
+    mover = replace(mover, reach_mm=60.0)
+    scene, view, other = scene_of(0.0, body), view_of(), ball(0.7, fill=1400.0)
+    there = scene.trace(view, [[other]]).lengths_mm[0]
+    moved = scene.trace(view, [[mover], [other]]).lengths_mm[1]
+    assert there.max() == pytest.approx(16.0, abs=1.0)
+    assert np.allclose(moved[:, 24:], there[:, :-24], atol=0.05)
+    assert moved[:, :20].max() < 0.5 * there.max()
 
 
 def test_metal_displaces_water(body):
     lesion = ball(metal=4.5)
-    scene = scene_of(0.0, body, [lesion])
+    scene = scene_of(0.0, body)
     with_it, without = (scene.paths(view_of(), lesions) for lesions in ([lesion], []))
     middle = tuple(n // 2 for n in with_it.metal.shape)
     assert with_it.metal[middle] == pytest.approx(4.5 * 1.6, rel=0.15)
@@ -92,12 +108,12 @@ def test_metal_displaces_water(body):
 
 @pytest.mark.parametrize("view", ["AP", "LATERAL"])
 def test_a_lesion_of_severity_zero_changes_nothing(body, view):
-    """Where nothing moves, the counterfactual equals the radiograph to the last bit."""
-    finding = ball(0.0, move=lambda points: points)
-    scene, view_at = scene_of(0.0, body), view_of(view, 0.0 if view == "AP" else np.pi / 2)
-    block = Block((3, 40), (5, 50), scene.whole(view_at).steps)
-    with_it, without = scene.counterfactuals(view_at, [finding], [finding], block)
-    assert all(np.array_equal(getattr(with_it, k), getattr(without, k)) for k in vars(with_it))
+    """Its counterfactual equals the radiograph to the last bit."""
+    view_at = view_of(view, 0.0 if view == "AP" else np.pi / 2)
+    for finding in (ball(0.0, move=lambda points: points), replace(ball(0.0, fill=2000.0),
+                    region=lambda points: torch.zeros_like(points[0]))):  # fmt: skip
+        traced = scene_of(0.0, body).trace(view_at, [[finding]])
+        assert not any(path.any() for path in vars(traced.removed[0]).values())
 
 
 def test_sampling_is_trilinear_and_ends_in_air(body):

@@ -5,8 +5,10 @@ lesions move tissue, change its density or replace it by metal. `acquisition` tu
 into a radiograph.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,7 +23,8 @@ from dernet_utils.virtual.spine import Vertebra
 # Rays and their samples.
 GRID_MM = 0.5  # distance of the rays in the plane of the spine
 STEP_MM = 0.75  # distance of the samples along a ray near the spine
-FAR_STEP_MM = 4.0  # distance elsewhere; halves the computing time without visible change
+FAR_STEP_MM = 4.0  # distance elsewhere, where tissue is only
+FAR_RAYS = 2  # sampled along every other ray: without visible change, a fifth of the samples
 NEAR_MM = 56.0  # depth before and behind the spine in which the finer steps are used
 MARGIN_MM = 14.0  # allowance for the displacement of a lesion by itself or by another
 # Materials.
@@ -89,6 +92,21 @@ class Block:
     steps: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What the rays of a view pass through, and each finding's part in it.
+
+    Attributes:
+        paths: With all findings.
+        lengths_mm: For each finding, the length of each ray inside its regions, (rows, columns).
+        removed: For each finding, the paths without it less those with it.
+    """
+
+    paths: Paths
+    lengths_mm: list[np.ndarray]
+    removed: list[Paths]
+
+
 class Scene:
     """One patient in front of the X-ray tube.
 
@@ -96,10 +114,9 @@ class Scene:
         donor: The volume.
         spine: The donor's vertebrae, from the lowest up; the beam's aim follows their axis.
         shape: How the patient's body differs from the donor's.
-        lesions: All lesions of the patient.
     """
 
-    def __init__(self, donor: Donor, spine: list[Vertebra], shape: Shape, lesions: list[Lesion]):
+    def __init__(self, donor: Donor, spine: list[Vertebra], shape: Shape):
         self.density, self.spacing_mm = donor.density, donor.spacing_mm
         z, y, x = donor.density.shape
         self.extent_mm = [
@@ -107,7 +124,6 @@ class Scene:
         ]
         self.axis = np.array([body.centre_mm for body in spine])
         self.shape = shape
-        self.lesions = lesions
 
     def whole(self, view: View) -> Block:
         """Return the block of a whole view."""
@@ -129,23 +145,37 @@ class Scene:
         apart = [far[0], np.full(len(middle), STEP_MM), far[1]]
         return np.concatenate([front, middle, back]), np.concatenate(apart)
 
+    def _segments(self, view: View, block: Block) -> Iterator[tuple[Block, int]]:
+        """Cut a block where the samples' spacing changes; with each part comes the rays' spacing.
+
+        Far from the spine, where only every `FAR_RAYS`-th ray is sampled, a part begins and ends
+        with a ray that is.
+        """
+        fine = self._depths(view)[1] == STEP_MM
+        edges = [0, int(np.argmax(fine)), len(fine) - int(np.argmax(fine[::-1])), len(fine)]
+        for start, end in pairwise(edges):
+            steps = max(start, block.steps[0]), min(end, block.steps[1])
+            if steps[0] < steps[1]:
+                yield Block(block.rows, block.columns, steps), 1 if fine[start] else FAR_RAYS
+
     def donor_positions(
-        self, view: View, block: Block, every: int = 1
+        self, view: View, block: Block, rays: int = 1, steps: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the donor position of each sample along the rays of a block.
 
         Args:
             view: The geometry.
             block: The part of the view.
-            every: Take every n-th row, step and column.
+            rays: Take every n-th row and column.
+            steps: Take every n-th step.
 
         Returns:
             x, y, z in donor millimetres, each of shape (rows, steps, columns).
         """
         whole, shape = self.whole(view), self.shape
-        row = (np.arange(*block.rows, every) - (whole.rows[1] - 1) / 2) * -GRID_MM
-        column = (np.arange(*block.columns, every) - (whole.columns[1] - 1) / 2) * GRID_MM
-        depth = self._depths(view)[0][slice(*block.steps, every)]
+        row = (np.arange(*block.rows, rays) - (whole.rows[1] - 1) / 2) * -GRID_MM
+        column = (np.arange(*block.columns, rays) - (whole.columns[1] - 1) / 2) * GRID_MM
+        depth = self._depths(view)[0][slice(*block.steps, steps)]
         wider = (SOURCE_MM + depth) / SOURCE_MM  # the beam diverges
         aim_z = np.interp(view.aim_mm[2], shape.z_donor_mm, shape.z_patient_mm)
         height = aim_z + row[:, None] * wider  # (rows, steps)
@@ -189,99 +219,128 @@ class Scene:
             lesions: The lesions that are present.
             block: The part of the view; None for all of it.
         """
-        block = block or self.whole(view)
-        return _join(
-            _add(
-                self._integrate(*self._tissue(view, lesions, part), self._apart(view, part))
-                for part in strip
-            )
-            for strip in _strips(block)
-        )
+        return Paths(*self._march(view, lesions, [], block or self.whole(view)))
 
-    def _apart(self, view: View, block: Block) -> Tensor:
-        """Return the distances of a block's samples, cm, shape (steps,)."""
-        return torch.from_numpy(self._depths(view)[1][slice(*block.steps)] / 10.0).float()
-
-    def counterfactuals(
-        self, view: View, lesions: list[Lesion], finding: list[Lesion], block: Block
-    ) -> tuple[Paths, Paths]:
-        """Integrate a block twice: with all lesions, and without those of one finding.
+    def trace(self, view: View, findings: list[list[Lesion]]) -> Trace:
+        """Integrate along every ray, with all findings and without each of them.
 
         Args:
             view: The geometry.
-            lesions: All lesions of the patient.
-            finding: Those of the finding.
-            block: The part of the view that the finding covers.
+            findings: The lesions of each finding of the patient.
         """
-        others = [lesion for lesion in lesions if lesion not in finding]
-        if any(lesion.move for lesion in finding):
-            return self.paths(view, lesions, block), self.paths(view, others, block)
-        # Nothing moves: rays and tissue are the same in both before lesions are inserted.
-        pairs = []
-        for strip in _strips(block):
-            parts = []
-            for part in strip:
-                density, near = self._tissue(view, lesions, part)
-                rest = [some for some in near if some[0] not in finding]
-                both, apart = ((near, density.clone()), (rest, density)), self._apart(view, part)
-                parts.append([self._integrate(tissue, some, apart) for some, tissue in both])
-            pairs.append([_add(own) for own in zip(*parts, strict=True)])
-        with_it, without = map(_join, zip(*pairs, strict=True))
-        return with_it, without
+        whole = self.whole(view)
+        lesions = [lesion for finding in findings for lesion in finding]
+        planes = self._march(view, lesions, findings, whole)
+        traced = Trace(Paths(*planes[:3]), list(planes[3::4]), [])
+        for number, finding in enumerate(findings):
+            removed = planes[4 + 4 * number : 7 + 4 * number]
+            block = self._block(view, finding) if _moves(finding) else None
+            if block:  # its rays pass through other tissue without it
+                where = np.s_[block.rows[0] : block.rows[1], block.columns[0] : block.columns[1]]
+                others = [lesion for lesion in lesions if lesion not in finding]
+                with_it, without = (self._march(view, some, [], block) for some in (lesions, others))
+                removed[:, *where] = without - with_it
+            traced.removed.append(Paths(*removed))
+        return traced
 
-    def shadow(
-        self, view: View, finding: list[Lesion], lesions: list[Lesion], block: Block
+    def _march(
+        self, view: View, lesions: list[Lesion], findings: list[list[Lesion]], block: Block
     ) -> np.ndarray:
-        """Return the length of each ray inside a finding's regions, mm, (rows, columns)."""
-        points = tuple(p.contiguous() for p in self.donor_positions(view, block))
-        self._move(points, [(other, self._near(points, other)) for other in lesions if other.move])
-        solid = torch.zeros(points[0].shape)
-        for lesion in finding:
-            where = self._near(points, lesion)
-            if where:
-                occupancy = lesion.region(tuple(p[where] for p in points))
-                solid[where] = torch.maximum(solid[where], occupancy)
-        return _along(solid, self._apart(view, block)).numpy() * 10.0
-
-    def blocks(self, view: View, findings: list[list[Lesion]]) -> list[Block | None]:
-        """Return the part of a view that each finding covers; None outside the field."""
-        whole, every = self.whole(view), 4
-        points = self.donor_positions(view, whole, every)
-        found = []
-        for finding in findings:
-            near = np.zeros(points[0].shape, bool)
-            for lesion in finding:
-                offset = zip(points, lesion.centre_mm, strict=True)
-                square = sum((p - float(c)) ** 2 for p, c in offset)
-                near |= (square < (lesion.size_mm + MARGIN_MM) ** 2).numpy()
-            spans = []
-            for axis, count in ((0, whole.rows[1]), (2, whole.columns[1]), (1, whole.steps[1])):
-                others = tuple(i for i in range(3) if i != axis)
-                where = np.flatnonzero(near.any(axis=others)) * every
-                if len(where):
-                    spans.append(
-                        (max(int(where[0]) - every, 0), min(int(where[-1]) + every, count))
-                    )
-            found.append(Block(*spans) if spans else None)
-        return found
-
-    def _tissue(self, view: View, lesions: list[Lesion], strip: Block) -> tuple:
-        """Sample the tissue, as lesions move it, on a few rows of rays.
+        """Integrate along the rays of a block.
 
         Returns:
-            Density, shape (rows, steps, columns), and the nearby lesions that change tissue: each
-            with the slices around it and its occupancy there.
+            Float32 of shape (3 + 4 n, rows, columns) for n findings: soft tissue, bone and metal;
+            then for each finding the length inside it, mm, and the three without it less the three
+            with it (zero for a finding that moves tissue).
         """
-        points = tuple(p.contiguous() for p in self.donor_positions(view, strip))
-        near = [(lesion, self._near(points, lesion)) for lesion in lesions]
-        near = [(lesion, where) for lesion, where in near if where]
-        self._move(points, near)
-        changing = [
-            (lesion, where, lesion.region(tuple(p[where] for p in points)))
-            for lesion, where in near
-            if lesion.fill is not None or lesion.metal
-        ]
-        return torch.from_numpy(self._sample(*(p.numpy() for p in points))), changing
+        (top, bottom), (left, right) = block.rows, block.columns
+        total = np.zeros((3 + 4 * len(findings), bottom - top, right - left), np.float32)
+        for part, rays in self._segments(view, block):
+            start = top - top % rays, left - left % rays
+            sparse = Block((start[0], bottom + rays - 1), (start[1], right + rays - 1), part.steps)
+            planes = np.concatenate(
+                [sum(self._chunk(view, lesions, findings, chunk, rays) for chunk in strip)
+                 for strip in _strips(sparse, rays)], axis=1,
+            )  # fmt: skip
+            total += _between(planes, rays, (top - start[0], left - start[1]), total.shape[1:])
+        return total
+
+    def _chunk(
+        self,
+        view: View,
+        lesions: list[Lesion],
+        findings: list[list[Lesion]],
+        chunk: Block,
+        rays: int,
+    ) -> np.ndarray:
+        """Return what `_march` returns, for a few rows of rays and a few of their samples."""
+        points = tuple(p.contiguous() for p in self.donor_positions(view, chunk, rays))
+        steps_mm = self._depths(view)[1][slice(*chunk.steps)]
+        apart_cm = torch.from_numpy(steps_mm / 10.0).float()
+        spacing_mm = max(GRID_MM * rays, float(steps_mm.max()))
+        for lesion in lesions:
+            if lesion.move and (where := _near(points, lesion, lesion.reach_mm, spacing_mm)):
+                # Each position becomes that of its tissue in the donor.
+                for p, q in zip(points, lesion.move(tuple(p[where] for p in points)), strict=True):
+                    p[where] = q
+        density = torch.from_numpy(self._sample(*(p.numpy() for p in points)))
+        shown = {lesion for finding in findings for lesion in finding}
+        inside = []
+        for lesion in lesions:
+            if (lesion in shown or _replaces(lesion)) and (
+                where := _near(points, lesion, lesion.size_mm, spacing_mm)
+            ):
+                inside.append(_Inside(lesion, where, lesion.region(tuple(p[where] for p in points))))
+        planes = np.zeros((3 + 4 * len(findings), len(points[0]), points[0].shape[2]), np.float32)
+        for number, finding in enumerate(findings):
+            own = [part for part in inside if part.lesion in finding]
+            if own:
+                box = _around([part.where for part in own])
+                here = np.s_[3 + 4 * number : 7 + 4 * number, box[0], box[2]]
+                planes[here] += self._without(density[box], inside, finding, box, apart_cm[box[1]])
+        planes[:3] = self._integrate(density, inside, apart_cm)
+        return planes
+
+    def _without(
+        self,
+        density: Tensor,
+        inside: list["_Inside"],
+        finding: list[Lesion],
+        box: tuple[slice, ...],
+        apart_cm: Tensor,
+    ) -> np.ndarray:
+        """Return a finding's four planes of `_march` in the box around it."""
+        inside = [part for part in (one.within(box) for one in inside) if part]
+        solid = torch.zeros(density.shape)
+        for part in inside:
+            if part.lesion in finding:
+                solid[part.where] = torch.maximum(solid[part.where], part.occupancy)
+        planes = np.zeros((4, len(density), density.shape[2]), np.float32)
+        planes[0] = _along(solid, apart_cm).numpy() * 10.0
+        if not _moves(finding):
+            others = [part for part in inside if part.lesion not in finding]
+            with_it, without = (
+                self._integrate(density.clone(), some, apart_cm) for some in (inside, others)
+            )
+            planes[1:] = without - with_it
+        return planes
+
+    def _block(self, view: View, finding: list[Lesion]) -> Block | None:
+        """Return the part of a view that a finding covers; None outside the field."""
+        whole, every = self.whole(view), 4
+        points = self.donor_positions(view, whole, every, every)
+        near = np.zeros(points[0].shape, bool)
+        for lesion in finding:
+            offset = zip(points, lesion.centre_mm, strict=True)
+            square = sum((p - float(c)) ** 2 for p, c in offset)
+            near |= (square < (lesion.size_mm + MARGIN_MM) ** 2).numpy()
+        spans = []
+        for axis, count in ((0, whole.rows[1]), (2, whole.columns[1]), (1, whole.steps[1])):
+            where = np.flatnonzero(near.any(axis=tuple({0, 1, 2} - {axis}))) * every
+            if not len(where):
+                return None
+            spans.append((max(int(where[0]) - every, 0), min(int(where[-1]) + every, count)))
+        return Block(*spans)
 
     def _sample(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Interpolate the donor's density at positions in mm; 0 outside the scan.
@@ -312,50 +371,100 @@ class Scene:
         below += above
         return below
 
-    @staticmethod
-    def _move(points: tuple, near: list) -> None:
-        """Replace each position that lesions move by the position of its tissue in the donor."""
-        for lesion, where in near:
-            if lesion.move and where:
-                moved = lesion.move(tuple(p[where] for p in points))
-                for p, q in zip(points, moved, strict=True):
-                    p[where] = q
-
-    def _integrate(self, density: Tensor, near: list, apart: Tensor) -> tuple:
+    def _integrate(self, density: Tensor, inside: list["_Inside"], apart_cm: Tensor) -> np.ndarray:
         """Insert lesions into the density, in place, and integrate along the rays: g/cm²."""
-        metal = torch.zeros(density.shape) if any(some.metal for some, *_ in near) else None
-        for lesion, where, occupancy in near:
+        inside = [part for part in inside if _replaces(part.lesion)]
+        metal = torch.zeros(density.shape) if any(part.lesion.metal for part in inside) else None
+        for lesion, where, occupancy in inside:
             if lesion.fill is not None:
                 density[where] += occupancy * (lesion.fill - density[where])
             if lesion.metal:
                 metal[where] = torch.maximum(metal[where], occupancy * lesion.metal)  # g/cm³
                 density[where] *= 1.0 - occupancy
         low, high = COMPACT
-        compact = ((density - low) / (high - low)).clamp(0.0, 1.0)
-        bone = ((density - BONE_FROM) / BONE_SPAN).clamp(min=0.0)
-        soft = density.clamp(max=BONE_FROM) * (1.0 - bone).clamp(min=0.0)
-        metal = torch.zeros(bone[:, 0].shape) if metal is None else _along(metal, apart)
-        soft = _along(soft, apart) / 1000.0
-        mineral = self.shape.bone + compact * (self.shape.bone**COMPACT_LOSS - self.shape.bone)
-        bone = _along(bone * mineral, apart) * CORTICAL_G_CM3
-        return soft.numpy(), bone.numpy(), metal.numpy()
+        mineral = ((density - low) / (high - low)).clamp_(0.0, 1.0)  # fraction of compact bone
+        mineral.mul_(self.shape.bone**COMPACT_LOSS - self.shape.bone).add_(self.shape.bone)
+        for lesion, where, occupancy in inside:
+            if lesion.fill is not None:  # a lesion's density is its own, whatever the patient's age
+                mineral[where] += occupancy * (1.0 - mineral[where])
+        bone = ((density - BONE_FROM) / BONE_SPAN).clamp_(min=0.0)
+        soft = density.clamp_(max=BONE_FROM).mul_((1.0 - bone).clamp_(min=0.0))
+        planes = np.zeros((3, len(density), density.shape[2]), np.float32)
+        planes[0] = _along(soft, apart_cm / 1000.0)
+        planes[1] = _along(bone.mul_(mineral), apart_cm * CORTICAL_G_CM3)
+        if metal is not None:
+            planes[2] = _along(metal, apart_cm)
+        return planes
 
-    @staticmethod
-    def _near(points: tuple[Tensor, Tensor, Tensor], lesion: Lesion) -> tuple | None:
-        """Return the slices of a strip that hold a lesion's sphere, or None."""
-        every = 3
-        coarse = (p[::every, ::every, ::every] for p in points)
-        square = sum((p - float(c)) ** 2 for p, c in zip(coarse, lesion.centre_mm, strict=True))
-        near = (square < (lesion.reach_mm + every * STEP_MM) ** 2).numpy()
-        slices = []
-        for axis, size in enumerate(points[0].shape):
-            where = np.flatnonzero(near.any(axis=tuple({0, 1, 2} - {axis}))) * every
-            if not len(where):
-                return None
-            slices.append(
-                slice(max(int(where[0]) - every, 0), min(int(where[-1]) + 2 * every, size))
-            )
-        return tuple(slices)
+
+class _Inside(NamedTuple):
+    """A lesion's occupancy in a part of an array of samples."""
+
+    lesion: Lesion
+    where: tuple[slice, ...]
+    occupancy: Tensor
+
+    def within(self, box: tuple[slice, ...]) -> "_Inside | None":
+        """Return what lies in a box, in the box's own indices; None where nothing does."""
+        common = [(max(a.start, b.start), min(a.stop, b.stop))
+                  for a, b in zip(self.where, box, strict=True)]  # fmt: skip
+        if any(start >= stop for start, stop in common):
+            return None
+        own, there = (
+            tuple(slice(start - a.start, stop - a.start)
+                  for (start, stop), a in zip(common, frame, strict=True))
+            for frame in (self.where, box)
+        )  # fmt: skip
+        return _Inside(self.lesion, there, self.occupancy[own])
+
+
+def _moves(finding: list[Lesion]) -> bool:
+    return any(lesion.move for lesion in finding)
+
+
+def _replaces(lesion: Lesion) -> bool:
+    return lesion.fill is not None or lesion.metal > 0.0
+
+
+def _near(points: tuple, lesion: Lesion, reach_mm: float, spacing_mm: float) -> tuple | None:
+    """Return the slices of a chunk that hold a sphere about a lesion's centre, or None."""
+    every = 3
+    within = reach_mm + every * spacing_mm
+    offset = [p[::every, ::every, ::every] - float(c)
+              for p, c in zip(points, lesion.centre_mm, strict=True)]  # fmt: skip
+    # Heights change least within a chunk, so they decide first.
+    if float(offset[2].min()) > within or float(offset[2].max()) < -within:
+        return None
+    near = (sum(o * o for o in offset) < within**2).numpy()
+    slices = []
+    for axis, size in enumerate(points[0].shape):
+        where = np.flatnonzero(near.any(axis=tuple({0, 1, 2} - {axis}))) * every
+        if not len(where):
+            return None
+        slices.append(slice(max(int(where[0]) - every, 0), min(int(where[-1]) + 2 * every, size)))
+    return tuple(slices)
+
+
+def _around(boxes: list[tuple[slice, ...]]) -> tuple[slice, ...]:
+    """Return the smallest box that holds all boxes."""
+    return tuple(
+        slice(min(s.start for s in own), max(s.stop for s in own))
+        for own in zip(*boxes, strict=True)
+    )
+
+
+def _between(
+    planes: np.ndarray, rays: int, start: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Interpolate planes between every n-th ray, from an offset in rays."""
+    if rays == 1:
+        return planes
+    matrix = np.array([[1.0, 0.0, start[1]], [0.0, 1.0, start[0]]]) / rays
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return np.stack([
+        cv2.warpAffine(plane, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        for plane in planes
+    ])  # fmt: skip
 
 
 def _along(values: Tensor, apart: Tensor) -> Tensor:
@@ -363,10 +472,10 @@ def _along(values: Tensor, apart: Tensor) -> Tensor:
     return torch.einsum("rsc,s->rc", values, apart)
 
 
-def _strips(block: Block) -> Iterator[list[Block]]:
+def _strips(block: Block, rays: int) -> Iterator[list[Block]]:
     """Cut a block into strips of a few rows, and each of these into parts along the rays."""
-    columns = block.columns[1] - block.columns[0]
-    at_once = min(max(1, SAMPLES // (columns * MOST_STEPS)), MOST_ROWS)
+    columns = -(-(block.columns[1] - block.columns[0]) // rays)
+    at_once = min(max(1, SAMPLES // (columns * MOST_STEPS)), MOST_ROWS // rays) * rays
     for rows in _cut(block.rows, at_once):
         yield [Block(rows, block.columns, steps) for steps in _cut(block.steps, MOST_STEPS)]
 
@@ -374,16 +483,6 @@ def _strips(block: Block) -> Iterator[list[Block]]:
 def _cut(span: tuple[int, int], most: int) -> list[tuple[int, int]]:
     """Cut a half-open range of indices into ranges of at most `most`."""
     return [(start, min(start + most, span[1])) for start in range(*span, most)]
-
-
-def _add(parts: Iterable[tuple]) -> tuple:
-    """Add the integrals over the parts of the same rays."""
-    return tuple(sum(own) for own in zip(*parts, strict=True))
-
-
-def _join(strips: Iterable[tuple]) -> Paths:
-    """Join the strips of a block."""
-    return Paths(*(np.concatenate(part) for part in zip(*strips, strict=True)))
 
 
 def _count(size_mm: float) -> int:

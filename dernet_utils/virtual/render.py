@@ -17,7 +17,7 @@ from dernet_utils.virtual.anatomy import Anatomy
 from dernet_utils.virtual.counterfactual import Counterfactual
 from dernet_utils.virtual.lesions import Lesion
 from dernet_utils.virtual.plan import FIELD_MARGIN_MM, VERSION
-from dernet_utils.virtual.projection import GRID_MM, Block, Scene, Shape, View
+from dernet_utils.virtual.projection import GRID_MM, Scene, Shape, Trace, View
 from dernet_utils.virtual.spine import Disc, Vertebra
 
 # Bodies.
@@ -150,13 +150,12 @@ def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadi
     rng = np.random.default_rng([plan["seed"], VERSION, plan["patient"], 1 + number])
     shape = build_shape(plan, anatomy.bodies)
     groups = [build_finding(f, anatomy.bodies, anatomy.discs) for f in plan["findings"]]
-    everything = [lesion for group in groups for lesion in group]
-    scene = Scene(anatomy.donor, anatomy.bodies, shape, everything)
     view = plan_to_view(drawn, anatomy.bodies)
-    paths = scene.paths(view, everything)
+    traced = Scene(anatomy.donor, anatomy.bodies, shape).trace(view, groups)
     frame = _Frame(drawn)
     arrived = transmission(
-        Paths(*(np.maximum(frame.resample(p), 0.0) for p in vars(paths).values())), drawn["kvp"]
+        Paths(*(np.maximum(frame.resample(p), 0.0) for p in vars(traced.paths).values())),
+        drawn["kvp"],
     )
     spacing_mm = drawn["spacing_mm"]
     signal = expose(
@@ -166,10 +165,8 @@ def render_radiograph(plan: dict, number: int, anatomy: Anatomy) -> RenderedRadi
     haze = scattered_radiation(arrived, spacing_mm, drawn["scatter"])
     mas = drawn["dose_ugy"] / (AIR_UGY * (drawn["kvp"] / 80.0) ** 2 * float(arrived.mean()))
     counterfactuals = [
-        _counterfactual(
-            scene, view, group, everything, block, paths, haze / arrived, developed, frame
-        )
-        for group, block in zip(groups, scene.blocks(view, groups), strict=True)
+        _counterfactual(traced, number, haze / arrived, developed, frame)
+        for number in range(len(groups))
     ]
     grey = developed.grey
     if drawn["marker"]:
@@ -237,15 +234,7 @@ def plan_to_view(drawn: dict, bodies: list[Vertebra]) -> View:
 
 
 def _counterfactual(
-    scene: Scene,
-    view: View,
-    group: list[Lesion],
-    everything: list[Lesion],
-    block: Block | None,
-    paths: Paths,
-    haze: np.ndarray,
-    developed: DisplayProcessing,
-    frame: _Frame,
+    traced: Trace, number: int, haze: np.ndarray, developed: DisplayProcessing, frame: _Frame
 ) -> Counterfactual | None:
     """Compare an image with its counterfactual; None if most of the finding is outside the field.
 
@@ -255,26 +244,28 @@ def _counterfactual(
     least 0.02) of the counterfactual image in the mask and 3 mm around it.
 
     Args:
+        traced: The rays of the view.
+        number: Index of the finding.
         haze: Scattered over primary radiation at each pixel, shape (H, W).
+        developed: The processed image.
+        frame: The map from rays to pixels.
     """
-    if block is None:
-        return None
-    where = np.s_[block.rows[0] : block.rows[1], block.columns[0] : block.columns[1]]
-    shadow = np.zeros_like(paths.soft)
-    shadow[where] = scene.shadow(view, group, everything, block)
-    solid = shadow > max(0.8, 0.15 * shadow.max())
+    length_mm = traced.lengths_mm[number]
+    solid = length_mm > max(0.8, 0.15 * length_mm.max())
     if not solid.any():
         return None
     mask = (frame.resample(solid.astype(np.float32)) > 0.5) & frame.open
     if mask.sum() * (frame.drawn["spacing_mm"] / GRID_MM) ** 2 < PART_IN_FIELD * solid.sum():
         return None
-    with_it, without = map(vars, scene.counterfactuals(view, everything, group, block))
-    more = np.zeros_like(paths.soft)  # log of transmission without over with the finding
-    before = {k: v[where] for k, v in vars(paths).items()}
-    after = {k: np.maximum(before[k] + (without[k] - with_it[k]), 0.0) for k in before}
-    before = {k: np.maximum(v, 0.0) for k, v in before.items()}
-    arrive = (np.log(transmission(Paths(**p), frame.drawn["kvp"])) for p in (after, before))
-    more[where] = np.subtract(*arrive)
+    removed = np.stack(list(vars(traced.removed[number]).values()))
+    more = np.zeros_like(length_mm)  # log of transmission without over with the finding
+    rows, columns = (np.flatnonzero(removed.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    if len(rows):
+        where = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        before = np.stack([path[where] for path in vars(traced.paths).values()])
+        both = (np.maximum(p, 0.0) for p in (before + removed[:, *where], before))
+        arrive = (np.log(transmission(Paths(*p), frame.drawn["kvp"])) for p in both)
+        more[where] = np.subtract(*arrive)
     # Scatter comes from all around and stays the same, so it veils what lies behind metal.
     part, change = developed.change(-np.log1p(np.expm1(frame.resample(more)) / (1.0 + haze)))
     change = change * frame.open[part]
