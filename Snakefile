@@ -88,7 +88,7 @@ for chapter in chapters:
         input:
             [
                 f"trained/{network}-{fold}"
-                for network, fold in graph.trainings_of(chapter, workspace.profile.folds)
+                for network, fold in graph.trainings_of(chapter, workspace.profile.held_out)
             ],
             [f"chapters/{before}.ipynb" for before in graph.chapter_needs(chapter).after],
         output:

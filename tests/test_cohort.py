@@ -315,6 +315,11 @@ def test_the_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path,
         assert kept.stat().st_mtime_ns == time, "what was there was made again"
     one, two, three = (files_of(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two == three
+    # A part of the plan: the first patient of each split, and the same bytes.
+    part = virtual_cohort.write_cohort(tmp_path / "part", 3, 7, 2, rendered=(1, 1))
+    assert [study["patient"] for study in part["studies"]] == [few[0]["patient"], few[2]["patient"]]
+    images = {k: v for k, v in files_of(tmp_path / "part").items() if k.endswith((".dicom", ".npz"))}
+    assert images and images.items() <= one.items()
 
     assert not check_dataset(tmp_path / "one").problems
     dataset = read_dataset(tmp_path / "one")

@@ -160,7 +160,7 @@ def test_only_a_chapter_that_measures_times_gets_all_cores(name: str):
 
 def test_a_chapters_trainings_are_a_job_for_each_network_and_fold():
     for name, needs in CHAPTERS.items():
-        jobs = graph.trainings_of(name, 3)
+        jobs = graph.trainings_of(name, range(3))
         assert sorted(jobs) == sorted((own, fold) for own in needs.networks for fold in range(3))
 
 

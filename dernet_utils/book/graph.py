@@ -99,9 +99,9 @@ def cores_for(name: str, available: int) -> int:
     return {"one": 1, "half": max(1, available // 2), "all": available}[chapter_needs(name).cores]
 
 
-def trainings_of(name: str, folds: int) -> list[tuple[str, int]]:
-    """Return the trainings that a chapter reads, as pairs of a network and a fold."""
-    return [(network, fold) for network in chapter_needs(name).networks for fold in range(folds)]
+def trainings_of(name: str, held_out: range) -> list[tuple[str, int]]:
+    """Return the trainings that a chapter reads, as pairs of a network and a fold held out."""
+    return [(network, fold) for network in chapter_needs(name).networks for fold in held_out]
 
 
 def priorities(names: list[str]) -> dict[str, int]:
@@ -205,7 +205,8 @@ def tables_digest(workspace: Workspace) -> str:
     profile = workspace.profile
     if profile.renders_cohort:
         code = _code_with_imports("virtual.cohort")
-        return digest_of(f"{profile.patients} {profile.seed} {profile.test_seed}", code, _lock())
+        numbers = profile.patients, profile.seed, profile.test_seed, profile.rendered
+        return digest_of(str(numbers), code, _lock())
     tables = [workspace.data_root / "annotations" / f"{split}.csv" for split in SPLITS]
     for table in tables:
         if not table.is_file():

@@ -27,7 +27,11 @@ class Profile(BaseModel):
     patients: int | None = Field(gt=0)
     seed: int = Field(42, ge=0)  # paper, section 4.1
     test_seed: int | None = Field(None, ge=0, description="of virtual test patients; None: seed")
+    rendered: tuple[int, int] | None = Field(
+        None, description="training and test patients that are made; None: all"
+    )
     folds: int = Field(5, ge=2)  # paper, section 4.1
+    trained_folds: int | None = Field(None, ge=1, description="held out, from fold 0; None: all")
     clip_limit: float = Field(2.0, gt=0)  # paper, section 3.1
     tiles: int = Field(8, gt=0)  # OpenCV's default grid, 8 x 8
     cache_px: int = Field(gt=0, description="long side of a cached image")
@@ -53,6 +57,11 @@ class Profile(BaseModel):
     timings: int = Field(15, ge=2, description="rounds of interleaved runtime measurements")
     timed_px: int = Field(384, gt=0, multiple_of=32, description="side of the triage input there")
     timed_size: tuple[Side, Side] = Field((640, 640), description="the detector's input there")
+
+    @property
+    def held_out(self) -> range:
+        """The folds that are held out in turn, one training of a network for each."""
+        return range(self.trained_folds or self.folds)
 
     @property
     def renders_cohort(self) -> bool:

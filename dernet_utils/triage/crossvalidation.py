@@ -7,7 +7,7 @@ without loading a network or an image.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +42,9 @@ class CrossValidated:
 
     Attributes:
         network: Its name.
-        out_of_fold: One row per training image, in the order of `triage_images`: ``image_id``,
-            ``study_id``, ``fold``, ``label`` (bool) and ``prob``, by the network that was not
-            trained on that fold.
+        out_of_fold: One row per image of the folds held out, in the order of `triage_images`:
+            ``image_id``, ``study_id``, ``fold``, ``label`` (bool) and ``prob``, by the network that
+            was not trained on that fold.
         test: One row per test image: ``image_id``, ``study_id``, and ``prob``, the mean over the
             folds' networks. It has no label.
         curves: Learning curves: the rows of `training.TrainedNetwork.history` with their ``fold``.
@@ -84,11 +84,12 @@ def triage_jobs(
     """
     if network and network not in NETWORKS:
         raise DernetError(f"The triage network is one of {', '.join(NETWORKS)}, not {network!r}.")
-    if fold is not None and fold not in range(profile.folds):
+    if fold is not None and fold not in profile.held_out:
         raise DernetError(
-            f"The folds of this run are 0 to {profile.folds - 1}; there is no fold {fold}."
+            f"The folds that this run holds out are 0 to {profile.held_out[-1]}; fold {fold} is "
+            "none of them."
         )
-    folds = range(profile.folds) if fold is None else [fold]
+    folds = profile.held_out if fold is None else [fold]
     return [(name, held_out) for name in ([network] if network else NETWORKS) for held_out in folds]
 
 
@@ -126,7 +127,11 @@ def _lesion_centres(boxes: pd.DataFrame, sizes: pd.DataFrame) -> dict[str, np.nd
 
 
 def train_fold(
-    workspace: Workspace, name: str, fold: int, progress: Callable[[dict], None] | None = None
+    workspace: Workspace,
+    name: str,
+    fold: int,
+    progress: Callable[[dict], None] | None = None,
+    seed: int | None = None,
 ) -> Path:
     """Train a network on all folds but one and write its probabilities, unless that has been done.
 
@@ -135,17 +140,19 @@ def train_fold(
         name: One of `NETWORKS`.
         fold: The fold that is held out.
         progress: As in `training.train_triage`.
+        seed: Another seed for the training than the profile's, which names the table too.
 
     Returns:
-        The table ``tables/triage/<name>-<fold>.parquet``: ``image_id`` and ``prob`` of the images
-        held out and of the test split; its attributes hold the checkpoint's name and the history.
+        The table ``tables/triage/<name>-<fold>.parquet``, or ``<name>-<fold>-<seed>.parquet``:
+        ``image_id`` and ``prob`` of the images held out and of the test split; its attributes hold
+        the checkpoint's name and the history.
 
     Raises:
         DernetError: There is no such fold or network, a fold lacks a class, or as
             `training.train_triage` raises.
     """
     triage_jobs(workspace.profile, name, fold)
-    return _train_fold(workspace, triage_images(workspace), name, fold, progress)
+    return _train_fold(workspace, triage_images(workspace), name, fold, progress, seed)
 
 
 def _train_fold(
@@ -154,15 +161,18 @@ def _train_fold(
     name: str,
     fold: int,
     progress: Callable[[dict], None] | None,
+    seed: int | None = None,
 ) -> Path:
     """Do the work of `train_fold` with images that have already been read."""
-    path = workspace.tables / "triage" / f"{name}-{fold}.parquet"
-    key = _fold_key(workspace, images, name, fold)
+    other = "" if seed is None else f"-{seed}"
+    path = workspace.tables / "triage" / f"{name}-{fold}{other}.parquet"
+    recipe, folds = TriageRecipe.of(workspace.profile), workspace.profile.folds
+    recipe = recipe if seed is None else replace(recipe, seed=seed)
+    key = _fold_key(images, name, f"{fold} of {folds}", recipe)
     if path.is_file():
         kept = pd.read_parquet(path).attrs
         if kept["key"] == key and (workspace.weights / kept["checkpoint"]).is_file():
             return path
-    recipe, folds = TriageRecipe.of(workspace.profile), workspace.profile.folds
     held = images[images["fold"] == fold]
     training = images[(images["fold"] != fold) & (images["split"] == "train")]
     for rows, words in ((training, "the training images"), (held, "the images held out")):
@@ -198,7 +208,7 @@ def _train_fold(
     return write_whole(path, lambda part: found.to_parquet(part, index=False))
 
 
-def _fold_key(workspace: Workspace, images: pd.DataFrame, name: str, fold: int) -> str:
+def _fold_key(images: pd.DataFrame, name: str, fold: str, recipe: TriageRecipe) -> str:
     """Digest of all inputs of a fold's table; no image is read.
 
     A cached image is named by a digest of its content, so its name stands for its pixels.
@@ -207,7 +217,7 @@ def _fold_key(workspace: Workspace, images: pd.DataFrame, name: str, fold: int) 
     columns = ["image_id", "study_id", "split", "fold", "label"]
     lesions = np.concatenate([*images["lesions"], np.empty((0, 3))])
     return digest_of(
-        f"{name} {fold} of {workspace.profile.folds}, {TriageRecipe.of(workspace.profile)}",
+        f"{name} {fold}, {recipe}",
         f"torch {torch.__version__}, timm {timm.__version__}",
         modules_digest("triage/crossvalidation", *SHAPING),
         images[columns].to_csv(index=False),
@@ -218,7 +228,10 @@ def _fold_key(workspace: Workspace, images: pd.DataFrame, name: str, fold: int) 
 
 
 def cross_validate(
-    workspace: Workspace, name: str, progress: FoldProgress | None = None
+    workspace: Workspace,
+    name: str,
+    progress: FoldProgress | None = None,
+    seed: int | None = None,
 ) -> CrossValidated:
     """Return a network's probabilities for all images; any fold without a table is trained first.
 
@@ -226,15 +239,16 @@ def cross_validate(
         workspace: The run.
         name: One of `NETWORKS`.
         progress: Called after each epoch that is trained now.
+        seed: As in `train_fold`.
 
     Raises:
         DernetError: As `train_fold` raises.
     """
     images = triage_images(workspace)
     found, curves, epochs, checkpoints = [], [], [], []
-    for fold in range(workspace.profile.folds):
+    for fold in workspace.profile.held_out:
         after = None if progress is None else lambda row, fold=fold: progress(fold, row)
-        table = pd.read_parquet(_train_fold(workspace, images, name, fold, after))
+        table = pd.read_parquet(_train_fold(workspace, images, name, fold, after, seed))
         history = pd.DataFrame(json.loads(table.attrs["history"]))
         checkpoints.append(workspace.weights / table.attrs["checkpoint"])
         table.attrs = {}
@@ -247,7 +261,8 @@ def cross_validate(
                 epochs.append(pd.DataFrame({"image_id": held, "epoch": epoch, "prob": prob}))
         curves.append(history.assign(fold=fold))
     prob = pd.concat(found).groupby("image_id")["prob"].mean()
-    train, test = (images[images["split"] == split].copy() for split in ("train", "test"))
+    train = images[images["fold"].isin(workspace.profile.held_out)].copy()
+    test = images[images["split"] == "test"].copy()
     for rows in (train, test):
         rows["prob"] = prob[rows["image_id"]].to_numpy()
     train = train.astype({"label": bool, "fold": int})

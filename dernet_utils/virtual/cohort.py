@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import cv2
@@ -46,6 +47,7 @@ def write_cohort(
     ct: Path | None = None,
     mask: Path | None = None,
     test_seed: int | None = None,
+    rendered: tuple[int, int] | None = None,
 ) -> dict:
     """Make a virtual cohort on disk, in the form of VinDr-SpineXR.
 
@@ -58,6 +60,8 @@ def write_cohort(
         progress: Called with (finished patients, all patients) after each patient.
         ct, mask: Another donor and its TotalSegmentator labels, as `load_donor` takes them.
         test_seed: Another seed for the test patients, as `plan_cohort` takes it.
+        rendered: How many training and test patients of the plan are made, the first ones of each
+            split; None for all. A patient is the same however many others are made.
 
     Returns:
         The manifest, as ``manifest.json`` holds it.
@@ -71,18 +75,22 @@ def write_cohort(
         raise DernetError(f"{out} is not empty: name a new folder, or delete it first.")
     anatomy = load_anatomy(ct, mask)
     plans = plan_cohort(patients, seed, anatomy.bodies, test_seed)
+    if rendered:
+        of_split = [[plan for plan in plans if plan["split"] == split] for split in SPLITS]
+        chosen = [own[:most] for own, most in zip(of_split, rendered, strict=True)]
+        plans = sorted(chain(*chosen), key=lambda plan: plan["patient"])
     working = out.with_name(out.name + ".partial")
     _claim(working, plans, anatomy.donor.digest)
     _check_room(working, plans)
     todo = [plan for plan in plans if not _record(working, plan).is_file()]
-    done = patients - len(todo)
+    done = len(plans) - len(todo)
     with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
         try:
             render = partial(_render_patient, working, ct=ct, mask=mask)
             for _ in pool.map(render, todo):
                 done += 1
                 if progress:
-                    progress(done, patients)
+                    progress(done, len(plans))
         except BaseException:
             pool.shutdown(cancel_futures=True)  # on an error or Ctrl-C, do not wait for the rest
             raise
@@ -109,8 +117,9 @@ def ensure_cohort(workspace: Workspace, progress: Callable[[int, int], None] | N
         root.parent.mkdir(parents=True, exist_ok=True)
         workers = os.cpu_count() or 1
         write_cohort(
-            root, profile.patients, profile.seed, workers, progress, test_seed=profile.test_seed
-        )
+            root, profile.patients, profile.seed, workers, progress,
+            test_seed=profile.test_seed, rendered=profile.rendered,
+        )  # fmt: skip
     return root
 
 
