@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import digest_of, file_digest, modules_digest, write_whole
+from dernet_utils.core.packed import read_weights
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
 from dernet_utils.detection import yolo
 from dernet_utils.detection.images import DetectorRecipe, write_training_set
@@ -100,14 +100,14 @@ def load_detector(checkpoint: Path) -> tuple[yolo.Detector, pd.DataFrame]:
     """Return the network, ready for `predict_boxes`, and the learning curve of a finished run.
 
     Args:
-        checkpoint: A file that `train_detector` wrote.
+        checkpoint: A file that `train_detector` wrote, packed (`core.packed`) or not.
 
     Raises:
-        DernetError: The checkpoint has another number of classes.
+        DernetError: The file is missing or damaged, or has another number of classes.
     """
-    with safe_open(checkpoint, framework="pt") as file:
-        history = json.loads(file.metadata()["history"])
-    network, tensors = yolo.build_detector(LESION_TYPES, seed=0), load_file(checkpoint)
+    tensors, facts = read_weights(checkpoint)
+    history = json.loads(facts["history"])
+    network = yolo.build_detector(LESION_TYPES, seed=0)
     classes = len(tensors.get(yolo.CLASS_BIAS, ()))
     if classes != len(LESION_TYPES):
         raise DernetError(

@@ -19,12 +19,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import digest_of, file_digest, modules_digest, write_whole
+from dernet_utils.core.packed import read_weights
 from dernet_utils.core.profiles import Profile
 from dernet_utils.metrics.classification import auroc
 from dernet_utils.triage.augment import augment, draw_crops
@@ -380,7 +381,7 @@ def load_network(
 
     Args:
         name: One of `NETWORKS`.
-        checkpoint: A file that `train_triage` wrote.
+        checkpoint: A file that `train_triage` wrote, packed (`core.packed`) or not.
         recipe: The settings that it must have been trained with; None accepts any.
 
     Returns:
@@ -401,7 +402,7 @@ def load_network(
             )
     history = json.loads(found["history"])
     network = build_network(name)
-    network.load_state_dict(load_file(checkpoint))
+    network.load_state_dict(read_weights(checkpoint)[0])
     network.to(machine.device(), memory_format=torch.channels_last).eval()
     return network, pd.DataFrame(history)
 

@@ -41,7 +41,9 @@ class Lesion:
         region: Occupancy, 0 to 1, of the volume that a radiologist would call the lesion.
         move: Maps a position in the patient with the lesion to the donor position whose tissue
             lies there; None where nothing moves.
-        fill: Density (HU + 1000) of the region; None where tissue keeps its density.
+        fill: Density (HU + 1000) that bone formation or cement raises the region's tissue to;
+            denser tissue keeps its own. None where all tissue does.
+        lytic: Whether denser tissue is replaced too.
         metal: Density of titanium in g/cm³ inside the region; 0 for tissue.
     """
 
@@ -55,6 +57,7 @@ class Lesion:
     region: Callable[[Points], Tensor]
     move: Callable[[Points], Points] | None = None
     fill: float | None = None
+    lytic: bool = False
     metal: float = 0.0
 
 
@@ -309,7 +312,7 @@ def foraminal_stenosis(disc: Disc, severity: float) -> list[Lesion]:
         )
 
     name, centre = "Foraminal stenosis", disc.centre_mm + disc.front * back
-    fill = 1500.0 + 400.0 * severity
+    fill = 1700.0 + 400.0 * severity  # sclerotic bone, 700 to 1,100 HU
     size = side + 9.0
     return [Lesion(name, "bony", disc.name, severity, centre, size, size, region, fill=fill)]
 
@@ -331,14 +334,15 @@ def other_lesion(body: Vertebra, severity: float, form: str, place: np.ndarray) 
         square = sum((p - float(c)) ** 2 for p, c in zip(points, centre, strict=True))
         return _inside(square.sqrt() - r)
 
-    def make(region: Callable[[Points], Tensor], fill: float) -> Lesion:
+    def make(region: Callable[[Points], Tensor], fill: float, lytic: bool = False) -> Lesion:
         return Lesion(
-            "Other lesions", form, body.name, severity, centre, size, size, region, fill=fill
-        )
+            "Other lesions", form, body.name, severity, centre, size, size, region,
+            fill=fill, lytic=lytic,
+        )  # fmt: skip
 
     if form == "sclerotic":
         return [make(lambda points: ball(points, radius), 2000.0)]
-    lytic = make(lambda points: ball(points, radius), 1000.0)
+    lytic = make(lambda points: ball(points, radius), 1000.0, lytic=True)
     if form == "lytic":
         return [lytic]
     return [lytic, make(lambda points: ball(points, 0.6 * radius), 2100.0)]

@@ -29,7 +29,7 @@ LEAST = {
     "Other lesions": 0.35,
     "Spondylolysthesis": 0.20,
     "Foraminal stenosis": 0.50,
-    "Disc space narrowing": 0.35,
+    "Disc space narrowing": 0.45,
     "Osteophytes": 0.12,
 }
 # The views of a study and their probabilities; 2.1 images per study on average, as in the dataset.

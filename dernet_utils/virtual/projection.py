@@ -375,18 +375,21 @@ class Scene:
         """Insert lesions into the density, in place, and integrate along the rays: g/cm²."""
         inside = [part for part in inside if _replaces(part.lesion)]
         metal = torch.zeros(density.shape) if any(part.lesion.metal for part in inside) else None
+        filled = []  # where a lesion's own bone stands, whose mineral does not depend on age
         for lesion, where, occupancy in inside:
             if lesion.fill is not None:
-                density[where] += occupancy * (lesion.fill - density[where])
+                more = lesion.fill - density[where]
+                weight = occupancy if lesion.lytic else occupancy * (more > 0.0)
+                density[where] += weight * more
+                filled.append((where, weight))
             if lesion.metal:
                 metal[where] = torch.maximum(metal[where], occupancy * lesion.metal)  # g/cm³
                 density[where] *= 1.0 - occupancy
         low, high = COMPACT
         mineral = ((density - low) / (high - low)).clamp_(0.0, 1.0)  # fraction of compact bone
         mineral.mul_(self.shape.bone**COMPACT_LOSS - self.shape.bone).add_(self.shape.bone)
-        for lesion, where, occupancy in inside:
-            if lesion.fill is not None:  # a lesion's density is its own, whatever the patient's age
-                mineral[where] += occupancy * (1.0 - mineral[where])
+        for where, weight in filled:
+            mineral[where] += weight * (1.0 - mineral[where])
         bone = ((density - BONE_FROM) / BONE_SPAN).clamp_(min=0.0)
         soft = density.clamp_(max=BONE_FROM).mul_((1.0 - bone).clamp_(min=0.0))
         planes = np.zeros((3, len(density), density.shape[2]), np.float32)
