@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -19,10 +20,9 @@ from fastapi.testclient import TestClient
 from test_build import SmallBook
 
 from dernet_utils import cli
-from dernet_utils.book import build
+from dernet_utils.book import benchmark, build
 from dernet_utils.book.figures import use_style
-from dernet_utils.book.progress import cores
-from dernet_utils.core import environment, machine
+from dernet_utils.core import environment
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT, named_folder, runs_folder
 from dernet_utils.core.profiles import get_profile
@@ -293,12 +293,21 @@ def test_a_training_says_how_far_it_is(capsys: pytest.CaptureFixture):
     assert "0.500" in line and "2 of 6 epochs, about 8 min left" in line
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_long_run_says_at_first_what_to_expect(monkeypatch: pytest.MonkeyPatch, fast: bool):
-    monkeypatch.setattr(machine, "bfloat16_helps", lambda device: fast)
-    said = build.expected_duration(get_profile("laptop"))
-    assert f"{cores()} cores" in said and ("several times" in said) == (not fast)
+def test_a_long_run_says_at_first_what_to_expect(monkeypatch: pytest.MonkeyPatch):
+    usual, share = build.USUAL_MINUTES["laptop"], build.TRAINING_SHARE
+    for slower, minutes in ((1.0, usual), (4.0, usual * (1.0 + 3.0 * share))):
+        seconds = slower * build.STEP_SECONDS
+        monkeypatch.setattr(benchmark, "blank_step", lambda profile, s=seconds: s)
+        said = build.expected_duration(get_profile("laptop"))
+        expected = float(re.search(r"expect about ([\d,]+) minutes", said)[1].replace(",", ""))
+        assert expected == pytest.approx(minutes, rel=0.06)  # two digits
     assert build.expected_duration(get_profile("smoke")) == ""
+
+
+def test_a_training_step_is_measured_on_this_machine():
+    laptop = get_profile("laptop")
+    small = laptop.model_copy(update={"triage_px": 32, "triage_batch": 4})
+    assert benchmark.blank_step(small) < benchmark.blank_step(laptop)
 
 
 # Clients ----------------------------------------------------------------------------------------
