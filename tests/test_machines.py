@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from test_build import SmallBook
 
 from dernet_utils import cli
-from dernet_utils.book import benchmark, build
+from dernet_utils.book import build, duration
 from dernet_utils.book.figures import use_style
 from dernet_utils.core import environment
 from dernet_utils.core.errors import DernetError
@@ -294,20 +294,18 @@ def test_a_training_says_how_far_it_is(capsys: pytest.CaptureFixture):
 
 
 def test_a_long_run_says_at_first_what_to_expect(monkeypatch: pytest.MonkeyPatch):
-    usual, share = build.USUAL_MINUTES["laptop"], build.TRAINING_SHARE
-    for slower, minutes in ((1.0, usual), (4.0, usual * (1.0 + 3.0 * share))):
-        seconds = slower * build.STEP_SECONDS
-        monkeypatch.setattr(benchmark, "blank_step", lambda profile, s=seconds: s)
-        said = build.expected_duration(get_profile("laptop"))
+    for slower, minutes in ((1.0, 40.0), (4.0, 40.0 * (1.0 + 3.0 * duration.TRAINING_SHARE))):
+        seconds = slower * duration.STEP_SECONDS
+        monkeypatch.setattr(duration, "blank_step", lambda profile, s=seconds: s)
+        said = duration.expected_duration(get_profile("laptop"), 40)
         expected = float(re.search(r"expect about ([\d,]+) minutes", said)[1].replace(",", ""))
         assert expected == pytest.approx(minutes, rel=0.06)  # two digits
-    assert build.expected_duration(get_profile("smoke")) == ""
 
 
 def test_a_training_step_is_measured_on_this_machine():
     laptop = get_profile("laptop")
     small = laptop.model_copy(update={"triage_px": 32, "triage_batch": 4})
-    assert benchmark.blank_step(small) < benchmark.blank_step(laptop)
+    assert duration.blank_step(small) < duration.blank_step(laptop)
 
 
 # Clients ----------------------------------------------------------------------------------------

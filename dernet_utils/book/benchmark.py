@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dernet_utils.book.duration import seconds_per_step
 from dernet_utils.book.graph import TRAINING_ENVIRONMENT
 from dernet_utils.book.paper import TRAIN_IMAGES
 from dernet_utils.book.progress import Say
 from dernet_utils.core import machine
-from dernet_utils.core.profiles import Profile
 from dernet_utils.core.vocabulary import LESION_TYPES, NETWORK_NAMES, NETWORKS
-from dernet_utils.core.weights import starting_weights
 from dernet_utils.core.workspace import Workspace, commit
 from dernet_utils.detection import yolo
 from dernet_utils.detection.images import DetectorRecipe, detection_images, write_training_set
@@ -98,42 +97,15 @@ def estimate_triage(
 
 
 def measure_step(workspace: Workspace, name: str, recipe: TriageRecipe) -> tuple[float, float]:
-    """Take two optimisation steps on a run's first images and measure the second.
+    """Take four optimisation steps on a run's first images and measure all but the first.
 
     Returns:
-        Seconds of the second step, and the peak memory in GB of this process (on a GPU, of torch).
+        Seconds of the shortest step, and the peak memory in GB of this process (on a GPU, of torch).
     """
     images = triage_images(workspace)
     train = images[images["split"] == "train"]
     both = pd.concat([rows.head(recipe.batch // 2) for _, rows in train.groupby("label")])
     return seconds_per_step(name, Sample.load(both, recipe.train_px), recipe), _peak_gb()
-
-
-def seconds_per_step(name: str, sample: Sample, recipe: TriageRecipe) -> float:
-    """Return what a training step on whole images takes here, s: the second of two.
-
-    Args:
-        name: One of `NETWORKS`.
-        sample: Images for one step, `recipe.batch` of them.
-        recipe: Without epochs on crops.
-    """
-    with fast_and_deterministic():
-        network, optimizer = start_training(name, starting_weights(name), recipe)
-        train_epoch(network, optimizer, sample, recipe, 0)
-        started = time.perf_counter()
-        train_epoch(network, optimizer, sample, recipe, 1)  # waits for the loss
-        return time.perf_counter() - started
-
-
-def blank_step(profile: Profile) -> float:
-    """Return what a training step of ResNet50 takes here, s, on a profile's image and batch size.
-
-    Its images are blank, so that it can be measured before a run has any data.
-    """
-    recipe = replace(TriageRecipe.of(profile), crop_epochs=0)
-    y = torch.arange(recipe.batch) % 2
-    pixels = torch.zeros(recipe.batch, 1, recipe.train_px, recipe.train_px, dtype=torch.uint8)
-    return seconds_per_step("resnet50", Sample(pixels, y.float()), recipe)
 
 
 def compare_loops(workspace: Workspace, image_px: int, report: Say) -> pd.DataFrame:

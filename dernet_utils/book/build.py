@@ -28,17 +28,13 @@ from dernet_utils.book.progress import (
 )
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
-from dernet_utils.core.profiles import Profile
 from dernet_utils.core.workspace import Workspace, commit
 
 # Signals that end a process, in this order, and the time that each may take, s.
 ENDINGS = ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5))
 
-# Measured on two cores of an Intel Xeon with AVX-512 BF16: whole runs, minutes; the fraction of
-# `laptop` that is training; a training step of ResNet50 there, s.
+# Whole first runs on two cores of an Intel Xeon with AVX-512 BF16, minutes.
 USUAL_MINUTES = {"laptop": 40, "night": 90}
-TRAINING_SHARE = 0.75
-STEP_SECONDS = 0.3
 LINES_SHOWN = 8  # at the end of a failed step's output
 # Errors of file systems without locks, such as some network drives.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -148,33 +144,15 @@ def run(workspace: Workspace, html: Path, report: Say) -> None:
     prepared = is_prepared(workspace)  # first: it reports a data folder that cannot be read
     with _only_run(workspace, report) as lock:
         if not prepared:
-            if expected := expected_duration(workspace.profile):
-                report(expected)
+            if usual := USUAL_MINUTES.get(workspace.profile.name):
+                from dernet_utils.book.duration import expected_duration  # here: it imports torch
+
+                report(expected_duration(workspace.profile, usual))
             (workspace.folder / "prepared").unlink(missing_ok=True)  # tables may be missing
             _snakemake("prepare", workspace, lock)
         _snakemake("book", workspace, lock)
         publish(workspace, html)
     report(f"The book ({workspace.profile.name}) is {html / 'index.html'}, {clock(started)}.")
-
-
-def expected_duration(profile: Profile) -> str:
-    """Return a sentence on how long a first run takes here; empty where nothing is known.
-
-    A training step is measured, which takes some seconds. What is not training is taken to last as
-    long as on the machine that the usual duration comes from.
-    """
-    if profile.name not in USUAL_MINUTES:
-        return ""
-    from dernet_utils.book.benchmark import blank_step
-
-    seconds = blank_step(profile)
-    slower = 1.0 + TRAINING_SHARE * (seconds / STEP_SECONDS - 1.0)
-    minutes = float(f"{USUAL_MINUTES[profile.name] * slower:.2g}")
-    return (
-        f"A first run of the profile {profile.name} took {USUAL_MINUTES[profile.name]} minutes on "
-        f"two cores with AVX-512 BF16, where a training step of ResNet50 took {STEP_SECONDS:.2g} "
-        f"s. Here it takes {seconds:.2g} s, so expect about {minutes:,.0f} minutes."
-    )
 
 
 def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:

@@ -1,0 +1,70 @@
+"""How long a run will take here, told from a training step that is measured first."""
+
+import time
+from dataclasses import replace
+
+import torch
+
+from dernet_utils.core.profiles import Profile
+from dernet_utils.core.weights import starting_weights
+from dernet_utils.triage.training import (
+    Sample,
+    TriageRecipe,
+    fast_and_deterministic,
+    start_training,
+    train_epoch,
+)
+
+# Measured with the profile `laptop` on two cores of an Intel Xeon with AVX-512 BF16: the fraction
+# of a first run that is training, and a training step as `blank_step` takes it, s.
+TRAINING_SHARE = 0.75
+STEP_SECONDS = 0.3
+
+
+def expected_duration(profile: Profile, usual_minutes: float) -> str:
+    """Return a sentence on how long a first run takes here.
+
+    What is not training is taken to last as long as on the machine with AVX-512 BF16.
+
+    Args:
+        profile: The run's profile.
+        usual_minutes: How long it took there.
+    """
+    seconds = blank_step(profile)
+    slower = 1.0 + TRAINING_SHARE * (seconds / STEP_SECONDS - 1.0)
+    minutes = float(f"{usual_minutes * slower:.2g}")
+    return (
+        f"A first run of the profile {profile.name} took {usual_minutes:g} minutes on two cores "
+        f"with AVX-512 BF16, where a training step of ResNet50 took {STEP_SECONDS:.2g} s. Here it "
+        f"takes {seconds:.2g} s, so expect about {minutes:,.0f} minutes."
+    )
+
+
+def blank_step(profile: Profile) -> float:
+    """Return what a training step of ResNet50 takes here, s, on a profile's image and batch size.
+
+    Its images are blank, so that it can be measured before a run has any data.
+    """
+    recipe = replace(TriageRecipe.of(profile), crop_epochs=0)
+    y = torch.arange(recipe.batch) % 2
+    pixels = torch.zeros(recipe.batch, 1, recipe.train_px, recipe.train_px, dtype=torch.uint8)
+    return seconds_per_step("resnet50", Sample(pixels, y.float()), recipe)
+
+
+def seconds_per_step(name: str, sample: Sample, recipe: TriageRecipe) -> float:
+    """Return what a training step on whole images takes here, s: the shortest of three.
+
+    Args:
+        name: One of `NETWORKS`.
+        sample: Images for one step, `recipe.batch` of them.
+        recipe: Without epochs on crops.
+    """
+    with fast_and_deterministic():
+        network, optimizer = start_training(name, starting_weights(name), recipe)
+        train_epoch(network, optimizer, sample, recipe, 0)  # the first step is slower
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            train_epoch(network, optimizer, sample, recipe, 1)  # waits for the loss
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
