@@ -100,7 +100,8 @@ def measure_step(workspace: Workspace, name: str, recipe: TriageRecipe) -> tuple
     """Take four optimisation steps on a run's first images and measure all but the first.
 
     Returns:
-        Seconds of the shortest step, and the peak memory in GB of this process (on a GPU, of torch).
+        Seconds of the shortest step, and the peak memory in GB: of this process, or on a GPU of
+        torch.
     """
     images = triage_images(workspace)
     train = images[images["split"] == "train"]
