@@ -14,8 +14,8 @@ from scipy.interpolate import make_interp_spline
 
 SLICE_MM, PIXEL_MM = 0.6, 0.5  # of the fine grid; detail of a millimetre survives on it
 CORTEX = 2350.0  # HU + 1000: cortical bone at the resolution of the grid
-# The shell of a lumbar body is about 0.4 mm thick (Silva, Bone 1994; 15: 409). On this grid it needs
-# 0.75 mm, and so has about one and a half times the mineral. An arch's is thicker; ours.
+# The shell of a lumbar body is about 0.4 mm thick (Silva, Bone 1994; 15: 409). On this grid it
+# needs 0.75 mm, and so has about one and a half times the mineral. An arch's is thicker; ours.
 BODY_CORTEX_MM, ARCH_CORTEX_MM = 0.75, 1.35
 ARCH_MM = (4.0, 7.0)  # depth of a part's middle under its surface: an arch below, a body above
 EDGE_MM = 0.5  # over which density rises at a surface

@@ -236,10 +236,10 @@ class Scene:
             removed = planes[4 + 4 * number : 7 + 4 * number]
             block = self._block(view, finding) if _moves(finding) else None
             if block:  # its rays pass through other tissue without it
-                where = np.s_[block.rows[0] : block.rows[1], block.columns[0] : block.columns[1]]
+                where = slice(*block.rows), slice(*block.columns)
                 others = [lesion for lesion in lesions if lesion not in finding]
-                with_it, without = (self._march(view, some, [], block) for some in (lesions, others))
-                removed[:, *where] = without - with_it
+                with_it = self._march(view, lesions, [], block)
+                removed[:, *where] = self._march(view, others, [], block) - with_it
             traced.removed.append(Paths(*removed))
         return traced
 
@@ -287,10 +287,11 @@ class Scene:
         shown = {lesion for finding in findings for lesion in finding}
         inside = []
         for lesion in lesions:
-            if (lesion in shown or _replaces(lesion)) and (
-                where := _near(points, lesion, lesion.size_mm, spacing_mm)
-            ):
-                inside.append(_Inside(lesion, where, lesion.region(tuple(p[where] for p in points))))
+            if not (lesion in shown or _replaces(lesion)):
+                continue
+            if where := _near(points, lesion, lesion.size_mm, spacing_mm):
+                occupancy = lesion.region(tuple(p[where] for p in points))
+                inside.append(_Inside(lesion, where, occupancy))
         planes = np.zeros((3 + 4 * len(findings), len(points[0]), points[0].shape[2]), np.float32)
         for number, finding in enumerate(findings):
             own = [part for part in inside if part.lesion in finding]
