@@ -47,7 +47,7 @@ from dernet_utils.book.progress import epoch_bars
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.vocabulary import NETWORK_NAMES, NETWORKS
-from dernet_utils.dataset.tables import read_manifest
+from dernet_utils.dataset.prepared import read_images
 from dernet_utils.imaging.enhance import load_cached
 from dernet_utils.metrics import classification, intervals
 from dernet_utils.triage import ensemble
@@ -57,7 +57,6 @@ from dernet_utils.triage.crossvalidation import (
     triage_images,
     write_decision,
 )
-from dernet_utils.virtual.counterfactual import images_with_faint_findings
 
 # %%
 workspace = open_chapter(profile)
@@ -627,7 +626,8 @@ glue_values("c07", {
 # {cite}`ransohoff1978`.
 
 # %%
-faint = images_with_faint_findings(read_manifest(workspace.data_root)) if workspace.virtual else frozenset()
+every = read_images(workspace)
+faint = every.loc[every["faint"], "image_id"]
 rows = {}
 for split, part, label, score in (("out of fold", scored, y, final), ("test", test, y_test, score_test)):
     hidden, of_image = part["image_id"].isin(faint).to_numpy(), part["study_id"].to_numpy()

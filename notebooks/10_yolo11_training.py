@@ -354,7 +354,7 @@ def show_epoch(row):
 
 
 trained = train_detector(
-    training, validation, boxes, recipe, workspace.weights, start, progress=show_epoch
+    training, validation, boxes, recipe, workspace.weights, start, show_epoch, same.faint
 )
 
 # %% tags=["remove-output"]
@@ -395,7 +395,9 @@ arms = {}
 for name, tau in {"stops": 1, "continues": arm_epochs + 1}.items():
     arm = replace(recipe, epochs=arm_epochs, mosaic_until=tau, lr=recipe.lr / 2)
     begin = trained.at_cut_off if trained.at_cut_off.is_file() else start
-    run = train_detector(training, validation, boxes, arm, workspace.weights, begin)
+    run = train_detector(
+        training, validation, boxes, arm, workspace.weights, begin, faint=same.faint
+    )
     arms[name] = predict_boxes(run.network, validation, recipe.input_size)
 
 # %%

@@ -50,7 +50,6 @@ from dernet_utils.book.score_cells import mean_sentence
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.core.vocabulary import LESION_TYPES, NETWORK_NAMES, NETWORKS
 from dernet_utils.core.weights import starting_weights
-from dernet_utils.dataset.tables import read_manifest
 from dernet_utils.detection import images, prediction, training
 from dernet_utils.imaging.boxes import letterbox
 from dernet_utils.imaging.reader import read_radiograph
@@ -59,7 +58,6 @@ from dernet_utils.metrics import classification, detection, froc, intervals, mat
 from dernet_utils.triage.crossvalidation import cross_validate, open_test_labels, read_decision
 from dernet_utils.triage.networks import predict_probabilities
 from dernet_utils.triage.training import load_network
-from dernet_utils.virtual.faint import faint_boxes
 
 # %%
 workspace = open_chapter(profile)
@@ -128,7 +126,7 @@ assert set(gated["image_id"]) <= set(test["image_id"][opened])
 recipe = images.DetectorRecipe.of(numbers)
 start = starting_weights("yolo11l")
 trained = training.train_detector(
-    sets.training, sets.validation, boxes, recipe, workspace.weights, start
+    sets.training, sets.validation, boxes, recipe, workspace.weights, start, faint=sets.faint
 )  # loads the checkpoint of chapter 10
 held = prediction.predict_boxes(trained.network, sets.validation, recipe.input_size)
 held_truth = boxes[boxes["image_id"].isin(sets.validation["image_id"])]
@@ -357,7 +355,7 @@ glue_values("c14", {
 # wrong, and not finding it costs nothing. We evaluate both ways, without a gate.
 
 # %%
-faint = faint_boxes(workspace.data_root, read_manifest(workspace.data_root), order)
+faint = sets.faint[sets.faint["image_id"].isin(order)]
 known = pd.concat([truth.assign(outside=False), faint.assign(outside=True)])
 ways = {"counted as false positives": (truth, found), "ignored": (known, found.assign(outside=False))}
 rows = {}

@@ -38,6 +38,22 @@ def test_repeat_factors_are_of_images_with_a_type(kinds):
         assert factor == max((of_type[kind] for kind in own), default=1)
 
 
+def test_a_faint_finding_is_a_box_to_ignore_and_makes_no_image_rare(boxed_images, tmp_path):
+    images, boxes = boxed_images
+    faint = boxes.iloc[[0]].assign(lesion_type=LESION_TYPES[6], image_id="image3")
+    exported = export_yolo(images, boxes, (96, 64), tmp_path / "yolo", faint)
+    data = {"names": NAMES, "nc": 7, "channels": 3, "view": (96, 64), "paste": True}
+    hyp = yolo.settings_of({"mosaic": 1.0})
+    dataset = SpineDataset(str(exported), imgsz=96, augment=True, hyp=hyp, data=data)
+    plain, _ = dataset_of(boxed_images, tmp_path / "plain")
+    kinds = [sorted(own["cls"].ravel()) for own in dataset.labels]
+    assert kinds[3] == [*sorted(plain.labels[3]["cls"].ravel()), 13.0]
+    assert (dataset.of_type == plain.of_type).all() and (dataset.of_image == plain.of_image).all()
+    assert dataset.data["names"] == NAMES
+    for number in range(6):
+        assert dataset[number]["cls"].max() < 14
+
+
 def test_rare_images_are_drawn_in_proportion_and_the_others_remain(boxed_images, tmp_path):
     dataset, _ = dataset_of(boxed_images, tmp_path / "yolo", repeat=True)
     assert (dataset.rows == np.arange(6)).all()
@@ -115,8 +131,8 @@ GOOD = "3 0.5 0.5 0.2 0.1\n"
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("7 0.5 0.5 0.2 0.1\n", "from 0 to 6"),
-        ("1.5 0.5 0.5 0.2 0.1\n", "from 0 to 6"),
+        ("14 0.5 0.5 0.2 0.1\n", "from 0 to 13"),
+        ("1.5 0.5 0.5 0.2 0.1\n", "from 0 to 13"),
         (GOOD + "2 0.95 0.5 0.2 0.1\n", "2: .*inside the image"),
         ("2 -0.1 0.5 0.2 0.1\n", "inside the image"),
         ("2 0.5 0.5 0 0.1\n", "inside the image"),

@@ -99,7 +99,7 @@ def sealed(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 def test_test_labels_are_unreadable_until_the_decision_is_written(workspace, monkeypatch):
     images, boxes = read_images(workspace), read_boxes(workspace)
     is_test = images["split"] == "test"
-    hidden_images = sealed(images, ["abnormal", "boxes"])
+    hidden_images = sealed(images, ["abnormal", "boxes", "faint"])
     hidden_boxes = sealed(boxes, ["lesion_type", *CORNERS])
     for table, column in ((hidden_images, "abnormal"), (hidden_boxes, "lesion_type")):
         with pytest.raises(AssertionError, match="was read"):  # the seal itself holds

@@ -142,6 +142,42 @@ def test_loss_weights_are_those_of_equation_4():
     torch.testing.assert_close(ours / plain, torch.tensor([7.5, 0.5, 1.5]))
 
 
+def test_where_a_finding_is_faint_the_absence_of_its_type_is_not_learnt():
+    """Its anchors get no gradient for its type; those outside, and other types, do."""
+    network, batch = a_network(), a_batch()
+    preds = network.raw_predictions(batch["img"])
+    plain, wanted = (
+        torch.autograd.grad(network.loss(some, preds)[0].sum(), preds["scores"], retain_graph=True)[0]
+        for some in (batch, faint_beside(batch))
+    )
+    assert plain.ne(0).all()
+    types, centres = 7, preds_centres(network, preds)
+    inside = ((centres - torch.tensor([0.25, 0.5])).abs() <= torch.tensor([0.2, 0.3])).all(1)
+    ignored = torch.zeros(len(batch["img"]), types, len(centres), dtype=torch.bool)
+    ignored[1, 3] = inside
+    assigned = plain < 0  # pushed up: a lesion is assigned there
+    assert (wanted[ignored & ~assigned] == 0).all() and ignored.sum() > 5
+    torch.testing.assert_close(wanted[~ignored], plain[~ignored])
+
+
+def faint_beside(batch: dict) -> dict:
+    """Return a batch with a faint finding of type 3 in the second image."""
+    more = {"batch_idx": torch.tensor([1.0]), "cls": torch.tensor([[10.0]]),
+            "bboxes": torch.tensor([[0.25, 0.5, 0.4, 0.6]])}  # fmt: skip
+    return batch | {name: torch.cat([batch[name], value]) for name, value in more.items()}
+
+
+def preds_centres(network: yolo.Detector, preds: dict) -> torch.Tensor:
+    """Return the anchors' positions as fractions of width and height."""
+    centres = []
+    for one in preds["feats"]:
+        rows, columns = one.shape[2:]
+        y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5)
+                              / columns, indexing="ij")  # fmt: skip
+        centres.append(torch.stack([x.flatten(), y.flatten()], 1))
+    return torch.cat(centres)
+
+
 @given(
     st.integers(20, 400), st.integers(20, 400), st.sampled_from([32, 96]), st.sampled_from([32, 64])
 )

@@ -12,13 +12,13 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.profiles import get_profile
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.dataset.folds import make_folds
-from dernet_utils.dataset.prepared import read_boxes, read_images
+from dernet_utils.dataset.prepared import read_boxes, read_faint_boxes, read_images
 from dernet_utils.dataset.tables import BOXES, read_dataset
 from dernet_utils.imaging.enhance import load_cached
 
 PROFILE = get_profile("paper").model_copy(update={"cache_px": 64, "folds": 3})
 COLUMNS = ["image_id", "study_id", "series_id", "split", "abnormal", "boxes", "view"]
-COLUMNS += ["height", "width", "dicom_path", "fold", "cached_path", "scale"]
+COLUMNS += ["height", "width", "dicom_path", "fold", "cached_path", "scale", "faint"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_prepared_run_is_not_prepared_again(prepared, monkeypatch):
     assert [given[0] for given in calls] == [workspace, workspace]
 
 
-@pytest.mark.parametrize("read", [read_images, read_boxes])
+@pytest.mark.parametrize("read", [read_images, read_boxes, read_faint_boxes])
 def test_a_run_that_is_not_prepared_names_the_command(tmp_path, read):
     with pytest.raises(DernetError, match="dernet prepare --profile paper"):
         read(Workspace(PROFILE, tmp_path))

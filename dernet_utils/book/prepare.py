@@ -12,13 +12,14 @@ from dernet_utils.core.vocabulary import SPLITS
 from dernet_utils.core.workspace import Workspace
 
 STAMP = "prepared.txt"  # among the run's tables: the digest of what they were made from
+TABLES = ("images.parquet", "boxes.parquet", "faint.parquet", STAMP)
 
 
 def prepare(workspace: Workspace, workers: int, report: Say) -> None:
-    """Make what chapters and trainings share: the images on disk and two tables.
+    """Make what chapters and trainings share: the images on disk and the tables.
 
-    The tables are ``tables/images.parquet`` and ``tables/boxes.parquet``, as `dataset.prepared`
-    reads them; ``tables/dataset.json`` beside them says whether the radiographs are virtual.
+    The tables are ``images``, ``boxes`` and ``faint`` in ``tables``, as `dataset.prepared` reads
+    them; ``tables/dataset.json`` beside them says whether the radiographs are virtual.
 
     Args:
         workspace: The run.
@@ -31,10 +32,12 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     # Imported here, because `is_prepared` needs none of them.
     from dernet_utils.dataset.folds import make_folds
     from dernet_utils.dataset.prepared import write_tables
-    from dernet_utils.dataset.tables import read_dataset
+    from dernet_utils.dataset.tables import read_dataset, read_manifest
     from dernet_utils.imaging.cache import cache_images
     from dernet_utils.imaging.decoder import Decoder
     from dernet_utils.virtual.cohort import ensure_cohort
+    from dernet_utils.virtual.counterfactual import images_with_faint_findings
+    from dernet_utils.virtual.faint import faint_boxes
 
     started, profile = time.monotonic(), workspace.profile
     digest = prepare_digest(workspace)  # before the work, during which a file may be edited
@@ -52,7 +55,11 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     images = dataset.images.merge(folds[["image_id", "fold"]], how="left", on="image_id")
     images = images.merge(cached[["image_id", "cached_path", "scale"]], validate="one_to_one")
     images = images.astype({"fold": "Int64"})
-    write_tables(workspace, images, dataset.boxes, dataset.virtual)
+    manifest = read_manifest(workspace.data_root)
+    hidden = images_with_faint_findings(manifest) if manifest else frozenset()
+    images["faint"] = images["image_id"].isin(hidden)
+    faint = faint_boxes(workspace.data_root, manifest, images["image_id"])
+    write_tables(workspace, images, dataset.boxes, faint, dataset.virtual)
     write_whole(workspace.tables / STAMP, lambda part: part.write_text(digest, encoding="utf-8"))
     report(f"data: {len(dataset.images)} images ready after {clock(started)}")
 
@@ -65,7 +72,7 @@ def is_prepared(workspace: Workspace) -> bool:
     """
     digest = prepare_digest(workspace)
     needed = [workspace.data_root / "annotations" / f"{split}.csv" for split in SPLITS]
-    needed += [workspace.tables / name for name in ("images.parquet", "boxes.parquet", STAMP)]
+    needed += [workspace.tables / name for name in TABLES]
     needed.append(workspace.dataset_facts)
     made_from = workspace.tables / STAMP
     return all(map(Path.is_file, needed)) and made_from.read_text(encoding="utf-8") == digest

@@ -13,9 +13,13 @@ from dernet_utils.core.workspace import Workspace
 
 
 def write_tables(
-    workspace: Workspace, images: pd.DataFrame, boxes: pd.DataFrame, virtual: bool
+    workspace: Workspace,
+    images: pd.DataFrame,
+    boxes: pd.DataFrame,
+    faint: pd.DataFrame,
+    virtual: bool,
 ) -> None:
-    """Write ``tables/images.parquet``, ``boxes.parquet`` and ``dataset.json`` for the whole run.
+    """Write a run's tables of images, boxes and faint findings, and ``dataset.json``.
 
     Paths are written relative to the dataset and the cache, so that a run's folder can be moved.
 
@@ -24,6 +28,7 @@ def write_tables(
         images: As `read_images` returns it; `dicom_path` lies in the dataset, `cached_path` in the
             run's cache.
         boxes: As `read_boxes` returns it.
+        faint: As `read_faint_boxes` returns it.
         virtual: Whether the radiographs are virtual; `Workspace.virtual` reads this.
     """
     root, cache = workspace.data_root, workspace.cache
@@ -31,7 +36,7 @@ def write_tables(
         dicom_path=[str(Path(path).relative_to(root)) for path in images["dicom_path"]],
         cached_path=[str(Path(path).relative_to(cache)) for path in images["cached_path"]],
     )
-    for name, table in (("boxes", boxes), ("images", images)):
+    for name, table in (("boxes", boxes), ("faint", faint), ("images", images)):
         path = workspace.tables / f"{name}.parquet"
         write_whole(path, lambda part, table=table: table.to_parquet(part, index=False))
     facts = json.dumps({"virtual": virtual})
@@ -49,7 +54,9 @@ def read_images(workspace: Workspace) -> pd.DataFrame:
         ``study_id``, ``series_id``, ``split``, ``abnormal``, ``boxes`` (their number), ``view``
         (View Position of the header, empty where it has none), ``height`` and ``width`` of the
         stored image in pixels, ``dicom_path``, ``fold`` (Int64, missing for a test image),
-        ``cached_path`` of the enhanced image, and ``scale``, cached over stored pixels.
+        ``cached_path`` of the enhanced image, ``scale``, cached over stored pixels, and ``faint``,
+        whether it is called normal because all its findings are too faint for a label, which only
+        virtual radiographs tell.
 
     Raises:
         DernetError: The run has not been prepared.
@@ -77,6 +84,21 @@ def read_boxes(workspace: Workspace) -> pd.DataFrame:
         DernetError: The run has not been prepared.
     """
     return _read_table(workspace, "boxes")
+
+
+def read_faint_boxes(workspace: Workspace) -> pd.DataFrame:
+    """Return the boxes that a run's findings would have if they were not too faint for a label.
+
+    Args:
+        workspace: The run.
+
+    Returns:
+        `image_id`, `lesion_type` and corners in stored pixels; empty for real radiographs.
+
+    Raises:
+        DernetError: The run has not been prepared.
+    """
+    return _read_table(workspace, "faint")
 
 
 def _read_table(workspace: Workspace, name: str) -> pd.DataFrame:

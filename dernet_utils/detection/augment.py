@@ -61,11 +61,12 @@ def check_labels(images: Sequence[str], types: int) -> None:
 
     Args:
         images: Image files, in a folder ``images``; their labels are in ``labels`` beside it.
-        types: Number of types.
+        types: Number of types. A class from there to twice that number is a box in which a
+            prediction of the type `types` below is ignored.
 
     Raises:
-        DernetError: An image has no label file, or a line of it is not a class from 0 to
-            `types` - 1 and a box inside the image.
+        DernetError: An image has no label file, or a line of it is not such a class and a box
+            inside the image.
     """
     for image in map(Path, images):
         path = image.parent.parent / "labels" / f"{image.stem}.txt"
@@ -85,8 +86,8 @@ def _fault(line: str, types: int) -> str:
         kind, x, y, width, height = (float(value) for value in line.split())
     except ValueError:
         return "A line is five numbers: class, centre x and y, width and height"
-    if kind not in range(types):
-        return f"A class is a whole number from 0 to {types - 1}"
+    if kind not in range(2 * types):
+        return f"A class is a whole number from 0 to {2 * types - 1}"
     edges = np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
     tiny = 1e-5  # centre and size are written with six decimals
     if not (width > 0 and height > 0 and (edges >= -tiny).all() and (edges <= 1 + tiny).all()):
@@ -110,13 +111,17 @@ class SpineDataset(YOLODataset):
         Raises:
             DernetError: As `check_labels` raises, or an image cannot be read.
         """
-        images = list(self.im_files)
-        check_labels(images, self.data["nc"])
+        images, data, types = list(self.im_files), self.data, self.data["nc"]
+        check_labels(images, types)
+        # ultralytics drops an image with a class that has no name.
+        names = {number + types: f"faint {name}" for number, name in data["names"].items()}
+        self.data = data | {"names": data["names"] | names}
         labels = super().get_labels()
+        self.data = data
         if damaged := sorted(set(images) - {own["im_file"] for own in labels}):
             raise DernetError(f"{damaged[0]} cannot be read: export the images again.")
         self.of_type, self.of_image = repeat_factors(
-            [own["cls"] for own in labels], self.data["nc"]
+            [own["cls"][own["cls"] < types] for own in labels], types
         )
         self.rows = np.arange(len(labels))
         return labels
@@ -180,7 +185,7 @@ class PasteRare(BaseTransform):
             (number, row)
             for number, own in enumerate(dataset.labels)
             for row, kind in enumerate(own["cls"].ravel().astype(int))
-            if dataset.of_type[kind] >= PASTE_FROM
+            if kind < len(dataset.of_type) and dataset.of_type[kind] >= PASTE_FROM
         ]
 
     def __call__(self, labels: dict) -> dict:

@@ -15,7 +15,7 @@ from dernet_utils.core.profiles import Profile
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
 from dernet_utils.core.workspace import Workspace
 from dernet_utils.dataset.folds import make_folds
-from dernet_utils.dataset.prepared import read_boxes, read_images
+from dernet_utils.dataset.prepared import read_boxes, read_faint_boxes, read_images
 from dernet_utils.detection import losses, yolo
 from dernet_utils.detection.augment import SpineDataset, seed_augmentations
 from dernet_utils.imaging.boxes import letterbox, to_letterbox
@@ -93,12 +93,14 @@ class DetectionImages:
         validation: All images of fold 0.
         test: All images of the test split.
         boxes: Of all images: `image_id`, `lesion_type` and corners in stored pixels.
+        faint: The same of findings too faint for a label; training ignores predictions there.
     """
 
     training: pd.DataFrame
     validation: pd.DataFrame
     test: pd.DataFrame
     boxes: pd.DataFrame
+    faint: pd.DataFrame
 
 
 def detection_images(workspace: Workspace) -> DetectionImages:
@@ -116,11 +118,16 @@ def detection_images(workspace: Workspace) -> DetectionImages:
         images[fold == 0],
         images[images["split"] == "test"].reset_index(drop=True),
         read_boxes(workspace),
+        read_faint_boxes(workspace),
     )
 
 
 def export_yolo(
-    images: pd.DataFrame, boxes: pd.DataFrame, view: tuple[int, int], folder: Path
+    images: pd.DataFrame,
+    boxes: pd.DataFrame,
+    view: tuple[int, int],
+    folder: Path,
+    faint: pd.DataFrame | None = None,
 ) -> Path:
     """Write images and boxes in the form that YOLO is trained on.
 
@@ -129,12 +136,18 @@ def export_yolo(
         boxes: `image_id`, `lesion_type` and corners in stored pixels.
         view: Height and width of the written images, px; they are letterboxed.
         folder: Replaced where it exists.
+        faint: Boxes, like `boxes`, in which a prediction of their type is to be ignored.
 
     Returns:
         The folder of images; ``labels`` beside it holds one text file per image, with a line
-        ``class x y width height`` per box: class in the order of LESION_TYPES, centre and size as
-        fractions of the image. An image without lesions has an empty file.
+        ``class x y width height`` per box: class in the order of LESION_TYPES, of a faint finding
+        in the same order after the last one; centre and size as fractions of the image. An image
+        without lesions has an empty file.
     """
+    boxes = boxes.assign(number=boxes["lesion_type"].map(LESION_TYPES.index))
+    if faint is not None:
+        number = faint["lesion_type"].map(LESION_TYPES.index) + len(LESION_TYPES)
+        boxes = pd.concat([boxes, faint.assign(number=number)]).astype({"number": int})
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
@@ -146,32 +159,35 @@ def export_yolo(
         corners = to_letterbox(
             own[list(CORNERS)].to_numpy(np.float64), place, image.height, image.width
         )
-        lines = _label_lines(own["lesion_type"], corners / np.tile(view[::-1], 2))
+        lines = _label_lines(own["number"], corners / np.tile(view[::-1], 2))
         labels = folder / "labels" / f"{image.image_id}.txt"
         labels.write_text("".join(lines), encoding="utf-8")
     return folder / "images"
 
 
-def _label_lines(lesion_types: pd.Series, fractions: np.ndarray) -> list[str]:
+def _label_lines(numbers: pd.Series, fractions: np.ndarray) -> list[str]:
     centres = box_convert(torch.from_numpy(fractions), "xyxy", "cxcywh")
-    classes = [LESION_TYPES.index(name) for name in lesion_types]
     return [
         f"{number} " + " ".join(f"{value:.6f}" for value in row) + "\n"
-        for number, row in zip(classes, centres.tolist(), strict=True)
+        for number, row in zip(numbers, centres.tolist(), strict=True)
     ]
 
 
 def write_training_set(
-    images: pd.DataFrame, boxes: pd.DataFrame, recipe: DetectorRecipe, folder: Path
+    images: pd.DataFrame,
+    boxes: pd.DataFrame,
+    recipe: DetectorRecipe,
+    folder: Path,
+    faint: pd.DataFrame | None = None,
 ) -> dict:
     """Write the files that a training run reads, and return ultralytics' settings for it.
 
     Args:
-        images, boxes: As `export_yolo` takes them.
+        images, boxes, faint: As `export_yolo` takes them.
         recipe: The run's recipe.
         folder: For the images, the run's description, and the trainer's own files.
     """
-    exported = export_yolo(images, boxes, recipe.input_size, folder / "yolo")
+    exported = export_yolo(images, boxes, recipe.input_size, folder / "yolo", faint)
     run = yolo.write_run(folder, exported, LESION_TYPES, recipe.mosaic_until, **recipe.shown)
     return trainer_settings(recipe, run, folder / "trainer")
 

@@ -63,6 +63,7 @@ def train_detector(
     folder: Path,
     weights: Path | None = None,
     progress: Callable[[dict], None] = lambda row: None,
+    faint: pd.DataFrame | None = None,
 ) -> TrainedDetector:
     """Train YOLO11-L, or load it if this run is finished already.
 
@@ -80,6 +81,8 @@ def train_detector(
         weights: Checkpoint to start from; None for random weights.
         progress: Called with the history's row after each epoch; a resumed run first repeats the
             earlier rows.
+        faint: Boxes of findings on the training images that are too faint for a label: there,
+            absence of their type is not learnt.
 
     Raises:
         DernetError: There is no box to train on, or `weights` cannot be read.
@@ -89,10 +92,10 @@ def train_detector(
             "YOLO11-L is trained on boxes, but none of these "
             f"{len(training)} training images has one: pass abnormal images too."
         )
-    key = detector_run_key(training, validation, boxes, recipe, weights)
+    key = detector_run_key(training, validation, boxes, recipe, weights, faint)
     checkpoint = Path(folder) / f"yolo11l-{key}.safetensors"
     if not checkpoint.is_file():
-        _train(training, validation, boxes, recipe, checkpoint, weights, progress)
+        _train(training, validation, boxes, recipe, checkpoint, weights, progress, faint)
     return TrainedDetector(*load_detector(checkpoint), checkpoint)
 
 
@@ -139,6 +142,7 @@ def detector_run_key(
     boxes: pd.DataFrame,
     recipe: DetectorRecipe,
     weights: Path | None,
+    faint: pd.DataFrame | None = None,
 ) -> str:
     """Return the digest that names a run, 16 hexadecimal digits.
 
@@ -149,16 +153,17 @@ def detector_run_key(
         for image in images.sort_values("image_id").itertuples():
             parts.append(f"{image.image_id} {image.height} {image.width}")
             parts.append(file_digest(image.cached_path))
-        own = boxes[boxes["image_id"].isin(images["image_id"])]
         columns = ["image_id", "lesion_type", *CORNERS]
-        parts.append(own[columns].sort_values(columns).to_csv(index=False))
+        for some in (boxes, boxes.iloc[:0] if faint is None else faint):
+            own = some[some["image_id"].isin(images["image_id"])]
+            parts.append(own[columns].sort_values(columns).to_csv(index=False))
     return digest_of(*parts, file_digest(weights) if weights else "random")[:16]
 
 
-def _train(training, validation, boxes, recipe, checkpoint, weights, progress) -> None:
+def _train(training, validation, boxes, recipe, checkpoint, weights, progress, faint) -> None:
     """Train the remaining epochs and write the finished checkpoint."""
     kept = checkpoint.with_suffix("")
-    settings = write_training_set(training, boxes, recipe, kept)
+    settings = write_training_set(training, boxes, recipe, kept, faint)
     evaluate = _evaluator(validation, boxes, recipe, checkpoint)
     trainer = yolo.MosaicDecay(settings, evaluate, progress)
     trainer.model = yolo.build_detector(LESION_TYPES, recipe.seed, weights)

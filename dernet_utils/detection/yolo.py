@@ -55,13 +55,46 @@ class Detector(DetectionModel):
 
         Args:
             batch: ``img`` of shape (B, 3, H, W) in [0, 1], with ``batch_idx``, ``cls``, ``bboxes``.
+                A class from the number of types on marks a box of the type that many below in
+                which a prediction is ignored: no anchor inside learns that the type is absent.
             preds: Raw predictions, if they have been computed already.
         """
         if getattr(self, "criterion", None) is None:
             self.criterion = self.init_criterion()
         if preds is None:
             preds = self.raw_predictions(batch["img"])
-        return self.criterion(preds, batch)
+        labelled, faint = self._split(batch)
+        ignored = self._inside(faint, preds["feats"]) if len(faint["cls"]) else None
+        self.criterion.bce = partial(self._class_term, ignored=ignored)
+        return self.criterion(preds, labelled)
+
+    def _split(self, batch: dict) -> tuple[dict, dict]:
+        """Return a batch with its labelled boxes alone, and with those to ignore alone."""
+        labelled = batch["cls"].view(-1) < self.model[-1].nc
+        return tuple(
+            batch | {name: batch[name][rows] for name in ("batch_idx", "cls", "bboxes")}
+            for rows in (labelled, ~labelled)
+        )
+
+    def _inside(self, faint: dict, maps: list[torch.Tensor]) -> torch.Tensor:
+        """Return which anchors lie in a faint finding, by its type: bool (B, anchors, types)."""
+        anchors, stride = make_anchors(maps, self.stride, 0.5)
+        images, _, height, width = faint["img"].shape
+        types = self.model[-1].nc
+        inside = torch.zeros(images, len(anchors), types, dtype=torch.bool, device=anchors.device)
+        middle = (anchors * stride) / torch.tensor([width, height], device=anchors.device)
+        for image, number, box in zip(
+            faint["batch_idx"].long(), faint["cls"].view(-1).long(), faint["bboxes"], strict=True
+        ):
+            inside[image, :, number - types] |= ((middle - box[:2]).abs() <= box[2:] / 2).all(1)
+        return inside
+
+    def _class_term(
+        self, logits: torch.Tensor, target: torch.Tensor, ignored: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return Eq. 6 for each anchor and type; 0 where absence is to be ignored."""
+        loss = focal_loss(logits, target, **self.focal)
+        return loss if ignored is None else loss.masked_fill(ignored & (target == 0), 0.0)
 
     def raw_predictions(self, images: torch.Tensor) -> dict:
         """Return the heads' outputs in float32 for images (B, 3, H, W) in [0, 1].
@@ -95,7 +128,7 @@ class Detector(DetectionModel):
     def init_criterion(self) -> v8DetectionLoss:
         """Return ultralytics' loss with Eq. 6 as its class term instead of binary cross-entropy."""
         criterion = v8DetectionLoss(self)
-        criterion.bce = partial(focal_loss, **self.focal)
+        criterion.bce = partial(self._class_term, ignored=None)
         return criterion
 
     def assigned(self, batch: dict) -> Assigned:
@@ -104,6 +137,7 @@ class Detector(DetectionModel):
         Args:
             batch: As `loss` takes it.
         """
+        batch, _ = self._split(batch)
         preds, criterion = self.raw_predictions(batch["img"]), self.init_criterion()
         anchors, stride = make_anchors(preds["feats"], criterion.stride, 0.5)
         images, _, height, width = batch["img"].shape

@@ -99,8 +99,9 @@ def triage_images(workspace: Workspace) -> pd.DataFrame:
     Returns:
         One row per image, training before test: ``image_id``, ``study_id``, ``split``, ``fold``
         (missing for a test image), ``cached_path`` of the enhanced image, ``label``, whether it is
-        abnormal (missing for a test image, see `open_test_labels`), and ``lesions``, their
-        positions, as `images.Sample.load` takes them (empty for a test image).
+        abnormal (missing for a test image, see `open_test_labels`), ``faint`` as in
+        `dataset.prepared.read_images` (False for a test image), and ``lesions``, their positions,
+        as `images.Sample.load` takes them (empty for a test image).
 
     Raises:
         DernetError: The run has not been prepared.
@@ -109,7 +110,8 @@ def triage_images(workspace: Workspace) -> pd.DataFrame:
     lesions = _lesion_centres(boxes[boxes["split"] == "train"], images)
     label = images.loc[images["split"] == "train", "abnormal"].astype("boolean")
     columns = ["image_id", "study_id", "split", "fold", "cached_path"]
-    table = images[columns].assign(label=label)
+    faint = images["faint"].where(images["split"] == "train", False).astype(bool)
+    table = images[columns].assign(label=label, faint=faint)
     table["lesions"] = [lesions.get(image, np.empty((0, 3))) for image in table["image_id"]]
     return table.sort_values("split", ascending=False, kind="stable", ignore_index=True)
 
@@ -174,7 +176,8 @@ def _train_fold(
         if kept["key"] == key and (workspace.weights / kept["checkpoint"]).is_file():
             return path
     held = images[images["fold"] == fold]
-    training = images[(images["fold"] != fold) & (images["split"] == "train")]
+    # An image whose findings are all too faint for a label is called normal, but does not look it.
+    training = images[(images["fold"] != fold) & (images["split"] == "train") & ~images["faint"]]
     for rows, words in ((training, "the training images"), (held, "the images held out")):
         if rows["label"].nunique() < 2:
             raise DernetError(
@@ -214,7 +217,7 @@ def _fold_key(images: pd.DataFrame, name: str, fold: str, recipe: TriageRecipe) 
     A cached image is named by a digest of its content, so its name stands for its pixels.
     """
     weights = starting_weights(name)
-    columns = ["image_id", "study_id", "split", "fold", "label"]
+    columns = ["image_id", "study_id", "split", "fold", "label", "faint"]
     lesions = np.concatenate([*images["lesions"], np.empty((0, 3))])
     return digest_of(
         f"{name} {fold}, {recipe}",
