@@ -73,6 +73,9 @@ class Profile(BaseModel):
 # change of the recipe (book/deviations.md). Nothing may be chosen on them, this number included.
 TEST_SEED = 20261127
 
+# Of the edition's test patients, who are scored once, by the frozen protocol.
+EDITION_TEST_SEED = 20261201
+
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -103,6 +106,15 @@ PROFILES = {
             triage_crop_px=64, triage_crop_epochs=3, triage_detail=2,
             detect_size=(192, 128), detect_epochs=60, detect_batch=6, detect_lr=5e-4,
             detect_scale=0.2, detect_repeat=True, mosaic_until=27, baseline_seconds=480,
+        ),
+        # The long trainings of the edition (book/edition_protocol.md), of the dataset's shape.
+        Profile(
+            name="edition-training", patients=5000, test_seed=EDITION_TEST_SEED,
+            rendered=(2000, 1000), trained_folds=1, cache_px=640,
+            triage_px=224, triage_epochs=12, triage_batch=16, triage_lr=5e-4,
+            triage_crop_px=96, triage_crop_epochs=2,
+            detect_size=(320, 224), detect_epochs=16, detect_batch=6, detect_lr=5e-4,
+            detect_scale=0.2, detect_repeat=True, mosaic_until=8, baseline_seconds=480,
         ),
         # The paper's protocol: section 4.1, Algorithm 1 and the authors' companion code.
         Profile(
