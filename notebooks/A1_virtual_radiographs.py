@@ -132,11 +132,11 @@ for name, (soft, bone, metal) in ways.items():
 pd.Series(passed).map("{:.2%}".format).to_frame("Φ / Φ0")
 
 # %% [markdown]
-# A trabecular vertebra holds far less mineral than two centimetres of cortical bone, which is why the spine in a real
-# radiograph stands out far less than a screw.
+# A trabecular vertebra holds far less mineral than two centimetres of cortical bone, so it stands out far less than a
+# screw.
 #
-# The sum over energies has an effect that a single exponential lacks. Low-energy photons are removed first, so that
-# the beam *hardens*: the first centimetre stops a larger fraction than the twentieth.
+# The sum over energies does what a single exponential cannot. Low-energy photons are removed first, so the beam
+# *hardens*: the first centimetre stops a larger fraction than the twentieth.
 
 # %%
 cm = np.arange(0.0, 31.0)
@@ -228,13 +228,11 @@ show_figure("ca1-fig-donor", fig)
 # :name: fig:virtual-donor
 # :alt: A sagittal and a coronal slice of a chest CT; arrows point up and to the front or left from each vertebra.
 #
-# The donor CT behind every virtual radiograph, n = 1, in two slices that follow the spine; cortex and trabeculae of
-# the vertebrae are modelled. Orange arrows: up; blue
-# arrows: to the front (left panel) and to the patient's left (right panel).
+# The donor CT behind every virtual radiograph, n = 1, in two slices that follow the spine; the vertebrae's cortex and
+# trabeculae are modelled. Orange arrows: up; blue arrows: to the front (left panel) and the patient's left (right).
 # ```
 #
-# The landmarks are also used for measurement. A kyphosis is the angle between two bodies, here T5 and T12. A body
-# with this angle, the donor's stature and girth, and neither curve nor unusual proportions *is* the donor, so a ray
+# A kyphosis is the angle between two bodies, here T5 and T12. A body with this angle, the donor's stature and girth, and neither curve nor unusual proportions *is* the donor, so a ray
 # through it can be checked against the scan itself.
 
 # %%
@@ -272,9 +270,9 @@ def along(point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 # %% [markdown]
 # `Scene.paths` does this for all rays of an image, with a sample every {glue:text}`ca1-step` near the spine and every
-# {glue:text}`ca1-far-step` elsewhere. Soft tissue is smooth, so a tolerance of 2 % is enough. The cortex is thinner
-# than a step, so a single ray may count it twice or miss it: an error of one step, some 0.2 cm at about 1 g/cm³,
-# hence a tolerance of 0.2 g/cm². Over many rays such errors must cancel.
+# {glue:text}`ca1-far-step` elsewhere, on every other ray. Soft tissue is smooth: a tolerance of 2 % is enough. The
+# cortex is thinner than a step, so a ray may count it twice or miss it; hence a tolerance of 0.2 g/cm². Over many rays
+# such errors must cancel.
 
 # %%
 scene = Scene(donor, bodies, donor_shape)
@@ -402,11 +400,11 @@ show_figure("ca1-fig-bodies", fig)
 # each: the heights of three vertebrae.
 # ```
 #
-# {numref}`fig:virtual-bodies` shows something about grey levels. Twice the mineral does not give an image twice as
-# white: each image is scaled to its own range, and what changes is how well the vertebrae stand out. Nor is the image
-# of the wider patient brighter; automatic exposure control used {glue:text}`ca1-mas` times the milliampere-seconds.
+# In {numref}`fig:virtual-bodies`, twice the mineral does not give an image twice as white: each is scaled to its own
+# range, and what changes is how well the vertebrae stand out. Nor is the wider patient's image brighter; automatic
+# exposure control used {glue:text}`ca1-mas` times the milliampere-seconds.
 #
-# Where do the numbers of a cohort come from? From measurements, where they exist: stature of women and men
+# The numbers of a cohort come from measurements, where they exist: stature of women and men
 # {cite}`ncdrisc2016`, the proportion of adults with a scoliosis {cite}`kebaish2011`, kyphosis, which grows with age
 # {cite}`fon1980`, the spread of lordosis {cite}`vialle2005`, and spongy bone, which is lost with age
 # {cite}`jang2019`. Girth, proportions and the rotation in a scoliosis are our choice.
@@ -837,28 +835,25 @@ print(f"{layer:.2f} cm, {20 / layer:.2f} layers, {0.5 ** (20 / layer):.3f}; the 
 # ```{exercise} A focus in young and in old bone
 # :label: ex-virtual-bone
 #
-# Render a sclerotic focus of severity 0.6 in bodies with a bone of 0.9, 1.5 and 2.1. Does its visibility grow or fall
-# with the mineral around it? Predict the result before you run it.
+# Render a sclerotic focus of severity 0.6 in bodies with a bone mineral of 0.5, 1 and 1.6. Does its visibility grow or
+# fall with the mineral around it? Predict the result before you run it.
 # ```
 #
 # ```{solution-start} ex-virtual-bone
 # :class: dropdown
 # ```
 #
-# The focus has a fixed density from a table, multiplied by the patient's own mineral, so in a dense body its contrast
-# grows, but so does the structure around it, which counts as noise. Which effect dominates has to be computed:
+# New bone has a density of its own. The more mineral there is around it, the less it adds, and denser structures
+# around it count as noise besides. Both make it fainter in dense bone:
 
 # %%
 focus_only = [finding("Other lesions", severity=0.6)]
 minerals = (0.5, 1.0, 1.6)
 seen = [render(findings=focus_only, body={"bone": b}).counterfactuals[0].visibility for b in minerals]
-assert seen[0] < seen[-1]
+assert seen[0] > seen[-1]
 print(*(f"bone × {b}: visibility {v:.2f}" for b, v in zip(minerals, seen, strict=True)), sep="\n")
 
 # %% [markdown]
-# It grows. The focus consists of mineral only; much of what surrounds it in the image is soft tissue and air, which
-# do not change.
-#
 # ```{solution-end}
 # ```
 #

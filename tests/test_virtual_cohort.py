@@ -188,8 +188,8 @@ def pairs(radiographs: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
         for index in rng.permutation(len(abnormal))[: len(normal)]:
             image = abnormal.iloc[index]
             nearest = (normal.aim_z_mm - image.aim_z_mm).abs().idxmin()
-            for one in (image, normal.loc[nearest]):
-                rows.append(one.to_dict() | {"places": _places(boxes[image.image_id], image)})
+            shared = {"places": _places(boxes[image.image_id], image), "pair": len(rows)}
+            rows += [one.to_dict() | shared for one in (image, normal.loc[nearest])]
             normal = normal.drop(nearest)
     return pd.DataFrame(rows)
 
@@ -248,8 +248,17 @@ def features(pairs, covered) -> np.ndarray:
 
 
 def _folds(pairs: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Split by study, and train on no image whose partner is held out.
+
+    The two look alike, their boxes included, and have opposite labels: whoever remembers the one
+    is wrong about the other.
+    """
     splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    return list(splitter.split(pairs, pairs.abnormal, pairs.study_id))
+    pair = pairs.pair.to_numpy()
+    return [
+        (train[~np.isin(pair[train], pair[held])], held)
+        for train, held in splitter.split(pairs, pairs.abnormal, pairs.study_id)
+    ]
 
 
 def _forest_auroc(pairs: pd.DataFrame, features: np.ndarray):
