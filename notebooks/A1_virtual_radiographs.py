@@ -396,8 +396,8 @@ show_figure("ca1-fig-bodies", fig)
 # :name: fig:virtual-bodies
 # :alt: Five pairs; below, vertebrae are taller, the spine more bent, curved sideways, whiter, or the chest wider.
 #
-# Ten virtual radiographs of one patient, in five pairs that differ by one number of the body each. At the left of
-# each: the heights of three vertebrae.
+# Ten virtual radiographs of one patient, in five pairs that differ by one number of the body. Left of each: the heights
+# of three vertebrae.
 # ```
 #
 # In {numref}`fig:virtual-bodies`, twice the mineral does not give an image twice as white: each is scaled to its own
@@ -510,9 +510,8 @@ for name in ("Disc space narrowing", "Vertebral collapse", "Osteophytes"):
 pd.DataFrame(rising, index=["severity 0.4", "0.7", "1.0"]).T.round(2)
 
 # %% [markdown]
-# Next we show all seven: the changed tissue in a slice, the healthy patient's radiograph, the one with the lesion and
-# its computed box, and the difference that is stored with the image. We compute the slice ourselves, from the
-# lesion's public attributes.
+# All seven follow: the changed tissue in a slice, the healthy patient's radiograph, the one with the lesion and its
+# computed box, and the difference that is stored with the image.
 
 
 # %%

@@ -55,7 +55,7 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     images = dataset.images.merge(folds[["image_id", "fold"]], how="left", on="image_id")
     images = images.merge(cached[["image_id", "cached_path", "scale"]], validate="one_to_one")
     images = images.astype({"fold": "Int64"})
-    manifest = read_manifest(workspace.data_root)
+    manifest = read_manifest(workspace.data_root) if dataset.virtual else None
     hidden = images_with_faint_findings(manifest) if manifest else frozenset()
     images["faint"] = images["image_id"].isin(hidden)
     faint = faint_boxes(workspace.data_root, manifest, images["image_id"])

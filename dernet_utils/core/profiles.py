@@ -107,6 +107,13 @@ PROFILES = {
             detect_size=(192, 128), detect_epochs=60, detect_batch=6, detect_lr=5e-4,
             detect_scale=0.2, detect_repeat=True, mosaic_until=27, baseline_seconds=480,
         ),
+        # The paper's protocol: section 4.1, Algorithm 1 and the authors' companion code.
+        Profile(
+            name="paper", patients=None, cache_px=1280,
+            triage_px=384, triage_epochs=60, triage_batch=16, triage_lr=1e-4,
+            detect_size=(640, 640), detect_epochs=55, detect_batch=12, detect_lr=1e-4,
+            mosaic_until=25, baseline_seconds=8 * 3600,
+        ),
         # The long trainings of the edition (book/edition_protocol.md), of the dataset's shape.
         Profile(
             name="edition-training", patients=5000, test_seed=EDITION_TEST_SEED,
@@ -116,13 +123,6 @@ PROFILES = {
             detect_size=(320, 224), detect_epochs=16, detect_batch=6, detect_lr=5e-4,
             detect_scale=0.2, detect_repeat=True, mosaic_until=8, baseline_seconds=480,
         ),
-        # The paper's protocol: section 4.1, Algorithm 1 and the authors' companion code.
-        Profile(
-            name="paper", patients=None, cache_px=1280,
-            triage_px=384, triage_epochs=60, triage_batch=16, triage_lr=1e-4,
-            detect_size=(640, 640), detect_epochs=55, detect_batch=12, detect_lr=1e-4,
-            mosaic_until=25, baseline_seconds=8 * 3600,
-        ),
     )
 }  # fmt: skip
 
@@ -131,7 +131,7 @@ def get_profile(name: str = "") -> Profile:
     """Return a profile by name.
 
     Args:
-        name: ``smoke``, ``laptop``, ``night`` or ``paper``; empty means the environment variable
+        name: One of `PROFILES`; empty means the environment variable
             ``DERNET_PROFILE`` and, where that is not set, ``laptop``.
 
     Raises:
