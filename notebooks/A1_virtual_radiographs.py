@@ -66,7 +66,7 @@ from dernet_utils.book.figures import show_figure, show_radiograph
 from dernet_utils.book.figures_data import draw_difference, draw_label, draw_lesion
 from dernet_utils.book.teaching import glue_values, open_chapter
 from dernet_utils.imaging.reader import read_radiograph
-from dernet_utils.virtual import acquisition
+from dernet_utils.virtual import acquisition, projection
 from dernet_utils.virtual.acquisition import DisplayProcessing, Paths, expose, transmission
 from dernet_utils.virtual.anatomy import Anatomy, find_discs, find_vertebrae
 from dernet_utils.virtual.cohort import LEAST_VISIBILITY
@@ -74,15 +74,7 @@ from dernet_utils.virtual.counterfactual import read_counterfactuals, write_coun
 from dernet_utils.virtual.dicom_writer import write_dicom
 from dernet_utils.virtual.donor import fetch_donor, load_donor
 from dernet_utils.virtual.plan import plan_cohort
-from dernet_utils.virtual.projection import (
-    BONE_FROM,
-    BONE_SPAN,
-    FAR_STEP_MM,
-    GRID_MM,
-    STEP_MM,
-    Scene,
-    View,
-)
+from dernet_utils.virtual.projection import BONE_FROM, BONE_SPAN, Scene, View
 from dernet_utils.virtual.render import build_finding, build_shape, render_radiograph
 
 # %%
@@ -232,8 +224,8 @@ show_figure("ca1-fig-donor", fig)
 # trabeculae are modelled. Orange arrows: up; blue arrows: to the front (left panel) and the patient's left (right).
 # ```
 #
-# A kyphosis is the angle between two bodies, here T5 and T12. A body with this angle, the donor's stature and girth, and neither curve nor unusual proportions *is* the donor, so a ray
-# through it can be checked against the scan itself.
+# A kyphosis is the angle between two bodies, here T5 and T12. A body with this angle, the donor's stature and girth, and
+# neither curve nor unusual proportions *is* the donor, so a ray through it can be checked against the scan itself.
 
 # %%
 named = {body.name: body for body in bodies}
@@ -276,11 +268,11 @@ def along(point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 # %%
 scene = Scene(donor, bodies, donor_shape)
-view = View("AP", 0.0, aim, 101 * GRID_MM, 101 * GRID_MM, 0.0, False)  # 101 × 101 rays
+view = View("AP", 0.0, aim, 101 * projection.GRID_MM, 101 * projection.GRID_MM, 0.0, False)  # 101 × 101 rays
 paths = scene.paths(view, [])
 differences = []
 for row, column in [(r, 50) for r in range(0, 101, 10)] + [(50, c) for c in range(0, 101, 10)]:
-    point = aim + GRID_MM * np.array([column - 50, 0.0, 50 - row])
+    point = aim + projection.GRID_MM * np.array([column - 50, 0.0, 50 - row])
     soft, bone = (part.sum() * 0.05 for part in along(point))  # steps of 0.05 cm
     differences.append((paths.soft[row, column] / soft - 1, paths.bone[row, column] - bone))
 worst_soft, worst_bone = np.abs(differences).max(axis=0)
@@ -294,9 +286,9 @@ glue_values("ca1", {
     "worst-bone": f"{worst_bone:.2f} g/cm²",
     "rays": len(differences),
     "source": f"{SOURCE_MM:.0f} mm",
-    "grid": f"{GRID_MM:g} mm",
-    "step": f"{STEP_MM:g} mm",
-    "far-step": f"{FAR_STEP_MM:g} mm",
+    "grid": f"{projection.GRID_MM:g} mm",
+    "step": f"{projection.STEP_MM:g} mm",
+    "far-step": f"{projection.FAR_STEP_MM:g} mm",
     "ray-soft": f"{soft.sum() * 0.05:.1f} g/cm²",
     "ray-bone": f"{bone.sum() * 0.05:.1f} g/cm²",
 })  # fmt: skip
@@ -307,7 +299,7 @@ ax1.axvline(0, color="0.2", ls=":")
 ax1.set(xlabel="along the ray from front to back, mm (0: the body's centre)", xlim=(-190, 90))
 ax1.set(ylabel="density, g/cm³", ylim=(0, 1.9))
 ax1.legend(loc="upper left")
-half = 101 * GRID_MM / 2
+half = 101 * projection.GRID_MM / 2
 image = ax2.imshow(paths.bone, cmap="gray", extent=(-half, half, -half, half))
 ax2.plot(0, 0, "o", ms=9, mfc="none", mec="#E69F00", mew=2)
 ax2.set(xlabel="mm", title="bone on 101 × 101 rays")
@@ -715,10 +707,10 @@ show_figure("ca1-fig-steps", fig)
 # ## The ground truth of an image
 #
 # In a real radiograph, a radiologist draws a box. Here the ground truth is computed, in four parts. The *mask* is the
-# lesion's shadow, to the {glue:text}`ca1-grid` between rays; for moved tissue it is, by convention, the region concerned. The
-# *counterfactual* is the same image, with the same quanta, without this one finding. The *visibility* measures how
-# strongly the two differ, as the contrast-to-noise ratio that has described the eye's detection threshold since Rose
-# {cite}`rose1948`:
+# lesion's shadow, to the {glue:text}`ca1-grid` between rays; for moved tissue it is, by convention, the region
+# concerned. The *counterfactual* is the same image, with the same quanta, without this one finding. The *visibility*
+# measures how strongly the two differ, as the contrast-to-noise ratio that has described the eye's detection
+# threshold since Rose {cite}`rose1948`:
 #
 # $$
 # \mathrm{CNR} = \frac{\sqrt{\frac{1}{|\mathcal{Q}|} \sum_{p \in \mathcal{Q}} \Delta(p)^2}}

@@ -147,8 +147,8 @@ def test_where_a_finding_is_faint_the_absence_of_its_type_is_not_learnt():
     network, batch = a_network(), a_batch()
     preds = network.raw_predictions(batch["img"])
     plain, wanted = (
-        torch.autograd.grad(network.loss(some, preds)[0].sum(), preds["scores"], retain_graph=True)[0]
-        for some in (batch, faint_beside(batch))
+        torch.autograd.grad(loss.sum(), preds["scores"], retain_graph=True)[0]
+        for loss in (network.loss(some, preds)[0] for some in (batch, faint_beside(batch)))
     )
     assert plain.ne(0).all()
     types, centres = 7, preds_centres(network, preds)

@@ -1,15 +1,17 @@
-"""Trials for the edition's recipe, on held-out training patients; writes book/results/edition_trials.json.
+"""Trials for the edition's recipe, on held-out training patients.
+
+The record is book/results/edition_trials.json.
 
 Each arm changes one number of a small base recipe and trains DenseNet121 with three seeds. All
 networks are evaluated on fold 0 of the same virtual training patients. No test patient is scored.
 
-    python tools/edition_trials.py WORKSPACE [--patients 600]
+    python tools/edition_trials.py WORKSPACE [--patients 750]
 """
 
 import argparse
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
