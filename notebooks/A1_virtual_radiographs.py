@@ -224,7 +224,8 @@ show_figure("ca1-fig-donor", fig)
 # trabeculae are modelled. Orange arrows: up; blue arrows: to the front (left panel) and the patient's left (right).
 # ```
 #
-# A kyphosis is the angle between two bodies, here T5 and T12. A body with this angle, the donor's stature and girth, and
+# A kyphosis is the angle between two bodies, here T5 and T12. A body with this angle, the donor's stature and girth,
+# and
 # neither curve nor unusual proportions *is* the donor, so a ray through it can be checked against the scan itself.
 
 # %%
