@@ -5,6 +5,7 @@
 #   make test-quick                          the quick tests only
 #   make lab                                 JupyterLab on the chapters
 #   make serve [PROFILE=…]                   the web app, with the last run's networks
+#   make edition                             train the edition's networks, for many hours; resumable
 #   make clean                               delete what runs have made; keep the environment
 #   make lock                                rewrite requirements.lock from pyproject.toml
 
@@ -23,7 +24,7 @@ unexport PIP_REQUIREMENT PIP_EDITABLE PIP_IGNORE_INSTALLED PIP_REQUIRE_HASHES
 unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONUSERBASE PYTHONOPTIMIZE
 
 .DEFAULT_GOAL := book
-.PHONY: book test test-quick lab serve clean lock donor
+.PHONY: edition book test test-quick lab serve clean lock donor
 # A step that fails leaves no file that looks finished.
 .DELETE_ON_ERROR:
 
@@ -42,6 +43,9 @@ lab: $(LOCKED) donor
 
 serve: $(LOCKED)
 	@$(BIN)/dernet serve --profile "$(PROFILE)"
+
+edition: $(LOCKED) donor
+	@$(BIN)/dernet edition
 
 clean:
 	rm -rf runs _build .pytest_cache .ruff_cache .hypothesis

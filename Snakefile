@@ -61,7 +61,7 @@ for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
         name:
             f"train_{network}"
         output:
-            touch(f"trained/{network}-{{fold}}"),
+            touch(f"trained/{network}-{{fold,[0-9]+}}"),
         params:
             digest=partial(train_digest, network),
             network=network,
@@ -76,6 +76,45 @@ for rank, network in enumerate(graph.QUICKEST_FIRST, start=len(chapters)):
         shell:
             "env {compute} {dernet} train {params.network} --fold {wildcards.fold}"
             " --profile {profile} --threads {threads} 2>&1 | tee -i {log}"
+
+    # With another seed: the spread between trainings.
+    rule:
+        name:
+            f"train_{network}_again"
+        output:
+            touch(f"trained/{network}-{{fold}}-{{seed}}"),
+        params:
+            digest=partial(train_digest, network),
+            network=network,
+        threads: max(1, every_core // 2)
+        benchmark:
+            f"benchmarks/train_{network}-{{fold}}-{{seed}}.tsv"
+        log:
+            f"logs/train_{network}-{{fold}}-{{seed}}.log",
+        shell:
+            "env {compute} {dernet} train {params.network} --fold {wildcards.fold} --seed {wildcards.seed}"
+            " --profile {profile} --threads {threads} 2>&1 | tee -i {log}"
+
+
+# Chapter 10 trains the detector before the reader's eyes; this job does so without a chapter.
+rule train_detector:
+    output:
+        touch("trained/yolo11l"),
+    params:
+        digest=lambda wildcards: graph.detector_digest(workspace),
+    threads: every_core
+    benchmark:
+        "benchmarks/train_yolo11l.tsv"
+    log:
+        "logs/train_yolo11l.log",
+    shell:
+        "env {compute} {dernet} train yolo11l --profile {profile} --threads {threads} 2>&1 | tee -i {log}"
+
+
+# All trainings of a run, for the edition.
+rule trainings:
+    input:
+        expand("trained/{job}", job=graph.trainings(workspace)),
 
 
 # Chapters that wait for no other job start before the trainings, since one of them trains too; the

@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from dernet_utils.book.build import build_book
+from dernet_utils.book.build import build_book, train_all
 from dernet_utils.book.build import run as run_book
 from dernet_utils.book.execute import execute_chapter
 from dernet_utils.book.prepare import ensure_prepared
@@ -29,7 +29,7 @@ from dernet_utils.core.environment import isolate, use_utf8
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import PROJECT
 from dernet_utils.core.profiles import Profile
-from dernet_utils.core.workspace import open_workspace
+from dernet_utils.core.workspace import Workspace, open_workspace
 
 app = typer.Typer(
     help="DERNet as a research book: virtual radiographs, training, chapters, web page.",
@@ -264,13 +264,20 @@ def run(
 @_command
 def train(
     network: Annotated[
-        str, typer.Argument(help="densenet121, tf_efficientnetv2_s or resnet50. Default: all.")
+        str,
+        typer.Argument(
+            help="densenet121, tf_efficientnetv2_s, resnet50, or the detector yolo11l. "
+            "Default: the first three."
+        ),
     ] = "",
     fold: Annotated[int | None, typer.Option(min=0, help="Held-out fold. Default: each.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of a triage training. Default: the profile's.")
+    ] = None,
     profile: ProfileName = "",
     threads: Threads = None,
 ) -> None:
-    """Train triage networks, each on all folds but one; resume interrupted trainings.
+    """Train triage networks, each on all folds but one, or the detector; resume what was cut off.
 
     Finished trainings are kept. Processes started by `accelerate launch` divide the trainings
     among themselves, each on its own GPU.
@@ -282,18 +289,44 @@ def train(
     from dernet_utils.triage.crossvalidation import train_fold, triage_jobs
 
     workspace = open_workspace(profile)
+    if network == "yolo11l":
+        _train_detector(workspace, threads or cores(), fold, seed)
+        return
     wanted = triage_jobs(workspace.profile, network, fold)
     jobs = claim_jobs(wanted, triage_jobs(workspace.profile))
     torch.set_num_threads(threads or cores())
     ensure_prepared(workspace, _say)
     for name, held_out in jobs:
-        job = f"{name}, fold {held_out}"
+        job = f"{name}, fold {held_out}" + ("" if seed is None else f", seed {seed}")
         if sys.stderr.isatty():
             after_epoch = partial(epoch_bars(name, workspace.profile), held_out)
         else:
             after_epoch = partial(_say_epoch, job, workspace.profile)
-        table = train_fold(workspace, name, held_out, after_epoch)
+        table = train_fold(workspace, name, held_out, after_epoch, seed)
         _say(f"{job}: {table.name}")
+
+
+def _train_detector(
+    workspace: Workspace, threads: int, fold: int | None, seed: int | None
+) -> None:
+    if fold is not None or seed is not None:
+        raise DernetError(
+            "The detector is trained once, with fold 0 held out and the profile's seed: leave out "
+            "--fold and --seed."
+        )
+    import torch
+
+    from dernet_utils.detection.training import detector_epoch_line, train_run_detector
+
+    torch.set_num_threads(threads)
+    ensure_prepared(workspace, _say)
+    epochs = workspace.profile.detect_epochs
+
+    def after_epoch(row: dict) -> None:
+        _say(f"{detector_epoch_line(row)}   {epochs_left(row, epochs)}")
+
+    trained = train_run_detector(workspace, after_epoch)
+    _say(f"yolo11l: {trained.checkpoint.name}")
 
 
 def _say_epoch(job: str, profile: Profile, row: dict) -> None:
@@ -301,6 +334,16 @@ def _say_epoch(job: str, profile: Profile, row: dict) -> None:
 
     left = epochs_left(row, profile.triage_crop_epochs + profile.triage_epochs)
     _say(f"{job}: {triage_epoch_line(row)}   {left}")
+
+
+@_command
+def edition() -> None:
+    """Train the edition's networks by book/edition_protocol.md, which takes many hours.
+
+    Data, checkpoints and logs are in runs/edition-training, or below the folder that DERNET_RUNS
+    names. A call that was cut off continues when it is made again.
+    """
+    train_all(open_workspace("edition-training"), _say)
 
 
 @_command

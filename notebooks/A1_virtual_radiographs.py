@@ -225,8 +225,7 @@ show_figure("ca1-fig-donor", fig)
 # ```
 #
 # A kyphosis is the angle between two bodies, here T5 and T12. A body with this angle, the donor's stature and girth,
-# and
-# neither curve nor unusual proportions *is* the donor, so a ray through it can be checked against the scan itself.
+# and neither curve nor unusual proportions *is* the donor, so a ray through it can be checked against the scan itself.
 
 # %%
 named = {body.name: body for body in bodies}

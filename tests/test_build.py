@@ -63,10 +63,13 @@ import pandas as pd
 def read_dataset(root):
     images = pd.DataFrame({"image_id": ["a", "b"], "split": ["train", "test"]})
     return SimpleNamespace(images=images, boxes=images, virtual=True)
+
+def read_manifest(root):
+    return None
 """,
     "dataset/folds.py": "def make_folds(images, folds, seed):\n    return images.assign(fold=0)\n",
-    "dataset/prepared.py": """def write_tables(workspace, images, boxes, virtual):
-    for name in ("images", "boxes"):
+    "dataset/prepared.py": """def write_tables(workspace, images, boxes, faint, virtual):
+    for name in ("images", "boxes", "faint"):
         (workspace.tables / f"{name}.parquet").touch()
     workspace.dataset_facts.touch()
 """,
@@ -81,6 +84,8 @@ def Decoder(processes):
     return nullcontext(SimpleNamespace(decode=None))
 """,
     "virtual/__init__.py": "",
+    "virtual/counterfactual.py": "images_with_faint_findings = None\n",
+    "virtual/faint.py": "def faint_boxes(*given):\n    return None\n",
     "virtual/cohort.py": """def ensure_cohort(workspace, progress=None):
     for split in ("train", "test"):
         table = workspace.data_root / "annotations" / f"{split}.csv"

@@ -44,6 +44,7 @@ def test_help_loads_nothing_heavy():
         "prepare",
         "chapter",
         "train",
+        "edition",
         "estimate",
         "speed",
         "record",

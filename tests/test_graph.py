@@ -164,6 +164,13 @@ def test_a_chapters_trainings_are_a_job_for_each_network_and_fold():
         assert sorted(jobs) == sorted((own, fold) for own in needs.networks for fold in range(3))
 
 
+def test_the_edition_trains_each_network_with_three_seeds_and_the_detector_once(tmp_path):
+    names = graph.trainings(Workspace(get_profile("edition-training"), tmp_path))
+    assert len(names) == len(set(names)) == 3 * 3 + 1
+    assert "yolo11l" in names and {"resnet50-0", "resnet50-0-43", "resnet50-0-44"} <= set(names)
+    assert len(graph.trainings(Workspace(get_profile("paper"), tmp_path))) == 3 * 5 + 1
+
+
 def test_chapters_that_wait_come_after_the_trainings_and_others_before_them():
     found = graph.priorities(list(CHAPTERS))
     trainings = range(len(CHAPTERS), len(CHAPTERS) + len(graph.QUICKEST_FIRST))

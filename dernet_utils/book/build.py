@@ -155,6 +155,27 @@ def run(workspace: Workspace, html: Path, report: Say) -> None:
     report(f"The book ({workspace.profile.name}) is {html / 'index.html'}, {clock(started)}.")
 
 
+def train_all(workspace: Workspace, report: Say) -> None:
+    """Prepare a run's data and train all its networks; what has been trained is left alone.
+
+    A killed call continues, after the last finished epoch, when it is called again.
+
+    Args:
+        workspace: The run.
+        report: Called with one line of progress at a time.
+
+    Raises:
+        DernetError, KeyboardInterrupt: As `run` raises.
+    """
+    started = time.monotonic()
+    with _only_run(workspace, report) as lock:
+        if not is_prepared(workspace):
+            (workspace.folder / "prepared").unlink(missing_ok=True)
+            _snakemake("prepare", workspace, lock)
+        _snakemake("trainings", workspace, lock)
+    report(f"All networks of {workspace.profile.name} are trained, {clock(started)}.")
+
+
 def _snakemake(target: str, workspace: Workspace, lock: IO) -> None:
     log = workspace.folder / f"snakemake-{target}.log"
     command = [

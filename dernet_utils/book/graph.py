@@ -265,6 +265,20 @@ def train_digest(network: str, workspace: Workspace) -> str:
     return digest_of(_numbers(workspace), code, data_digest(workspace), _lock(), start)
 
 
+def detector_digest(workspace: Workspace) -> str:
+    """Return a digest of everything that the training of the detector depends on."""
+    code = _code_with_imports("detection.training")
+    start = weights_digest(["yolo11l"])
+    return digest_of(_numbers(workspace), code, data_digest(workspace), _lock(), start)
+
+
+def trainings(workspace: Workspace) -> list[str]:
+    """Return the names of all trainings of a run: ``<network>-<fold>[-<seed>]`` and ``yolo11l``."""
+    jobs = [f"{network}-{fold}" for network in NETWORKS for fold in workspace.profile.held_out]
+    seeds = [f"{job}-{seed}" for seed in workspace.profile.more_seeds for job in jobs]
+    return [*jobs, "yolo11l", *seeds]
+
+
 def chapter_digest(name: str, workspace: Workspace) -> str:
     """Return a digest of everything that a chapter's results depend on.
 

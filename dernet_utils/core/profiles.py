@@ -31,6 +31,7 @@ class Profile(BaseModel):
         None, description="training and test patients that are made; None: all"
     )
     folds: int = Field(5, ge=2)  # paper, section 4.1
+    more_seeds: tuple[int, ...] = Field((), description="each triage network is trained with too")
     trained_folds: int | None = Field(None, ge=1, description="held out, from fold 0; None: all")
     clip_limit: float = Field(2.0, gt=0)  # paper, section 3.1
     tiles: int = Field(8, gt=0)  # OpenCV's default grid, 8 x 8
@@ -117,7 +118,7 @@ PROFILES = {
         # The long trainings of the edition (book/edition_protocol.md), of the dataset's shape.
         Profile(
             name="edition-training", patients=5000, test_seed=EDITION_TEST_SEED,
-            rendered=(2000, 1000), trained_folds=1, cache_px=640,
+            rendered=(2000, 1000), trained_folds=1, more_seeds=(43, 44), cache_px=640,
             triage_px=224, triage_epochs=12, triage_batch=16, triage_lr=5e-4,
             triage_crop_px=96, triage_crop_epochs=2,
             detect_size=(320, 224), detect_epochs=16, detect_batch=6, detect_lr=5e-4,

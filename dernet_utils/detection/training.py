@@ -16,8 +16,10 @@ from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import digest_of, file_digest, modules_digest, write_whole
 from dernet_utils.core.packed import read_weights
 from dernet_utils.core.vocabulary import CORNERS, LESION_TYPES
+from dernet_utils.core.weights import starting_weights
+from dernet_utils.core.workspace import Workspace
 from dernet_utils.detection import yolo
-from dernet_utils.detection.images import DetectorRecipe, write_training_set
+from dernet_utils.detection.images import DetectorRecipe, detection_images, write_training_set
 from dernet_utils.detection.prediction import predict_boxes
 from dernet_utils.metrics.detection import mean_average_precision
 
@@ -97,6 +99,33 @@ def train_detector(
     if not checkpoint.is_file():
         _train(training, validation, boxes, recipe, checkpoint, weights, progress, faint)
     return TrainedDetector(*load_detector(checkpoint), checkpoint)
+
+
+def train_run_detector(
+    workspace: Workspace, progress: Callable[[dict], None] = lambda row: None
+) -> TrainedDetector:
+    """Train a run's detector and write its boxes, unless that has been done.
+
+    The tables are ``tables/yolo11l_validation_boxes.parquet`` and ``…_test_boxes.parquet``, in the
+    form of `predict_boxes`.
+
+    Args:
+        workspace: The run.
+        progress: As `train_detector` takes it.
+
+    Raises:
+        DernetError: The run has not been prepared, or as `train_detector` raises.
+    """
+    sets, recipe = detection_images(workspace), DetectorRecipe.of(workspace.profile)
+    trained = train_detector(
+        sets.training, sets.validation, sets.boxes, recipe, workspace.weights,
+        starting_weights("yolo11l"), progress, sets.faint,
+    )  # fmt: skip
+    for name, images in (("validation", sets.validation), ("test", sets.test)):
+        found = predict_boxes(trained.network, images, recipe.input_size)
+        path = workspace.tables / f"yolo11l_{name}_boxes.parquet"
+        write_whole(path, lambda part, found=found: found.to_parquet(part, index=False))
+    return trained
 
 
 def load_detector(checkpoint: Path) -> tuple[yolo.Detector, pd.DataFrame]:
