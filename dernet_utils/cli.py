@@ -290,8 +290,9 @@ def train(
 
     workspace = open_workspace(profile)
     if network == "yolo11l":
-        _train_detector(workspace, threads or cores(), fold, seed)
-        return
+        if (fold, seed) != (None, None):
+            raise DernetError("The detector has one training: leave out --fold and --seed.")
+        return _train_detector(workspace, threads or cores())
     wanted = triage_jobs(workspace.profile, network, fold)
     jobs = claim_jobs(wanted, triage_jobs(workspace.profile))
     torch.set_num_threads(threads or cores())
@@ -306,14 +307,7 @@ def train(
         _say(f"{job}: {table.name}")
 
 
-def _train_detector(
-    workspace: Workspace, threads: int, fold: int | None, seed: int | None
-) -> None:
-    if fold is not None or seed is not None:
-        raise DernetError(
-            "The detector is trained once, with fold 0 held out and the profile's seed: leave out "
-            "--fold and --seed."
-        )
+def _train_detector(workspace: Workspace, threads: int) -> None:
     import torch
 
     from dernet_utils.detection.training import detector_epoch_line, train_run_detector
