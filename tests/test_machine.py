@@ -1,5 +1,9 @@
 """What the machine can do, and which process does which job."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,7 +13,17 @@ from dernet_utils.core import machine
 @pytest.mark.parametrize("able", [{}, {"amx_bf16": True}, {"avx512_bf16": True}, {"avx2": True}])
 def test_bfloat16_helps_where_a_cpu_has_instructions_for_it(able, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(machine, "_onednn_has_bfloat16", lambda: True)
     assert machine.bfloat16_helps(torch.device("cpu")) == any("bf16" in name for name in able)
+    monkeypatch.setattr(machine, "_onednn_has_bfloat16", lambda: False)
+    assert not machine.bfloat16_helps(torch.device("cpu"))
+
+
+def test_instructions_hidden_from_onednn_do_not_count():
+    code = "from dernet_utils.core import machine as m; print(m.bfloat16_helps(m.device()))"
+    hidden = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX", "CUDA_VISIBLE_DEVICES": ""}
+    told = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True)
+    assert told.stdout.strip() == "False", told.stderr
 
 
 def test_denormals_are_flushed_and_come_back():

@@ -53,12 +53,18 @@ def bfloat16_helps(device: torch.device) -> bool:
     """Return whether a device computes bfloat16 natively: a GPU, or a CPU with AMX or AVX-512.
 
     On a CPU with AVX-512's bfloat16 instructions, a training step of our networks was measured to
-    take about half as long as in float32. Other CPUs emulate bfloat16, which is slower.
+    take about half as long as in float32. Other CPUs emulate bfloat16, which is slower, and so does
+    oneDNN where its own switch, ``ONEDNN_MAX_CPU_ISA``, hides the instructions from it.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return bool(able.get("amx_bf16", False) or able.get("avx512_bf16", False))
+    native = able.get("amx_bf16", False) or able.get("avx512_bf16", False)
+    return bool(native and _onednn_has_bfloat16())
+
+
+def _onednn_has_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def in_bfloat16(forward: Callable, device: torch.device, *given, **named):
