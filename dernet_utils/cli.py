@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from dernet_utils.book.build import build_book, train_all
+from dernet_utils.book.build import build_book
 from dernet_utils.book.build import run as run_book
 from dernet_utils.book.execute import execute_chapter
 from dernet_utils.book.prepare import ensure_prepared
@@ -332,12 +332,14 @@ def _say_epoch(job: str, profile: Profile, row: dict) -> None:
 
 @_command
 def edition() -> None:
-    """Train the edition's networks by book/edition_protocol.md, which takes many hours.
+    """Train the edition's networks by book/edition_protocol.md, and write book/edition.
 
-    Data, checkpoints and logs are in runs/edition-training, or below the folder that DERNET_RUNS
-    names. A call that was cut off continues when it is made again.
+    It takes many hours, and continues where an earlier call was cut off. DERNET_RUNS may name a
+    folder outside the project for data, checkpoints and logs.
     """
-    train_all(open_workspace("edition-training"), _say)
+    from dernet_utils.book.edition import EDITION, make_edition
+
+    make_edition(open_workspace("edition-training"), EDITION, _say)
 
 
 @_command
