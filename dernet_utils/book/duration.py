@@ -18,7 +18,7 @@ from dernet_utils.triage.training import (
 # Measured with the profile `laptop` on two cores of an Intel Xeon with AVX-512 BF16: the fraction
 # of a first run that is training, and a training step as `blank_step` takes it, s.
 TRAINING_SHARE = 0.75
-STEP_SECONDS = 0.3
+STEP_SECONDS = 0.75
 
 
 def expected_duration(profile: Profile, usual_minutes: float) -> str:
@@ -43,12 +43,18 @@ def expected_duration(profile: Profile, usual_minutes: float) -> str:
 def blank_step(profile: Profile) -> float:
     """Return what a training step of ResNet50 takes here, s, on a profile's image and batch size.
 
-    Its images are blank, so that it can be measured before a run has any data.
+    Its images are blank, so that it can be measured before a run has any data. It has one thread,
+    as a training has on two cores; on a busy machine, several would wait for each other.
     """
     recipe = replace(TriageRecipe.of(profile), crop_epochs=0)
     y = torch.arange(recipe.batch) % 2
     pixels = torch.zeros(recipe.batch, 1, recipe.train_px, recipe.train_px, dtype=torch.uint8)
-    return seconds_per_step("resnet50", Sample(pixels, y.float()), recipe)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return seconds_per_step("resnet50", Sample(pixels, y.float()), recipe)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def seconds_per_step(name: str, sample: Sample, recipe: TriageRecipe) -> float:
