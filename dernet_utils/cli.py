@@ -19,7 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from dernet_utils.book.build import build_book
+from dernet_utils.book.build import build_book, train_all
 from dernet_utils.book.build import run as run_book
 from dernet_utils.book.execute import execute_chapter
 from dernet_utils.book.prepare import ensure_prepared
@@ -314,10 +314,10 @@ def _train_detector(workspace: Workspace, threads: int) -> None:
 
     torch.set_num_threads(threads)
     ensure_prepared(workspace, _say)
-    epochs = workspace.profile.detect_epochs
 
     def after_epoch(row: dict) -> None:
-        _say(f"{detector_epoch_line(row)}   {epochs_left(row, epochs)}")
+        left = epochs_left(row, workspace.profile.detect_epochs)
+        _say(f"{detector_epoch_line(row)}   {left}")
 
     trained = train_run_detector(workspace, after_epoch)
     _say(f"yolo11l: {trained.checkpoint.name}")
@@ -332,14 +332,12 @@ def _say_epoch(job: str, profile: Profile, row: dict) -> None:
 
 @_command
 def edition() -> None:
-    """Train the edition's networks by book/edition_protocol.md, and write book/edition.
+    """Train the edition by its protocol, for many hours; continues where it was cut off."""
+    from dernet_utils.book.edition import EDITION, frozen_protocol, write_edition
 
-    It takes many hours, and continues where an earlier call was cut off. DERNET_RUNS may name a
-    folder outside the project for data, checkpoints and logs.
-    """
-    from dernet_utils.book.edition import EDITION, make_edition
-
-    make_edition(open_workspace("edition-training"), EDITION, _say)
+    frozen_protocol()  # before any test patient is rendered
+    train_all(workspace := open_workspace("edition-training"), _say)
+    write_edition(workspace, EDITION, _say)
 
 
 @_command

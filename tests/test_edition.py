@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from dernet_utils import cli
 from dernet_utils.book import edition
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import file_digest
@@ -58,9 +60,9 @@ def test_nothing_begins_under_a_draft_or_a_changed_protocol(
     with pytest.raises(DernetError, match=said):
         edition.frozen_protocol(protocol)
     monkeypatch.setattr(edition.frozen_protocol, "__defaults__", (protocol,))
-    monkeypatch.setattr(edition, "train_all", lambda *_: pytest.fail("a test patient was rendered"))
-    with pytest.raises(DernetError, match=said):
-        edition.make_edition(Workspace(get_profile("edition-training"), tmp_path), tmp_path, print)
+    monkeypatch.setattr(cli, "train_all", lambda *_: pytest.fail("a test patient was rendered"))
+    done = CliRunner().invoke(cli.app, ["edition"])
+    assert done.exit_code == 1 and said in " ".join(done.output.split())
 
 
 def test_a_protocol_outside_git_is_refused(tmp_path):

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from dernet_utils.book.build import train_all
 from dernet_utils.book.progress import Say
 from dernet_utils.core import machine
 from dernet_utils.core.errors import DernetError
-from dernet_utils.core.files import PROJECT, digest_of, file_digest, write_whole
+from dernet_utils.core.files import PROJECT, digest_of, file_digest
 from dernet_utils.core.packed import read_weights, write_packed
 from dernet_utils.core.vocabulary import NETWORKS
 from dernet_utils.core.workspace import Workspace, commit
@@ -77,23 +76,6 @@ def frozen_protocol(protocol: Path = PROTOCOL) -> Frozen:
     return Frozen(found, datetime.fromisoformat(date))
 
 
-def make_edition(workspace: Workspace, folder: Path, report: Say) -> dict:
-    """Train all networks of a run, unless that has been done, and write the edition.
-
-    Args:
-        workspace, folder, report: As `write_edition` takes them.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        DernetError: As `frozen_protocol`, `build.train_all` and `write_edition` raise.
-    """
-    frozen_protocol()  # before any test patient is rendered
-    train_all(workspace, report)
-    return write_edition(workspace, folder, report)
-
-
 def write_edition(workspace: Workspace, folder: Path, report: Say) -> dict:
     """Pack a run's networks, record what the packed networks predict, and write the manifest.
 
@@ -146,7 +128,7 @@ def write_edition(workspace: Workspace, folder: Path, report: Say) -> dict:
         "weights": {path.name: file_digest(path) for path in sorted(draft.weights.iterdir())},
     }
     text = json.dumps(manifest, indent=1) + "\n"
-    write_whole(draft.folder / "manifest.json", lambda part: part.write_text(text))
+    (draft.folder / "manifest.json").write_text(text, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     draft.folder.rename(folder)
     return manifest
