@@ -386,7 +386,7 @@ def test_a_label_that_the_study_gives_away_leaks_by_image_but_not_by_study(tmp_p
     by_image = ours.assign(fold=np.arange(len(ours)) % 2)  # every study in both
     found = {}
     for name, folds in (("by study", ours), ("by image", by_image)):
-        table = images.merge(folds).astype({"label": "boolean"})
+        table = images.merge(folds).assign(faint=False).astype({"label": "boolean"})
         monkeypatch.setattr(crossvalidation, "triage_images", lambda _, table=table: table)
         scored = crossvalidation.cross_validate(workspace, NETWORK).out_of_fold
         y, prob = scored["label"].to_numpy(), scored["prob"].to_numpy()

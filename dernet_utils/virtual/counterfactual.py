@@ -160,11 +160,11 @@ def images_with_faint_findings(manifest: dict) -> frozenset[str]:
         manifest: As `dataset.tables.read_manifest` returns it.
 
     Returns:
-        Identifiers of images.
+        Identifiers of images; none where the manifest lists no studies.
     """
     return frozenset(
         image["image_id"]
-        for study in manifest["studies"]
+        for study in manifest.get("studies", [])
         for image in study["films"]
         if any(seen["visibility"] is not None for seen in image["findings"])
         and all(seen["box"] is None for seen in image["findings"])
