@@ -333,9 +333,10 @@ def _say_epoch(job: str, profile: Profile, row: dict) -> None:
 @_command
 def edition() -> None:
     """Train the edition by its protocol, for many hours; continues where it was cut off."""
-    from dernet_utils.book.edition import EDITION, frozen_protocol, write_edition
+    from dernet_utils.book.edition import EDITION, write_edition
+    from dernet_utils.book.protocol import frozen_protocol
 
-    frozen_protocol()  # before any test patient is rendered
+    frozen_protocol()
     train_all(workspace := open_workspace("edition-training"), _say)
     write_edition(workspace, EDITION, _say)
 

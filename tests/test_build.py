@@ -52,7 +52,7 @@ REAL = {
     "core": (
         *("environment", "errors", "files", "profiles", "vocabulary", "weights", "workspace"),
     ),
-    "book": ("graph", "prepare", "execute", "build", "progress"),
+    "book": ("graph", "prepare", "execute", "build", "progress", "protocol"),
 }
 STUBS = {
     "core/used.py": "VALUE = 1\n",

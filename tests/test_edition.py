@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dernet_utils import cli
-from dernet_utils.book import edition
+from dernet_utils.book import edition, prepare
+from dernet_utils.book.protocol import DRAFT, frozen_protocol
 from dernet_utils.core.errors import DernetError
 from dernet_utils.core.files import file_digest
 from dernet_utils.core.profiles import get_profile
@@ -39,7 +40,7 @@ def git(folder: Path, *words: str) -> None:
 
 
 def test_a_frozen_protocol_has_its_last_commit(protocol):
-    frozen = edition.frozen_protocol(protocol)
+    frozen = frozen_protocol(protocol)
     assert len(frozen.commit) == 40
     assert abs((datetime.now(UTC) - frozen.date).total_seconds()) < 120
 
@@ -47,7 +48,7 @@ def test_a_frozen_protocol_has_its_last_commit(protocol):
 @pytest.mark.parametrize(
     ("text", "committed", "said"),
     [
-        (f"{edition.DRAFT}\n", True, "is a draft"),
+        (f"{DRAFT}\n", True, "is a draft"),
         ("# Protocol, changed\n", False, "not committed"),
     ],
 )
@@ -58,18 +59,21 @@ def test_nothing_begins_under_a_draft_or_a_changed_protocol(
     if committed:
         git(protocol.parent, "commit", "-q", "-am", "draft")
     with pytest.raises(DernetError, match=said):
-        edition.frozen_protocol(protocol)
-    monkeypatch.setattr(edition.frozen_protocol, "__defaults__", (protocol,))
+        frozen_protocol(protocol)
+    monkeypatch.setattr(frozen_protocol, "__defaults__", (protocol,))
     monkeypatch.setattr(cli, "train_all", lambda *_: pytest.fail("a test patient was rendered"))
     done = CliRunner().invoke(cli.app, ["edition"])
     assert done.exit_code == 1 and said in " ".join(done.output.split())
+    with pytest.raises(DernetError, match=said):  # by any other command
+        prepare.prepare(Workspace(get_profile("edition-training"), tmp_path / "run"), 1, print)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_protocol_outside_git_is_refused(tmp_path):
     path = tmp_path / "edition_protocol.md"
     path.write_text("# Protocol\n")
     with pytest.raises(DernetError, match="no git repository"):
-        edition.frozen_protocol(path)
+        frozen_protocol(path)
 
 
 @pytest.mark.slow
@@ -81,7 +85,7 @@ def test_an_edition_is_packed_from_a_run(smoke_book, protocol, tmp_path, monkeyp
         copy = os.link if name == "weights" else shutil.copy2
         original = smoke_book / "runs" / "smoke" / name
         shutil.copytree(original, workspace.folder / name, copy_function=copy)
-    monkeypatch.setattr(edition.frozen_protocol, "__defaults__", (protocol,))
+    monkeypatch.setattr(frozen_protocol, "__defaults__", (protocol,))
     monkeypatch.setattr(edition, "commit", lambda: "0123abc")
     out = tmp_path / "edition"
     manifest = workspace.data_root / "manifest.json"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from dernet_utils.book.graph import images_record, prepare_digest, tables_digest
 from dernet_utils.book.progress import Say, clock, cores, heartbeat
+from dernet_utils.book.protocol import frozen_protocol
 from dernet_utils.core.files import digest_of, write_whole
+from dernet_utils.core.profiles import EDITION_TEST_SEED
 from dernet_utils.core.vocabulary import SPLITS
 from dernet_utils.core.workspace import Workspace
 
@@ -27,7 +29,8 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
         report: Called with one line of progress at a time.
 
     Raises:
-        DernetError: The dataset or the donor CT is missing, damaged or inconsistent.
+        DernetError: The dataset or the donor CT is missing, damaged or inconsistent; or the test
+            patients are the edition's, whose protocol is not frozen.
     """
     # Imported here, because `is_prepared` needs none of them.
     from dernet_utils.dataset.folds import make_folds
@@ -40,6 +43,8 @@ def prepare(workspace: Workspace, workers: int, report: Say) -> None:
     from dernet_utils.virtual.faint import faint_boxes
 
     started, profile = time.monotonic(), workspace.profile
+    if profile.test_seed == EDITION_TEST_SEED:
+        frozen_protocol()  # before any test patient of the edition is rendered
     digest = prepare_digest(workspace)  # before the work, during which a file may be edited
     _forget_other_data(workspace)
     with heartbeat("virtual patients", started, report) as progress:

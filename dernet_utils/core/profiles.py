@@ -132,8 +132,8 @@ def get_profile(name: str = "") -> Profile:
     """Return a profile by name.
 
     Args:
-        name: One of `PROFILES`; empty means the environment variable
-            ``DERNET_PROFILE`` and, where that is not set, ``laptop``.
+        name: One of `PROFILES`; empty means the environment variable ``DERNET_PROFILE`` and, where
+            that is not set, ``laptop``.
 
     Raises:
         DernetError: The name is none of them.
